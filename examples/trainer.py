@@ -1,0 +1,165 @@
+"""One recipe training one model, step by step, with checkpoints that continue bit for bit."""
+
+from __future__ import annotations
+
+import math
+import os
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from data import Corpus
+from gpt import GPT, PRESETS, GPTConfig
+
+import qcompile
+
+HP_RECIPES = ("fp32", "bf16")  # the baselines: plain Inductor, without and with autocast
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Everything but the recipe and the seed: runs with equal configs compare."""
+
+    model: GPTConfig = field(default_factory=lambda: PRESETS["small"])
+    steps: int = 200
+    batch: int = 32
+    seq: int = 128
+    lr: float = 1e-3  # the peak: linear warmup, then a cosine down to a tenth
+    warmup: int = 20
+    weight_decay: float = 0.1
+    clip: float = 1.0  # bound on the norm of all gradients
+    val_batches: int = 10
+    device: str = "cpu"
+    autocast: bool = (
+        True  # whether quantized recipes run under bf16 autocast; "fp32" never does and "bf16" always
+    )
+    skip: tuple[str, ...] = ()  # sites that quantized recipes leave in high precision
+    hp_backend: str = "inductor"  # what compiles the baselines
+
+    def __post_init__(self) -> None:
+        if self.seq > self.model.context:
+            raise ValueError(
+                f"seq {self.seq} is longer than the model's context {self.model.context}; lower seq"
+            )
+
+    def lr_at(self, step: int) -> float:
+        if step < self.warmup:
+            return self.lr * (step + 1) / self.warmup
+        progress = (step - self.warmup) / max(1, self.steps - self.warmup)
+        return self.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+class Run:
+    """A model, its optimizer and its compiled step under one recipe.
+
+    Equal seeds start from equal weights and see equal batches, whatever the recipe.
+    """
+
+    def __init__(self, recipe: str, seed: int, config: TrainConfig, corpus: Corpus):
+        if recipe not in HP_RECIPES:
+            chosen: Any = qcompile.get_recipe(recipe)  # refuses an unknown name now, not at the first step
+            chosen = chosen.replace(skip=(*chosen.skip, *config.skip)) if config.skip else recipe
+        self.recipe, self.seed, self.config, self.corpus = recipe, seed, config, corpus
+        torch.manual_seed(seed)
+        self.model = GPT(config.model).to(config.device)
+        if recipe in HP_RECIPES:
+            self.compiled = torch.compile(self.model, backend=config.hp_backend)
+        else:
+            self.compiled = torch.compile(self.model, backend="qtrain", options={"recipe": chosen})
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=config.lr,
+            betas=(0.9, 0.95),
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        self.losses: list[float] = []  # one per step made
+        self.val_losses: dict[int, float] = {}  # after so many steps
+        self._val = corpus.val_batches(count=config.val_batches, batch=config.batch, seq=config.seq)
+
+    @property
+    def steps_made(self) -> int:
+        return len(self.losses)
+
+    def autocast(self) -> AbstractContextManager:
+        on = self.recipe == "bf16" or (self.recipe not in HP_RECIPES and self.config.autocast)
+        return torch.autocast(torch.device(self.config.device).type, torch.bfloat16) if on else nullcontext()
+
+    def batch(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens, targets = self.corpus.batch(
+            seed=self.seed, step=step, batch=self.config.batch, seq=self.config.seq
+        )
+        return tokens.to(self.config.device), targets.to(self.config.device)
+
+    def step(self) -> float:
+        """Forward, backward and update on the next batch; the loss in nats per byte."""
+        tokens, targets = self.batch(self.steps_made)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.lr_at(self.steps_made)
+        with self.autocast():
+            loss = self.compiled(tokens, targets)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.losses.append(loss.item())
+        return self.losses[-1]
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Mean loss on the validation text, by the compiled model: quantized as in training."""
+        self.model.eval()
+        total = 0.0
+        for tokens, targets in self._val:
+            with self.autocast():
+                total += self.compiled(tokens.to(self.config.device), targets.to(self.config.device)).item()
+        self.model.train()
+        self.val_losses[self.steps_made] = total / len(self._val)
+        return self.val_losses[self.steps_made]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values only, so that `torch.load(..., weights_only=True)` reads it."""
+        return {
+            "recipe": self.recipe,
+            "seed": self.seed,
+            "config": asdict(self.config),
+            "losses": self.losses,
+            "val_losses": self.val_losses,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "ranges": None if self.recipe in HP_RECIPES else qcompile.range_state(self.compiled).state_dict(),
+            "rng": torch.get_rng_state(),
+            "cuda_rng": torch.cuda.get_rng_state_all(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where `state` was taken; refuses the state of another recipe, seed or config."""
+        mine = {"recipe": self.recipe, "seed": self.seed, **asdict(self.config)}
+        theirs = {"recipe": state["recipe"], "seed": state["seed"], **state["config"]}
+        differing = [key for key in mine | theirs if theirs.get(key) != mine.get(key)]
+        if differing:
+            listed = ", ".join(f"{key}={theirs.get(key)!r} (here {mine.get(key)!r})" for key in differing)
+            raise ValueError(f"the checkpoint was made with {listed}; use its values, or another directory")
+        self.losses, self.val_losses = list(state["losses"]), dict(state["val_losses"])
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if state["ranges"] is not None:
+            qcompile.range_state(self.compiled).load_state_dict(state["ranges"])
+        torch.set_rng_state(state["rng"])
+        if state["cuda_rng"]:
+            torch.cuda.set_rng_state_all(state["cuda_rng"])
+
+    def save(self, path: Path) -> None:
+        """Write the checkpoint whole or not at all: a run killed meanwhile keeps the one before."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_name(path.name + ".unfinished")
+        with open(unfinished, "wb") as file:
+            torch.save(self.state_dict(), file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+
+    def load(self, path: Path) -> None:
+        self.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))

@@ -1,0 +1,380 @@
+"""attach_range_state: `range` becomes a reduction of the present tensor, or a read and an update of range state.
+
+Before                                          After, an estimator without memory
+  s, _ = range(x, dims, spec)                     amax = abs(x).amax(dims)
+  q = quantize(x, s)                              s = max(amax / 127, tiny)
+                                                  q = quantize(x, s)
+
+                                                After, a static estimator
+                                                  old = read_state(state, index)               # once for each half
+                                                  amax = abs(x).amax(dims)                     # on the side
+                                                  r = select_range(old[i], steps[i], amax)     # the present one until there is a memory
+                                                  s = max(r / 127, tiny)
+                                                  q = quantize(x, s)                           # waits for no reduction
+                                                  d = dequantize(q, where(isfinite(amax), s, nan))
+                                                  ...
+                                                  write_state_(state, index, new)              # once, at the end of the half
+
+State arrives as graph inputs: one flat fp32 tensor and one int64 index for each half, bound at call time (qcompile.state).
+Reads and writes are pinned to their half of the joint graph, and every scale is MUST_SAVE: codes may be recomputed in the
+backward half, scales and seeds never. A statistic that is zero or not finite leaves the memory alone, and so does the flag
+`frozen`; a non-finite one turns the scale of the *dequantize* into NaN, so that an overflow stays visible behind integer codes.
+An inference graph reads and does not write.
+
+Numerics  exact for estimators without memory; otherwise this is where the estimator's formula enters.
+Requires  the form that share_quantized leaves. Ensures: no `range` and no `seed` node is left; `context.layouts` says which
+          state each half uses.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+from torch.utils.checkpoint import CheckpointPolicy
+
+from passes.context import Block, Entry, PassContext, StateLayout
+from passes.graph import (
+    BACKWARD,
+    FORWARD,
+    QUANTIZE,
+    RANGE,
+    READ,
+    SEED,
+    SELECT,
+    WRITE,
+    after,
+    aten,
+    call,
+    erase_unused,
+    fake_mode,
+    inline,
+    is_joint,
+    phase_of,
+    replace,
+)
+from passes.insert_qdq import RangeUse
+from qcompile.errors import GraphError
+from qcompile.estimators.base import RangeEstimator, scale_and_zero_point
+from qcompile.estimators.statistics import clipped_share, statistics
+from qcompile.specs import QuantSpec
+
+__all__ = ["CAPACITY", "attach_range_state"]
+
+CAPACITY = 1 << 20
+"""Elements of a state tensor: fixed, because a compiled graph checks the sizes of its inputs. Untouched pages cost nothing."""
+
+BOOKKEEPING = {"steps": 0.0, "frozen": 0.0, "clipped": 0.0}
+"""Fields that every entry has beside its estimator's own."""
+
+_SEED_FIELDS = ("seed_low", "seed_high", "steps")
+
+
+@dataclass
+class _Stateful:
+    """A `range` with memory on its way through this pass."""
+
+    node: fx.Node
+    entry: Entry
+    estimator: RangeEstimator
+    spec: QuantSpec
+    stats: dict[str, fx.Node] = field(default_factory=dict)
+
+    @property
+    def group(self) -> tuple[object, ...]:
+        return self.estimator, self.spec.symmetric
+
+
+def attach_range_state(graph: fx.Graph, context: PassContext) -> int:
+    """Return the number of `range` and `seed` nodes that were replaced."""
+    changes = 0
+    for phase in (FORWARD, BACKWARD):
+        ranges = [n for n in graph.find_nodes(op="call_function", target=RANGE) if phase_of(n) == phase]
+        seeds = [n for n in graph.find_nodes(op="call_function", target=SEED) if phase_of(n) == phase]
+        changes += len(ranges) + len(seeds)
+        _attach_phase(graph, context, phase, ranges, seeds)
+    erase_unused(graph)
+    return changes
+
+
+def _attach_phase(
+    graph: fx.Graph, context: PassContext, phase: str, ranges: list[fx.Node], seeds: list[fx.Node]
+) -> None:
+    stateful: list[_Stateful] = []
+    keys: set[tuple[object, str]] = set()
+    for node in ranges:
+        use: RangeUse = node.meta["qtrain_range"]
+        if use.spec.estimator.state_fields(use.spec.symmetric):
+            stateful.append(_Stateful(node, _entry(node, use, context, keys), use.spec.estimator, use.spec))
+        else:
+            _replace_dynamic(graph, node, use)
+    layout = _layout(phase, stateful, seeds, context)
+    if layout is None:
+        return
+    context.layouts[phase] = layout
+    scope = {"partitioner_tag": f"is_{phase}"} if is_joint(graph) else {}
+    pinned = dict(scope)
+    if is_joint(graph):
+        pinned = {"partitioner_tag": f"must_be_in_{phase}", "recompute": CheckpointPolicy.MUST_SAVE}
+    state, index = _add_inputs(graph, layout)
+    with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
+        old = call(graph, READ, state, index, scope=pinned, name=f"qtrain_{phase}_ranges")
+        blocks = {b: call(graph, aten.slice.Tensor, old, 0, b.start, b.start + b.size, scope=scope) for b in layout.blocks}
+    for item in stateful:
+        _replace_static(graph, item, layout, blocks, scope)
+    if seeds:
+        _replace_seeds(graph, seeds, layout, blocks, scope)
+    if is_joint(graph):
+        _write_back(graph, stateful, bool(seeds), layout, blocks, state, index, scope, pinned)
+
+
+# ---- which state there is
+
+
+def _entry(node: fx.Node, use: RangeUse, context: PassContext, keys: set[tuple[object, str]]) -> Entry:
+    site = context.site(use.site)
+    key = f"{site.op}#{site.weight_use}.{use.operand}" if site.weight else f"{use.site}.{use.operand}"
+    label = f"{use.site}.{use.operand}"
+    if (site.weight, key) in keys:  # the same operand again, on other axes or with another spec
+        key, label = f"{key}@{use.gemm}", f"{label}@{use.gemm}"
+    keys.add((site.weight, key))
+    size = node.users and next(iter(node.users)).meta["val"].numel()
+    if not isinstance(size, int):
+        raise GraphError(f"attach_range_state: the range of {label} has {size} elements, which is no fixed number")
+    fields = dict(use.spec.estimator.state_fields(use.spec.symmetric)) | BOOKKEEPING
+    return Entry(
+        owner=site.weight or _first_owner(context),
+        key=key if site.weight else f":{key}",
+        fields=tuple(fields),
+        initial=tuple(fields.values()),
+        size=size,
+        site=use.site,
+        operand=label.removeprefix(f"{use.site}."),
+        aliases=tuple(f"{s}.{o}" for s, o, _ in use.aliases if (s, o) != (use.site, use.operand)),
+        spec=use.spec,
+    )
+
+
+def _first_owner(context: PassContext) -> str | None:
+    """Who owns what belongs to no weight: the graph's first Parameter."""
+    return next(iter(context.parameters), None)
+
+
+def _layout(phase: str, stateful: list[_Stateful], seeds: list[fx.Node], context: PassContext) -> StateLayout | None:
+    """Group by group, field by field, entry by entry: a field of a group is one slice, so one update serves all entries."""
+    layout = StateLayout(phase)
+    groups: dict[tuple[object, ...], list[_Stateful]] = {}
+    for item in stateful:
+        groups.setdefault(item.group, []).append(item)
+    for items in groups.values():
+        layout.add([item.entry for item in items])
+    if seeds:
+        layout.add([Entry(_first_owner(context), f"seed.{phase}", _SEED_FIELDS, (0.0, 0.0, 0.0), 1, "", f"seed_{phase}")])
+    return layout if layout.entries else None
+
+
+def _add_inputs(graph: fx.Graph, layout: StateLayout) -> tuple[fx.Node, fx.Node]:
+    """The state and its index, as inputs behind the last primal: earlier ones must keep their positions."""
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    last = [n for n in placeholders if "tangents" not in str(n.target)][-1]
+    device = next(n.meta["val"].device for n in graph.nodes if n.op == "call_function" and n.target is QUANTIZE)
+    layout.capacity = max(CAPACITY, 1 << (layout.numel - 1).bit_length())
+    nodes = []
+    with fake_mode(graph):
+        values = (
+            torch.empty(layout.capacity, dtype=torch.float32, device=device),
+            torch.empty(layout.numel, dtype=torch.int64, device=device),
+        )
+    for what, value in zip(("state", "index"), values, strict=True):
+        name = f"primals_qtrain_{layout.phase}_{what}"
+        with graph.inserting_after(last):
+            node = graph.create_node("placeholder", name, name=name)
+        node.meta["val"] = value
+        node.meta["tensor_meta"] = fx.passes.shape_prop._extract_tensor_metadata(value)
+        node.meta["qtrain_state"] = (layout.phase, what)
+        if is_joint(graph):
+            node.meta["partitioner_tag"] = "is_forward"
+        nodes.append(node)
+        last = node
+    return nodes[0], nodes[1]
+
+
+# ---- what a range becomes
+
+
+def _replace_dynamic(graph: fx.Graph, node: fx.Node, use: RangeUse) -> None:
+    x, dims = node.args[0], tuple(node.args[1])
+    scope = _scope(node)
+    with after(graph, node):
+        stats = inline(graph, _statistics, x, dims, use.spec, scope=scope, key="statistics")
+        scale, zero = inline(graph, _first_scale, use.spec, *stats, scope=scope, key="first_scale")
+    _set_range(node, scale, zero, dequantize_scale=scale)
+
+
+def _replace_static(
+    graph: fx.Graph, item: _Stateful, layout: StateLayout, blocks: dict[Block, fx.Node], scope: dict[str, object]
+) -> None:
+    node, spec = item.node, item.spec
+    x, dims = node.args[0], tuple(node.args[1])
+    ours = _scope(node) | scope
+    names = spec.estimator.statistics_for(spec.symmetric)
+    shape = list(next(iter(node.users)).meta["val"].shape)
+    with after(graph, node):
+        stats = inline(graph, _statistics, x, dims, spec, scope=ours, key="statistics")
+        item.stats = dict(zip(names, stats, strict=True))
+        memory = {}
+        for name in item.entry.fields:
+            block = layout.block(item.entry, name)
+            offset = layout.offset_in(item.entry)
+            part = call(graph, aten.slice.Tensor, blocks[block], 0, offset, offset + item.entry.size, scope=ours)
+            memory[name] = call(graph, aten.view.default, part, shape, scope=ours)
+        own = {k: memory[k] for k in item.entry.fields if k not in BOOKKEEPING}
+        with_stats = () if spec.estimator.static else tuple(stats)
+        stored = inline(graph, _stored_range, spec, len(with_stats), tuple(own), *with_stats, *own.values(), scope=ours, key="stored")
+        present = inline(graph, _first_range, spec, *stats, scope=ours, key="first_range")
+        low, high = (
+            call(graph, SELECT, s, memory["steps"], p, scope=ours) for s, p in zip(stored, present, strict=True)
+        )
+        scale, zero = inline(graph, _scale, spec, low, high, scope=ours, key="scale")
+        visible = inline(graph, _visible, scale, *stats, scope=ours, key="visible")
+        bounds = (high,) if spec.symmetric else (low, high)
+        item.stats["clipped"] = inline(graph, _clipped, x, dims, *bounds, scope=ours, key="clipped")
+    _set_range(node, scale, zero, dequantize_scale=visible)
+
+
+def _replace_seeds(
+    graph: fx.Graph,
+    seeds: list[fx.Node],
+    layout: StateLayout,
+    blocks: dict[Block, fx.Node],
+    scope: dict[str, object],
+) -> None:
+    entry = layout.entries[-1]
+    parts = [blocks[layout.block(entry, name)] for name in _SEED_FIELDS]
+    with after(graph, parts[-1]):  # the blocks stand in this order
+        seed = inline(graph, _seed, *parts, scope=scope, rename=f"qtrain_{layout.phase}_seed")
+    seed.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+    for node in seeds:
+        replace(node, seed)
+
+
+def _set_range(node: fx.Node, scale: fx.Node, zero: fx.Node | None, dequantize_scale: fx.Node) -> None:
+    """Quantize reads `scale`; everything else (the dequantize, perhaps transposed) reads the scale that shows an overflow."""
+    for n in {scale, dequantize_scale} | ({zero} if zero is not None else set()):
+        n.meta["recompute"] = CheckpointPolicy.MUST_SAVE
+    for item in list(node.users):
+        if item.args[1] == 1:
+            replace(item, zero)  # type: ignore[arg-type]
+            continue
+        for user in list(item.users):
+            user.replace_input_with(item, scale if user.target is QUANTIZE else dequantize_scale)
+        node.graph.erase_node(item)
+    node.graph.erase_node(node)
+
+
+def _scope(node: fx.Node) -> dict[str, object]:
+    skip = ("val", "tensor_meta", "qtrain_range", "original_aten")
+    return {k: v for k, v in node.meta.items() if k not in skip}
+
+
+# ---- the update, once for each half
+
+
+def _write_back(
+    graph: fx.Graph,
+    stateful: list[_Stateful],
+    seeded: bool,
+    layout: StateLayout,
+    blocks: dict[Block, fx.Node],
+    state: fx.Node,
+    index: fx.Node,
+    scope: dict[str, object],
+    pinned: dict[str, object],
+) -> None:
+    output = next(iter(graph.find_nodes(op="output")))
+    by_entry = {item.entry: item for item in stateful}
+    new: list[fx.Node] = []
+    with graph.inserting_before(output):
+        for entries in layout.groups:
+            if entries[0].spec is None:
+                continue
+            items = [by_entry[e] for e in entries]
+            names = tuple(items[0].stats)
+            vectors = [_vector(graph, [i.stats[name] for i in items], scope) for name in names]
+            fields = items[0].entry.fields
+            old = [blocks[layout.block(entries[0], f)] for f in fields]
+            new += inline(graph, _updated, items[0].estimator, names, fields, *vectors, *old, scope=scope)
+        if seeded:
+            new += inline(graph, _next_seed, *(blocks[layout.block(layout.entries[-1], f)] for f in _SEED_FIELDS), scope=scope)
+        values = call(graph, aten.cat.default, new, scope=scope) if len(new) > 1 else new[0]
+        call(graph, WRITE, state, index, values, scope=pinned)
+
+
+def _vector(graph: fx.Graph, parts: Sequence[fx.Node], scope: dict[str, object]) -> fx.Node:
+    flat = [call(graph, aten.view.default, p, [p.meta["val"].numel()], scope=scope) for p in parts]
+    return call(graph, aten.cat.default, flat, scope=scope) if len(flat) > 1 else flat[0]
+
+
+# ---- plain PyTorch, traced into the graph
+
+
+def _statistics(x: Tensor, dims: tuple[int, ...], spec: QuantSpec) -> list[Tensor]:
+    return list(statistics(x, dims, spec.estimator.statistics_for(spec.symmetric)).values())
+
+
+def _named(spec: QuantSpec, stats: Sequence[Tensor]) -> dict[str, Tensor]:
+    return dict(zip(spec.estimator.statistics_for(spec.symmetric), stats, strict=True))
+
+
+def _first_range(spec: QuantSpec, *stats: Tensor) -> tuple[Tensor, Tensor]:
+    return spec.estimator.first_range(_named(spec, stats))
+
+
+def _first_scale(spec: QuantSpec, *stats: Tensor) -> tuple[Tensor, Tensor | None]:
+    return scale_and_zero_point(*_first_range(spec, *stats), spec)
+
+
+def _scale(spec: QuantSpec, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
+    return scale_and_zero_point(low, high, spec)
+
+
+def _stored_range(spec: QuantSpec, n_stats: int, fields: tuple[str, ...], *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    stats = _named(spec, tensors[:n_stats]) if n_stats else {}
+    return spec.estimator.range(stats, dict(zip(fields, tensors[n_stats:], strict=True)))
+
+
+def _visible(scale: Tensor, *stats: Tensor) -> Tensor:
+    """The scale, NaN where the tensor was not finite: its codes are finite whatever it held."""
+    finite = stats[0].isfinite()
+    for s in stats[1:]:
+        finite = finite & s.isfinite()
+    return torch.where(finite, scale, float("nan"))
+
+
+def _clipped(x: Tensor, dims: tuple[int, ...], *bounds: Tensor) -> Tensor:
+    low, high = bounds if len(bounds) == 2 else (None, bounds[0])
+    return clipped_share(x, dims, low, high)
+
+
+def _updated(estimator: RangeEstimator, names: tuple[str, ...], fields: tuple[str, ...], *tensors: Tensor) -> list[Tensor]:
+    """New values of every field of a group of entries; entries whose statistic is zero or not finite, or frozen, keep theirs."""
+    stats = dict(zip(names, tensors[: len(names)], strict=True))
+    old = dict(zip(fields, tensors[len(names) :], strict=True))
+    new = estimator.update(stats, old)
+    width = stats["amax"] if "amax" in stats else stats["max"] - stats["min"]
+    learns = width.isfinite() & (width > 0) & (old["frozen"] == 0)
+    new = new | {"steps": old["steps"] + 1, "clipped": stats["clipped"], "frozen": old["frozen"]}
+    return [torch.where(learns, new[f], old[f]) for f in fields]
+
+
+def _seed(low: Tensor, high: Tensor, steps: Tensor) -> Tensor:
+    """int64: the step counter above 32 bits of base, of which fp32 holds 16 bits each exactly."""
+    low, high, steps = (t.view([]).to(torch.int64) for t in (low, high, steps))
+    return low + high * 2**16 + steps * 2**32
+
+
+def _next_seed(low: Tensor, high: Tensor, steps: Tensor) -> list[Tensor]:
+    return [low, high, torch.where(steps >= 2**23, torch.zeros_like(steps), steps + 1)]  # exact in fp32, then again from 0
+

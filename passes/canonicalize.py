@@ -1,0 +1,70 @@
+"""canonicalize: one form for one thing, so that later passes see where a tensor comes from.
+
+Before                                          After
+  a = permute(permute(w, [1, 0]), [1, 0])         w
+  b = view(view(x, [8, 4, 16]), [32, 16])         b = view(x, [32, 16])
+  c = view(x, [32, 16]); d = view(x, [32, 16])    c = view(x, [32, 16])
+  e = detach(y); f = alias(y)                     y
+  t(w), transpose(w, 0, 1) of 2-D tensors         permute(w, [1, 0])
+
+Numerics  exact: only views, aliases and their order change.
+Requires  meta["val"] on every node. Ensures: no detach/alias; no permute of a permute; no view of a view; equal views of one
+          tensor are one node. Casts stay: a narrowing cast changes values.
+Skips     an alias that is a graph output of its own (AOTAutograd counts outputs by position, and it may alias an input).
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from passes.context import PassContext
+from passes.graph import ALIASES, PERMUTE, TRANSPOSES, VIEWS, aten, call, erase_unused, phase_of, replace, scope_of
+
+
+def canonicalize(graph: fx.Graph, context: PassContext | None = None) -> int:
+    """Return the number of nodes that were removed or rewritten."""
+    changes = 0
+    output = next(iter(graph.find_nodes(op="output")))
+    seen: dict[object, fx.Node] = {}
+    for node in list(graph.nodes):
+        if node.op != "call_function" or output in node.users:
+            continue
+        if node.target in ALIASES:
+            replace(node, node.args[0])
+            changes += 1
+            continue
+        if node.target in TRANSPOSES and node.meta["val"].ndim == 2:
+            dims = tuple(d % 2 for d in node.args[1:]) if node.target is aten.transpose.int else (0, 1)
+            if dims[0] != dims[1]:
+                with graph.inserting_before(node):
+                    permuted = call(graph, PERMUTE, node.args[0], [1, 0], scope=scope_of(node, phase_of(node)))
+                replace(node, permuted)
+                node = permuted
+                changes += 1
+        if node.target is PERMUTE:
+            changes += _collapse_permute(node)
+        elif node.target in VIEWS and node.args[0].op == "call_function" and node.args[0].target in VIEWS:
+            node.replace_input_with(node.args[0], node.args[0].args[0])
+            changes += 1
+        if node.op == "call_function" and (node.target is PERMUTE or node.target in VIEWS) and not node._erased:
+            key = (node.target, node.args[0], tuple(node.args[1]))
+            first = seen.setdefault(key, node)
+            if first is not node:
+                replace(node, first)
+                changes += 1
+    erase_unused(graph)
+    return changes
+
+
+def _collapse_permute(node: fx.Node) -> int:
+    """permute(permute(x, p), q) becomes permute(x, [p[i] for i in q]), or x itself."""
+    inner = node.args[0]
+    if inner.op != "call_function" or inner.target is not PERMUTE:
+        return 0
+    ndim = len(inner.args[1])
+    dims = [inner.args[1][i % ndim] % ndim for i in node.args[1]]
+    if dims == list(range(ndim)):
+        replace(node, inner.args[0])
+    else:
+        node.args = (inner.args[0], dims)
+    return 1

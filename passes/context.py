@@ -1,0 +1,154 @@
+"""What passes share beside the graph: the recipe, and what is known about the graph's inputs.
+
+A pass receives the context and may read and extend it. It holds no tensors and nothing that belongs to one module instance:
+one compiled graph serves many.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import fx
+
+from qcompile.recipe import GEMM_OPERANDS as OPERANDS
+from qcompile.recipe import Recipe
+from qcompile.specs import QuantSpec
+
+__all__ = ["Block", "Entry", "Gemm", "OPERANDS", "PassContext", "Site", "StateLayout"]
+
+
+
+@dataclass
+class Gemm:
+    """One GEMM of a site as the compiler left it. `reason` says why it stayed in high precision; None: it is an integer GEMM."""
+
+    role: str
+    node: str = ""
+    reason: str | None = None
+    shape: tuple[object, ...] = ()  # M, N, K; ints or symbolic sizes
+    specs: tuple[QuantSpec, QuantSpec] | None = None
+    kernel: str | None = None  # filled by lowering
+
+
+@dataclass
+class Site:
+    """One matmul-like operation of the user's model."""
+
+    name: str
+    op: str  # "linear" or the aten operator's name
+    module: str = ""
+    weight: str | None = None  # placeholder of the Parameter, if the weight is one
+    weight_name: str | None = None  # as Dynamo names it, relative to the compiled frame
+    gemms: dict[str, Gemm] = field(default_factory=dict)
+    weight_use: int = 0  # the how-manieth use of this weight in the graph
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Range state of one quantize: `size` elements for each of `fields`, in this order, field after field.
+
+    `owner` is the placeholder whose Parameter owns the entry at run time; None: the compiled graph itself.
+    """
+
+    owner: str | None
+    key: str
+    fields: tuple[str, ...]
+    initial: tuple[float, ...]
+    size: int
+    site: str
+    operand: str
+    aliases: tuple[str, ...] = ()
+    spec: QuantSpec | None = None
+
+    @property
+    def numel(self) -> int:
+        return len(self.fields) * self.size
+
+
+@dataclass(frozen=True)
+class Block:
+    """One field of one group of entries: `size` consecutive elements from `start` of a half's state vector."""
+
+    group: int
+    field: str
+    start: int
+    size: int
+
+
+@dataclass
+class StateLayout:
+    """The state that one half of a graph uses, in the order of its index input: group, then field, then entry.
+
+    The entries of a group have the same fields and are updated together, so a field of a group is one slice.
+    """
+
+    phase: str
+    capacity: int = 0
+    groups: list[list[Entry]] = field(default_factory=list)
+    blocks: list[Block] = field(default_factory=list)
+    _places: dict[tuple[str | None, str], tuple[int, int]] = field(default_factory=dict)  # entry -> group, offset
+
+    @property
+    def entries(self) -> list[Entry]:
+        return [e for group in self.groups for e in group]
+
+    @property
+    def numel(self) -> int:
+        return sum(b.size for b in self.blocks)
+
+    def add(self, entries: list[Entry]) -> None:
+        """Append a group of entries with equal fields."""
+        start, size = self.numel, sum(e.size for e in entries)
+        before = 0
+        for e in entries:
+            self._places[e.owner, e.key] = (len(self.groups), before)
+            before += e.size
+        for name in entries[0].fields:
+            self.blocks.append(Block(len(self.groups), name, start, size))
+            start += size
+        self.groups.append(entries)
+
+    def block(self, entry: Entry, name: str) -> Block:
+        """Where a field of the group that `entry` belongs to lies."""
+        group, _ = self._places[entry.owner, entry.key]
+        return next(b for b in self.blocks if b.group == group and b.field == name)
+
+    def offset_in(self, entry: Entry) -> int:
+        """Where `entry` lies in the blocks of its group."""
+        return self._places[entry.owner, entry.key][1]
+
+    def order(self) -> Iterator[tuple[Entry, str]]:
+        """(entry, field) in the order of the state vector."""
+        for block in self.blocks:
+            for entry in self.groups[block.group]:
+                yield entry, block.field
+
+
+@dataclass
+class PassContext:
+    """The recipe, names of the graph's inputs, and what the passes found."""
+
+    recipe: Recipe
+    strict: bool = False
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    parameters: dict[str, str] = field(default_factory=dict)  # placeholder -> Dynamo's source name, for nn.Parameter inputs
+    sites: list[Site] = field(default_factory=list)
+    layouts: dict[str, StateLayout] = field(default_factory=dict)  # phase -> layout
+    counts: dict[str, int] = field(default_factory=dict)  # step -> number of changes
+    seconds: dict[str, float] = field(default_factory=dict)  # step -> time taken
+    frame: str = ""  # what Dynamo calls the compiled frame, for reports
+
+    def site(self, name: str) -> Site:
+        return next(s for s in self.sites if s.name == name)
+
+    def gemms(self) -> Iterator[tuple[Site, Gemm]]:
+        for site in self.sites:
+            for gemm in site.gemms.values():
+                yield site, gemm
+
+
+def primals(graph: fx.Graph) -> list[fx.Node]:
+    """The graph's inputs that are not gradients, in order."""
+    return [n for n in graph.nodes if n.op == "placeholder" and "tangents" not in str(n.target)]

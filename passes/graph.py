@@ -1,0 +1,195 @@
+"""Helpers that every pass uses: names instead of positions, inlined snippets, metadata.
+
+Nothing here knows about recipes. A node made by a pass must carry `meta["val"]` (a fake tensor) and the metadata that the
+partitioner reads (`partitioner_tag`, `recompute`, ...): make nodes through `call` and `inline`, which take care of both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_leaves
+
+from qcompile import ops
+
+aten = torch.ops.aten
+prims = torch.ops.prims
+
+RANGE, SEED = ops.range_, ops.seed_
+QUANTIZE, DEQUANTIZE = ops.quantize, ops.dequantize
+SCALED_MM, TRANSPOSE = ops.scaled_mm, ops.transpose_codes
+READ, WRITE, SELECT = ops.read_state, ops.write_state_, ops.select_range
+
+PERMUTE = aten.permute.default
+CAST = prims.convert_element_type.default
+CASTS = (CAST, aten._to_copy.default)
+VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+ALIASES = (aten.detach.default, aten.alias.default)
+TRANSPOSES = (aten.t.default, aten.transpose.int)
+
+# What a user's activation checkpointing and the partitioner need to know of a node that stands in for part of a user's operation.
+_SCOPE_KEYS = ("nn_module_stack", "fwd_nn_module_stack", "seq_nr", "stack_trace", "custom", "recompute", "ac_graph_id")
+
+FORWARD, BACKWARD = "forward", "backward"
+
+
+def args_by_name(node: fx.Node) -> dict[str, Any]:
+    """The node's arguments by the names of its operator's schema, defaults included."""
+    given = dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False)) | node.kwargs
+    return {
+        a.name: given.get(a.name, a.default_value if a.has_default_value() else None)
+        for a in node.target._schema.arguments
+    }
+
+
+def fake_mode(graph: fx.Graph) -> FakeTensorMode:
+    """The fake mode of the graph's values; every graph that AOTAutograd makes has one."""
+    for node in graph.nodes:
+        for leaf in tree_leaves(node.meta.get("val")):
+            mode = getattr(leaf, "fake_mode", None)
+            if mode is not None:
+                return mode
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+def phase_of(node: fx.Node) -> str:
+    """Which half of the joint graph a node belongs to. An inference graph has no tags: all of it is forward."""
+    tag = node.meta.get("partitioner_tag", "")
+    if node.op == "placeholder" and "tangents" in str(node.target):
+        return BACKWARD
+    return BACKWARD if tag in ("is_backward", "must_be_in_backward") else FORWARD
+
+
+def is_joint(graph: fx.Graph) -> bool:
+    """Whether the graph has a backward half (a placeholder for a gradient)."""
+    return any(n.op == "placeholder" and "tangents" in str(n.target) for n in graph.nodes)
+
+
+def scope_of(node: fx.Node, phase: str) -> dict[str, Any]:
+    """Metadata for nodes that act on behalf of `node`: its module, its checkpointing region, the half it runs in."""
+    scope = {k: node.meta[k] for k in _SCOPE_KEYS if k in node.meta}
+    if "partitioner_tag" in node.meta:
+        scope["partitioner_tag"] = f"is_{phase}"
+    return scope
+
+
+def call(graph: fx.Graph, target: Any, *args: Any, scope: dict[str, Any], name: str | None = None, **kwargs: Any) -> fx.Node:
+    """Append `target(*args, **kwargs)` at the graph's insertion point, with its fake value and `scope` as metadata."""
+    node = graph.create_node("call_function", target, args, kwargs, name=name)
+    value = _run_fake(graph, target, args, kwargs)
+    node.meta.update(scope)
+    node.meta["val"] = value
+    if isinstance(value, torch.Tensor):
+        node.meta["tensor_meta"] = fx.passes.shape_prop._extract_tensor_metadata(value)
+    return node
+
+
+def _run_fake(graph: fx.Graph, target: Any, args: Any, kwargs: Any) -> Any:
+    def value(a: Any) -> Any:
+        return a.meta["val"] if isinstance(a, fx.Node) else a
+
+    args, kwargs = fx.node.map_aggregate(args, value), fx.node.map_aggregate(kwargs, value)
+    mode = next((m for m in (getattr(v, "fake_mode", None) for v in tree_leaves((args, kwargs))) if m is not None), None)
+    with mode or fake_mode(graph):
+        return target(*args, **kwargs)
+
+
+_SNIPPETS: dict[Any, fx.GraphModule] = {}
+
+
+def inline(
+    graph: fx.Graph,
+    fn: Callable[..., Any],
+    *args: Any,
+    scope: dict[str, Any],
+    key: Any = None,
+    rename: str | None = None,
+) -> Any:
+    """Trace `fn` on the arguments' fake values and copy the trace into the graph at its insertion point.
+
+    `fn` is plain PyTorch; nodes among `args` are its tensors, everything else is constant. Operators that Inductor expects to
+    have been decomposed by now (`clamp` and the like) are decomposed. Returns `fn`'s result with nodes for tensors. With a
+    `key`, the trace is reused for arguments of the same shapes and dtypes (static shapes only).
+    """
+    nodes = [a for a in args if isinstance(a, fx.Node)]
+    values = [n.meta["val"] for n in nodes]
+
+    def on_tensors(*tensors: torch.Tensor) -> Any:
+        it = iter(tensors)
+        return fn(*(next(it) if isinstance(a, fx.Node) else a for a in args))
+
+    cache_key = None
+    if key is not None and all(isinstance(v, torch.Tensor) and not v._has_symbolic_sizes_strides for v in values):
+        constants = tuple(a for a in args if not isinstance(a, fx.Node))
+        layout = tuple((tuple(v.shape), v.dtype, tuple(v.stride()), str(v.device)) for v in values)
+        cache_key = (key, constants, layout)
+    traced = _SNIPPETS.get(cache_key) if cache_key is not None else None
+    if traced is None:
+        mode = next((v.fake_mode for v in values if hasattr(v, "fake_mode")), None) or fake_mode(graph)
+        with mode, torch.no_grad():
+            traced = make_fx(on_tensors, decomposition_table=_decompositions(), _allow_non_fake_inputs=True)(*values)
+        traced.graph.eliminate_dead_code()
+        if cache_key is not None:
+            if len(_SNIPPETS) > 4096:  # shapes come and go in a long-lived process
+                _SNIPPETS.clear()
+            _SNIPPETS[cache_key] = traced
+
+    env: dict[fx.Node, Any] = dict(zip(traced.graph.find_nodes(op="placeholder"), nodes, strict=True))
+    for n in traced.graph.nodes:
+        if n.op in ("placeholder", "output"):
+            continue
+        if n.op == "get_attr":
+            raise TypeError(f"{fn} closes over a tensor: pass it as an argument")
+        new_args, new_kwargs = fx.node.map_arg((n.args, n.kwargs), env.__getitem__)
+        env[n] = call(graph, n.target, *new_args, scope=scope, **new_kwargs)
+    result = next(iter(traced.graph.find_nodes(op="output"))).args[0]
+    result = fx.node.map_arg(result, env.__getitem__)
+    if rename and isinstance(result, fx.Node) and result not in nodes:
+        result._rename(rename)
+    return result
+
+
+def _decompositions() -> dict[Any, Any]:
+    from torch._inductor.decomposition import select_decomp_table
+
+    return select_decomp_table()
+
+
+def replace(node: fx.Node, by: fx.Node) -> None:
+    """Let every user of `node` read `by`, and erase `node`."""
+    node.replace_all_uses_with(by)
+    node.graph.erase_node(node)
+
+
+@contextlib.contextmanager
+def after(graph: fx.Graph, node: fx.Node) -> Iterator[None]:
+    """Insert directly after `node`; after a placeholder: before the first operation of the graph."""
+    if node.op == "placeholder":
+        first = next(n for n in graph.nodes if n.op != "placeholder")
+        with graph.inserting_before(first):
+            yield
+        return
+    with graph.inserting_before(node.next):
+        yield
+
+
+def erase_unused(graph: fx.Graph) -> int:
+    """Dead-code elimination that never removes a write of range state or anything else with a side effect."""
+    erased = 0
+    for node in reversed(list(graph.nodes)):
+        if node.op == "call_function" and not node.users and not has_effect(node):
+            graph.erase_node(node)
+            erased += 1
+    return erased
+
+
+def has_effect(node: fx.Node) -> bool:
+    """Whether removing the node would change more than its value."""
+    schema = getattr(node.target, "_schema", None)
+    return (schema is not None and schema.is_mutable) or node.is_impure()

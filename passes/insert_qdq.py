@@ -1,0 +1,153 @@
+"""insert_qdq: range, quantize and dequantize in front of every operand that the recipe quantizes.
+
+Before                                          After
+  mm(view(x), permute(w))                         s, _ = range(view(x), dims=[1])
+                                                  q = quantize(view(x), s)
+                                                  a = dequantize(q, s)                    # and likewise for w:
+                                                  b = dequantize(permute(q_w), permute(s_w))
+                                                  mm(a, b)
+
+The quantize sits directly behind the tensor that it reads, so a quantize of a forward tensor runs in the forward half even if
+only a backward GEMM reads the codes; transposes move behind it, casts are skipped.
+
+Numerics  changes numbers: this is the quantization. Everything after this pass keeps its numbers.
+Requires  meta["qtrain_gemm"] from find_sites. Ensures: both operands of a chosen GEMM are `dequantize` nodes in the GEMM's dtype;
+          a GEMM that stays in high precision reads what it read before, and its reason is recorded.
+"""
+
+from __future__ import annotations
+
+import json
+import operator
+import zlib
+from dataclasses import dataclass
+
+from torch import fx
+
+from passes.context import OPERANDS, Gemm, PassContext, Site
+from passes.find_sites import GemmNode, matrices
+from passes.graph import (
+    BACKWARD,
+    DEQUANTIZE,
+    FORWARD,
+    PERMUTE,
+    QUANTIZE,
+    RANGE,
+    SEED,
+    after,
+    aten,
+    call,
+    phase_of,
+    scope_of,
+)
+from passes.operands import Operand, resolve_operand
+from qcompile.specs import PerBlock, PerChannel, PerRow, PerTensor, QuantSpec
+
+__all__ = ["RangeUse", "insert_qdq"]
+
+
+@dataclass(frozen=True)
+class RangeUse:
+    """Which operand of which GEMM a `range` node serves (`meta["qtrain_range"]`)."""
+
+    site: str
+    operand: str
+    gemm: str
+    spec: QuantSpec
+    aliases: tuple[tuple[str, str, str], ...] = ()  # (site, operand, gemm) of the uses that share it
+
+
+def insert_qdq(graph: fx.Graph, context: PassContext) -> int:
+    """Return the number of operands quantized."""
+    inserted = 0
+    for node in [n for n in graph.nodes if "qtrain_gemm" in n.meta]:
+        where: GemmNode = node.meta["qtrain_gemm"]
+        site = context.site(where.site)
+        gemm = site.gemms[where.role]
+        specs = _specs(site, gemm, context)
+        if specs is None:
+            continue
+        plans = []
+        for side, (matrix, name) in enumerate(zip(matrices(node), where.operands, strict=True)):
+            operand = resolve_operand(matrix)
+            contracted = (1 if side == 0 else 0) ^ operand.transposed
+            dims = _scale_dims(specs[name], contracted, name)
+            if isinstance(dims, str):
+                gemm.reason = dims
+                break
+            plans.append((matrix, operand, name, dims))
+        else:
+            for matrix, operand, name, dims in plans:
+                _set_matrix(node, matrix, _quantize(graph, node, operand, name, specs[name], dims, where))
+                inserted += 1
+            gemm.specs = tuple(specs[name] for name in OPERANDS[where.role])  # type: ignore[assignment]
+    return inserted
+
+
+def _specs(site: Site, gemm: Gemm, context: PassContext) -> dict[str, QuantSpec] | None:
+    """The operand specs of a GEMM, or None with the reason recorded."""
+    resolved = context.recipe.resolve(site.name)
+    pair = resolved.gemm(gemm.role)
+    if pair is None:
+        gemm.reason = resolved.reason(gemm.role)
+        return None
+    return dict(zip(OPERANDS[gemm.role], pair, strict=True))
+
+
+def _scale_dims(spec: QuantSpec, contracted: int, operand: str) -> list[int] | str:
+    """The axes of the 2-D operand that share a scale, or why the granularity cannot be had."""
+    match spec.granularity:
+        case PerTensor():
+            return [0, 1]
+        case PerRow():
+            return [contracted]
+        case PerChannel(axis=axis) if axis % 2 != contracted:
+            return [contracted]
+        case PerChannel(axis=axis):
+            return f"{operand}: PerChannel({axis}) puts a scale on the contracted axis; use PerRow()"
+        case PerBlock():
+            return f"{operand}: PerBlock has no integer kernel yet; use PerRow() or PerTensor()"
+        case other:
+            return f"{operand}: no integer kernel for granularity {other}"
+
+
+def _quantize(
+    graph: fx.Graph, gemm: fx.Node, operand: Operand, name: str, spec: QuantSpec, dims: list[int], where: GemmNode
+) -> fx.Node:
+    source = operand.source
+    phase = BACKWARD if phase_of(source) == BACKWARD else FORWARD
+    scope = scope_of(gemm, phase)
+    if phase_of(gemm) != phase:  # a forward tensor quantized for a backward GEMM: not part of a checkpointed region's replay
+        scope.pop("recompute", None)
+        scope.pop("ac_graph_id", None)
+    label = f"{where.site}.{name}"
+    with after(graph, source):
+        matrix = source
+        if operand.view is not None:
+            matrix = call(graph, aten.view.default, source, list(operand.view), scope=scope)
+        ranges = call(graph, RANGE, matrix, dims, json.dumps(spec.to_dict(), sort_keys=True), label, scope=scope)
+        ranges.meta["qtrain_range"] = RangeUse(where.site, name, where.role, spec)
+        scale = call(graph, operator.getitem, ranges, 0, scope=scope)
+        zero = None if spec.symmetric else call(graph, operator.getitem, ranges, 1, scope=scope)
+        seed = call(graph, SEED, matrix, scope=scope) if spec.rounding == "stochastic" else None
+        salt = zlib.crc32(label.encode()) if seed is not None else 0
+        codes = call(graph, QUANTIZE, matrix, scale, zero, spec.bits, seed, salt, scope=scope)
+    scope = scope_of(gemm, phase_of(gemm))
+    with graph.inserting_before(gemm):
+        if operand.transposed:
+            codes, scale, zero = (_transposed(graph, n, scope) for n in (codes, scale, zero))
+        dtype = matrices(gemm)[0].meta["val"].dtype
+        return call(graph, DEQUANTIZE, codes, scale, zero, dtype, scope=scope)
+
+
+def _set_matrix(gemm: fx.Node, old: fx.Node, new: fx.Node) -> None:
+    """Replace a matrix of a GEMM, and only that: the bias of an addmm may be the same node."""
+    first = len(gemm.args) - 2
+    position = next(i for i in range(first, len(gemm.args)) if gemm.args[i] is old)
+    gemm.update_arg(position, new)
+
+
+def _transposed(graph: fx.Graph, node: fx.Node | None, scope: dict[str, object]) -> fx.Node | None:
+    if node is None or node.meta["val"].ndim != 2:  # one scale for all: nothing to transpose
+        return node
+    return call(graph, PERMUTE, node, [1, 0], scope=scope)

@@ -1,0 +1,73 @@
+"""Where an operand of a GEMM comes from.
+
+A linear layer reaches `mm` through views, a transpose, and under autocast a cast. The quantize belongs in front of all of
+these: at the tensor itself, read in its own dtype (codes come from the source, not from its bf16 copy), laid out as the 2-D
+matrix that the GEMM sees, not transposed. Then equal sources are recognised, and a weight reached by two chains of permutes is
+quantized once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+
+from passes.graph import ALIASES, CASTS, PERMUTE, VIEWS
+
+__all__ = ["Operand", "resolve_operand"]
+
+
+@dataclass(frozen=True)
+class Operand:
+    """`operand = permute?(cast?(view?(source)))`, where `source` is the node to quantize, seen as a 2-D matrix of `shape`.
+
+    source      the tensor before views and casts
+    view        the 2-D shape to view it in, or None where it has that shape
+    transposed  whether the GEMM reads the matrix transposed
+    """
+
+    source: fx.Node
+    view: tuple[object, ...] | None
+    transposed: bool
+
+    @property
+    def identity(self) -> tuple[fx.Node, tuple[str, ...] | None]:
+        """Equal for operands that are the same matrix (transposed or not)."""
+        return self.source, None if self.view is None else tuple(str(s) for s in self.view)
+
+
+def resolve_operand(node: fx.Node) -> Operand:
+    """Walk from a GEMM's 2-D operand up to the tensor it is made of."""
+    transposed = False
+    view: tuple[object, ...] | None = None
+    while node.op == "call_function":
+        source = node.args[0]
+        if node.target is PERMUTE and node.meta["val"].ndim == 2 and view is None and list(node.args[1]) == [1, 0]:
+            transposed = not transposed
+        elif node.target in VIEWS:
+            # The first view met is the GEMM's matrix; views below it only fold the same elements otherwise.
+            view = view if view is not None else tuple(node.args[1])
+            if source.meta["val"].ndim == 2 and _same_shape(source.meta["val"].shape, node.meta["val"].shape):
+                view = None
+        elif not (node.target in ALIASES or (node.target in CASTS and _is_widening_or_autocast(source, node))):
+            break
+        node = source
+    if view is not None and node.meta["val"].ndim == 2 and _same_shape(node.meta["val"].shape, view):
+        view = None
+    return Operand(node, view, transposed)
+
+
+def _is_widening_or_autocast(source: fx.Node, cast: fx.Node) -> bool:
+    """A cast between floating dtypes; layout or device changes (`_to_copy` has more arguments) are left alone."""
+    only_dtype = set(cast.kwargs) <= {"dtype"}
+    value = source.meta["val"]
+    return only_dtype and value.is_floating_point() and cast.meta["val"].is_floating_point() and value.dtype in _READABLE
+
+
+_READABLE = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _same_shape(a: object, b: object) -> bool:
+    a, b = tuple(a), tuple(b)
+    return len(a) == len(b) and all(str(x) == str(y) for x, y in zip(a, b, strict=True))

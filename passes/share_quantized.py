@@ -1,0 +1,57 @@
+"""share_quantized: one quantize for one (tensor, resolved spec).
+
+Before                                          After
+  s1, _ = range(x, ...); q1 = quantize(x, s1)     s1, _ = range(x, ...); q1 = quantize(x, s1)
+  s2, _ = range(x, ...); q2 = quantize(x, s2)     (users of q2 and s2 read q1 and s1)
+
+Query, key and value share the codes of their input; a per-tensor operand is quantized once for all its GEMMs, forward and
+backward; tied weights are quantized once. The first in graph order stays and names the range; the others become its aliases.
+
+Numerics  exact: the shared nodes are equal.
+Requires  the form that insert_qdq leaves. Ensures: no two `range` nodes with the same tensor, axes and spec; where a forward
+          and a backward use are merged, the quantize runs in the forward half.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import replace as replace_fields
+
+from torch import fx
+
+from passes.context import PassContext
+from passes.graph import PERMUTE, QUANTIZE, RANGE, SEED, VIEWS, replace
+
+
+def share_quantized(graph: fx.Graph, context: PassContext | None = None) -> int:
+    """Return the number of nodes that were merged into an equal one."""
+    merged = 0
+    seen: dict[object, fx.Node] = {}
+    mergeable = {RANGE, SEED, QUANTIZE, PERMUTE, operator.getitem, *VIEWS}
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target not in mergeable:
+            continue
+        source = node.args[0]
+        ours = node.target in (RANGE, SEED, QUANTIZE) or source.target in (RANGE, QUANTIZE) or node.target in VIEWS
+        if not ours and source.target is not operator.getitem:
+            continue
+        key = _key(node)
+        first = seen.setdefault(key, node)
+        if first is node:
+            continue
+        if node.target is RANGE:
+            use, more = first.meta["qtrain_range"], node.meta["qtrain_range"]
+            first.meta["qtrain_range"] = replace_fields(use, aliases=(*use.aliases, (more.site, more.operand, more.gemm)))
+        replace(node, first)
+        merged += 1
+    return merged
+
+
+def _key(node: fx.Node) -> object:
+    args = node.args
+    if node.target is RANGE:  # the last argument is a label
+        args = args[:-1]
+    elif node.target is QUANTIZE:  # the last argument, the salt, follows from the label: equal seeds make equal draws
+        args = args[:-1]
+    return node.target, tuple(str(a) if isinstance(a, list) else a for a in args)
+

@@ -1,0 +1,42 @@
+"""verify: what must hold between passes, or an error that names the pass and the node.
+
+Numerics  exact: nothing is changed.
+Ensures   the graph is well-formed; every operation has a fake value; no write of range state was lost or moved to the other half.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from torch import fx
+
+from passes.graph import WRITE, aten, phase_of
+from qcompile.errors import GraphError
+
+__all__ = ["count_writes", "verify"]
+
+
+def verify(graph: fx.Graph, *, after: str, writes: Counter[str] | None = None) -> None:
+    """Check the invariants; `writes` is the count before the pass that may have lost one (None: do not compare)."""
+    try:
+        graph.lint()
+    except Exception as error:
+        raise GraphError(f"after {after}: the graph is malformed: {error}") from error
+    for node in graph.nodes:
+        if node.op == "call_function" and "val" not in node.meta:
+            raise GraphError(f"after {after}: {node.format_node()} has no meta['val']; set it when the node is made")
+    if writes is not None:
+        now = count_writes(graph)
+        for phase, count in writes.items():
+            if now[phase] < count:
+                raise GraphError(
+                    f"after {after}: {count - now[phase]} write(s) of {phase} range state disappeared; "
+                    "a pass must not eliminate operators with a mutable schema"
+                )
+
+
+def count_writes(graph: fx.Graph) -> Counter[str]:
+    """Writes of range state in each half."""
+    return Counter(
+        phase_of(n) for n in graph.nodes if n.op == "call_function" and n.target in (WRITE, aten.index_put_.default)
+    )

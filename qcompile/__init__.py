@@ -1,0 +1,48 @@
+"""qtrain: train PyTorch models with INT8 and INT4 matrix multiplications, forward and backward.
+
+    model = torch.compile(model, backend="qtrain", options={"recipe": "int8_in_hindsight"})
+
+The string works without importing this package. Importing it gives recipes, range state and inspection. Names are loaded when
+they are first used: importing a recipe must not import a compiler.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qcompile.backend import compiled_graphs, qtrain
+    from qcompile.errors import GraphError, KernelError, QtrainWarning, RecipeError, StateError, UnsupportedError
+    from qcompile.estimators import InHindsight, MinMax, RangeEstimator, register_estimator
+    from qcompile.inspect import capture, explain, saved_bytes
+    from qcompile.recipe import Recipe
+    from qcompile.recipes import get_recipe, list_recipes, register_recipe
+    from qcompile.specs import SAME, GemmSpec, PerBlock, PerChannel, PerRow, PerTensor, QuantSpec
+    from qcompile.state import RangeState, range_state
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "qcompile.backend": ("compiled_graphs", "qtrain"),
+    "qcompile.errors": ("GraphError", "KernelError", "QtrainWarning", "RecipeError", "StateError", "UnsupportedError"),
+    "qcompile.estimators": ("InHindsight", "MinMax", "RangeEstimator", "register_estimator"),
+    "qcompile.inspect": ("capture", "explain", "saved_bytes"),
+    "qcompile.recipe": ("Recipe",),
+    "qcompile.recipes": ("get_recipe", "list_recipes", "register_recipe"),
+    "qcompile.specs": ("SAME", "GemmSpec", "PerBlock", "PerChannel", "PerRow", "PerTensor", "QuantSpec"),
+    "qcompile.state": ("RangeState", "range_state"),
+}
+_WHERE = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = [*_WHERE, "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module 'qcompile' has no attribute {name!r}")
+    return getattr(importlib.import_module(_WHERE[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

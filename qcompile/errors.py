@@ -1,0 +1,38 @@
+"""Errors and warnings of qtrain.
+
+Each says what was given, what is allowed and what to do. `ValueError`s are the caller's to mend; `GraphError` is a broken
+invariant of our own (a defect to report).
+"""
+
+__all__ = [
+    "GraphError",
+    "KernelError",
+    "QtrainWarning",
+    "RecipeError",
+    "StateError",
+    "UnsupportedError",
+]
+
+
+class RecipeError(ValueError):
+    """A recipe, spec or estimator was given a field or a value that it does not allow."""
+
+
+class StateError(ValueError):
+    """Range state that does not fit the model, or is not range state at all."""
+
+
+class UnsupportedError(RuntimeError):
+    """Something the recipe asks for cannot run on an integer kernel here (raised under `strict=True`)."""
+
+
+class KernelError(RuntimeError):
+    """An integer kernel was called with operands that it does not take, or is missing on this device."""
+
+
+class GraphError(RuntimeError):
+    """An invariant of the compiled graph does not hold; names the pass and the node. A defect of qtrain or of a user's pass."""
+
+
+class QtrainWarning(UserWarning):
+    """Something works, but not as asked: a site kept in high precision, a pattern without a match, a missing kernel."""

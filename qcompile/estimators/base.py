@@ -1,0 +1,196 @@
+"""What a range estimator is, and how a range becomes a scale.
+
+A range estimator turns statistics of the present tensor, and the memory of past ones, into a range (low,
+high) in units of the tensor. It only says *formulas*: the compiler computes the statistics, keeps the memory
+and decides when to update it. A statistic that is zero or not finite never reaches the memory, so estimators
+need no guard of their own.
+
+Every method is plain tensor arithmetic, elementwise in the elements of the state. The compiler may therefore
+put the entries of many operands into one vector, and trace the methods into a graph: no Python branch on a
+tensor's value.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+from qcompile._named import named_from_dict, named_to_dict
+from qcompile.errors import RecipeError
+
+Stats = Mapping[str, Tensor]
+"""Statistics of the present tensor, fp32, in its units: "amax", "min", "max"; in `update` also "clipped", the
+share (0..1) of elements that lay outside the range used. Shape: the granularity's, or broadcasts to it."""
+
+State = Mapping[str, Tensor]
+"""The estimator's own fields, fp32, each in the shape of the granularity, and "steps", the number of updates
+so far, which has that shape or broadcasts to it."""
+
+
+@dataclass(frozen=True)
+class RangeEstimator:
+    """Base of all range estimators.
+
+    A subclass is a frozen dataclass with a `name`; its fields are parameters that recipe files may set:
+
+        @register_estimator
+        @dataclass(frozen=True)
+        class MaxSoFar(RangeEstimator):
+            name = "max_so_far"
+
+            def state_fields(self, symmetric):
+                return {"amax": 0.0}
+
+            def range(self, stats, state):
+                amax = torch.maximum(stats["amax"], state["amax"])
+                return -amax, amax
+
+            def update(self, stats, state):
+                return {"amax": torch.maximum(stats["amax"], state["amax"])}
+    """
+
+    name: ClassVar[str] = ""
+    """How recipe files call the class."""
+
+    @property
+    def static(self) -> bool:
+        """Whether the range comes from past tensors alone: no reduction stands in front of the quantize."""
+        return False
+
+    def statistics_for(self, symmetric: bool) -> tuple[str, ...]:
+        """Names of the statistics that the methods read ("clipped" is always given to `update`)."""
+        return ("amax",) if symmetric else ("min", "max")
+
+    def state_fields(self, symmetric: bool) -> dict[str, float]:
+        """Field name -> value before the first update. No field: the estimator has no memory."""
+        return {}
+
+    def first_range(self, stats: Stats) -> tuple[Tensor, Tensor]:
+        """(low, high) of the present tensor itself: what the compiler uses as long as `steps` is 0."""
+        if "amax" in stats:
+            return -stats["amax"], stats["amax"]
+        return stats["min"], stats["max"]
+
+    def range(self, stats: Stats, state: State) -> tuple[Tensor, Tensor]:
+        """(low, high) to quantize the present tensor with; a static estimator gets no statistics, {}."""
+        raise NotImplementedError(f"{type(self).__name__}.range: say which range to use")
+
+    def update(self, stats: Stats, state: State) -> dict[str, Tensor]:
+        """New values of the fields, from the statistics of the tensor that was just quantized."""
+        return {}
+
+    def to_dict(self) -> dict[str, Any]:
+        """`{"name": ..., parameter: value}`; `from_dict` reads it."""
+        return named_to_dict(self)
+
+    @staticmethod
+    def from_dict(data: object, where: str = "estimator") -> RangeEstimator:
+        """The registered estimator that a table (or a bare name) describes.
+
+        Errors: `RecipeError` for an unknown name, an unknown or missing parameter, or a value that it
+        refuses.
+        """
+        unknown = "Make a class of your own known with @register_estimator before the recipe is read."
+        return named_from_dict(data, _REGISTRY, where, unknown)
+
+
+_REGISTRY: dict[str, type[RangeEstimator]] = {}
+
+E = TypeVar("E", bound=type[RangeEstimator])
+
+
+def register_estimator(cls: E) -> E:
+    """Class decorator: recipes may use the class, and recipe files find it by `name`.
+
+    A class may be registered again under its own module and qualified name (a notebook cell that is run
+    twice). Errors: `RecipeError` if it is no frozen dataclass, has no name, or the name belongs to another
+    class.
+    """
+    where = f"register_estimator({getattr(cls, '__name__', cls)})"
+    if not (isinstance(cls, type) and issubclass(cls, RangeEstimator)):
+        raise RecipeError(f"{where}: not a subclass of RangeEstimator.")
+    # Looked up in the class itself: an undecorated subclass inherits its parent's dataclass machinery,
+    # without its own fields.
+    parameters = cls.__dict__.get("__dataclass_params__")
+    if parameters is None or not parameters.frozen:
+        raise RecipeError(
+            f"{where}: recipes are compared and hashed; put @dataclass(frozen=True) below the decorator."
+        )
+    name = cls.__dict__.get("name")
+    if not isinstance(name, str) or not name:
+        raise RecipeError(
+            f"{where}: name is {name!r}; give the class a name of its own, as in name = 'my_estimator'."
+        )
+    known = _REGISTRY.get(name)
+    if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
+        raise RecipeError(
+            f"{where}: the name {name!r} belongs to {known.__module__}.{known.__qualname__}; choose another."
+        )
+    _REGISTRY[name] = cls
+    return cls
+
+
+def check_estimator(field: str, value: object) -> None:
+    """Refuse what is no instance of a registered estimator."""
+    if isinstance(value, RangeEstimator) and _REGISTRY.get(value.name) is type(value):
+        try:
+            hash(value)
+        except TypeError:
+            raise RecipeError(
+                f"{field}: {value!r} is not hashable; give it tuples and numbers, no lists or dicts."
+            ) from None
+        return
+    known = ", ".join(cls.__name__ for cls in _REGISTRY.values())
+    if isinstance(value, RangeEstimator):
+        todo = f"Put @register_estimator on {type(value).__name__}, or recipe files could not name it."
+    elif isinstance(value, type) and issubclass(value, RangeEstimator):
+        todo = f"That is the class: write {value.__name__}(...)."
+    else:
+        todo = "An estimator of your own derives from RangeEstimator."
+    allowed = f"an instance of {known}, or of a class registered beside them"
+    raise RecipeError(f"{field}: got {value!r}; allowed: {allowed}. {todo}")
+
+
+class IntegerFormat(Protocol):
+    """What a range is fitted to; `QuantSpec` is one."""
+
+    @property
+    def qmin(self) -> int: ...
+    @property
+    def qmax(self) -> int: ...
+    @property
+    def symmetric(self) -> bool: ...
+
+
+# Smallest normal fp32: its reciprocal is finite, so an all-zero tensor gets codes 0 and not 0 * Inf.
+SMALLEST_SCALE = torch.finfo(torch.float32).tiny
+
+
+def scale_and_zero_point(low: Tensor, high: Tensor, spec: IntegerFormat) -> tuple[Tensor, Tensor | None]:
+    """Range -> (scale fp32, zero_point int32 or None), elementwise: hp ~= scale * (code - zero_point).
+
+    symmetric     scale = max(|low|, |high|) / qmax, no zero point (None)
+    asymmetric    low <= 0 <= high is forced, so that zero has a code of its own;
+                  scale = (high - low) / (qmax - qmin);
+                  zero_point = clamp(round_half_even(qmin - low / scale), qmin, qmax).
+                  This is the usual unsigned form, S = (high - low) / (2**b - 1) and Z = round(-low / S) in
+                  0..2**b - 1, moved down by 2**(b-1) to signed codes.
+
+    low, high     in units of the tensor, any float dtype, equal shapes. A NaN or Inf in either makes the
+                  scale non-finite (a non-finite tensor must not look finite after quantization); then the
+                  zero point means nothing.
+
+    The floor `SMALLEST_SCALE` is our choice.
+    """
+    low, high = low.to(torch.float32), high.to(torch.float32)
+    if spec.symmetric:
+        amax = torch.maximum(low.abs(), high.abs())
+        return (amax / spec.qmax).clamp_min(SMALLEST_SCALE), None
+    low, high = low.clamp_max(0.0), high.clamp_min(0.0)
+    scale = ((high - low) / (spec.qmax - spec.qmin)).clamp_min(SMALLEST_SCALE)
+    zero_point = (spec.qmin - low / scale).round().clamp(spec.qmin, spec.qmax)
+    return scale, zero_point.nan_to_num(nan=0.0).to(torch.int32)  # NaN to int would be undefined

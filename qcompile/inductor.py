@@ -1,0 +1,147 @@
+"""The one place where Inductor's and AOTAutograd's private entry points are used. Checked on torch 2.11 and 2.13.
+
+    compile_with_inductor   runs `compile_fx` with our pipeline before Inductor's joint passes, our partitioner at the cut, and a
+                            function of ours around the compilation of each half
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import fx
+from torch._functorch import config as functorch_config
+from torch._inductor import config as inductor_config
+from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn
+from torch._inductor.decomposition import select_decomp_table
+
+from passes.partition import min_cut_partition
+from passes.restore_decompositions import KEPT_WHOLE
+
+__all__ = ["compile_plain", "compile_with_inductor", "mode_options", "output_strides"]
+
+InnerCompile = Callable[..., Callable[..., Any]]
+
+
+class _JointPass(CustomGraphPass):
+    """The pipeline as Inductor's `joint_custom_pre_pass`, after whatever the user has set there."""
+
+    def __init__(self, run: Callable[[fx.Graph], object], identity: str, before: Any) -> None:
+        self.run, self.identity, self.before = run, identity, before
+
+    def __call__(self, graph: fx.Graph) -> None:
+        for user_pass in _as_list(self.before):
+            user_pass(graph)
+        self.run(graph)
+
+    def uuid(self) -> Any:
+        before = [_uuid(p) for p in _as_list(self.before)]
+        return None if None in before else (self.identity, *before)
+
+
+class _Partition(CustomPartitionerFn):
+    """Our partitioner, or the user's own with our operators made known to it."""
+
+    def __init__(self, identity: str, own: Any) -> None:
+        self.identity, self.own = identity, own
+
+    def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Any:
+        # A budget of 0 saves inputs only, without a min-cut, and then the scales that must be saved are lost.
+        budget = functorch_config.activation_memory_budget
+        positive = functorch_config.patch(activation_memory_budget=1e-6) if budget == 0 else contextlib.nullcontext()
+        with positive:
+            if self.own is not None:
+                return min_cut_partition(gm, joint_inputs, partitioner=self.own, **kwargs)
+            return min_cut_partition(gm, joint_inputs, **kwargs)
+
+    def uuid(self) -> Any:
+        own = None if self.own is None else self.own.uuid()
+        return (self.identity, own)
+
+
+def _as_list(passes: Any) -> list[Any]:
+    if passes is None:
+        return []
+    return list(passes) if isinstance(passes, list | tuple) else [passes]
+
+
+def _uuid(graph_pass: Any) -> Any:
+    return graph_pass.uuid() if isinstance(graph_pass, CustomGraphPass) else None
+
+
+def compile_plain(gm: fx.GraphModule, example_inputs: Sequence[Any], config: dict[str, Any]) -> Callable[..., Any]:
+    """Inductor itself: no pass runs and no input is added."""
+    return compile_fx(gm, example_inputs, config_patches=config)
+
+
+def compile_with_inductor(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    joint_pass: Callable[[fx.Graph], object],
+    identity: str,
+    inner: Callable[[InnerCompile, fx.GraphModule, list[Any], dict[str, Any]], Callable[..., Any]],
+    config: dict[str, Any],
+) -> Callable[..., Any]:
+    """Compile a Dynamo graph.
+
+    joint_pass  edits the joint graph (or the inference graph) in place
+    identity    what the passes and the recipe are: part of Inductor's cache key
+    inner       (inductor's inner compile, half, its example inputs, keyword arguments) -> the function that runs the half
+    config      Inductor options of the user's
+    """
+
+    def inner_compile(half: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
+        return inner(compile_fx_inner, half, list(inputs), kwargs)
+
+    users_pass = config.get("joint_custom_pre_pass", inductor_config.joint_custom_pre_pass)
+    users_partitioner = config.get("custom_partitioner_fn", inductor_config.custom_partitioner_fn)
+    patches = {
+        **config,
+        "joint_custom_pre_pass": _JointPass(joint_pass, identity, users_pass),
+        "custom_partitioner_fn": _Partition(identity, users_partitioner),
+    }
+    table = {op: fn for op, fn in select_decomp_table().items() if op not in KEPT_WHOLE}
+    # AOTAutograd's cache would skip the joint pass and our wrapper, and cannot store the wrapper: off for this compile only.
+    with functorch_config.patch(enable_autograd_cache=False):
+        return compile_fx(gm, example_inputs, inner_compile=inner_compile, config_patches=patches, decompositions=table)
+
+
+def mode_options(mode: str | None) -> dict[str, Any]:
+    """Inductor's options for a mode of torch.compile ("default", "reduce-overhead", "max-autotune", ...).
+
+    Errors: `ValueError` for an unknown mode.
+    """
+    if mode is None:
+        return {}
+    from torch._inductor import list_mode_options
+
+    known = list_mode_options()
+    if mode not in known:
+        raise ValueError(f"mode: got {mode!r}; allowed: {', '.join(sorted(known))}")
+    return dict(known[mode])
+
+
+def output_strides(compiled: Any) -> list[tuple[int, ...] | None] | None:
+    """The strides in which a compiled half returns its outputs, or None where they are not known (symbolic sizes).
+
+    The backward half is compiled for exactly these.
+    """
+    strides = getattr(compiled, "output_strides", None)
+    if strides is None:
+        return None
+    known: list[tuple[int, ...] | None] = []
+    for item in strides:
+        try:
+            known.append(None if item is None else tuple(int(s) for s in item))
+        except (TypeError, ValueError):
+            known.append(None)
+    return known
+
+
+def is_fake(value: object) -> bool:
+    """Whether a value is a tensor without storage."""
+    return isinstance(value, torch._subclasses.fake_tensor.FakeTensor)

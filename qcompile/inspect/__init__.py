@@ -1,0 +1,1 @@
+"""Looking inside: what a compiled step does, saves and remembers."""

@@ -1,0 +1,47 @@
+"""Kernels by device, and a record of which ones ran.
+
+A quantized path that silently falls back to floating point still gives close results. So every kernel notes
+its launch, and a test or a report can ask for the list:
+
+    with record_launches() as launches:
+        model(x).sum().backward()
+    assert [launch.kernel for launch in launches] == ["onednn"] * 3
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+__all__ = ["Launch", "note_launch", "record_launches"]
+
+
+class Launch(NamedTuple):
+    """One integer GEMM: the kernel's name, M rows, N columns, K summed."""
+
+    kernel: str
+    m: int
+    n: int
+    k: int
+
+
+# Not thread-local: autograd runs the backward's kernels in threads of its own.
+_recordings: list[list[Launch]] = []
+
+
+def note_launch(kernel: str, m: int, n: int, k: int) -> None:
+    """Called by a kernel's launcher; costs next to nothing when nobody records."""
+    for recording in _recordings:
+        recording.append(Launch(kernel, m, n, k))
+
+
+@contextmanager
+def record_launches() -> Iterator[list[Launch]]:
+    """The integer GEMMs launched by any thread of this process inside the block, in order."""
+    recording: list[Launch] = []
+    _recordings.append(recording)
+    try:
+        yield recording
+    finally:
+        _recordings[:] = [other for other in _recordings if other is not recording]

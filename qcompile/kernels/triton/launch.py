@@ -1,0 +1,119 @@
+"""Can the Triton kernels run here, and what every launch has in common.
+
+Triton is imported nowhere at the top of this file: it may be missing.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import os
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "EXACT",
+    "TESTED_TRITON",
+    "device_guard",
+    "family",
+    "interpreting",
+    "is_available",
+    "unavailable_reasons",
+    "version_reason",
+]
+
+TESTED_TRITON = ((3, 6), (3, 7))
+"""Versions of Triton whose compiled code was checked: 3.6 belongs to torch 2.11, 3.7 to torch 2.12 and 2.13. Not "or newer":
+3.9 compiles the INT8 GEMM for compute capability 8.x with hundreds of byte permutations and spilled registers."""
+
+EXACT = {"enable_fp_fusion": False}
+"""Options of every launch. A multiplication and an addition stay two roundings, as in the references; with fusion (Triton's
+default up to 3.9) `x * inv + draw` would be one, and codes would differ at ties."""
+
+MINIMUM_CAPABILITY = {"quantize": (7, 5), "scaled_mm": (8, 0)}
+"""Compute capability from which Triton compiles a kernel. On 7.5 its int8 dot fails: there is no path to Turing's tensor cores."""
+
+FAMILIES = {(8, 0): "sm_80", (8, 6): "sm_86", (8, 7): "sm_86", (8, 9): "sm_89", (9, 0): "sm_90"}
+"""Compute capability -> the name that the tables of `tuning` use. 8.7 has the instructions of 8.6 and more shared memory."""
+
+
+def interpreting() -> bool:
+    """Kernels run in Triton's interpreter, on CPU tensors (`TRITON_INTERPRET=1`, set before Triton is first imported)."""
+    return os.environ.get("TRITON_INTERPRET", "0").strip().lower() in ("1", "true", "on", "yes", "y")
+
+
+@functools.cache
+def _triton_version() -> str | None:
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        pass
+    try:
+        import triton  # a build without metadata of that name, such as pytorch-triton-rocm
+    except ImportError:
+        return None
+    return triton.__version__
+
+
+def version_reason(version: str | None) -> str | None:
+    """Why this version of Triton (None: not installed) is not used, or None."""
+    tested = ", ".join(f"{major}.{minor}" for major, minor in TESTED_TRITON)
+    if version is None:
+        return f"Triton is not installed (tested: {tested})"
+    parts = version.split(".")
+    if len(parts) < 2 or not (parts[0].isdigit() and parts[1].isdigit()):
+        return f"Triton's version {version!r} is not understood (tested: {tested})"
+    if (int(parts[0]), int(parts[1])) not in TESTED_TRITON:
+        return f"Triton {version} is untested (tested: {tested}); install the one that this torch {torch.__version__} pairs with"
+    return None
+
+
+def unavailable_reasons(
+    device: torch.device | str, kernel: str = "scaled_mm", *, capability: tuple[int, int] | None = None
+) -> tuple[str, ...]:
+    """Why a Triton kernel ("quantize", "amax", "transpose" or "scaled_mm") cannot run on `device`; empty if it can.
+
+    `capability` is (major, minor) of a CUDA device, read from the device if not given. The CPU counts only under the interpreter.
+    """
+    device = torch.device(device)
+    reasons = [reason] if (reason := version_reason(_triton_version())) else []
+    if device.type == "cpu":
+        if not interpreting():
+            reasons.append("Triton runs on CPU tensors only in its interpreter (TRITON_INTERPRET=1, for tests)")
+    elif device.type != "cuda":
+        reasons.append(f"device {device} is not a CUDA or ROCm GPU")
+    elif torch.version.hip is None:
+        capability = capability or torch.cuda.get_device_capability(device)
+        needed = MINIMUM_CAPABILITY["scaled_mm" if kernel == "scaled_mm" else "quantize"]
+        if capability < needed:
+            reasons.append(
+                f"{kernel} in Triton needs compute capability {needed[0]}.{needed[1]}, {device} has "
+                f"{capability[0]}.{capability[1]}"
+            )
+    return tuple(reasons)
+
+
+def is_available(device: torch.device | str, kernel: str = "scaled_mm") -> bool:
+    """The Triton kernel can run on `device`."""
+    return not unavailable_reasons(device, kernel)
+
+
+@functools.cache
+def family(device: torch.device) -> str:
+    """The name under which `tuning` has `device`: "sm_80", "gfx942", ...; unknown hardware gets a relative that fits."""
+    if device.type != "cuda":
+        return "interpreter"
+    if torch.version.hip is not None:
+        return torch.cuda.get_device_properties(device).gcnArchName.split(":")[0]
+    capability = torch.cuda.get_device_capability(device)
+    if capability in FAMILIES:
+        return FAMILIES[capability]
+    # 100 KB of shared memory everywhere from 8.6 on, so the 8.9 rows fit; datacenter parts have 228 KB.
+    return "sm_90" if capability in ((10, 0), (10, 3)) else "sm_89"
+
+
+def device_guard(tensor: Tensor) -> AbstractContextManager[object]:
+    """Triton launches on the *current* device: make it the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

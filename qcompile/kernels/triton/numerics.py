@@ -1,0 +1,84 @@
+"""What the kernels share: the draw, rounding, and values shared along axes of a matrix."""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qcompile.errors import KernelError
+
+__all__ = ["MAGIC", "Layout", "draw", "draw_key", "layout_of", "load_shared", "mix32"]
+
+
+class Layout(IntEnum):
+    """How a scale, zero point or bias lies over an [M, N] matrix."""
+
+    TENSOR = 0  # one value
+    ROW = 1  # [M, 1]
+    COLUMN = 2  # [1, N]
+    FULL = 3  # [M, N]
+
+
+TENSOR = tl.constexpr(int(Layout.TENSOR))
+ROW = tl.constexpr(int(Layout.ROW))
+COLUMN = tl.constexpr(int(Layout.COLUMN))
+FULL = tl.constexpr(int(Layout.FULL))
+
+MAGIC = tl.constexpr(12582912.0)
+"""1.5 * 2**23. Adding it rounds |y| < 2**22 to the nearest integer, ties to even, and leaves that integer, modulo 256, in the low
+byte of the sum's bit pattern (the constant's own low byte is 0): no conversion instruction, and no libdevice."""
+
+
+def layout_of(op: str, name: str, values: Tensor, m: int, n: int, *allowed: Layout) -> Layout:
+    """The layout of `values` (0-d, or sizes 1 where shared; 1-D is a row of columns) over [m, n].
+
+    Errors: `KernelError` if the shape does not broadcast to [m, n], or has a layout that is not in `allowed`.
+    """
+    shapes = {Layout.TENSOR: (1, 1), Layout.ROW: (m, 1), Layout.COLUMN: (1, n), Layout.FULL: (m, n)}
+    shape = (1, 1, *values.shape)[-2:] if values.ndim <= 2 else tuple(values.shape)
+    for layout in allowed:
+        if shape == shapes[layout]:
+            return layout
+    raise KernelError(
+        f"{op}: {name} has shape {list(values.shape)}; allowed: {', '.join(str(list(shapes[a])) for a in allowed)}, or 0-d. "
+        f"Keep the reduced axes (keepdim=True)."
+    )
+
+
+@triton.jit
+def mix32(h):
+    """uint32 -> uint32, the finaliser of `qcompile.ops.random`."""
+    h = h ^ (h >> 16)
+    h = h * 0x7FEB352D
+    h = h ^ (h >> 15)
+    h = h * 0x846CA68B
+    return h ^ (h >> 16)
+
+
+@triton.jit
+def draw_key(seed, salt):
+    """int64 seed and int32 salt, scalars -> uint32."""
+    low = seed.to(tl.uint32)
+    high = (seed >> 32).to(tl.uint32)
+    return mix32(low ^ mix32(high ^ mix32(salt.to(tl.uint32))))
+
+
+@triton.jit
+def draw(key, element):
+    """uint32 key and linear indices (uint32: modulo 2**32 is enough) -> fp32 in [-1/2, 1/2). Every operation is exact."""
+    r = mix32(element * 0x9E3779B1 + key)
+    return (r >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08 - 0.5  # 2**-24
+
+
+@triton.jit
+def load_shared(ptr, LAYOUT: tl.constexpr, rm, rn, M, N, other):
+    """Values of layout TENSOR, ROW or COLUMN, in a shape that broadcasts to the tile of rows rm and columns rn; `other` outside."""
+    if LAYOUT == TENSOR:
+        return tl.load(ptr)
+    elif LAYOUT == ROW:
+        return tl.load(ptr + rm, mask=rm < M, other=other)[:, None]
+    else:
+        return tl.load(ptr + rn, mask=rn < N, other=other)[None, :]

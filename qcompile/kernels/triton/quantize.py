@@ -1,0 +1,259 @@
+"""Quantize with a known scale: one read of x, up to two orientations of codes and two statistics. M rows, N columns.
+
+    inv        = float32(1) / scale                                        rounded once, IEEE
+    v          = float32(x) * inv                   (+ u, with a seed)     u: the draw of `qcompile.ops.random`
+    codes      = clamp(round_half_even(v) + zero_point, qmin, qmax)
+    codes_t    = codes.t()
+    amax       = max |x|                            not finite if any x is not
+    saturated  = how many x with round_half_even(x * inv) + zero_point outside [qmin, qmax]
+
+An int8 tensor core wants both operands with the summed axis contiguous, so `grad_weight` needs X^T and G^T, `grad_input` W^T: the
+transposed copy costs one byte a value here, and four more (read 1, write 1, read 2) if something else makes it. The
+statistics are those that an estimator wants for the next step; taken here, they cost no read.
+
+Where the bits come from: `inv` is `div_rn` in the kernel (plain `/` is approximate on a GPU; a reciprocal made on the host would
+be one more launch). The clamp comes *before* the rounding: its bounds are integers, so the result is the same, and the value stays
+in the range in which `MAGIC` rounds. `amax` is the maximum of bit patterns: those of non-negative floats are ordered
+like the floats, with infinity and then NaN on top, and an integer atomic is the same in any order.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qcompile.errors import KernelError
+from qcompile.kernels.triton import tuning
+from qcompile.kernels.triton.launch import EXACT, device_guard
+from qcompile.kernels.triton.numerics import MAGIC, Layout, draw, draw_key, layout_of, load_shared
+
+__all__ = ["Quantized", "quantize", "quantize_kernel", "quantize_reference"]
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class Quantized(NamedTuple):
+    """What was asked for, and None for what was not."""
+
+    codes: Tensor | None  # int8 [M, N], contiguous
+    codes_t: Tensor | None  # int8 [N, M], contiguous
+    amax: Tensor | None  # fp32, 0-d, in units of x
+    saturated: Tensor | None  # int64, 0-d
+
+
+# --- Reference ----------------------------------------------------------------------------------------------------------------
+
+
+def _mix32_reference(h: Tensor) -> Tensor:
+    mask = 0xFFFFFFFF
+    h = h ^ (h >> 16)
+    h = (h * 0x7FEB352D) & mask
+    h = h ^ (h >> 15)
+    h = (h * (0x846CA68B - 2**32)) & mask  # the same modulo 2**32, and no product leaves int64
+    return h ^ (h >> 16)
+
+
+def _draws_reference(seed: Tensor, salt: int, m: int, n: int) -> Tensor:
+    mask = 0xFFFFFFFF
+    key = _mix32_reference(torch.tensor(salt & mask))
+    key = _mix32_reference(((seed.cpu() >> 32) & mask) ^ key)
+    key = _mix32_reference((seed.cpu() & mask) ^ key)
+    r = _mix32_reference((torch.arange(m * n) * (0x9E3779B1 - 2**32) + key) & mask)
+    return ((r >> 8).float() * 2.0**-24 - 0.5).reshape(m, n)
+
+
+def quantize_reference(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None = None, *, bits: int = 8, seed: Tensor | None = None, salt: int = 0
+) -> Quantized:
+    """Plain torch, every output. The codes of NaNs are unspecified."""
+    qmax = 2 ** (bits - 1) - 1
+    qmin = -qmax if zero_point is None else -qmax - 1
+    zero = 0 if zero_point is None else zero_point.float()
+    v = x.float() * (1.0 / scale)
+    unclamped = v.round() + zero
+    noisy = v if seed is None else v + _draws_reference(seed, salt, *x.shape).to(x.device)
+    codes = (noisy.round() + zero).clamp(qmin, qmax).to(torch.int8)
+    magnitudes = x.float().abs().flatten()
+    return Quantized(
+        codes=codes,
+        codes_t=codes.t().contiguous(),
+        amax=torch.cat([magnitudes, magnitudes.new_zeros(1)]).max(),  # torch's max keeps NaN
+        saturated=((unclamped < qmin) | (unclamped > qmax)).sum(),
+    )
+
+
+# --- Kernel -------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["salt"])
+def quantize_kernel(
+    x_ptr,  # [M, N], any strides; fast with stride_xn == 1
+    scale_ptr,
+    zero_ptr,  # int32 or None
+    q_ptr,  # int8 [M, N] or None
+    qt_ptr,  # int8 [N, M] or None
+    amax_ptr,  # int32 bit pattern of an fp32, or None
+    saturated_ptr,  # int64 or None
+    seed_ptr,  # int64 or None
+    salt,
+    M,
+    N,
+    stride_xm,
+    stride_xn,
+    stride_q,
+    stride_qt,
+    QMIN: tl.constexpr,
+    QMAX: tl.constexpr,
+    SCALE: tl.constexpr,  # Layout
+    ZERO: tl.constexpr,  # Layout
+    TRANSPOSED: tl.constexpr,  # x is the caller's x.t(): a draw counts elements in the caller's row-major order
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """One program a tile; neighbours along N run next to each other."""
+    pid = tl.program_id(0)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    rm = (pid // tiles_n) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rn = (pid % tiles_n) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = (rm < M)[:, None] & (rn < N)[None, :]
+    # Offsets are 64-bit: a tensor may have more than 2**31 elements.
+    row, column = rm.to(tl.int64), rn.to(tl.int64)
+    x = tl.load(x_ptr + row[:, None] * stride_xm + column[None, :] * stride_xn, mask=mask, other=0.0).to(tl.float32)
+
+    if amax_ptr is not None:
+        pattern = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        tl.atomic_max(amax_ptr, tl.max(tl.max(pattern, axis=1), axis=0), sem="relaxed")
+
+    v = x * tl.div_rn(1.0, load_shared(scale_ptr, SCALE, rm, rn, M, N, 1.0))
+    if zero_ptr is None:
+        low, high = QMIN * 1.0, QMAX * 1.0
+    else:
+        zero = load_shared(zero_ptr, ZERO, rm, rn, M, N, 0)
+        low, high = (QMIN - zero).to(tl.float32), (QMAX - zero).to(tl.float32)
+    if saturated_ptr is not None:
+        nearest = (v + MAGIC) - MAGIC  # beyond 2**22 no longer an integer, but still far outside; NaN is not counted
+        outside = ((nearest < low) | (nearest > high)) & mask
+        tl.atomic_add(saturated_ptr, tl.sum(tl.sum(outside.to(tl.int32), axis=1), axis=0).to(tl.int64), sem="relaxed")
+    if seed_ptr is not None:
+        key = draw_key(tl.load(seed_ptr), salt)
+        element = row[:, None] + (column * M)[None, :] if TRANSPOSED else (row * N)[:, None] + column[None, :]
+        v = v + draw(key, element.to(tl.uint32))
+    code = (tl.minimum(tl.maximum(v, low), high) + MAGIC).to(tl.int32, bitcast=True)
+    if zero_ptr is not None:
+        code = code + zero
+    q = code.to(tl.int8)  # the low byte
+
+    if q_ptr is not None:
+        tl.store(q_ptr + row[:, None] * stride_q + column[None, :], q, mask=mask)
+    if qt_ptr is not None:
+        mask_t = (rn < N)[:, None] & (rm < M)[None, :]
+        tl.store(qt_ptr + column[:, None] * stride_qt + row[None, :], tl.trans(q), mask=mask_t)
+
+
+# --- Launcher -----------------------------------------------------------------------------------------------------------------
+
+
+def quantize(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    *,
+    bits: int = 8,
+    seed: Tensor | None = None,
+    salt: int = 0,
+    codes: bool = True,
+    codes_t: bool = False,
+    amax: bool = False,
+    saturated: bool = False,
+) -> Quantized:
+    """x (fp32, bf16, fp16) [M, N], any strides -> the outputs that are asked for.
+
+        scale       fp32, real value per code: 0-d, [1, 1], [M, 1] or [1, N]
+        zero_point  int32 of such a shape, each |zero point| < 2**21, or None: symmetric codes
+        bits        2 to 8
+        seed, salt  int64 0-d on x's device and an int: stochastic rounding; seed None: to nearest, ties to even
+
+    Errors: `KernelError`; `ValueError` for bits.
+    """
+    _check(x, scale, zero_point, bits, seed)
+    if x.stride(0) == 1 and x.stride(1) != 1:
+        # Column-major: x.t() reads with unit stride, and the two outputs change places. Only draws see the difference.
+        zero_t = None if zero_point is None else _transpose(zero_point)
+        outputs = _launch(x.t(), _transpose(scale), zero_t, bits, seed, salt, codes_t, codes, amax, saturated, transposed=True)
+        return outputs._replace(codes=outputs.codes_t, codes_t=outputs.codes)
+    return _launch(x, scale, zero_point, bits, seed, salt, codes, codes_t, amax, saturated, transposed=False)
+
+
+def _transpose(shared: Tensor) -> Tensor:
+    return shared.t() if shared.ndim == 2 else shared
+
+
+def _check(x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, seed: Tensor | None) -> None:
+    if x.ndim != 2 or x.dtype not in FLOATS:
+        raise KernelError(
+            f"quantize: x is {x.dtype} of shape {list(x.shape)}; allowed: a matrix of {', '.join(map(str, FLOATS))}. "
+            f"Flatten the leading axes."
+        )
+    if scale.dtype is not torch.float32 or (zero_point is not None and zero_point.dtype is not torch.int32):
+        raise KernelError(
+            f"quantize: scale is {scale.dtype}, zero_point {getattr(zero_point, 'dtype', None)}; allowed: float32, int32 or None."
+        )
+    if not 2 <= bits <= 8:
+        raise ValueError(f"quantize: bits is {bits}; allowed: 2 to 8 (a code is one int8).")
+    if seed is not None and (seed.dtype is not torch.int64 or seed.ndim != 0):
+        raise KernelError(f"quantize: seed is {seed.dtype} of shape {list(seed.shape)}; allowed: int64, 0-d, or None (nearest).")
+    for name, tensor in (("scale", scale), ("zero_point", zero_point), ("seed", seed)):
+        if tensor is not None and tensor.device != x.device:
+            raise KernelError(f"quantize: {name} is on {tensor.device} and x on {x.device}; move it.")
+
+
+def _launch(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, seed: Tensor | None, salt: int,
+    codes: bool, codes_t: bool, amax: bool, saturated: bool, *, transposed: bool,
+) -> Quantized:
+    m, n = x.shape
+    shared = (Layout.TENSOR, Layout.ROW, Layout.COLUMN)
+    scale_layout = layout_of("quantize", "scale", scale, m, n, *shared)
+    zero_layout = Layout.TENSOR if zero_point is None else layout_of("quantize", "zero_point", zero_point, m, n, *shared)
+    outputs = Quantized(
+        codes=x.new_empty((m, n), dtype=torch.int8) if codes else None,
+        codes_t=x.new_empty((n, m), dtype=torch.int8) if codes_t else None,
+        amax=x.new_zeros((), dtype=torch.float32) if amax else None,
+        saturated=x.new_zeros((), dtype=torch.int64) if saturated else None,
+    )
+    if m == 0 or n == 0:
+        return outputs
+    config = tuning.tile_config(m, n)
+    qmax = 2 ** (bits - 1) - 1
+    with device_guard(x):
+        quantize_kernel[(triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)](
+            x,
+            scale.contiguous(),
+            None if zero_point is None else zero_point.contiguous(),
+            outputs.codes,
+            outputs.codes_t,
+            None if outputs.amax is None else outputs.amax.view(torch.int32),
+            outputs.saturated,
+            seed,
+            (salt & 0xFFFFFFFF ^ 0x80000000) - 0x80000000,  # as a signed 32-bit integer
+            m,
+            n,
+            x.stride(0),
+            x.stride(1),
+            n,
+            m,
+            QMIN=-qmax if zero_point is None else -qmax - 1,
+            QMAX=qmax,
+            SCALE=int(scale_layout),
+            ZERO=int(zero_layout),
+            TRANSPOSED=transposed,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            num_warps=config.num_warps,
+            **EXACT,
+        )
+    return outputs

@@ -1,0 +1,160 @@
+"""Launch configurations: a table for each kind of hardware, and a choice by problem size.
+
+Row 0 of a table is what runs without tuning. The rows are what others measured as winners for INT8 x INT8 on this hardware (gemlite's
+tables, Inductor's and torchao's lists), less what does not fit; the order, and the first row for sm_90, are derived from compiled
+code (docs/kernels.md) and wait for a measurement. `block_k` is in bytes too: a code is one.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import NamedTuple
+
+__all__ = [
+    "MATMUL",
+    "SHARED_MEMORY",
+    "SMALL_M",
+    "MatmulConfig",
+    "TileConfig",
+    "bucket",
+    "candidates",
+    "choose",
+    "forget",
+    "tile_config",
+]
+
+
+class MatmulConfig(NamedTuple):
+    """One launch of `scaled_mm_kernel`: tile sizes, loads in flight, warps, rows of tiles that share columns (L2 reuse)."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    stages: int
+    warps: int
+    group_m: int = 8
+
+
+class TileConfig(NamedTuple):
+    """One launch of an elementwise kernel over a matrix."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+
+
+MATMUL: dict[str, tuple[MatmulConfig, ...]] = {
+    "sm_80": (
+        MatmulConfig(128, 128, 64, 4, 4),
+        MatmulConfig(128, 256, 64, 4, 8),
+        MatmulConfig(256, 128, 64, 4, 8),
+        MatmulConfig(64, 128, 128, 3, 4),
+    ),
+    "sm_86": (
+        MatmulConfig(128, 128, 64, 4, 4),
+        MatmulConfig(64, 128, 64, 4, 4),
+        MatmulConfig(128, 64, 64, 4, 4),
+    ),
+    "sm_89": (
+        MatmulConfig(128, 128, 64, 4, 4),
+        MatmulConfig(256, 64, 64, 4, 4),
+        MatmulConfig(128, 256, 64, 3, 8),
+        MatmulConfig(256, 128, 64, 3, 8),
+    ),
+    # Triton drains the tensor cores after every int8 wgmma. 98,304 bytes put two blocks on a multiprocessor, one computing while
+    # the other waits; a fourth stage would leave one.
+    "sm_90": (
+        MatmulConfig(128, 128, 128, 3, 8),
+        MatmulConfig(128, 256, 128, 4, 8),
+        MatmulConfig(128, 128, 128, 5, 8),
+        MatmulConfig(256, 128, 128, 3, 8),
+    ),
+    "gfx942": (
+        MatmulConfig(128, 128, 128, 2, 8),
+        MatmulConfig(128, 128, 64, 2, 4),
+        MatmulConfig(256, 128, 64, 2, 8),
+    ),
+    # Few, middling tiles: the interpreter pays by the program.
+    "interpreter": (MatmulConfig(64, 64, 64, 1, 1),),
+}
+"""Hardware family (`launch.family`) -> configurations for M > 64."""
+
+SMALL_M: tuple[tuple[int, MatmulConfig], ...] = (
+    (16, MatmulConfig(16, 64, 128, 4, 4)),
+    (32, MatmulConfig(32, 64, 128, 4, 4)),
+    (64, MatmulConfig(64, 64, 128, 4, 4)),
+)
+"""(largest M, configuration): narrow tiles for many blocks. Bound by reading B, so one row serves every family."""
+
+SHARED_MEMORY = {"sm_80": 166_912, "sm_86": 101_376, "sm_89": 101_376, "sm_90": 232_448, "gfx942": 65_536}
+"""Bytes that one block may use (CUDA C++ programming guide, "compute capabilities": 163, 99, 99 and 227 KB; CDNA3: 64 KB)."""
+
+_FALLBACK = {"gfx": "gfx942"}
+
+
+def _table(family: str) -> tuple[MatmulConfig, ...]:
+    return MATMUL.get(family) or MATMUL[_FALLBACK.get(family[:3], "sm_86")]
+
+
+def _next_power_of_2(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def bucket(m: int, n: int, k: int) -> tuple[int, int, int]:
+    """The key of a tuned choice. M, the tokens, is rounded up to a power of two, so that a nearby batch size is not tuned again;
+    N and K are a layer's widths."""
+    return _next_power_of_2(m), n, k
+
+
+def candidates(family: str, m: int) -> tuple[MatmulConfig, ...]:
+    """Configurations worth measuring for M rows, the default first."""
+    if family == "interpreter":
+        return MATMUL[family]
+    table = _table(family)
+    for limit, config in SMALL_M:
+        if m <= limit:
+            if family.startswith("gfx"):
+                config = config._replace(stages=2)  # 64 KB of shared memory
+            return (config, table[0])
+    return table
+
+
+_chosen: dict[tuple[str, tuple[int, int, int]], MatmulConfig] = {}
+_lock = threading.Lock()  # backward runs in autograd's threads
+
+
+def choose(
+    family: str, m: int, n: int, k: int, measure: Callable[[MatmulConfig], float] | None = None
+) -> MatmulConfig:
+    """The configuration for a problem: a tuned one if its bucket has been tuned, else the default.
+
+    With `measure` (configuration -> time, any unit, smaller is better; `inf` for one that does not run) an untuned bucket is tuned,
+    once in this process.
+    """
+    key = (family, bucket(m, n, k))
+    if (known := _chosen.get(key)) is not None:
+        return known
+    configs = candidates(family, m)
+    if measure is None:
+        return configs[0]
+    with _lock:
+        if key not in _chosen:
+            _chosen[key] = min(configs, key=measure)  # the first of equals: the default
+        return _chosen[key]
+
+
+def forget() -> None:
+    """Forget what was tuned."""
+    with _lock:
+        _chosen.clear()
+
+
+def tile_config(m: int, n: int) -> TileConfig:
+    """Tiles of 16,384 values, 64 to a thread: square where the matrix is (both orientations are then stored in runs of 128 bytes),
+    long where it is thin."""
+    if m <= 16:
+        return TileConfig(16, 1024, 8)
+    if n <= 16:
+        return TileConfig(1024, 16, 8)
+    return TileConfig(128, 128, 8)

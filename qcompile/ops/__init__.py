@@ -1,0 +1,30 @@
+"""The operators of the namespace `qtrain::`. Importing this package registers them.
+
+One operator (or closely tied pair) a file, in the order formula, reference, operator. A reference is plain
+aten and says what the operator means; kernels agree with it bit for bit wherever integers come out.
+"""
+
+from qcompile.ops.quantize import code_range, dequantize, dequantize_reference, quantize, quantize_reference
+from qcompile.ops.random import draw_key, uniform_draws
+from qcompile.ops.range_state import range_, read_state, seed_, select_range, write_state_
+from qcompile.ops.scaled_mm import scaled_mm, scaled_mm_reference
+from qcompile.ops.transpose import transpose_codes, transpose_codes_reference
+
+__all__ = [
+    "code_range",
+    "dequantize",
+    "dequantize_reference",
+    "draw_key",
+    "quantize",
+    "quantize_reference",
+    "range_",
+    "read_state",
+    "scaled_mm",
+    "scaled_mm_reference",
+    "seed_",
+    "select_range",
+    "transpose_codes",
+    "transpose_codes_reference",
+    "uniform_draws",
+    "write_state_",
+]

@@ -1,0 +1,31 @@
+"""The `qtrain::` operator library: one call defines an operator with its implementation and its fake."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+NAMESPACE = "qtrain"
+LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+
+def define(
+    schema: str,
+    implementation: Callable[..., Any],
+    *,
+    fake: Callable[..., Any],
+    tags: tuple[torch.Tag, ...] = (),
+    dispatch_key: str = "CompositeExplicitAutograd",
+) -> torch._ops.OpOverload:
+    """Define `qtrain::<schema>` and return its default overload.
+
+    `Library.define` and `impl`, not `custom_op`: generated code calls these operators hundreds of times a step, and the
+    wrapper that `custom_op` adds costs more than a small operator itself.
+    """
+    LIBRARY.define(schema, tags=tags)
+    name = schema.split("(", 1)[0]
+    LIBRARY.impl(name, implementation, dispatch_key)
+    torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
+    return getattr(torch.ops.qtrain, name).default

@@ -1,0 +1,229 @@
+"""How one operand is quantized: bits, granularity, range estimator, rounding.
+
+Every class is a frozen value, complete and checked when it is made. What no kernel can run yet (fewer bits,
+PerBlock) is a legal value all the same: the compiler reports it for the site and the device at hand.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, ClassVar, Final, Literal
+
+from qcompile._checks import check_instance, check_int, check_keys, refuse
+from qcompile._named import named_from_dict, named_to_dict
+from qcompile.errors import RecipeError
+from qcompile.estimators.base import RangeEstimator, check_estimator
+from qcompile.estimators.min_max import MinMax
+
+__all__ = [
+    "SAME",
+    "GemmSpec",
+    "Granularity",
+    "PerBlock",
+    "PerChannel",
+    "PerRow",
+    "PerTensor",
+    "QuantSpec",
+    "Same",
+]
+
+
+class Same(Enum):
+    """Type of `SAME`. An Enum: one object through copies and pickles, and type checkers narrow on it."""
+
+    SAME = "same"
+
+    def __repr__(self) -> str:
+        return "SAME"
+
+    __str__ = __repr__
+
+
+SAME: Final = Same.SAME
+"""In a GEMM's place: use the operands' own specs. In a `GemmSpec`: use this operand's own spec."""
+
+
+@dataclass(frozen=True)
+class Granularity:
+    """Which elements of an operand share a scale."""
+
+    name: ClassVar[str] = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """`{"name": "per_channel", "axis": 0}`."""
+        return named_to_dict(self)
+
+    @staticmethod
+    def from_dict(data: object, where: str = "granularity") -> Granularity:
+        """Read what `to_dict` wrote, or a bare name. Errors: `RecipeError`."""
+        return named_from_dict(data, _GRANULARITIES, where)
+
+
+@dataclass(frozen=True)
+class PerTensor(Granularity):
+    """One scale. The only granularity whose codes every GEMM of the operand can share."""
+
+    name: ClassVar[str] = "per_tensor"
+
+
+@dataclass(frozen=True)
+class PerRow(Granularity):
+    """One scale per index of the axis that the GEMM at hand does *not* sum over.
+
+    So an operand of two GEMMs may be quantized twice: `input` per token for `output`, per feature for
+    `grad_weight`.
+    """
+
+    name: ClassVar[str] = "per_row"
+
+
+@dataclass(frozen=True)
+class PerChannel(Granularity):
+    """One scale per index of `axis`, whatever the GEMM.
+
+    A linear's operands are matrices: input [M, K], weight [N, K], grad_output [M, N].
+    """
+
+    axis: int
+
+    name: ClassVar[str] = "per_channel"
+
+    def __post_init__(self) -> None:
+        check_int("PerChannel.axis", self.axis, "an int")
+
+
+@dataclass(frozen=True)
+class PerBlock(Granularity):
+    """One scale per block of `rows` x `cols` elements of the operand; blocks may cut the contracted axis."""
+
+    rows: int
+    cols: int
+
+    name: ClassVar[str] = "per_block"
+
+    def __post_init__(self) -> None:
+        check_int("PerBlock.rows", self.rows, "an int from 1", low=1)
+        check_int("PerBlock.cols", self.cols, "an int from 1", low=1)
+
+
+_GRANULARITIES: dict[str, type[Granularity]] = {
+    cls.name: cls for cls in (PerTensor, PerRow, PerChannel, PerBlock)
+}
+
+ROUNDINGS = ("nearest", "stochastic")
+
+
+@dataclass(frozen=True, kw_only=True)
+class QuantSpec:
+    """Integer format of one operand.
+
+    bits         2..8 bits a code.
+    granularity  which elements share a scale.
+    estimator    what says the range.
+    rounding     "nearest" (ties to even) or "stochastic" (unbiased: up with the probability of the
+                 remainder).
+    symmetric    True: zero point 0, and the code -2**(bits-1) is not used. False: the range need not be
+                 centred on 0.
+    """
+
+    bits: int = 8
+    granularity: Granularity = PerTensor()
+    estimator: RangeEstimator = MinMax()
+    rounding: Literal["nearest", "stochastic"] = "nearest"
+    symmetric: bool = True
+
+    def __post_init__(self) -> None:
+        check_int("QuantSpec.bits", self.bits, "an int from 2 to 8", low=2, high=8)
+        granularities = "PerTensor(), PerRow(), PerChannel(axis), PerBlock(rows, cols)"
+        check_instance("QuantSpec.granularity", self.granularity, Granularity, granularities)
+        check_estimator("QuantSpec.estimator", self.estimator)
+        if self.rounding not in ROUNDINGS:
+            refuse("QuantSpec.rounding", self.rounding, " or ".join(map(repr, ROUNDINGS)))
+        if not isinstance(self.symmetric, bool):
+            refuse("QuantSpec.symmetric", self.symmetric, "True or False")
+
+    @property
+    def qmax(self) -> int:
+        """Largest code."""
+        return 2 ** (self.bits - 1) - 1
+
+    @property
+    def qmin(self) -> int:
+        """Smallest code."""
+        return -self.qmax if self.symmetric else -(2 ** (self.bits - 1))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only; `from_dict` reads it."""
+        return {
+            "bits": self.bits,
+            "granularity": self.granularity.to_dict(),
+            "estimator": self.estimator.to_dict(),
+            "rounding": self.rounding,
+            "symmetric": self.symmetric,
+        }
+
+    @classmethod
+    def from_dict(cls, data: object, where: str = "QuantSpec") -> QuantSpec:
+        """Read what `to_dict` wrote; keys that are left out keep their defaults. Errors: `RecipeError`."""
+        values = dict(check_keys(where, data, ("bits", "granularity", "estimator", "rounding", "symmetric")))
+        if "granularity" in values:
+            values["granularity"] = Granularity.from_dict(values["granularity"], f"{where}.granularity")
+        if "estimator" in values:
+            values["estimator"] = RangeEstimator.from_dict(values["estimator"], f"{where}.estimator")
+        try:
+            return cls(**values)
+        except RecipeError as error:
+            raise RecipeError(f"{where}: {error}") from None
+
+    def __str__(self) -> str:
+        kind = f"int{self.bits}" if self.symmetric else f"int{self.bits} asymmetric"
+        return f"{kind} {self.granularity!r}, {self.estimator!r}, {self.rounding}"
+
+
+OPERANDS = ("input", "weight", "grad_output")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GemmSpec:
+    """Specs of its own for one GEMM.
+
+    Each operand: `SAME` (the recipe's spec), a `QuantSpec`, or None (hp, and so is the GEMM).
+    """
+
+    input: QuantSpec | Same | None = SAME
+    weight: QuantSpec | Same | None = SAME
+    grad_output: QuantSpec | Same | None = SAME
+
+    def __post_init__(self) -> None:
+        for operand in OPERANDS:
+            value = getattr(self, operand)
+            if value is not None and value is not SAME:
+                check_instance(f"GemmSpec.{operand}", value, QuantSpec, "a QuantSpec, SAME, or None (hp)")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The operands that are not `SAME`; None is hp."""
+        values = {operand: getattr(self, operand) for operand in OPERANDS}
+        return {key: value and value.to_dict() for key, value in values.items() if value is not SAME}
+
+    @classmethod
+    def from_dict(cls, data: object, where: str = "GemmSpec") -> GemmSpec:
+        """Read what `to_dict` wrote; also "same" and "hp" (None) for an operand. Errors: `RecipeError`."""
+        given = check_keys(where, data, OPERANDS)
+        return cls(
+            **{
+                key: SAME if value == "same" else operand_from_dict(value, f"{where}.{key}")
+                for key, value in given.items()
+            }
+        )
+
+    def __str__(self) -> str:
+        own = ((operand, getattr(self, operand)) for operand in OPERANDS)
+        return "; ".join(f"{operand}: {spec or 'hp'}" for operand, spec in own if spec is not SAME) or str(
+            SAME
+        )
+
+
+def operand_from_dict(data: object, where: str) -> QuantSpec | None:
+    """A table -> `QuantSpec`; None or "hp" -> None."""
+    return None if data is None or data == "hp" else QuantSpec.from_dict(data, where)

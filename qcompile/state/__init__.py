@@ -1,0 +1,7 @@
+"""Range state: the estimators' memory, one flat fp32 tensor a device, bound to compiled graphs at call time."""
+
+from qcompile.state.binding import Binder, Binding
+from qcompile.state.handle import RangeState, range_state
+from qcompile.state.store import STORE, RangeStore, Slot
+
+__all__ = ["STORE", "Binder", "Binding", "RangeState", "RangeStore", "Slot", "range_state"]

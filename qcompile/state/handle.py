@@ -1,0 +1,216 @@
+"""`qcompile.range_state(model)`: read, save, load, freeze and reset the range state of a model.
+
+State is found by the identity of the model's Parameters and named as people name modules: `blocks.0.mlp.up.input.amax` is the
+field `amax` of the operand `input` of the site `blocks.0.mlp.up`. What belongs to no linear weight is named by its owner and key,
+`embed.weight:seed.forward.seed_low`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from qcompile._checks import suggestion
+from qcompile.errors import StateError
+from qcompile.state.store import STORE, RangeStore, Slot
+
+__all__ = ["LoadResult", "RangeState", "range_state"]
+
+_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module")
+_LINEAR = "linear#"
+
+
+class LoadResult(NamedTuple):
+    """What `load_state_dict` could not match, as `nn.Module.load_state_dict` reports it."""
+
+    missing_keys: list[str]
+    unexpected_keys: list[str]
+
+
+class RangeState:
+    """The range state of one model. A handle: it holds the model, not the values."""
+
+    def __init__(self, model: nn.Module, store: RangeStore = STORE) -> None:
+        self.model, self.store = model, store
+
+    # ---- names
+
+    def _parameters(self) -> Iterator[tuple[list[str], nn.Parameter]]:
+        """(every name, Parameter); a tied Parameter has several names."""
+        names: dict[int, list[str]] = {}
+        parameters: dict[int, nn.Parameter] = {}
+        for name, parameter in self.model.named_parameters(remove_duplicate=False):
+            names.setdefault(id(parameter), []).append(_clean(name))
+            parameters[id(parameter)] = parameter
+        for key, parameter in parameters.items():
+            yield names[key], parameter
+
+    def _slots(self) -> Iterator[tuple[str, Slot]]:
+        for names, parameter in self._parameters():
+            for slot in self.store.slots_of(parameter):
+                yield _slot_name(slot.key, names, slot.site), slot
+
+    def names(self) -> list[str]:
+        """The entries that graphs have claimed, as `site.operand`."""
+        return list(dict(self._slots()))
+
+    def __getitem__(self, name: str) -> dict[str, Tensor]:
+        """The fields of one entry, copies: `state["blocks.0.mlp.up.input"]["amax"]`. An alias is accepted.
+
+        Errors: `KeyError` with the nearest name.
+        """
+        slots = dict(self._slots())
+        slot = slots.get(name) or next((s for s in slots.values() if name in s.aliases), None)
+        if slot is None:
+            raise KeyError(f"no range state is called {name!r}. {suggestion(name, list(slots))}")
+        return {f: slot.read(f) for f in slot.fields}
+
+    def __len__(self) -> int:
+        return len(self.names())
+
+    def __repr__(self) -> str:
+        return f"RangeState({len(self)} entries of {type(self.model).__name__})"
+
+    # ---- saving and loading
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Every field of every entry: `site.operand.field` -> fp32 tensor on the CPU. Tensors only: any safe format can hold it."""
+        saved = {
+            f"{name}.{field}": slot.read(field).to("cpu") for name, slot in self._slots() for field in slot.fields
+        }
+        for names, parameter in self._parameters():
+            for key, fields in self.store.pending_of(parameter).items():
+                name = _slot_name(key, names, "")
+                saved.update({f"{name}.{field}": value.to("cpu") for field, value in fields.items()})
+        return saved
+
+    def load_state_dict(self, state: Mapping[str, Tensor], strict: bool = True) -> LoadResult:
+        """Copy values in place. State of sites that no graph has claimed yet is kept until one does.
+
+        Errors: `StateError`, before anything is changed, for a value that is no tensor or has another size; with `strict` also
+        for names that fit no Parameter of this model, and for claimed entries without a value.
+        """
+        entries = self._grouped(state)
+        slots = dict(self._slots())
+        by_alias = {alias: slot for slot in slots.values() for alias in slot.aliases}
+        waiting = self._unclaimed_names()
+        writes: list[tuple[Slot, dict[str, Tensor]]] = []
+        keep: list[tuple[nn.Parameter, str, dict[str, Tensor]]] = []
+        unexpected: list[str] = []
+        for name, fields in entries.items():
+            slot = slots.get(name) or by_alias.get(name)
+            if slot is not None:
+                _check_fields(name, fields, slot)
+                writes.append((slot, fields))
+            elif (place := _place(name, waiting)) is not None:
+                keep.append((*place, fields))
+            else:
+                unexpected += [f"{name}.{field}" for field in fields]
+        written = {id(slot) for slot, _ in writes}
+        missing = [f"{n}.{f}" for n, s in slots.items() if id(s) not in written for f in s.fields]
+        if strict and (missing or unexpected):
+            raise StateError(_mismatch(self.model, missing, unexpected))
+        for slot, fields in writes:
+            for field, value in fields.items():
+                slot.write(field, value.detach().to(torch.float32))
+        for parameter, key, fields in keep:
+            self.store.set_pending(parameter, key, fields)
+        self.store.epoch += 1
+        return LoadResult(missing, unexpected)
+
+    def _grouped(self, state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        if not isinstance(state, Mapping):
+            raise StateError(f"load_state_dict: got a {type(state).__name__}; give it what RangeState.state_dict() returned")
+        entries: dict[str, dict[str, Tensor]] = {}
+        for full, value in state.items():
+            name, _, field = str(full).rpartition(".")
+            if not isinstance(value, Tensor) or not value.is_floating_point() or not name:
+                given = f"{value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__
+                raise StateError(
+                    f"load_state_dict: {full!r} is a {given}; allowed: floating-point tensors called 'site.operand.field'"
+                )
+            entries.setdefault(name, {})[field] = value
+        return entries
+
+    def _unclaimed_names(self) -> dict[str, tuple[nn.Parameter, list[str]]]:
+        return {name: (parameter, names) for names, parameter in self._parameters() for name in names}
+
+    # ---- switches
+
+    def freeze(self, frozen: bool = True) -> None:
+        """Stop (or resume) learning ranges. A flag in the state itself: nothing recompiles."""
+        for _, slot in self._slots():
+            if "frozen" in slot.fields:
+                slot.write("frozen", float(frozen))
+
+    def reset(self) -> None:
+        """Forget all ranges: the next step is a first step, with dynamic ranges."""
+        for _, slot in self._slots():
+            self.store.reset_slot(slot)
+        self.store.epoch += 1
+
+
+def range_state(model: nn.Module) -> RangeState:
+    """The range state of a model: compiled or not, or a part of a compiled model.
+
+    Errors: `StateError` if `model` is no `nn.Module`.
+    """
+    if not isinstance(model, nn.Module):
+        raise StateError(f"range_state: got a {type(model).__name__}; give it the (compiled) nn.Module")
+    return RangeState(model)
+
+
+def _clean(name: str) -> str:
+    return ".".join(p for p in name.split(".") if p not in _WRAPPERS)
+
+
+def _slot_name(key: str, names: list[str], site: str) -> str:
+    """`module.operand` for the entry of a linear layer's weight; `parameter:key` for everything else."""
+    if not key.startswith(_LINEAR):
+        return f"{names[0]}:{key}"
+    use, _, operand = key.removeprefix(_LINEAR).partition(".")
+    modules = [n.rpartition(".")[0] for n in names]
+    base = site.split("#")[0]
+    module = next((m for m in modules if m == base or m.endswith(f".{base}")), modules[0])
+    return f"{module}{'#' + use if use != '0' else ''}.{operand}".removeprefix(".")
+
+
+def _place(name: str, parameters: dict[str, tuple[nn.Parameter, list[str]]]) -> tuple[nn.Parameter, str] | None:
+    """Whose state a name means, for entries that no graph has claimed: the reverse of `_slot_name`."""
+    owner, colon, key = name.partition(":")
+    if colon:
+        return (parameters[owner][0], key) if owner in parameters else None
+    module, _, operand = name.rpartition(".")
+    module, _, use = module.partition("#")
+    weight = f"{module}.weight".removeprefix(".")
+    return (parameters[weight][0], f"{_LINEAR}{use or 0}.{operand}") if weight in parameters else None
+
+
+def _check_fields(name: str, fields: Mapping[str, Tensor], slot: Slot) -> None:
+    for field, value in fields.items():
+        if field not in slot.fields:
+            raise StateError(
+                f"load_state_dict: {name} has no field {field!r}; its estimator keeps {', '.join(slot.fields)}. "
+                "Was the state saved under another recipe?"
+            )
+        if value.numel() != slot.size:
+            raise StateError(
+                f"load_state_dict: {name}.{field} has {value.numel()} elements, this model's has {slot.size}. "
+                "Was the state saved under another granularity, or from a model of another size?"
+            )
+
+
+def _mismatch(model: nn.Module, missing: list[str], unexpected: list[str]) -> str:
+    def some(names: list[str]) -> str:
+        return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+
+    lines = [f"load_state_dict: the state does not fit this {type(model).__name__}."]
+    if missing:
+        lines.append(f"missing: {some(missing)}.")
+    if unexpected:
+        lines.append(f"unexpected: {some(unexpected)}.")
+    lines.append("strict=False loads what fits; the rest starts with dynamic ranges.")
+    return " ".join(lines)

@@ -1,0 +1,216 @@
+"""Where range state lives: arenas and the table of who owns what.
+
+An arena is one flat fp32 tensor on one device. A slot is a run of its elements that belongs to one owner (a Parameter, by
+identity) and one key ("linear#0.input"). Addresses never change: loading and resetting write in place, an arena never moves. So a
+compiled graph keeps the arena and an index of its slots, CUDA graphs stay valid, and state outlives recompilation.
+
+Compiled code writes in place while other threads compile; the table has a lock, owners are held weakly, and the slots of an owner
+that is gone are used again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["STORE", "Arena", "RangeStore", "Slot", "SlotKey"]
+
+SlotKey = tuple[str, tuple[str, ...], int]
+"""(key, fields, size): two recipes that remember other things about one operand keep them apart."""
+
+
+@dataclass
+class Arena:
+    """A flat fp32 tensor and what of it is in use."""
+
+    tensor: Tensor
+    used: int = 0
+    free: dict[int, list[int]] = field(default_factory=dict)  # length -> offsets
+
+    def take(self, length: int) -> int | None:
+        """Offset of a free run, or None if there is no room."""
+        if self.free.get(length):
+            return self.free[length].pop()
+        if self.used + length > self.tensor.numel():
+            return None
+        offset = self.used
+        self.used += length
+        return offset
+
+    def give_back(self, offset: int, length: int) -> None:
+        self.free.setdefault(length, []).append(offset)
+
+
+@dataclass
+class Slot:
+    """One entry's elements: `fields[i]` occupies `size` elements from `offset + i * size`."""
+
+    arena: Arena
+    offset: int
+    key: str
+    fields: tuple[str, ...]
+    initial: tuple[float, ...]
+    size: int
+    site: str
+    operand: str
+    aliases: tuple[str, ...] = ()
+    live: bool = True  # False once the entry has moved to another arena
+
+    @property
+    def numel(self) -> int:
+        return len(self.fields) * self.size
+
+    def field_offset(self, name: str) -> int:
+        return self.offset + self.fields.index(name) * self.size
+
+    def read(self, name: str) -> Tensor:
+        """A copy of one field, fp32 [size]."""
+        start = self.field_offset(name)
+        return self.arena.tensor[start : start + self.size].clone()
+
+    def write(self, name: str, value: Tensor | float) -> None:
+        start = self.field_offset(name)
+        with torch.no_grad():
+            self.arena.tensor[start : start + self.size] = value  # copies across devices and dtypes
+
+
+@dataclass
+class _Owner:
+    reference: weakref.ref[Any]
+    slots: dict[SlotKey, Slot] = field(default_factory=dict)
+    pending: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # key -> fields, loaded before any graph claimed them
+
+
+class RangeStore:
+    """All range state of the process.
+
+    `epoch` grows whenever something other than a compiled graph changes state (loading, resetting, a move to another device):
+    whoever caches what state looks like compares it.
+    """
+
+    def __init__(self) -> None:
+        self.epoch = 0
+        self._arenas: dict[tuple[torch.device, int], list[Arena]] = {}
+        self._owners: dict[int, _Owner] = {}
+        self._lock = threading.RLock()
+        self._last_generator: tuple[str, int] = ("", 0)
+
+    # ---- owners
+
+    def _owner(self, owner: object) -> _Owner:
+        record = self._owners.get(id(owner))
+        if record is None or record.reference() is not owner:
+            key = id(owner)
+            record = self._owners[key] = _Owner(weakref.ref(owner, lambda _: self._forget(key)))
+        return record
+
+    def _forget(self, key: int) -> None:
+        with self._lock:
+            record = self._owners.get(key)
+            if record is None or record.reference() is not None:
+                return
+            del self._owners[key]
+            for slot in record.slots.values():
+                slot.arena.give_back(slot.offset, slot.numel)
+
+    def slots_of(self, owner: object) -> list[Slot]:
+        """The slots of one owner, in the order in which graphs claimed them."""
+        with self._lock:
+            record = self._owners.get(id(owner))
+            return list(record.slots.values()) if record is not None and record.reference() is owner else []
+
+    def pending_of(self, owner: object) -> dict[str, dict[str, Tensor]]:
+        """State that was loaded for an owner and that no graph has claimed yet: key -> field -> values."""
+        with self._lock:
+            record = self._owners.get(id(owner))
+            return dict(record.pending) if record is not None and record.reference() is owner else {}
+
+    def set_pending(self, owner: object, key: str, fields: Mapping[str, Tensor]) -> None:
+        with self._lock:
+            self._owner(owner).pending[key] = {name: value.detach().clone() for name, value in fields.items()}
+
+    # ---- slots
+
+    def claim(
+        self, requests: list[tuple[object, str, tuple[str, ...], tuple[float, ...], int, str, str, tuple[str, ...]]],
+        device: torch.device, capacity: int,
+    ) -> tuple[Arena, list[Slot]]:
+        """The slots for (owner, key, fields, initial, size, site, operand, aliases), all in one arena; made where they are new."""
+        with self._lock:
+            known = [self._owner(r[0]).slots.get((r[1], r[2], r[4])) for r in requests]
+            arena = self._arena_for(known, requests, device, capacity)
+            return arena, [self._settle(arena, slot, r) for slot, r in zip(known, requests, strict=True)]
+
+    def _arena_for(self, known: list[Slot | None], requests: list[Any], device: torch.device, capacity: int) -> Arena:
+        arenas = self._arenas.setdefault((device, capacity), [])
+        homes = [s.arena for s in known if s is not None and any(s.arena is a for a in arenas)]
+        needed = sum(len(r[2]) * r[4] for r in requests)
+        for arena in [*homes[:1], *arenas]:
+            if arena.tensor.numel() - arena.used >= needed:
+                return arena
+        if homes and all(s is not None and s.arena is homes[0] for s in known):
+            return homes[0]
+        arenas.append(Arena(torch.zeros(capacity, dtype=torch.float32, device=device)))
+        return arenas[-1]
+
+    def _settle(self, arena: Arena, slot: Slot | None, request: Any) -> Slot:
+        owner, key, fields, initial, size, site, operand, aliases = request
+        if slot is not None and slot.arena is arena:
+            return slot
+        offset = arena.take(len(fields) * size)
+        if offset is None:
+            raise RuntimeError("an arena with enough room was chosen, and had none")
+        new = Slot(arena, offset, key, fields, initial, size, site, operand, aliases)
+        record = self._owner(owner)
+        if slot is not None:  # the model moved to another device: its memory moves with it
+            for name in fields:
+                new.write(name, slot.read(name))
+            slot.live = False
+            slot.arena.give_back(slot.offset, slot.numel)
+            self.epoch += 1
+        elif key in record.pending:
+            self.reset_slot(new)
+            for name, value in record.pending.pop(key).items():
+                if name in fields and value.numel() in (1, size):
+                    new.write(name, value)
+            self.epoch += 1
+        else:
+            self.reset_slot(new)
+        record.slots[key, fields, size] = new
+        return new
+
+    def reset_slot(self, slot: Slot) -> None:
+        """Back to the values before the first update; a random stream starts anew from torch's seed."""
+        for name, value in zip(slot.fields, slot.initial, strict=True):
+            slot.write(name, value)
+        if "seed_low" in slot.fields:
+            base = self._draw_base()
+            slot.write("seed_low", float(base & 0xFFFF))
+            slot.write("seed_high", float(base >> 16 & 0xFFFF))
+
+    def _draw_base(self) -> int:
+        """32 bits that follow from torch's generator without advancing it: the user's random numbers do not depend on the recipe.
+
+        Streams made at the same state of the generator are told apart by their order, ranks by their number.
+        """
+        state = hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest()
+        last, count = self._last_generator
+        count = count + 1 if state == last else 0
+        self._last_generator = (state, count)
+        rank = torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0
+        return int(hashlib.sha256(f"{state}/{count}/{rank}".encode()).hexdigest()[:8], 16)
+
+    def __iter__(self) -> Iterator[Slot]:
+        with self._lock:
+            return iter([s for record in self._owners.values() for s in record.slots.values()])
+
+
+STORE = RangeStore()
+"""The store of the process."""

@@ -1,0 +1,157 @@
+"""In-hindsight against the formula in fp64 numpy, written here a second time from the paper's description."""
+
+import numpy as np
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from qcompile.estimators import InHindsight
+
+STEPS = 50
+MOMENTA = [0.0, 0.9, 0.99]
+
+
+def tensors(steps=STEPS, seed=0):
+    """Tensors off centre whose size drifts over a factor of ten, with jumps both ways."""
+    rng = np.random.default_rng(seed)
+    sizes = 10 ** rng.uniform(-0.5, 0.5, steps)
+    return [rng.normal(loc=0.3 * size, scale=size, size=64).astype(np.float32) for size in sizes]
+
+
+def used_ranges(momentum, values):
+    """The range at each step in fp64: the first tensor's own, then (1 - eta) * last tensor + eta * last range."""
+    used = []
+    for step, value in enumerate(values):
+        if step == 0:
+            used.append(float(value))
+        elif step == 1:
+            used.append(used[0])  # the first tensor's own range is also what it leaves behind
+        else:
+            used.append((1 - momentum) * float(values[step - 1]) + momentum * used[-1])
+    return np.array(used)
+
+
+def run(estimator, symmetric, stats_of_steps):
+    """Drive an estimator as the compiler does; the (low, high) used at each step, stacked."""
+    state = {
+        field: torch.full_like(next(iter(stats_of_steps[0].values())), value)
+        for field, value in estimator.state_fields(symmetric).items()
+    }
+    state["steps"] = torch.zeros_like(next(iter(state.values())))
+    lows, highs = [], []
+    for stats in stats_of_steps:
+        first = state["steps"] == 0
+        low, high = (
+            torch.where(first, dynamic, stored)
+            for dynamic, stored in zip(estimator.first_range(stats), estimator.range({}, state), strict=True)
+        )
+        lows.append(low)
+        highs.append(high)
+        outside = {"clipped": torch.zeros_like(high)}
+        state = estimator.update({**stats, **outside}, state) | {"steps": state["steps"] + 1}
+    return torch.stack(lows), torch.stack(highs)
+
+
+def statistics(x, symmetric):
+    x = torch.from_numpy(x)
+    return {"amax": x.abs().amax()} if symmetric else {"min": x.amin(), "max": x.amax()}
+
+
+@pytest.mark.parametrize("momentum", MOMENTA)
+@pytest.mark.parametrize(
+    "max_clipped", [None, 0.05]
+)  # nothing is clipped here, so that the formula alone is left
+def test_fifty_steps_of_amax_follow_the_formula(momentum, max_clipped):
+    data = tensors()
+    estimator = InHindsight(momentum, max_clipped)
+    low, high = run(estimator, True, [statistics(x, symmetric=True) for x in data])
+    expected = used_ranges(momentum, [np.abs(x).max() for x in data])
+    np.testing.assert_allclose(high.numpy(), expected, rtol=2e-6)
+    torch.testing.assert_close(low, -high, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("momentum", MOMENTA)
+def test_fifty_steps_of_min_and_max_follow_the_formula(momentum):
+    data = tensors(seed=1)
+    low, high = run(InHindsight(momentum), False, [statistics(x, symmetric=False) for x in data])
+    np.testing.assert_allclose(low.numpy(), used_ranges(momentum, [x.min() for x in data]), rtol=2e-6)
+    np.testing.assert_allclose(high.numpy(), used_ranges(momentum, [x.max() for x in data]), rtol=2e-6)
+
+
+def test_momentum_zero_uses_the_previous_range_exactly():
+    data = tensors()
+    _, high = run(InHindsight(0.0), True, [statistics(x, symmetric=True) for x in data])
+    amax = torch.tensor([float(np.abs(x).max()) for x in data])
+    torch.testing.assert_close(high, torch.cat([amax[:1], amax[:-1]]), rtol=0, atol=0)
+
+
+def test_momentum_one_keeps_the_first_range():
+    _, high = run(InHindsight(1.0), True, [statistics(x, symmetric=True) for x in tensors(steps=5)])
+    assert high.tolist() == [high[0].item()] * 5
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_entries_in_one_vector_equal_entries_alone(symmetric):
+    runs = [[statistics(x, symmetric) for x in tensors(steps=12, seed=seed)] for seed in range(5)]
+    together = [
+        {name: torch.stack([r[step][name] for r in runs]) for name in runs[0][0]} for step in range(12)
+    ]
+    low, high = run(InHindsight(), symmetric, together)
+    for entry, alone in enumerate(runs):
+        low_alone, high_alone = run(InHindsight(), symmetric, alone)
+        torch.testing.assert_close(low[:, entry], low_alone, rtol=0, atol=0)
+        torch.testing.assert_close(high[:, entry], high_alone, rtol=0, atol=0)
+
+
+def test_entries_of_one_vector_may_be_at_different_steps():
+    state = {"amax": torch.tensor([0.0, 2.0]), "steps": torch.tensor([0.0, 7.0])}
+    stats = {"amax": torch.tensor([4.0, 4.0]), "clipped": torch.zeros(2)}
+    assert InHindsight(momentum=0.5).update(stats, state)["amax"].tolist() == [4.0, 3.0]
+
+
+def test_too_much_clipping_restarts_from_the_present_range():
+    state = {"low": torch.full((4,), -1.0), "high": torch.full((4,), 2.0), "steps": torch.full((4,), 9.0)}
+    stats = {"min": torch.full((4,), -8.0), "max": torch.full((4,), 16.0)}
+    stats["clipped"] = torch.tensor([0.0, 0.25, 0.251, 1.0])  # the bound itself is not yet too much
+    new = InHindsight(momentum=0.5, max_clipped=0.25).update(stats, state)
+    assert new["low"].tolist() == [-4.5, -4.5, -8.0, -8.0]
+    assert new["high"].tolist() == [9.0, 9.0, 16.0, 16.0]
+
+
+def test_without_a_bound_the_share_clipped_is_not_read():
+    state = {"amax": torch.tensor(1.0), "steps": torch.tensor(3.0)}
+    new = InHindsight(momentum=0.5, max_clipped=None).update({"amax": torch.tensor(3.0)}, state)
+    assert new["amax"].item() == 2.0
+
+
+def test_what_it_declares():
+    estimator = InHindsight()
+    assert (estimator.momentum, estimator.max_clipped, estimator.static) == (0.9, 0.05, True)
+    assert estimator.statistics_for(True) == ("amax",)
+    assert estimator.statistics_for(False) == ("min", "max")
+    assert set(estimator.state_fields(True)) == {"amax"}
+    assert set(estimator.state_fields(False)) == {"low", "high"}
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_formula_traces_and_the_trace_holds_for_other_values(symmetric):
+    """A Python branch on a tensor's value would fail to trace with symbolic values, or freeze the first answer."""
+    estimator = InHindsight(momentum=0.5)
+    names = (*estimator.statistics_for(symmetric), "clipped")
+    fields = (*estimator.state_fields(symmetric), "steps")
+
+    def step(*values):
+        stats, state = (
+            dict(zip(names, values, strict=False)),
+            dict(zip(fields, values[len(names) :], strict=True)),
+        )
+        return *estimator.range({}, state), *estimator.update(stats, state).values()
+
+    count = len(names) + len(fields)
+    traced = make_fx(step, tracing_mode="fake")(*torch.zeros(count, 3))
+    assert not [n for n in traced.graph.nodes if n.op == "get_attr"]
+    values = torch.tensor([0.0, 0.04, 3.0]).expand(
+        count, 3
+    )  # steps 0 and not 0; clipped below and above the bound
+    for got, expected in zip(traced(*values), step(*values), strict=True):
+        torch.testing.assert_close(got, expected, rtol=0, atol=0)

@@ -1,0 +1,94 @@
+import pytest
+
+from qcompile import recipes
+from qcompile.errors import RecipeError
+from qcompile.estimators import InHindsight, MinMax
+from qcompile.recipe import GEMM_OPERANDS, Recipe
+from qcompile.recipes import get_recipe, list_recipes, register_recipe
+from qcompile.specs import PerRow, PerTensor, QuantSpec
+
+
+@pytest.fixture(autouse=True)
+def own_registry(monkeypatch):
+    monkeypatch.setattr(recipes, "_REGISTRY", dict(recipes._REGISTRY))
+
+
+def test_the_built_in_names_come_first():
+    assert list_recipes()[:4] == ["none", "int8", "int8_tensorwise", "int8_in_hindsight"]
+    for name in list_recipes():
+        assert get_recipe(name).name == name
+
+
+def test_none_quantizes_nothing():
+    site = get_recipe("none").resolve("fc")
+    assert [site.gemm(gemm) for gemm in GEMM_OPERANDS] == [None, None, None]
+
+
+@pytest.mark.parametrize(
+    "name, granularity, estimator, weight_estimator",
+    [
+        ("int8", PerRow(), MinMax(), MinMax()),
+        ("int8_tensorwise", PerTensor(), MinMax(), MinMax()),
+        ("int8_in_hindsight", PerTensor(), InHindsight(0.9), MinMax()),
+    ],
+)
+def test_the_integer_recipes_run_every_gemm_in_int8(name, granularity, estimator, weight_estimator):
+    recipe = get_recipe(name)
+    assert recipe.input == QuantSpec(granularity=granularity, estimator=estimator)
+    assert recipe.weight == QuantSpec(granularity=granularity, estimator=weight_estimator)
+    assert recipe.grad_output == QuantSpec(
+        granularity=granularity, estimator=estimator, rounding=recipes.GRADIENT_ROUNDING
+    )
+    site = recipe.resolve("layers.0.fc")
+    assert all(site.gemm(gemm) is not None for gemm in GEMM_OPERANDS)
+    assert (recipe.skip, recipe.overrides) == ((), ())
+
+
+@pytest.mark.parametrize("name", ["none", "int8", "int8_tensorwise", "int8_in_hindsight"])
+def test_built_in_recipes_survive_text(name):
+    recipe = get_recipe(name)
+    assert Recipe.from_json(recipe.to_json()) == Recipe.from_toml(recipe.to_toml()) == recipe
+
+
+def test_a_recipe_from_whatever_describes_it(tmp_path):
+    recipe = get_recipe("int8").replace(wgrad=None)
+    assert get_recipe(recipe) is recipe
+    assert get_recipe(recipe.to_dict()) == recipe
+    for name in ("r.json", "r.toml"):
+        recipe.save(tmp_path / name)
+        assert get_recipe(tmp_path / name) == get_recipe(str(tmp_path / name)) == recipe
+
+
+def test_an_unknown_name_lists_the_known_ones_and_the_nearest():
+    with pytest.raises(RecipeError) as caught:
+        get_recipe("int8_tensorwize")
+    for word in (
+        "'int8_tensorwize'",
+        "'none', 'int8', ",
+        "Did you mean 'int8_tensorwise'?",
+        ".json or .toml",
+    ):
+        assert word in str(caught.value)
+    assert "Did you mean" not in str(pytest.raises(RecipeError, get_recipe, "zzzzzz").value)
+
+
+@pytest.mark.parametrize("value", [None, 8, QuantSpec(), ["int8"]])
+def test_what_is_no_recipe_is_refused(value):
+    with pytest.raises(RecipeError, match="recipe: got .* a name, a Recipe, a table, or the path"):
+        get_recipe(value)
+
+
+def test_a_registered_recipe_has_a_name_and_may_be_replaced():
+    mine = get_recipe("int8").replace(name="mine", wgrad=None)
+    assert register_recipe(mine) is mine
+    assert get_recipe("mine") is mine and list_recipes()[-1] == "mine"
+    again = register_recipe(mine.replace(name="mine", wgrad=mine.output))
+    assert get_recipe("mine") is again and list_recipes().count("mine") == 1
+
+
+@pytest.mark.parametrize("name", ["int8", "none", "custom", "int8*", "my.json", "my.toml"])
+def test_a_name_that_would_mislead_is_refused(name):
+    with pytest.raises(RecipeError, match="cannot be used"):
+        register_recipe(Recipe(name=name, input=QuantSpec()))
+    with pytest.raises(RecipeError, match="register_recipe: got 'int8'"):
+        register_recipe("int8")
