@@ -10,7 +10,7 @@ ARGS ?=
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-gpu test-aot lint clean
+.PHONY: help demo test test-slow test-gpu test-aot lint clean
 
 # Triton releases pair with torch releases.
 TRITON_FOR_2.11 := 3.6.0
@@ -31,24 +31,30 @@ else
   READY := $(VENV)/.installed
 endif
 
+# The list of harmless warnings in pyproject.toml is that of the pinned torch.
+WARNINGS := $(if $(TORCH)$(SYSTEM),-W default)
+PYTEST := -m pytest $(WARNINGS)
 # Two tests at a time, one thread each: what is quickest on two cores, and enough on more.
-PYTEST := -m pytest
 QUICK := -n 2 -m "not gpu and not slow and not aot"
 ONE_THREAD := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1
 
 help:
-	@echo "make demo      train a small GPT in fp32, bf16 and int8; print what ran and compare (five minutes)"
-	@echo "make test      the tests that need no GPU"
-	@echo "make test-gpu  the tests that need one"
-	@echo "make test-aot  compile the Triton kernels for GPUs that need not be present"
-	@echo "make lint      ruff and mypy"
-	@echo "make clean     remove environments, caches and outputs"
+	@echo "make demo       train a small GPT in fp32, bf16 and int8; print what ran and compare (five minutes)"
+	@echo "make test       the tests that need no GPU"
+	@echo "make test-slow  the long ones among them"
+	@echo "make test-gpu   the tests that need one"
+	@echo "make test-aot   compile the Triton kernels for GPUs that need not be present"
+	@echo "make lint       ruff and mypy"
+	@echo "make clean      remove environments, caches and outputs"
 
 demo: $(READY)
 	$(RUN) examples/demo.py $(ARGS)
 
 test: $(READY)
 	$(ONE_THREAD) $(RUN) $(PYTEST) $(QUICK) $(ARGS)
+
+test-slow: $(READY)
+	$(RUN) $(PYTEST) -m "slow and not gpu" $(ARGS)
 
 test-gpu: $(READY)
 	$(RUN) $(PYTEST) -m gpu $(ARGS)

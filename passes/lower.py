@@ -114,11 +114,12 @@ def _scope(node: fx.Node) -> dict[str, Any]:
 def _lay_out(graph: fx.Graph, gemm: fx.Node, transposed: dict[fx.Node, fx.Node]) -> int:
     """Copy transposed matrices into the layout that the kernel reads, once for each matrix.
 
-    CPU: both matrices row-major. CUDA: the summed axis contiguous in both, the only layout of int8 `wgmma`: the left matrix
-    row-major, the right one column-major.
+    CPU: the left matrix row-major; the kernel repacks the right one itself, whichever way it lies. CUDA: the summed axis
+    contiguous in both, the only layout of int8 `wgmma`: the left matrix row-major, the right one column-major.
     """
     changes = 0
-    for side, wants_transposed in ((0, False), (1, gemm.meta["val"].device.type == "cuda")):
+    on_gpu = gemm.meta["val"].device.type == "cuda"
+    for side, wants_transposed in ((0, False), (1, True)) if on_gpu else ((0, False),):
         matrix = gemm.args[side]
         is_transposed = matrix.target is PERMUTE
         if is_transposed == wants_transposed:

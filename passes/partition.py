@@ -17,6 +17,8 @@ import torch
 from torch import fx
 from torch._functorch import partitioners
 
+from passes.store_masks import store_masks
+
 __all__ = ["min_cut_partition"]
 
 _RECOMPUTABLE = ("quantize", "dequantize", "select_range")
@@ -40,4 +42,8 @@ def min_cut_partition(
         return types
 
     with unittest.mock.patch.object(partitioners, "get_default_op_list", with_ours):
-        return partitioner(joint, joint_inputs, **kwargs)
+        forward, backward = partitioner(joint, joint_inputs, **kwargs)
+    if store_masks(forward.graph, backward.graph, kwargs["num_fwd_outputs"]):
+        forward.recompile()
+        backward.recompile()
+    return forward, backward

@@ -27,6 +27,7 @@ from qcompile.errors import QtrainWarning, UnsupportedError
 from qcompile.recipe import Recipe
 from qcompile.recipes import get_recipe
 from qcompile.state.binding import BY_INDEX, REPLAYS, Binder, Binding
+from qcompile.state.store import STORE, RangeStore
 
 __all__ = ["CompiledGraph", "compiled_graphs", "qtrain"]
 
@@ -83,12 +84,18 @@ def qtrain(
     strict = options.pop("strict", False)
     steps = options.pop("passes", None)
     config = inductor.mode_options(options.pop("mode", mode)) | _inductor_options(options)
-    if _quantizes_nothing(recipe):
+    if quantizes_nothing(recipe):
         return inductor.compile_plain(gm, example_inputs, config)
-    return _Compilation(gm, example_inputs, recipe, bool(strict), config, steps or joint_steps()).run()
+    compilation = Compilation(gm, example_inputs, recipe, bool(strict), config, steps or joint_steps())
+    compiled = compilation.run()
+    with _COMPILED_LOCK:
+        _COMPILED.append(compilation.record)
+        del _COMPILED[:-256]
+    return compiled
 
 
-def _quantizes_nothing(recipe: Recipe) -> bool:
+def quantizes_nothing(recipe: Recipe) -> bool:
+    """Whether the recipe is "none" in all but name: then no pass runs."""
     return recipe.input is recipe.weight is recipe.grad_output is None and not recipe.overrides and all(
         getattr(recipe, g) is None or not hasattr(getattr(recipe, g), "input") for g in ("output", "grad_input", "grad_weight")
     )
@@ -107,8 +114,10 @@ def _inductor_options(options: dict[str, Any]) -> dict[str, Any]:
     return checked
 
 
-class _Compilation:
-    """One Dynamo graph on its way through the compiler."""
+class Compilation:
+    """One Dynamo graph on its way through the compiler. Inspection overrides the stages to look on."""
+
+    store: RangeStore = STORE
 
     def __init__(
         self,
@@ -140,9 +149,6 @@ class _Compilation:
             config=self.config,
         )
         self.record.seconds["compile"] = time.perf_counter() - start
-        with _COMPILED_LOCK:
-            _COMPILED.append(self.record)
-            del _COMPILED[:-256]
         return compiled
 
     # ---- the joint graph
@@ -154,9 +160,12 @@ class _Compilation:
         context.layouts.clear()
         context.parameters = self._parameters(graph)
         context.device = _device(graph)
-        Pipeline(self.steps, context).run(graph)
+        Pipeline(self.steps, context, on_step=self.on_step).run(graph)
         self.record.seconds["passes"] = self.record.seconds.get("passes", 0.0) + time.perf_counter() - start
         self._report_what_stays_hp()
+
+    def on_step(self, name: str, graph: fx.Graph) -> None:
+        """Called after every pass."""
 
     def _parameters(self, graph: fx.Graph) -> dict[str, str]:
         """The graph's inputs that are Parameters: name -> Dynamo's source name."""
@@ -220,7 +229,7 @@ class _Compilation:
         if backward:
             return _backward(compiled, dynamic, ours)
         if self.binder is None:
-            self.binder = Binder(self.context.layouts, self.context.device)
+            self.binder = Binder(self.context.layouts, self.context.device, self.store)
         owner_positions = [names.index(o) - sum(p < names.index(o) for p in ours.values()) for o in self.binder.owners]
         training = is_training(kwargs)
         return _forward(compiled, dynamic, ours, self.binder, owner_positions, training)

@@ -1,5 +1,6 @@
 """The one place where Inductor's and AOTAutograd's private entry points are used. Checked on torch 2.11 and 2.13.
 
+    watch_plain             Inductor itself under observation, for `recipe="none"` in inspection
     compile_with_inductor   runs `compile_fx` with our pipeline before Inductor's joint passes, our partitioner at the cut, and a
                             function of ours around the compilation of each half
 """
@@ -21,9 +22,10 @@ from torch._inductor.decomposition import select_decomp_table
 from passes.partition import min_cut_partition
 from passes.restore_decompositions import KEPT_WHOLE
 
-__all__ = ["compile_plain", "compile_with_inductor", "mode_options", "output_strides"]
+__all__ = ["compile_plain", "compile_with_inductor", "mode_options", "output_strides", "watch_plain"]
 
 InnerCompile = Callable[..., Callable[..., Any]]
+InnerHook = Callable[[InnerCompile, fx.GraphModule, list[Any], dict[str, Any]], Callable[..., Any]]
 
 
 class _JointPass(CustomGraphPass):
@@ -77,13 +79,35 @@ def compile_plain(gm: fx.GraphModule, example_inputs: Sequence[Any], config: dic
     return compile_fx(gm, example_inputs, config_patches=config)
 
 
+def watch_plain(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    look: Callable[[fx.Graph], object],
+    inner: InnerHook,
+    config: dict[str, Any],
+) -> Callable[..., Any]:
+    """Inductor itself, with a look at the joint graph, and `inner` around the compilation of each half."""
+    users_pass = config.get("joint_custom_pre_pass", inductor_config.joint_custom_pre_pass)
+    patches = {**config, "joint_custom_pre_pass": _JointPass(look, "watch", users_pass)}
+    with functorch_config.patch(enable_autograd_cache=False):
+        return compile_fx(gm, example_inputs, inner_compile=_hooked(inner), config_patches=patches)
+
+
+def _hooked(inner: InnerHook) -> InnerCompile:
+    def inner_compile(half: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
+        return inner(compile_fx_inner, half, list(inputs), kwargs)
+
+    return inner_compile
+
+
 def compile_with_inductor(
     gm: fx.GraphModule,
     example_inputs: Sequence[Any],
     *,
     joint_pass: Callable[[fx.Graph], object],
     identity: str,
-    inner: Callable[[InnerCompile, fx.GraphModule, list[Any], dict[str, Any]], Callable[..., Any]],
+    inner: InnerHook,
     config: dict[str, Any],
 ) -> Callable[..., Any]:
     """Compile a Dynamo graph.
@@ -93,9 +117,6 @@ def compile_with_inductor(
     inner       (inductor's inner compile, half, its example inputs, keyword arguments) -> the function that runs the half
     config      Inductor options of the user's
     """
-
-    def inner_compile(half: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
-        return inner(compile_fx_inner, half, list(inputs), kwargs)
 
     users_pass = config.get("joint_custom_pre_pass", inductor_config.joint_custom_pre_pass)
     users_partitioner = config.get("custom_partitioner_fn", inductor_config.custom_partitioner_fn)
@@ -107,7 +128,7 @@ def compile_with_inductor(
     table = {op: fn for op, fn in select_decomp_table().items() if op not in KEPT_WHOLE}
     # AOTAutograd's cache would skip the joint pass and our wrapper, and cannot store the wrapper: off for this compile only.
     with functorch_config.patch(enable_autograd_cache=False):
-        return compile_fx(gm, example_inputs, inner_compile=inner_compile, config_patches=patches, decompositions=table)
+        return compile_fx(gm, example_inputs, inner_compile=_hooked(inner), config_patches=patches, decompositions=table)
 
 
 def mode_options(mode: str | None) -> dict[str, Any]:

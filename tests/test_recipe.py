@@ -233,7 +233,7 @@ def test_a_scale_on_a_contracted_axis_is_refused(gemm, operand, axis, negative):
         assert word in str(caught.value)
     with pytest.raises(RecipeError, match=rf"Recipe\.{gemm}\.{operand}"):
         one_gemm.replace(**{gemm: GemmSpec(**{operand: wrong})})
-    # Nothing is summed over such a scale if the GEMM is off, another spec stands in, or the axis is the other one.
+    # No sum meets such a scale if the GEMM is off, another spec stands in, or the axis is the other one.
     assert one_gemm.replace(**{operand: wrong, gemm: None}).resolve("fc").gemm(gemm) is None
     assert (
         one_gemm.replace(**{operand: wrong, gemm: GemmSpec(**{operand: X})}).resolve("fc").gemm(gemm)

@@ -19,15 +19,10 @@ def tensors(steps=STEPS, seed=0):
 
 
 def used_ranges(momentum, values):
-    """The range at each step in fp64: the first tensor's own, then (1 - eta) * last tensor + eta * last range."""
-    used = []
-    for step, value in enumerate(values):
-        if step == 0:
-            used.append(float(value))
-        elif step == 1:
-            used.append(used[0])  # the first tensor's own range is also what it leaves behind
-        else:
-            used.append((1 - momentum) * float(values[step - 1]) + momentum * used[-1])
+    """The range used at each step, fp64: the first tensor's own, then (1 - eta) * last + eta * range."""
+    used = [float(values[0])]
+    for last in values[:-1]:
+        used.append((1 - momentum) * float(last) + momentum * used[-1])
     return np.array(used)
 
 
@@ -135,7 +130,7 @@ def test_what_it_declares():
 
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_the_formula_traces_and_the_trace_holds_for_other_values(symmetric):
-    """A Python branch on a tensor's value would fail to trace with symbolic values, or freeze the first answer."""
+    """A Python branch on a tensor's value would fail on fake tensors, or freeze the first answer."""
     estimator = InHindsight(momentum=0.5)
     names = (*estimator.statistics_for(symmetric), "clipped")
     fields = (*estimator.state_fields(symmetric), "steps")
@@ -148,10 +143,13 @@ def test_the_formula_traces_and_the_trace_holds_for_other_values(symmetric):
         return *estimator.range({}, state), *estimator.update(stats, state).values()
 
     count = len(names) + len(fields)
-    traced = make_fx(step, tracing_mode="fake")(*torch.zeros(count, 3))
+    traced = make_fx(step, tracing_mode="fake")(*torch.zeros(count, 4))
     assert not [n for n in traced.graph.nodes if n.op == "get_attr"]
-    values = torch.tensor([0.0, 0.04, 3.0]).expand(
-        count, 3
-    )  # steps 0 and not 0; clipped below and above the bound
-    for got, expected in zip(traced(*values), step(*values), strict=True):
+    # Four entries: every combination of first step or not, too much clipped or not.
+    by_name = {"clipped": [0.0, 1.0, 0.0, 1.0], "steps": [0.0, 0.0, 3.0, 3.0]}
+    stats = [torch.tensor(by_name.get(name, [4.0] * 4)) for name in names]
+    state = [torch.tensor(by_name.get(name, [8.0] * 4)) for name in fields]
+    *_, updated = traced(*stats, *state)
+    assert updated.tolist() == [4.0, 4.0, 6.0, 4.0]
+    for got, expected in zip(traced(*stats, *state), step(*stats, *state), strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=0)

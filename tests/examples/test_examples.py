@@ -241,7 +241,8 @@ def toy_corpus(corpus, monkeypatch):
     monkeypatch.setattr(data, "load", lambda: corpus)
 
 
-TOY_ARGS = "--width 32 --layers 1 --heads 2 --seq 16 --batch 4 --val-batches 2 --hp-backend eager --device cpu".split()
+TOY_SIZE = "--width 32 --layers 1 --heads 2 --seq 16 --batch 4".split()
+TOY_REST = "--val-batches 2 --hp-backend eager --device cpu".split()
 
 
 def test_train_gpt_writes_what_it_measured(toy_corpus, tmp_path, capsys):
@@ -257,7 +258,7 @@ def test_train_gpt_writes_what_it_measured(toy_corpus, tmp_path, capsys):
         "--out",
         str(tmp_path),
     ]
-    train_gpt.main([*TOY_ARGS, *args])
+    train_gpt.main([*TOY_SIZE, *TOY_REST, *args])
     with open(tmp_path / "losses.csv") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 * 2 * 6
@@ -335,17 +336,13 @@ def test_the_demo_weighs_saved_tensors_against_bf16(corpus):
 
 # With the qtrain backend
 
-
-@pytest.fixture
-def int8_config():
-    pytest.importorskip("qcompile.backend")
-    return dataclasses.replace(CONFIG, model=dataclasses.replace(TOY, width=64), batch=16)
+INT8_CONFIG = dataclasses.replace(CONFIG, model=dataclasses.replace(TOY, width=64), batch=16)
 
 
-@pytest.mark.parametrize("recipe", ["int8", "int8_in_hindsight"])
-def test_int8_runs_every_gemm_in_int8_and_learns_alike(recipe, int8_config, corpus):
-    reference = Run("fp32", 0, int8_config, corpus)
-    run = Run(recipe, 0, int8_config, corpus)
+@pytest.mark.parametrize("recipe", ["int8", pytest.param("int8_in_hindsight", marks=pytest.mark.slow)])
+def test_int8_runs_every_gemm_in_int8_and_learns_alike(recipe, corpus):
+    reference = Run("fp32", 0, INT8_CONFIG, corpus)
+    run = Run(recipe, 0, INT8_CONFIG, corpus)
     reference.step()
     run.step()
     assert count_gemms(run.step) == (3 * SITES, 3 * SITES)
@@ -354,17 +351,20 @@ def test_int8_runs_every_gemm_in_int8_and_learns_alike(recipe, int8_config, corp
     assert run.losses == pytest.approx(reference.losses, rel=1e-2)
 
 
-def test_a_resumed_int8_run_continues_bit_for_bit(int8_config, corpus, tmp_path):
-    check_resumption("int8_in_hindsight", int8_config, corpus, tmp_path / "half.pt")
+@pytest.mark.slow
+def test_a_resumed_int8_run_continues_bit_for_bit(corpus, tmp_path):
+    check_resumption("int8_in_hindsight", INT8_CONFIG, corpus, tmp_path / "half.pt")
 
 
-def test_skipped_sites_stay_in_high_precision(int8_config, corpus):
-    run = Run("int8", 0, dataclasses.replace(int8_config, skip=("head",)), corpus)
+@pytest.mark.slow
+def test_skipped_sites_stay_in_high_precision(corpus):
+    run = Run("int8", 0, dataclasses.replace(INT8_CONFIG, skip=("head",)), corpus)
     run.step()
     assert count_gemms(run.step) == (3 * (SITES - 1), 3 * SITES)
 
 
-def test_the_demo_explains_int8(int8_config, corpus):
-    (variant,) = demo.train(int8_config, corpus, ("int8",))
+@pytest.mark.slow
+def test_the_demo_explains_int8(corpus):
+    (variant,) = demo.train(INT8_CONFIG, corpus, ("int8",))
     assert "blocks.0.mlp.up" in demo.explain(variant)
     assert variant.gemms == (3 * SITES, 3 * SITES)

@@ -1,0 +1,166 @@
+"""Forward and backward of a stack of MLP blocks: qtrain's recipes against Inductor fp32 and bf16 autocast, timed alternately.
+
+    python examples/benchmarks/mlp.py                         # d = 2048, 2048 tokens, 2 blocks
+    python examples/benchmarks/mlp.py --width 1024 --act gelu
+
+One step is zero_grad, forward (all but fp32 under bf16 autocast), mean of squares, backward. The variants take turns in one
+process; the table gives medians, the ratio of medians to bf16's and the spread of that ratio over rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import platform
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from statistics import median, quantiles
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from qcompile.inspect.saved_bytes import saved_bytes
+from qcompile.kernels import record_launches
+
+VARIANTS = ("fp32", "bf16", "int8_in_hindsight", "int8_tensorwise", "int8")
+
+
+class Block(nn.Module):
+    """LayerNorm, Linear d -> 4d with bias, activation, Linear 4d -> d without bias, residual."""
+
+    def __init__(self, width: int, activation: str) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.up = nn.Linear(width, 4 * width)
+        self.act = {"relu": nn.ReLU, "gelu": nn.GELU}[activation]()
+        self.down = nn.Linear(4 * width, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.act(self.up(self.norm(x))))
+
+
+@dataclass
+class Result:
+    """One variant's row: times in ms per step, one per round."""
+
+    name: str
+    times: list[float]
+    saved: int
+    weight_copies: int
+    integer_gemms: int
+    gradient_snr_db: float
+
+
+def make_step(variant: str, model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
+    """A function that runs one training step of a compiled copy and returns its output."""
+    if variant in ("fp32", "bf16"):
+        compiled = torch.compile(model, backend="inductor")
+    else:
+        compiled = torch.compile(model, backend="qtrain", options={"recipe": variant})
+    device = x.device.type
+
+    def forward() -> Tensor:
+        context = contextlib.nullcontext() if variant == "fp32" else torch.autocast(device, torch.bfloat16)
+        with context:
+            return compiled(x)
+
+    def step() -> Tensor:
+        model.zero_grad()
+        y = forward()
+        y.float().pow(2).mean().backward()
+        return y
+
+    step.forward = forward  # type: ignore[attr-defined]
+    return step
+
+
+def measure(
+    variants: list[str], width: int, tokens: int, blocks: int, activation: str, rounds: int, device: str = "cpu"
+) -> list[Result]:
+    """Time the variants alternately; returns one `Result` each, in order."""
+    torch.manual_seed(0)
+    reference = nn.Sequential(*(Block(width, activation) for _ in range(blocks))).to(device)
+    x = torch.randn(tokens, width, device=device)
+    steps, results, gradients = {}, {}, {}
+    for name in variants:
+        torch._dynamo.reset()
+        model = nn.Sequential(*(Block(width, activation) for _ in range(blocks))).to(device)
+        model.load_state_dict(reference.state_dict())
+        steps[name] = make_step(name, model, x)
+        for _ in range(3):  # compile, then the first steady step
+            steps[name]()
+        with record_launches() as launches:
+            steps[name]()
+        gradients[name] = [p.grad.clone() for p in model.parameters() if p.ndim == 2]
+        saved = saved_bytes(steps[name].forward, parameters=list(model.parameters()))
+        results[name] = Result(name, [], saved.total, saved.weight_copies, len(launches), float("inf"))
+    for _ in range(rounds):
+        for name in variants:
+            start = time.perf_counter()
+            steps[name]()
+            if device == "cuda":
+                torch.cuda.synchronize()
+            results[name].times.append(1e3 * (time.perf_counter() - start))
+    want = gradients.get("fp32") or gradients[variants[0]]
+    for name in variants:
+        noise = sum((g.float() - w.float()).pow(2).sum() for g, w in zip(gradients[name], want, strict=True))
+        signal = sum(w.float().pow(2).sum() for w in want)
+        results[name].gradient_snr_db = float(10 * torch.log10(signal / noise)) if noise > 0 else float("inf")
+    return list(results.values())
+
+
+def table(results: list[Result], baseline: str = "bf16") -> str:
+    """The results as text."""
+    base = next((r for r in results if r.name == baseline), results[0])
+    rows = []
+    for r in results:
+        ratios = [b / t for b, t in zip(base.times, r.times, strict=True)]
+        low, high = (quantiles(ratios, n=4)[0], quantiles(ratios, n=4)[2]) if len(ratios) > 1 else (ratios[0], ratios[0])
+        rows.append(
+            [
+                r.name,
+                f"{median(r.times):.1f}",
+                f"{median(base.times) / median(r.times):.2f}",
+                f"{low:.2f} - {high:.2f}",
+                f"{r.saved / 2**20:.1f}",
+                f"{r.weight_copies / 2**20:.1f}",
+                r.integer_gemms,
+                f"{r.gradient_snr_db:.1f}",
+            ]
+        )
+    headers = ["variant", "ms/step", f"x {base.name}", "quartiles", "saved MiB", "weight copies MiB", "int GEMMs", "grad SNR dB"]
+    return tabulate(rows, headers=headers)
+
+
+def machine() -> str:
+    """Versions and hardware, one line."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as f:
+        names = [line.split(":")[1].strip() for line in f if line.startswith("model name")]
+        processor = names[0] if names else platform.processor()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor
+    return f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def main(argv: list[str] | None = None) -> list[Result]:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", type=int, default=2048)
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--blocks", type=int, default=2)
+    parser.add_argument("--act", choices=("relu", "gelu"), default="relu")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--variants", default=",".join(VARIANTS))
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args(argv)
+    results = measure(
+        args.variants.split(","), args.width, args.tokens, args.blocks, args.act, args.rounds, args.device
+    )
+    print(machine())
+    print(f"{args.blocks} blocks, width {args.width}, {args.tokens} tokens, {args.act}, {args.rounds} rounds\n")
+    print(table(results))
+    return results
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,334 @@
+"""INT8 matrix product with zero points, scales, bias and one rounding. M rows, N columns, K summed.
+
+    acc[m, n] = sum_k (a[m, k] - a_zero[m]) * (b[k, n] - b_zero[n])                                      exact, int32
+              = sum_k a b - b_zero[n] * a_sum[m] - a_zero[m] * b_sum[n] + K * a_zero[m] * b_zero[n]
+    a_sum[m]  = sum_k a[m, k],    b_sum[n] = sum_k b[k, n]
+    out[m, n] = cast(float32(acc[m, n]) * (a_scale[m] * b_scale[n]) + float32(bias[m, n]))
+
+Both operands are K-major: a [M, K] and b_t [N, K], rows contiguous. That is the only layout an int8 tensor core reads without
+shuffling bytes: on compute capability 9.0 the other one goes through registers and byte stores, below it through byte loads.
+int8, scale and cast in one kernel spare the int32 product a trip through memory (4 bytes written, 4 read, 2 written; against 2).
+
+An int32 holds a sum of `max_k` products. A longer K is split: every part is exact, and the parts are added in fp32, in order.
+Within a part single terms of the corrected sum may wrap, their total modulo 2**32 does not care.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from qcompile.errors import KernelError
+from qcompile.kernels.triton import tuning
+from qcompile.kernels.triton.launch import EXACT, device_guard, family
+from qcompile.kernels.triton.numerics import COLUMN, FULL, ROW, Layout, layout_of, load_shared
+
+__all__ = ["max_k", "scaled_mm", "scaled_mm_kernel", "scaled_mm_reference"]
+
+OUTPUTS = (torch.float32, torch.bfloat16, torch.float16, torch.int32)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+CHUNK = 128
+"""K is split at multiples of this, so that only the last part has a tail."""
+
+
+def max_k(zero_points: int) -> int:
+    """The longest K whose sum fits int32, with zero points for none (131,071), one (65,792) or both (33,025) of the operands.
+
+    A code's magnitude is at most 128; its distance from a zero point among the codes at most 255.
+    """
+    return (2**31 - 1) // (128 ** (2 - zero_points) * 255**zero_points)
+
+
+# --- Reference ----------------------------------------------------------------------------------------------------------------
+
+
+def scaled_mm_reference(
+    a: Tensor,
+    b_t: Tensor,
+    a_scale: Tensor | None,
+    b_scale: Tensor | None,
+    a_zero: Tensor | None = None,
+    b_zero: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+) -> Tensor:
+    """Plain torch: int64 sums of any length, exact."""
+    a64, b64 = a.long(), b_t.t().long()
+    if a_zero is not None:
+        a64 = a64 - a_zero
+    if b_zero is not None:
+        b64 = b64 - b_zero
+    acc = a64 @ b64
+    if out_dtype is torch.int32:
+        return acc.int()
+    out = acc.float() * (a_scale * b_scale)
+    return (out if bias is None else out + bias.float()).to(out_dtype)
+
+
+# --- Kernel -------------------------------------------------------------------------------------------------------------------
+
+
+@triton.jit
+def scaled_mm_kernel(
+    a_ptr,  # int8 [M, K], rows stride_a apart
+    b_ptr,  # int8 [N, K], rows stride_b apart
+    out_ptr,  # [M, N], rows stride_o apart: fp32, bf16, fp16; int32 for the bare sum
+    partial_ptr,  # fp32 [M, N] like out: the sum of earlier parts of K, or None
+    a_scale_ptr,  # fp32, or None: no scales and no bias
+    b_scale_ptr,
+    a_zero_ptr,  # int32, or None
+    b_zero_ptr,
+    a_sum_ptr,  # int32 [M], with b_zero
+    b_sum_ptr,  # int32 [N], with a_zero
+    bias_ptr,  # any float, or None
+    M,
+    N,
+    K,
+    stride_a,
+    stride_b,
+    stride_o,
+    stride_bias_m,
+    stride_bias_n,
+    A_SCALE: tl.constexpr,  # Layout
+    B_SCALE: tl.constexpr,
+    A_ZERO: tl.constexpr,
+    B_ZERO: tl.constexpr,
+    BIAS: tl.constexpr,
+    EVEN_K: tl.constexpr,  # BLOCK_K divides K
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """One program a tile of the output; GROUP_M rows of tiles run together, so that they find each other's columns in the L2 cache."""
+    pid = tl.program_id(0)
+    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    in_group = GROUP_M * tiles_n
+    first_m = (pid // in_group) * GROUP_M
+    group_m = min(tiles_m - first_m, GROUP_M)
+    rm = (first_m + (pid % in_group) % group_m) * BLOCK_M + tl.arange(0, BLOCK_M)
+    rn = ((pid % in_group) // group_m) * BLOCK_N + tl.arange(0, BLOCK_N)
+    rk = tl.arange(0, BLOCK_K)
+    # Rows past the end wrap around: their products are not stored, and the loads need no mask.
+    a_ptrs = a_ptr + (rm % M).to(tl.int64)[:, None] * stride_a + rk[None, :]
+    b_ptrs = b_ptr + (rn % N).to(tl.int64)[None, :] * stride_b + rk[:, None]
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
+    for k in range(0, tl.cdiv(K, BLOCK_K)):
+        if EVEN_K:
+            a = tl.load(a_ptrs)
+            b = tl.load(b_ptrs)
+        else:
+            inside = rk < K - k * BLOCK_K
+            a = tl.load(a_ptrs, mask=inside[None, :], other=0)
+            b = tl.load(b_ptrs, mask=inside[:, None], other=0)
+        acc = tl.dot(a, b, acc, out_dtype=tl.int32)
+        a_ptrs += BLOCK_K
+        b_ptrs += BLOCK_K
+
+    if b_zero_ptr is not None:
+        b_zero = load_shared(b_zero_ptr, B_ZERO, rm, rn, M, N, 0)
+        acc -= b_zero * load_shared(a_sum_ptr, ROW, rm, rn, M, N, 0)
+    if a_zero_ptr is not None:
+        a_zero = load_shared(a_zero_ptr, A_ZERO, rm, rn, M, N, 0)
+        acc -= a_zero * load_shared(b_sum_ptr, COLUMN, rm, rn, M, N, 0)
+        if b_zero_ptr is not None:
+            acc += K * a_zero * b_zero
+
+    row, column = rm.to(tl.int64), rn.to(tl.int64)
+    mask = (rm < M)[:, None] & (rn < N)[None, :]
+    offsets = row[:, None] * stride_o + column[None, :]
+    if out_ptr.dtype.element_ty == tl.int32:
+        tl.store(out_ptr + offsets, acc, mask=mask)
+    else:
+        out = acc.to(tl.float32)
+        if partial_ptr is not None:
+            out = tl.load(partial_ptr + offsets, mask=mask, other=0.0) + out
+        if a_scale_ptr is not None:
+            a_scale = load_shared(a_scale_ptr, A_SCALE, rm, rn, M, N, 0.0)
+            out = out * (a_scale * load_shared(b_scale_ptr, B_SCALE, rm, rn, M, N, 0.0))
+        if bias_ptr is not None:
+            if BIAS == FULL:
+                bias_offsets = row[:, None] * stride_bias_m + column[None, :] * stride_bias_n
+                out = out + tl.load(bias_ptr + bias_offsets, mask=mask, other=0.0).to(tl.float32)
+            else:
+                out = out + load_shared(bias_ptr, BIAS, rm, rn, M, N, 0.0).to(tl.float32)
+        tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+# --- Launcher -----------------------------------------------------------------------------------------------------------------
+
+
+def scaled_mm(
+    a: Tensor,
+    b_t: Tensor,
+    a_scale: Tensor | None,
+    b_scale: Tensor | None,
+    a_zero: Tensor | None = None,
+    b_zero: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype = torch.float32,
+    *,
+    a_sum: Tensor | None = None,
+    b_sum: Tensor | None = None,
+    config: tuning.MatmulConfig | None = None,
+    tune: Callable[[Callable[[], None]], float] | None = None,
+) -> Tensor:
+    """a int8 [M, K] and b_t int8 [N, K], both with contiguous rows -> out_dtype [M, N], contiguous.
+
+        a_scale, a_zero  fp32, int32 or None: 0-d, [1, 1] or [M, 1]; a zero point is a code, -128 to 127
+        b_scale, b_zero  likewise, or [1, N]
+        bias             any float dtype, broadcastable to [M, N], or None
+        out_dtype        fp32, bf16 or fp16; int32: the bare sum, without scales and bias, K up to `max_k`
+        a_sum, b_sum     int32, M and N values: sums of the codes over K if the caller has them; made here where they are needed
+        config           launch configuration; `tuning.choose` picks one if not given
+        tune             times a function (`triton.testing.do_bench`): an untuned problem size is tuned with it
+
+    Errors: `KernelError`.
+    """
+    _check(a, b_t, a_scale, b_scale, a_zero, b_zero, bias, out_dtype)
+    (m, k), n = a.shape, b_t.shape[0]
+    out = a.new_empty((m, n), dtype=out_dtype)
+    if m == 0 or n == 0:
+        return out
+    if config is None:
+        hardware = family(a.device)
+        measure = None
+        if tune is not None:
+            measure = _measure(tune, a, b_t, a_scale, b_scale, a_zero, b_zero, bias, out_dtype, a_sum, b_sum)
+        config = tuning.choose(hardware, m, n, k, measure)
+
+    longest = max_k((a_zero is not None) + (b_zero is not None))
+    if k <= longest:
+        _launch(a, b_t, out, None, a_scale, b_scale, a_zero, b_zero, a_sum, b_sum, bias, config)
+        return out
+    if out_dtype is torch.int32:
+        raise KernelError(f"scaled_mm: K is {k}; an int32 sum holds at most {longest} products. Ask for a float out_dtype.")
+    length = longest // CHUNK * CHUNK
+    partial = None
+    for start in range(0, k, length):
+        parts = a[:, start : start + length], b_t[:, start : start + length]
+        if start + length < k:
+            sums = a.new_empty((m, n), dtype=torch.float32) if partial is None else partial  # each tile reads and writes its own
+            _launch(*parts, sums, partial, None, None, a_zero, b_zero, None, None, None, config)
+            partial = sums
+        else:
+            _launch(*parts, out, partial, a_scale, b_scale, a_zero, b_zero, None, None, bias, config)
+    return out
+
+
+def _check(
+    a: Tensor, b_t: Tensor, a_scale: Tensor | None, b_scale: Tensor | None, a_zero: Tensor | None, b_zero: Tensor | None,
+    bias: Tensor | None, out_dtype: torch.dtype,
+) -> None:
+    for name, codes in (("a", a), ("b_t", b_t)):
+        if codes.dtype is not torch.int8 or codes.ndim != 2:
+            raise KernelError(f"scaled_mm: {name} is {codes.dtype} of shape {list(codes.shape)}; allowed: an int8 matrix.")
+        if codes.stride(1) != 1 and codes.shape[1] > 1:
+            raise KernelError(
+                f"scaled_mm: {name} has strides {codes.stride()}; its rows (the summed axis) must be contiguous. "
+                f"Pass a transposed copy (`transpose`)."
+            )
+    if a.shape[1] != b_t.shape[1]:
+        raise KernelError(f"scaled_mm: a is {list(a.shape)} and b_t {list(b_t.shape)}; both must have K columns.")
+    if out_dtype not in OUTPUTS:
+        raise KernelError(f"scaled_mm: out_dtype is {out_dtype}; allowed: {', '.join(map(str, OUTPUTS))}.")
+    if out_dtype is torch.int32:
+        if a_scale is not None or b_scale is not None or bias is not None:
+            raise KernelError("scaled_mm: out_dtype is int32, the bare sum; scales and bias must be None.")
+    elif a_scale is None or b_scale is None:
+        raise KernelError(f"scaled_mm: out_dtype is {out_dtype} and a scale is None; only int32, the bare sum, has no scales.")
+    for name, values, dtypes in (
+        ("a_scale", a_scale, (torch.float32,)),
+        ("b_scale", b_scale, (torch.float32,)),
+        ("a_zero", a_zero, (torch.int32,)),
+        ("b_zero", b_zero, (torch.int32,)),
+        ("bias", bias, FLOATS),
+        ("b_t", b_t, (torch.int8,)),
+    ):
+        if values is not None and (values.dtype not in dtypes or values.device != a.device):
+            raise KernelError(
+                f"scaled_mm: {name} is {values.dtype} on {values.device}; allowed: {', '.join(map(str, dtypes))} on {a.device}."
+            )
+
+
+def _launch(
+    a: Tensor, b_t: Tensor, out: Tensor, partial: Tensor | None, a_scale: Tensor | None, b_scale: Tensor | None,
+    a_zero: Tensor | None, b_zero: Tensor | None, a_sum: Tensor | None, b_sum: Tensor | None, bias: Tensor | None,
+    config: tuning.MatmulConfig,
+) -> None:
+    (m, k), n = a.shape, b_t.shape[0]
+
+    def shared(name: str, values: Tensor | None, *allowed: Layout) -> tuple[Tensor | None, Layout]:
+        if values is None:
+            return None, Layout.TENSOR
+        return values.contiguous(), layout_of("scaled_mm", name, values, m, n, *allowed)
+
+    a_scale, a_scale_layout = shared("a_scale", a_scale, Layout.TENSOR, Layout.ROW)
+    b_scale, b_scale_layout = shared("b_scale", b_scale, Layout.TENSOR, Layout.COLUMN)
+    a_zero, a_zero_layout = shared("a_zero", a_zero, Layout.TENSOR, Layout.ROW)
+    b_zero, b_zero_layout = shared("b_zero", b_zero, Layout.TENSOR, Layout.COLUMN)
+    bias_layout, bias_strides = Layout.TENSOR, (0, 0)
+    if bias is not None:
+        bias_layout = layout_of("scaled_mm", "bias", bias, m, n, *Layout)
+        if bias_layout is Layout.FULL:
+            bias_strides = bias.stride()
+        else:
+            bias = bias.contiguous()
+    if b_zero is not None and a_sum is None:
+        a_sum = a.sum(1, dtype=torch.int32)
+    if a_zero is not None and b_sum is None:
+        b_sum = b_t.sum(1, dtype=torch.int32)
+    grid = (triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)
+    with device_guard(a):
+        scaled_mm_kernel[grid](
+            a,
+            b_t,
+            out,
+            partial,
+            a_scale,
+            b_scale,
+            a_zero,
+            b_zero,
+            None if b_zero is None else a_sum.contiguous(),
+            None if a_zero is None else b_sum.contiguous(),
+            bias,
+            m,
+            n,
+            k,
+            a.stride(0),
+            b_t.stride(0),
+            n,
+            *bias_strides,
+            A_SCALE=int(a_scale_layout),
+            B_SCALE=int(b_scale_layout),
+            A_ZERO=int(a_zero_layout),
+            B_ZERO=int(b_zero_layout),
+            BIAS=int(bias_layout),
+            EVEN_K=k % config.block_k == 0,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            BLOCK_K=config.block_k,
+            GROUP_M=config.group_m,
+            num_warps=config.warps,
+            num_stages=config.stages,
+            **EXACT,
+        )
+
+
+def _measure(tune: Callable[[Callable[[], None]], float], *operands: object) -> Callable[[tuning.MatmulConfig], float]:
+    *positional, a_sum, b_sum = operands
+
+    def measure(config: tuning.MatmulConfig) -> float:
+        try:
+            return tune(lambda: scaled_mm(*positional, a_sum=a_sum, b_sum=b_sum, config=config))
+        except triton.runtime.errors.OutOfResources:  # a device with less shared memory than its family
+            return float("inf")
+
+    return measure

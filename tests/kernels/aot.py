@@ -1,0 +1,249 @@
+"""Compile the Triton kernels ahead of time, for GPUs that are not here, and print what came out as JSON.
+
+    python tests/kernels/aot.py            every kernel's default configuration on every target
+    python tests/kernels/aot.py --all      every configuration of every table
+
+Runs in a process of its own: under Triton's interpreter (where the other kernel tests run) `triton.jit` makes functions that cannot
+be compiled, and that is decided when Triton is imported. ptxas, cuobjdump and nvdisasm come with Triton's wheel.
+"""
+
+from __future__ import annotations
+
+import collections
+import json
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+from typing import Any, NamedTuple
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from qcompile.kernels.triton import tuning
+from qcompile.kernels.triton.amax import amax_kernel
+from qcompile.kernels.triton.launch import EXACT
+from qcompile.kernels.triton.numerics import Layout
+from qcompile.kernels.triton.quantize import quantize_kernel
+from qcompile.kernels.triton.scaled_mm import scaled_mm_kernel
+from qcompile.kernels.triton.transpose import transpose_kernel
+
+TARGETS = {"sm_80": 80, "sm_89": 89, "sm_90": 90, "gfx942": "gfx942"}
+BIN = pathlib.Path(triton.__file__).parent / "backends/nvidia/bin"
+
+I64, I32, I32_16 = "i64", "i32", "i32, a multiple of 16"
+TYPES = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
+
+
+class Case(NamedTuple):
+    """One compilation: argument -> type (pointers are 16-byte aligned), or a value the compiler knows (None: absent)."""
+
+    kernel: str
+    variant: str
+    function: Any
+    arguments: dict[str, Any]
+    options: dict[str, int]
+
+
+# --- Cases --------------------------------------------------------------------------------------------------------------------
+
+
+def quantize_case(
+    variant: str, dtype: str = "bf16", *, transposed: bool = True, statistics: bool = True, seed: bool = False,
+    zero_point: bool = False, scale: Layout = Layout.TENSOR, shape: tuple[int, int] = (4096, 4096),
+) -> Case:
+    config = tuning.tile_config(*shape)
+    arguments = {
+        "x_ptr": TYPES[dtype],
+        "scale_ptr": "*fp32",
+        "zero_ptr": "*i32" if zero_point else None,
+        "q_ptr": "*i8",
+        "qt_ptr": "*i8" if transposed else None,
+        "amax_ptr": "*i32" if statistics else None,
+        "saturated_ptr": "*i64" if statistics else None,
+        "seed_ptr": "*i64" if seed else None,
+        "salt": I32,
+        "M": I32_16,
+        "N": I32_16,
+        "stride_xm": I32_16,
+        "stride_xn": 1,
+        "stride_q": I32_16,
+        "stride_qt": I32_16,
+        "QMIN": -128 if zero_point else -127,
+        "QMAX": 127,
+        "SCALE": int(scale),
+        "ZERO": int(scale),
+        "TRANSPOSED": False,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+    }
+    return Case("quantize", variant, quantize_kernel, arguments, {"num_warps": config.num_warps})
+
+
+def amax_case() -> Case:
+    config = tuning.tile_config(4096, 4096)
+    arguments = {
+        "x_ptr": "*bf16", "tensor_ptr": "*i32", "rows_ptr": "*i32", "columns_ptr": "*i32", "M": I32_16, "N": I32_16,
+        "stride_xm": I32_16, "stride_xn": 1, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+    }
+    return Case("amax", "bf16, rows, columns and tensor", amax_kernel, arguments, {"num_warps": config.num_warps})
+
+
+def transpose_case() -> Case:
+    config = tuning.tile_config(4096, 4096)
+    arguments = {
+        "codes_ptr": "*i8", "out_ptr": "*i8", "M": I32_16, "N": I32_16, "stride_cm": I32_16, "stride_cn": 1, "stride_o": I32_16,
+        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+    }
+    return Case("transpose", "int8", transpose_kernel, arguments, {"num_warps": config.num_warps})
+
+
+def scaled_mm_case(
+    config: tuning.MatmulConfig, *, dtype: str = "bf16", even_k: bool = True, bias: bool = True, zero_points: bool = False
+) -> Case:
+    arguments = {
+        "a_ptr": "*i8",
+        "b_ptr": "*i8",
+        "out_ptr": TYPES[dtype],
+        "partial_ptr": None,
+        "a_scale_ptr": "*fp32",
+        "b_scale_ptr": "*fp32",
+        "a_zero_ptr": "*i32" if zero_points else None,
+        "b_zero_ptr": "*i32" if zero_points else None,
+        "a_sum_ptr": "*i32" if zero_points else None,
+        "b_sum_ptr": "*i32" if zero_points else None,
+        "bias_ptr": "*bf16" if bias else None,
+        "M": I32_16,
+        "N": I32_16,
+        "K": I32_16,
+        "stride_a": I32_16,
+        "stride_b": I32_16,
+        "stride_o": I32_16,
+        "stride_bias_m": I32,
+        "stride_bias_n": I32,
+        "A_SCALE": int(Layout.ROW),
+        "B_SCALE": int(Layout.COLUMN),
+        "A_ZERO": int(Layout.ROW),
+        "B_ZERO": int(Layout.COLUMN),
+        "BIAS": int(Layout.COLUMN),
+        "EVEN_K": even_k,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "GROUP_M": config.group_m,
+    }
+    extras = f"{dtype}{', bias' * bias}{', zero points' * zero_points}{', K tail' * (not even_k)}"
+    variant = f"{config.block_m}x{config.block_n}x{config.block_k}, {config.stages} stages, {config.warps} warps, {extras}"
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    return Case("scaled_mm", variant, scaled_mm_kernel, arguments, options)
+
+
+def cases(family: str, *, everything: bool) -> list[Case]:
+    found = [
+        quantize_case("bf16, nearest"),
+        quantize_case("bf16, stochastic", seed=True),
+        amax_case(),
+        transpose_case(),
+        scaled_mm_case(tuning.candidates(family, 4096)[0]),
+        scaled_mm_case(tuning.candidates(family, 16)[0]),
+    ]
+    if everything:
+        found += [
+            quantize_case("bf16, one orientation", transposed=False),
+            quantize_case("fp32, nearest", "fp32"),
+            quantize_case("fp16, stochastic", "fp16", seed=True),
+            quantize_case("bf16, scale per row", scale=Layout.ROW),
+            quantize_case("bf16, zero points per row", scale=Layout.ROW, zero_point=True),
+            quantize_case("bf16, 16 rows", shape=(16, 4096)),
+            quantize_case("bf16, 16 columns", shape=(4096, 16)),
+        ]
+        for m in (16, 32, 64, 4096):
+            found += [scaled_mm_case(config) for config in tuning.candidates(family, m)]
+        first = tuning.candidates(family, 4096)[0]
+        found += [
+            scaled_mm_case(first, dtype="fp32", bias=False),
+            scaled_mm_case(first, even_k=False),
+            scaled_mm_case(first, zero_points=True),
+        ]
+    return list({(case.kernel, case.variant): case for case in found}.values())
+
+
+# --- Compiling ----------------------------------------------------------------------------------------------------------------
+
+
+def build(case: Case, family: str) -> dict[str, Any]:
+    """Compile for a target and say what came out: instructions, registers, shared memory."""
+    arch = TARGETS[family]
+    signature, constants, attributes = {}, {}, {}
+    names = case.function.arg_names
+    if unknown := set(case.arguments) ^ set(names):
+        raise SystemExit(f"{case.kernel}: the case and the kernel differ in {sorted(unknown)}")
+    for position, name in enumerate(names):
+        given = case.arguments[name]
+        if isinstance(given, str):
+            signature[name] = given.partition(",")[0]
+            if given == I32_16 or given.startswith("*"):
+                attributes[(position,)] = [["tt.divisibility", 16]]
+        else:
+            signature[name], constants[name] = "constexpr", given
+    source = ASTSource(fn=case.function, signature=signature, constexprs=constants, attrs=attributes)
+    hip = isinstance(arch, str)
+    target = GPUTarget("hip", arch, 64) if hip else GPUTarget("cuda", arch, 32)
+    options = {**case.options, **EXACT}
+    compiled = triton.compile(source, target=target, options=options)
+    facts = {"kernel": case.kernel, "variant": case.variant, "target": family, "shared": compiled.metadata.shared, **case.options}
+    facts["tile"] = {name: case.arguments[name] for name in ("BLOCK_M", "BLOCK_N")}
+    return facts | (_amd_facts(compiled.asm["amdgcn"]) if hip else _nvidia_facts(compiled.asm["ptx"], compiled.asm["cubin"]))
+
+
+def _amd_facts(assembly: str) -> dict[str, Any]:
+    def number(name: str) -> int:
+        return int(re.search(rf"\.{name}:\s*(\d+)", assembly).group(1))
+
+    pattern = r"^\s+(v_mfma_\w+|global_(?:load|store)_\w+|buffer_(?:load|store)_\w+|global_atomic_\w+|scratch_\w+|v_fma_f32)"
+    return {
+        "registers": number("vgpr_count"),
+        "spilled": number("vgpr_spill_count") + number("sgpr_spill_count") + number("private_segment_fixed_size"),
+        "instructions": dict(collections.Counter(re.findall(pattern, assembly, re.MULTILINE))),
+    }
+
+
+def _nvidia_facts(ptx: str, cubin: bytes) -> dict[str, Any]:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _run("cuobjdump", "--dump-resource-usage", file.name)
+        sass = _run("nvdisasm", "-c", file.name)
+    registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage).groups()
+    pattern = (
+        r"(?<![\w.])((?:wgmma\.mma_async|mma\.sync|ldmatrix|cp\.async\.cg|ld\.global|st\.global|ld\.local|st\.local|ld\.shared|"
+        r"st\.shared|atom\.|red\.|fma\.rn|div\.)[\w.:]*)"
+    )
+    # `cp.async.cg.shared.global [..], [..], 16`: the size is an operand.
+    sizes = re.findall(r"cp\.async\.c[ag]\.shared\.global[^\n]*?\], (0x[0-9a-f]+|\d+)", ptx)
+    operations = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", sass, re.MULTILINE)
+    return {
+        "registers": int(registers),
+        "spilled": int(stack) + int(local),
+        "instructions": dict(collections.Counter(re.findall(pattern, ptx))),
+        "async_bytes": sorted({int(size, 0) for size in sizes}),
+        "sass": len(operations),
+        "sass_local": sum(operation.split(".")[0] in ("LDL", "STL") for operation in operations),
+        "sass_tensor": dict(collections.Counter(o for o in operations if "MMA" in o)),
+    }
+
+
+def _run(tool: str, *arguments: str) -> str:
+    return subprocess.run([BIN / tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def main() -> None:
+    everything = "--all" in sys.argv[1:]
+    found = [build(case, family) for family in TARGETS for case in cases(family, everything=everything)]
+    json.dump({"triton": triton.__version__, "cases": found}, sys.stdout, indent=1)
+
+
+if __name__ == "__main__":
+    main()
