@@ -107,13 +107,16 @@ class Run:
         self.losses.append(loss.item())
         return self.losses[-1]
 
-    @torch.no_grad()
-    def validate(self) -> float:
-        """Mean loss on the validation text, by the compiled model: quantized as in training."""
-        self.model.eval()
+    def validate(self, *, as_training: bool = False) -> float:
+        """Mean loss on the validation text, by the compiled model: quantized as in training.
+
+        as_training  run the forward half of the training graph instead of compiling another one without
+                     gradients. That moves forward ranges and dropout on, so it is for after the last step.
+        """
+        self.model.train(as_training)
         total = 0.0
-        for tokens, targets in self._val:
-            with self.autocast():
+        with torch.set_grad_enabled(as_training), self.autocast():
+            for tokens, targets in self._val:
                 total += self.compiled(tokens.to(self.config.device), targets.to(self.config.device)).item()
         self.model.train()
         self.val_losses[self.steps_made] = total / len(self._val)

@@ -4,14 +4,14 @@ Dynamo reuses one compiled graph for many instances of a class, so the state can
 call, by the identity of the Parameters among the arguments. The backward graph gets its state as saved tensors, and thereby that
 of the instance whose forward it belongs to.
 
-Activation checkpointing *around* a compiled region runs its forward twice in a step: the second time while the autograd engine
-runs. That call gets the state as the first call saw it, and its updates fall into a copy that is thrown away.
+Checkpointing around a compiled region is the one case where a call does not get the state itself: `qcompile.state.replays`.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from qcompile.state.store import STORE, RangeStore
 
-__all__ = ["Binder", "Binding"]
+__all__ = ["Binder", "Binding", "binding_of"]
 
 
 class Entry(Protocol):
@@ -90,60 +90,6 @@ class Binding:
             self._steady_since = epoch
         return valid
 
-    def snapshot(self) -> Tensor:
-        """A throw-away arena with this binding's present values at the same places."""
-        copy = torch.empty_like(self.arena.tensor)
-        copy[self.index] = self.arena.tensor[self.index]
-        return copy
-
-
-class _Replays:
-    """Snapshots of forward state for checkpoint replays, by checkpoint frame, in call order."""
-
-    def __init__(self) -> None:
-        self._taken: weakref.WeakKeyDictionary[Any, dict[int, list[Tensor]]] = weakref.WeakKeyDictionary()
-        self._used: weakref.WeakKeyDictionary[Any, dict[tuple[int, int], int]] = weakref.WeakKeyDictionary()
-
-    def state_for(self, binding: Binding) -> Tensor:
-        """The state tensor that a training call of the forward graph is to use."""
-        task = torch._C._current_graph_task_id()
-        frame, replaying = _checkpoint_frame()
-        if frame is None:
-            return binding.tensor
-        if not (replaying and task != -1):
-            taken = self._taken.setdefault(frame, {}).setdefault(id(binding), [])
-            taken.append(binding.snapshot())
-            return binding.tensor
-        taken = self._taken.get(frame, {}).get(id(binding), [])
-        used = self._used.setdefault(frame, {})
-        count = used.get((task, id(binding)), 0)
-        used[task, id(binding)] = count + 1
-        # A copy of the snapshot: with retain_graph the frame may be replayed again.
-        return taken[count].clone() if count < len(taken) else binding.tensor
-
-
-def _checkpoint_frame() -> tuple[Any, bool]:
-    """(the `torch.utils.checkpoint` frame that this call runs in, whether it is its replay), or (None, False).
-
-    Private API, checked on torch 2.11 and 2.13: the non-reentrant checkpoint's saved-tensor hooks close over `frame` in the first
-    run and over `target_frame_ref` in the replay. Where that changes, checkpointing around a compiled region counts a step twice;
-    `tests/state/test_checkpointing.py` fails then.
-    """
-    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    pack = hooks[0] if hooks else None
-    code = getattr(pack, "__code__", None)
-    if code is None or pack.__closure__ is None:
-        return None, False
-    cells = dict(zip(code.co_freevars, pack.__closure__, strict=True))
-    if "target_frame_ref" in cells:
-        return cells["target_frame_ref"].cell_contents(), True
-    frame = cells["frame"].cell_contents if "frame" in cells else None
-    return (frame, False) if type(frame).__name__ == "_CheckpointFrame" else (None, False)
-
-
-REPLAYS = _Replays()
-
-
 class Binder:
     """Finds the bindings of one compiled graph. `layouts`: phase -> layout; `owners`: the placeholders that own entries."""
 
@@ -152,30 +98,51 @@ class Binder:
         self.owners: list[str] = list(
             dict.fromkeys(e.owner for layout in layouts.values() for e in layout.entries if e.owner is not None)
         )
-        self._cache: dict[tuple[int, ...], tuple[list[Any], dict[str, Binding]]] = {}
-        self._epoch = store.epoch
+        self._cache: dict[tuple[int, ...], _Bound] = {}
 
     def bind(self, parameters: Sequence[object]) -> dict[str, Binding]:
         """Phase -> binding, for the arguments at `owners`' positions. Cheap after the first call with these objects."""
         key = tuple(map(id, parameters))
         hit = self._cache.get(key)
-        if hit is not None and all(r() is p for r, p in zip(hit[0], parameters, strict=True)):
-            bindings = hit[1]
-            if self._epoch == self.store.epoch or all(b.current() for b in bindings.values()):
-                return bindings
+        if hit is not None and all(r() is p for r, p in zip(hit.owners, parameters, strict=True)):
+            if hit.epoch == self.store.epoch:
+                return hit.bindings
+            if all(b.current() for b in hit.bindings.values()):
+                hit.epoch = self.store.epoch
+                return hit.bindings
         owners: dict[str | None, object] = {None: self}
         owners.update(zip(self.owners, parameters, strict=True))
         bindings = {
             phase: Binding(self.store, layout, owners, self.device) for phase, layout in self.layouts.items()
         }
-        self._epoch = self.store.epoch
         if len(self._cache) > 1024:  # parameters of models that are gone
-            self._cache = {k: v for k, v in self._cache.items() if all(r() is not None for r in v[0])}
-        self._cache[key] = ([weakref.ref(p) for p in parameters], bindings)
+            self._cache = {k: v for k, v in self._cache.items() if all(r() is not None for r in v.owners)}
+        self._cache[key] = _Bound([weakref.ref(p) for p in parameters], bindings, self.store.epoch)
         for binding in bindings.values():
-            BY_INDEX[binding.index.data_ptr()] = binding
+            _BY_INDEX[binding.index.data_ptr()] = binding
         return bindings
 
 
-BY_INDEX: weakref.WeakValueDictionary[int, Binding] = weakref.WeakValueDictionary()
-"""Index tensor's address -> binding: a backward graph knows its state only by its saved tensors."""
+@dataclass
+class _Bound:
+    """The bindings of one instance, found right at `epoch`."""
+
+    owners: list[weakref.ref[Any]]
+    bindings: dict[str, Binding]
+    epoch: int
+
+
+_BY_INDEX: weakref.WeakValueDictionary[int, Binding] = weakref.WeakValueDictionary()
+"""Index tensor's address -> binding."""
+
+
+def binding_of(index: Tensor) -> Binding | None:
+    """The binding that an index among the saved tensors belongs to: a backward graph knows its state by nothing else.
+
+    Saved-tensor hooks (offloading to the CPU) may have handed back a copy; then the values tell.
+    """
+    found = _BY_INDEX.get(index.data_ptr())
+    if found is not None:
+        return found
+    alike = (b for b in list(_BY_INDEX.values()) if b.index.shape == index.shape and b.index.device == index.device)
+    return next((b for b in alike if torch.equal(b.index, index)), None)

@@ -230,6 +230,7 @@ def _nvidia_facts(ptx: str, cubin: bytes) -> dict[str, Any]:
         "instructions": dict(collections.Counter(re.findall(pattern, ptx))),
         "async_bytes": sorted({int(size, 0) for size in sizes}),
         "sass": len(operations),
+        "ops": dict(collections.Counter(o.split(".")[0] for o in operations).most_common(25)),
         "sass_local": sum(operation.split(".")[0] in ("LDL", "STL") for operation in operations),
         "sass_tensor": dict(collections.Counter(o for o in operations if "MMA" in o)),
     }

@@ -135,8 +135,12 @@ def quantize_kernel(
         zero = load_shared(zero_ptr, ZERO, rm, rn, M, N, 0)
         low, high = (QMIN - zero).to(tl.float32), (QMAX - zero).to(tl.float32)
     if saturated_ptr is not None:
-        nearest = (v + MAGIC) - MAGIC  # beyond 2**22 no longer an integer, but still far outside; NaN is not counted
-        outside = ((nearest < low) | (nearest > high)) & mask
+        if zero_ptr is None:
+            # qmax is odd, so the tie at qmax + 1/2 rounds away from the range. False for NaN, and for the zeros outside x.
+            outside = tl.abs(v) >= QMAX + 0.5
+        else:
+            nearest = (v + MAGIC) - MAGIC  # beyond 2**22 no longer an integer, but still far outside; false for NaN
+            outside = ((nearest < low) | (nearest > high)) & mask
         tl.atomic_add(saturated_ptr, tl.sum(tl.sum(outside.to(tl.int32), axis=1), axis=0).to(tl.int64), sem="relaxed")
     if seed_ptr is not None:
         key = draw_key(tl.load(seed_ptr), salt)

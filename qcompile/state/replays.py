@@ -1,0 +1,128 @@
+"""Activation checkpointing *around* a compiled region runs its forward again while the autograd engine runs.
+
+The second run must see the state that the first one saw, or it computes other codes than the ones whose gradient is asked for, and
+it must not count as a step. So the first run leaves a snapshot with its checkpoint frame, and the replay gets that in a state tensor
+that is thrown away.
+
+Checkpoints nest: the replay of an outer one runs the inner ones anew, as first runs in frames of their own, and these are replayed
+in turn. Hence the rule: a call under a replaying frame takes that frame's snapshot, and leaves it with every frame that runs for the
+first time.
+
+The reentrant kind needs none of this: its first run is without grad, which updates nothing.
+
+Private API, checked on torch 2.11 and 2.13: the saved-tensor hooks of the non-reentrant checkpoint close over `frame` in the first
+run and over `target_frame_ref` in the replay. Where that changes, a checkpointed step counts twice, and
+`tests/state/test_checkpointing.py` fails.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["REPLAYS", "Replays", "View"]
+
+Key = tuple[int, object]
+"""(backward pass, binding)."""
+
+
+class Binding(Protocol):
+    """What a snapshot is taken of."""
+
+    index: Tensor
+
+    @property
+    def tensor(self) -> Tensor: ...
+    def steady(self) -> bool: ...
+
+
+class View(NamedTuple):
+    """The forward state for one call: the state tensor, and whether every range in it is valid."""
+
+    tensor: Tensor
+    steady: bool
+
+
+class _Snapshot(NamedTuple):
+    values: Tensor  # of the binding's elements, in its order
+    steady: bool
+
+
+class _Frame(NamedTuple):
+    """A checkpointed region that a call runs in. `frame` is `torch.utils.checkpoint`'s own."""
+
+    frame: Any
+    replaying: bool
+
+
+class Replays:
+    """Snapshots of forward state, by checkpoint frame and in the order of the calls; they live as long as the frame."""
+
+    def __init__(self) -> None:
+        self._taken: weakref.WeakKeyDictionary[Any, dict[object, list[_Snapshot]]] = weakref.WeakKeyDictionary()
+        self._used: weakref.WeakKeyDictionary[Any, Counter[Key]] = weakref.WeakKeyDictionary()
+
+    def view(self, binding: Binding) -> View:
+        """The state that a training call of a forward graph is to use."""
+        frames = _checkpoint_frames()
+        if not frames:
+            return View(binding.tensor, binding.steady())
+        snapshot = next((s for f in frames if f.replaying and (s := self._next(f.frame, binding))), None)
+        if snapshot is None:
+            view = View(binding.tensor, binding.steady())
+        else:
+            throw_away = torch.empty_like(binding.tensor)
+            throw_away[binding.index] = snapshot.values
+            view = View(throw_away, snapshot.steady)
+        first_runs = [f.frame for f in frames if not f.replaying]
+        if first_runs:
+            snapshot = snapshot or _Snapshot(binding.tensor[binding.index], view.steady)
+            for frame in first_runs:
+                self._taken.setdefault(frame, {}).setdefault(binding, []).append(snapshot)
+        return view
+
+    def _next(self, frame: Any, binding: Binding) -> _Snapshot | None:
+        """The snapshot of the call that is replayed now: with retain_graph every backward pass replays from the first."""
+        taken = self._taken.get(frame, {}).get(binding, [])
+        used = self._used.setdefault(frame, Counter())
+        key = (torch._C._current_graph_task_id(), binding)
+        used[key] += 1
+        return taken[used[key] - 1] if used[key] <= len(taken) else None
+
+
+REPLAYS = Replays()
+"""The snapshots of the process."""
+
+
+def _checkpoint_frames() -> list[_Frame]:
+    """The non-reentrant checkpoints around this call, innermost first."""
+    saved_hooks = torch._C._autograd
+    if not saved_hooks._top_saved_tensors_default_hooks(True):
+        return []
+    popped: list[tuple[Any, Any]] = []
+    try:  # only the top can be read
+        while hooks := saved_hooks._top_saved_tensors_default_hooks(True):
+            saved_hooks._pop_saved_tensors_default_hooks()
+            popped.append(hooks)
+    finally:
+        for hooks in reversed(popped):
+            saved_hooks._push_saved_tensors_default_hooks(*hooks)
+    return [f for pack, _ in popped if (f := _frame_of(pack)) is not None]
+
+
+def _frame_of(pack: Callable[..., Any]) -> _Frame | None:
+    pack = getattr(pack, "_torchdynamo_orig_callable", pack)  # torch 2.13 hides the replay's hook from Dynamo
+    code = getattr(pack, "__code__", None)
+    if code is None:
+        return None
+    cells = dict(zip(code.co_freevars, pack.__closure__ or (), strict=True))
+    if "target_frame_ref" in cells:
+        frame = cells["target_frame_ref"].cell_contents()
+        return None if frame is None else _Frame(frame, replaying=True)
+    frame = cells["frame"].cell_contents if "frame" in cells else None
+    return _Frame(frame, replaying=False) if type(frame).__name__ == "_CheckpointFrame" else None
