@@ -5,10 +5,14 @@ That a loss is close proves nothing: it is closest where nothing was quantized.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch.profiler import ProfilerActivity, profile
+
+# Else the profiler announces each start and stop on stderr, across the progress bar. Read when it first runs.
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 INTEGER_GEMMS = {"qtrain::scaled_mm", "aten::_int_mm", "onednn::qlinear_pointwise"}
 HP_GEMMS = {

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from passes.context import Block, Entry, PassContext, StateLayout
+from passes.context import OPERANDS, Block, Entry, PassContext, StateLayout
 from passes.graph import (
     BACKWARD,
     FORWARD,
@@ -59,11 +59,11 @@ from passes.insert_qdq import RangeUse
 from qcompile.errors import GraphError
 from qcompile.estimators.base import RangeEstimator, scale_and_zero_point
 from qcompile.estimators.statistics import clipped_share, statistics
-from qcompile.specs import QuantSpec
+from qcompile.specs import PerRow, QuantSpec
 
 __all__ = ["CAPACITY", "attach_range_state"]
 
-CAPACITY = 1 << 20
+CAPACITY = 1 << 18
 """Elements of a state tensor: fixed, because a compiled graph checks the sizes of its inputs. Untouched pages cost nothing."""
 
 BOOKKEEPING = {"steps": 0.0, "frozen": 0.0, "clipped": 0.0}
@@ -103,11 +103,11 @@ def _attach_phase(
     graph: fx.Graph, context: PassContext, phase: str, ranges: list[fx.Node], seeds: list[fx.Node]
 ) -> None:
     stateful: list[_Stateful] = []
-    keys: set[tuple[object, str]] = set()
+    labels: set[str] = set()
     for node in ranges:
         use: RangeUse = node.meta["qtrain_range"]
         if use.spec.estimator.state_fields(use.spec.symmetric):
-            stateful.append(_Stateful(node, _entry(node, use, context, keys), use.spec.estimator, use.spec))
+            stateful.append(_Stateful(node, _entry(node, use, context, labels), use.spec.estimator, use.spec))
         else:
             _replace_dynamic(graph, node, use)
     layout = _layout(phase, stateful, seeds, context)
@@ -133,28 +133,45 @@ def _attach_phase(
 # ---- which state there is
 
 
-def _entry(node: fx.Node, use: RangeUse, context: PassContext, keys: set[tuple[object, str]]) -> Entry:
+def _entry(node: fx.Node, use: RangeUse, context: PassContext, labels: set[str]) -> Entry:
     site = context.site(use.site)
-    key = f"{site.op}#{site.weight_use}.{use.operand}" if site.weight else f"{use.site}.{use.operand}"
-    label = f"{use.site}.{use.operand}"
-    if (site.weight, key) in keys:  # the same operand again, on other axes or with another spec
-        key, label = f"{key}@{use.gemm}", f"{label}@{use.gemm}"
-    keys.add((site.weight, key))
+    operand, label = use.operand, f"{use.site}.{use.operand}"
+    if label in labels or not _is_main_use(use, context):
+        operand, label = f"{operand}@{use.gemm}", f"{label}@{use.gemm}"
+    labels.add(label)
     size = node.users and next(iter(node.users)).meta["val"].numel()
     if not isinstance(size, int):
-        raise GraphError(f"attach_range_state: the range of {label} has {size} elements, which is no fixed number")
+        raise GraphError(
+            f"attach_range_state: the range of {label} has {size} elements, "
+            "which is no fixed number: an estimator with memory needs PerTensor() where the batch is dynamic"
+        )
     fields = dict(use.spec.estimator.state_fields(use.spec.symmetric)) | BOOKKEEPING
     return Entry(
         owner=site.weight or _first_owner(context),
-        key=key if site.weight else f":{key}",
+        key=f"{site.op}#{site.weight_use}.{operand}" if site.weight else label,
         fields=tuple(fields),
         initial=tuple(fields.values()),
         size=size,
         site=use.site,
-        operand=label.removeprefix(f"{use.site}."),
+        operand=operand,
         aliases=tuple(f"{s}.{o}" for s, o, _ in use.aliases if (s, o) != (use.site, use.operand)),
         spec=use.spec,
     )
+
+
+_MAIN_GEMM = {"input": "output", "weight": "output", "grad_output": "grad_input"}
+
+
+def _is_main_use(use: RangeUse, context: PassContext) -> bool:
+    """Whether a range is the operand's own, and not a second one for another GEMM (other axes, or another spec).
+
+    It must not depend on which GEMMs a graph has: the graph without gradients is to find what the training graph has learnt.
+    """
+    main = _MAIN_GEMM[use.operand]
+    if main in (use.gemm, *(gemm for _, operand, gemm in use.aliases if operand == use.operand)):
+        return True
+    specs = dict(zip(OPERANDS[main], context.recipe.resolve(use.site).gemm(main) or (), strict=False))
+    return not isinstance(use.spec.granularity, PerRow) and specs.get(use.operand) == use.spec
 
 
 def _first_owner(context: PassContext) -> str | None:

@@ -121,7 +121,8 @@ def _quantize(
         scope.pop("recompute", None)
         scope.pop("ac_graph_id", None)
     label = f"{where.site}.{name}"
-    with after(graph, source):
+    # The sizes of a view are nodes too where shapes are symbolic; comparing nodes compares places in the graph.
+    with after(graph, max([source, *(s for s in operand.view or () if isinstance(s, fx.Node))])):
         matrix = source
         if operand.view is not None:
             matrix = call(graph, aten.view.default, source, list(operand.view), scope=scope)

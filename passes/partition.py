@@ -17,6 +17,7 @@ import torch
 from torch import fx
 from torch._functorch import partitioners
 
+from passes.fold_masks import fold_masks
 from passes.store_masks import store_masks
 
 __all__ = ["min_cut_partition"]
@@ -43,7 +44,9 @@ def min_cut_partition(
 
     with unittest.mock.patch.object(partitioners, "get_default_op_list", with_ours):
         forward, backward = partitioner(joint, joint_inputs, **kwargs)
-    if store_masks(forward.graph, backward.graph, kwargs["num_fwd_outputs"]):
+    num_outputs = kwargs["num_fwd_outputs"]
+    folded = fold_masks(forward.graph, backward.graph, num_outputs)
+    if folded + store_masks(forward.graph, backward.graph, num_outputs):
         forward.recompile()
         backward.recompile()
     return forward, backward

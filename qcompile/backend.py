@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,16 +18,17 @@ import torch
 from torch import Tensor, fx, nn
 
 from passes.context import PassContext
-from passes.graph import SCALED_MM, SELECT
+from passes.graph import BACKWARD, FORWARD, SCALED_MM, SELECT
 from passes.lower import lower
 from passes.pipeline import Pipeline, Step, joint_steps
-from passes.verify import verify
+from passes.verify import count_writes, verify
 from qcompile import inductor
 from qcompile.kernels import cpu
 from qcompile.errors import QtrainWarning, UnsupportedError
 from qcompile.recipe import Recipe
 from qcompile.recipes import get_recipe
-from qcompile.state.binding import BY_INDEX, REPLAYS, Binder, Binding
+from qcompile.state.binding import Binder, binding_of
+from qcompile.state.replays import REPLAYS
 from qcompile.state.store import STORE, RangeStore
 
 __all__ = ["CompiledGraph", "compiled_graphs", "qtrain"]
@@ -82,6 +84,8 @@ def qtrain(
     options = dict(options or {})
     recipe = get_recipe(options.pop("recipe", "int8"))
     strict = options.pop("strict", False)
+    if not isinstance(strict, bool):
+        raise ValueError(f"strict: got {strict!r}; allowed: True or False")
     steps = options.pop("passes", None)
     config = inductor.mode_options(options.pop("mode", mode)) | _inductor_options(options)
     if quantizes_nothing(recipe):
@@ -136,7 +140,7 @@ class Compilation:
         self.identity = Pipeline(self.steps, self.context).fingerprint()
         self.record = CompiledGraph(self.context, recipe)
         self.binder: Binder | None = None
-        self.error: Exception | None = None
+        self.writes: Counter[str] = Counter()  # of range state in the joint graph, by half
 
     def run(self) -> Callable[..., Any]:
         start = time.perf_counter()
@@ -161,6 +165,7 @@ class Compilation:
         context.parameters = self._parameters(graph)
         context.device = _device(graph)
         Pipeline(self.steps, context, on_step=self.on_step).run(graph)
+        self.writes = count_writes(graph)
         self.record.seconds["passes"] = self.record.seconds.get("passes", 0.0) + time.perf_counter() - start
         self._report_what_stays_hp()
 
@@ -216,12 +221,15 @@ class Compilation:
         until_valid = None
         if any(n.op == "call_function" and n.target is SELECT for n in half.graph.nodes):
             until_valid = _copy(half)
+        phase = BACKWARD if backward else FORWARD
+        writes = Counter({phase: self.writes[phase]})
+        verify(half.graph, after="the partitioner", writes=writes)
         lower(half.graph, self.context, steady=True)
-        verify(half.graph, after="lower")
+        verify(half.graph, after="lower", writes=writes)
         half.recompile()
         self._record_kernels(half.graph)
         self.record.seconds["passes"] = self.record.seconds.get("passes", 0.0) + time.perf_counter() - start
-        self.record.halves.append("backward" if backward else "forward")
+        self.record.halves.append(phase)
         compiled = compile_inner(half, inputs, **kwargs)
         if not ours:
             return compiled
@@ -269,17 +277,24 @@ def _forward(
 
     def run(args: list[Any]) -> Any:
         bindings = binder.bind([args[i] for i in owner_positions])
-        forward = bindings.get("forward")
         state = {phase: b.tensor for phase, b in bindings.items()}
-        if training and forward is not None:
-            state["forward"] = REPLAYS.state_for(forward)
+        steady = True
+        if (forward := bindings.get("forward")) is not None:
+            if training:
+                state["forward"], steady = REPLAYS.view(forward)
+            else:
+                steady = forward.steady()
         for position, phase, what in places:
             args.insert(position, state[phase] if what == "state" else bindings[phase].index)
-        if dynamic is not None and forward is not None and not forward.steady():
-            if not training:
-                _say_dynamic_once(binder)
-            return dynamic(args)
-        return compiled(args)
+        if steady or dynamic is None:
+            return compiled(args)
+        if not training and not dynamic.told:
+            dynamic.told = True
+            _warn(
+                "no training step has left ranges yet: a call without grad (evaluation, or the first run of a reentrant "
+                "checkpoint) uses dynamic ones"
+            )
+        return dynamic(args)
 
     run._boxed_call = True  # type: ignore[attr-defined]
     return run
@@ -288,14 +303,18 @@ def _forward(
 def _backward(
     compiled: Callable[..., Any], dynamic: _Interpreted | None, ours: dict[tuple[str, str], int]
 ) -> Callable[..., Any]:
-    """The backward half: its state is among the saved tensors already."""
-    position = ours.get(("backward", "index"))
-    if dynamic is None or position is None:
+    """The backward half: which state it uses, its saved index says."""
+    if ("backward", "index") not in ours:
         return compiled
+    index, state = ours["backward", "index"], ours["backward", "state"]
 
     def run(args: list[Any]) -> Any:
-        binding: Binding | None = BY_INDEX.get(args[position].data_ptr())
-        if binding is not None and binding.steady():
+        binding = binding_of(args[index])
+        if binding is not None:
+            # Not the saved tensor itself: with retain_graph it is unpacked again, and must not have been written; and
+            # saved-tensor hooks may have handed back a copy.
+            args[state] = binding.tensor
+        if dynamic is None or (binding is not None and binding.steady()):
             return compiled(args)
         return dynamic(args)
 
@@ -312,6 +331,7 @@ class _Interpreted:
     def __init__(self, half: fx.GraphModule, context: PassContext, strides: list[tuple[int, ...] | None] | None) -> None:
         self.half, self.context, self.strides = half, context, strides
         self.ready = False
+        self.told = False  # that a call without grad ran this way
 
     def __call__(self, args: list[Any]) -> tuple[Any, ...]:
         if not self.ready:
@@ -377,14 +397,3 @@ def _by_choice(reason: str) -> bool:
 
 def _warn(message: str) -> None:
     warnings.warn(message, QtrainWarning, stacklevel=3)
-
-
-_told: set[int] = set()
-
-
-def _say_dynamic_once(binder: Binder) -> None:
-    if id(binder) not in _told:
-        _told.add(id(binder))
-        _warn("no training step has left ranges yet: this call without grad uses dynamic ones")
-
-

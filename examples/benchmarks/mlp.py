@@ -21,7 +21,7 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from qcompile.inspect.saved_bytes import saved_bytes
+from qcompile.inspect.saved_bytes import SavedBytes, saved_bytes
 from qcompile.kernels import record_launches
 
 VARIANTS = ("fp32", "bf16", "int8_in_hindsight", "int8_tensorwise", "int8")
@@ -61,18 +61,21 @@ def make_step(variant: str, model: nn.Module, x: Tensor) -> Callable[[], Tensor]
         compiled = torch.compile(model, backend="qtrain", options={"recipe": variant})
     device = x.device.type
 
-    def forward() -> Tensor:
-        context = contextlib.nullcontext() if variant == "fp32" else torch.autocast(device, torch.bfloat16)
-        with context:
-            return compiled(x)
+    def precision() -> contextlib.AbstractContextManager[object]:
+        return contextlib.nullcontext() if variant == "fp32" else torch.autocast(device, torch.bfloat16)
 
     def step() -> Tensor:
         model.zero_grad()
-        y = forward()
+        with precision():
+            y = compiled(x)
         y.float().pow(2).mean().backward()
         return y
 
-    step.forward = forward  # type: ignore[attr-defined]
+    def weigh() -> SavedBytes:
+        with precision():
+            return saved_bytes(compiled, x)
+
+    step.saved_bytes = weigh  # type: ignore[attr-defined]
     return step
 
 
@@ -94,7 +97,7 @@ def measure(
         with record_launches() as launches:
             steps[name]()
         gradients[name] = [p.grad.clone() for p in model.parameters() if p.ndim == 2]
-        saved = saved_bytes(steps[name].forward, parameters=list(model.parameters()))
+        saved = steps[name].saved_bytes()
         results[name] = Result(name, [], saved.total, saved.weight_copies, len(launches), float("inf"))
     for _ in range(rounds):
         for name in variants:

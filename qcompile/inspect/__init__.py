@@ -1,5 +1,8 @@
 """Looking inside: what a compiled step does, saves and remembers."""
 
+from qcompile.inspect.capture import Capture, capture
+from qcompile.inspect.captured_graph import CapturedGraph
+from qcompile.inspect.listing import format_graph
 from qcompile.inspect.saved_bytes import SavedBytes, SavedTensor, saved_bytes
 
-__all__ = ["SavedBytes", "SavedTensor", "saved_bytes"]
+__all__ = ["Capture", "CapturedGraph", "SavedBytes", "SavedTensor", "capture", "format_graph", "saved_bytes"]

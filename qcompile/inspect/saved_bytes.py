@@ -2,7 +2,7 @@
 
 Saved bytes are the distinct *storages* that autograd saves: a view and its base count once, a slice counts
 with the whole storage that it keeps alive. Left out is what is alive anyway: parameters, buffers, inputs of
-the step and the outputs that the caller gets. Copies of weights in another dtype (bf16 under autocast, int8
+the step, the outputs that the caller gets, and range state (one tensor for the whole process). Copies of weights in another dtype (bf16 under autocast, int8
 codes) are listed apart, because they do not grow with the batch: at few tokens they hide what happens to
 activations, so compare at tokens >= 16 x width.
 
@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from qcompile.state.store import STORE
 
 __all__ = ["SavedBytes", "SavedTensor", "saved_bytes"]
 
@@ -85,7 +87,7 @@ def saved_bytes(
     for leaf in leaves:
         if not any(leaf is tensor for tensor in given):
             named[f"parameter {tuple(leaf.shape)}"] = leaf  # of a plain function: its name is not to be had
-    alive = {_storage(tensor) for tensor in [*given, *leaves, *outputs]}
+    alive = {_storage(tensor) for tensor in [*given, *leaves, *outputs, *STORE.tensors()]}
 
     entries: dict[int, SavedTensor] = {}
     for tensor in saved:

@@ -10,7 +10,7 @@ Checkpointing around a compiled region is the one case where a call does not get
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -43,7 +43,9 @@ class Binding:
             (owners[e.owner], e.key, e.fields, e.initial, e.size, e.site, e.operand, e.aliases) for e in layout.entries
         ]
         self.store = store
-        arena, slots = store.claim(requests, device, layout.capacity)
+        seeded = any("seed_low" in e.fields for e in layout.entries)
+        identity = _fingerprint(owners.values()) if seeded else ""
+        arena, slots = store.claim(requests, device, layout.capacity, identity)
         self.arena, self.slots = arena, slots
         slot_of = {(e.owner, e.key): s for e, s in zip(layout.entries, slots, strict=True)}
         order: list[int] = []
@@ -89,6 +91,13 @@ class Binding:
         if valid:
             self._steady_since = epoch
         return valid
+
+
+def _fingerprint(owners: Iterable[object]) -> str:
+    """Some values of the Parameters: different for instances that were initialised at random, equal for a run that is repeated."""
+    rows = (p.detach()[(0,) * (p.ndim - 1)] for p in owners if isinstance(p, Tensor) and p.numel() > 0)
+    return str([row.reshape(-1)[:8].tolist() for row in rows])
+
 
 class Binder:
     """Finds the bindings of one compiled graph. `layouts`: phase -> layout; `owners`: the placeholders that own entries."""

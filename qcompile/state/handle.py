@@ -43,7 +43,7 @@ class RangeState:
         names: dict[int, list[str]] = {}
         parameters: dict[int, nn.Parameter] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            names.setdefault(id(parameter), []).append(_clean(name))
+            names.setdefault(id(parameter), []).append(clean_name(name))
             parameters[id(parameter)] = parameter
         for key, parameter in parameters.items():
             yield names[key], parameter
@@ -63,7 +63,7 @@ class RangeState:
         Errors: `KeyError` with the nearest name.
         """
         slots = dict(self._slots())
-        slot = slots.get(name) or next((s for s in slots.values() if name in s.aliases), None)
+        slot = slots.get(name) or _by_alias(slots).get(name)
         if slot is None:
             raise KeyError(f"no range state is called {name!r}. {suggestion(name, list(slots))}")
         return {f: slot.read(f) for f in slot.fields}
@@ -95,7 +95,7 @@ class RangeState:
         """
         entries = self._grouped(state)
         slots = dict(self._slots())
-        by_alias = {alias: slot for slot in slots.values() for alias in slot.aliases}
+        by_alias = _by_alias(slots)
         waiting = self._unclaimed_names()
         writes: list[tuple[Slot, dict[str, Tensor]]] = []
         keep: list[tuple[nn.Parameter, str, dict[str, Tensor]]] = []
@@ -109,8 +109,8 @@ class RangeState:
                 keep.append((*place, fields))
             else:
                 unexpected += [f"{name}.{field}" for field in fields]
-        written = {id(slot) for slot, _ in writes}
-        missing = [f"{n}.{f}" for n, s in slots.items() if id(s) not in written for f in s.fields]
+        given = {id(slot): fields for slot, fields in writes}
+        missing = [f"{n}.{f}" for n, s in slots.items() for f in s.fields if f not in given.get(id(s), ())]
         if strict and (missing or unexpected):
             raise StateError(_mismatch(self.model, missing, unexpected))
         for slot, fields in writes:
@@ -141,15 +141,24 @@ class RangeState:
     # ---- switches
 
     def freeze(self, frozen: bool = True) -> None:
-        """Stop (or resume) learning ranges. A flag in the state itself: nothing recompiles."""
+        """Stop (or resume) learning ranges. A flag in the state itself: nothing recompiles.
+
+        It holds for the ranges that there are: of graphs that have run, and loaded ones.
+        """
         for _, slot in self._slots():
             if "frozen" in slot.fields:
                 slot.write("frozen", float(frozen))
+        for _, parameter in self._parameters():
+            for fields in self.store.pending_of(parameter).values():
+                if "frozen" in fields:
+                    fields["frozen"].fill_(float(frozen))
 
     def reset(self) -> None:
-        """Forget all ranges: the next step is a first step, with dynamic ranges."""
+        """Forget all ranges, loaded ones too: the next step is a first step, with dynamic ranges."""
         for _, slot in self._slots():
             self.store.reset_slot(slot)
+        for _, parameter in self._parameters():
+            self.store.forget_pending(parameter)
         self.store.epoch += 1
 
 
@@ -163,7 +172,8 @@ def range_state(model: nn.Module) -> RangeState:
     return RangeState(model)
 
 
-def _clean(name: str) -> str:
+def clean_name(name: str) -> str:
+    """A name of a module or Parameter without what wrappers put into it."""
     return ".".join(p for p in name.split(".") if p not in _WRAPPERS)
 
 
@@ -176,6 +186,16 @@ def _slot_name(key: str, names: list[str], site: str) -> str:
     base = site.split("#")[0]
     module = next((m for m in modules if m == base or m.endswith(f".{base}")), modules[0])
     return f"{module}{'#' + use if use != '0' else ''}.{operand}".removeprefix(".")
+
+
+def _by_alias(slots: Mapping[str, Slot]) -> dict[str, Slot]:
+    """Full alias -> slot. A slot's own aliases are relative to the compiled frame, as its site is."""
+    found = {}
+    for name, slot in slots.items():
+        own = f"{slot.site}.{slot.operand}"
+        if name.endswith(own):
+            found.update({name.removesuffix(own) + alias: slot for alias in slot.aliases})
+    return found
 
 
 def _place(name: str, parameters: dict[str, tuple[nn.Parameter, list[str]]]) -> tuple[nn.Parameter, str] | None:

@@ -12,13 +12,17 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import warnings
 import weakref
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from qcompile.errors import QtrainWarning
 
 __all__ = ["STORE", "Arena", "RangeStore", "Slot", "SlotKey"]
 
@@ -62,6 +66,7 @@ class Slot:
     operand: str
     aliases: tuple[str, ...] = ()
     live: bool = True  # False once the entry has moved to another arena
+    identity: str = ""  # of the instance that it belongs to, for random numbers: equal in a run that is repeated
 
     @property
     def numel(self) -> int:
@@ -100,7 +105,6 @@ class RangeStore:
         self._arenas: dict[tuple[torch.device, int], list[Arena]] = {}
         self._owners: dict[int, _Owner] = {}
         self._lock = threading.RLock()
-        self._last_generator: tuple[str, int] = ("", 0)
 
     # ---- owners
 
@@ -140,27 +144,31 @@ class RangeStore:
 
     def claim(
         self, requests: list[tuple[object, str, tuple[str, ...], tuple[float, ...], int, str, str, tuple[str, ...]]],
-        device: torch.device, capacity: int,
+        device: torch.device,
+        capacity: int,
+        identity: str = "",
     ) -> tuple[Arena, list[Slot]]:
-        """The slots for (owner, key, fields, initial, size, site, operand, aliases), all in one arena; made where they are new."""
+        """The slots for (owner, key, fields, initial, size, site, operand, aliases), all in one arena.
+
+        Made where they are new, with the `identity` that random numbers follow from.
+        """
         with self._lock:
             known = [self._owner(r[0]).slots.get((r[1], r[2], r[4])) for r in requests]
             arena = self._arena_for(known, requests, device, capacity)
-            return arena, [self._settle(arena, slot, r) for slot, r in zip(known, requests, strict=True)]
+            return arena, [self._settle(arena, s, r, identity) for s, r in zip(known, requests, strict=True)]
 
     def _arena_for(self, known: list[Slot | None], requests: list[Any], device: torch.device, capacity: int) -> Arena:
+        """The arena that most of the slots are in already, if it has room for the others; else any with room."""
         arenas = self._arenas.setdefault((device, capacity), [])
-        homes = [s.arena for s in known if s is not None and any(s.arena is a for a in arenas)]
-        needed = sum(len(r[2]) * r[4] for r in requests)
-        for arena in [*homes[:1], *arenas]:
-            if arena.tensor.numel() - arena.used >= needed:
+        homes = Counter(id(s.arena) for s in known if s is not None)
+        for arena in sorted(arenas, key=lambda a: -homes[id(a)]):
+            new = [r for s, r in zip(known, requests, strict=True) if s is None or s.arena is not arena]
+            if arena.tensor.numel() - arena.used >= sum(len(r[2]) * r[4] for r in new):
                 return arena
-        if homes and all(s is not None and s.arena is homes[0] for s in known):
-            return homes[0]
         arenas.append(Arena(torch.zeros(capacity, dtype=torch.float32, device=device)))
         return arenas[-1]
 
-    def _settle(self, arena: Arena, slot: Slot | None, request: Any) -> Slot:
+    def _settle(self, arena: Arena, slot: Slot | None, request: Any, identity: str) -> Slot:
         owner, key, fields, initial, size, site, operand, aliases = request
         if slot is not None and slot.arena is arena:
             return slot
@@ -168,6 +176,7 @@ class RangeStore:
         if offset is None:
             raise RuntimeError("an arena with enough room was chosen, and had none")
         new = Slot(arena, offset, key, fields, initial, size, site, operand, aliases)
+        new.identity = identity if slot is None else slot.identity
         record = self._owner(owner)
         if slot is not None:  # the model moved to another device: its memory moves with it
             for name in fields:
@@ -177,39 +186,69 @@ class RangeStore:
             self.epoch += 1
         elif key in record.pending:
             self.reset_slot(new)
-            for name, value in record.pending.pop(key).items():
-                if name in fields and value.numel() in (1, size):
-                    new.write(name, value)
+            self._load_pending(new, record.pending.pop(key))
             self.epoch += 1
         else:
             self.reset_slot(new)
         record.slots[key, fields, size] = new
         return new
 
+    def _load_pending(self, slot: Slot, fields: dict[str, Tensor]) -> None:
+        """What was loaded before there was a graph to say what fits. Inside a compiled call an error would come too late."""
+        if set(fields) != set(slot.fields) or any(v.numel() != slot.size for v in fields.values()):
+            warnings.warn(
+                f"range state that was loaded for {slot.site}.{slot.operand} does not fit and is left out: it has "
+                f"{_shapes(fields)}, the recipe keeps {_shapes({f: slot.size for f in slot.fields})}. "
+                "Was it saved under another recipe? This operand starts with dynamic ranges.",
+                QtrainWarning,
+                stacklevel=2,
+            )
+            return
+        for name, value in fields.items():
+            slot.write(name, value)
+
+    def forget_pending(self, owner: object) -> None:
+        """Drop what was loaded for an owner and that no graph has claimed."""
+        with self._lock:
+            record = self._owners.get(id(owner))
+            if record is not None and record.reference() is owner:
+                record.pending.clear()
+
     def reset_slot(self, slot: Slot) -> None:
         """Back to the values before the first update; a random stream starts anew from torch's seed."""
         for name, value in zip(slot.fields, slot.initial, strict=True):
             slot.write(name, value)
         if "seed_low" in slot.fields:
-            base = self._draw_base()
+            base = _random_base(slot.identity, slot.key)
             slot.write("seed_low", float(base & 0xFFFF))
-            slot.write("seed_high", float(base >> 16 & 0xFFFF))
+            slot.write("seed_high", float(base >> 16))
 
-    def _draw_base(self) -> int:
-        """32 bits that follow from torch's generator without advancing it: the user's random numbers do not depend on the recipe.
-
-        Streams made at the same state of the generator are told apart by their order, ranks by their number.
-        """
-        state = hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest()
-        last, count = self._last_generator
-        count = count + 1 if state == last else 0
-        self._last_generator = (state, count)
-        rank = torch.distributed.get_rank() if torch.distributed.is_available() and torch.distributed.is_initialized() else 0
-        return int(hashlib.sha256(f"{state}/{count}/{rank}".encode()).hexdigest()[:8], 16)
+    def tensors(self) -> list[Tensor]:
+        """The arenas themselves."""
+        with self._lock:
+            return [arena.tensor for arenas in self._arenas.values() for arena in arenas]
 
     def __iter__(self) -> Iterator[Slot]:
         with self._lock:
-            return iter([s for record in self._owners.values() for s in record.slots.values()])
+            owners = list(self._owners.values())  # one may be collected, and forgotten, during the walk
+            return iter([s for record in owners for s in record.slots.values()])
+
+
+def _random_base(*identity: str) -> int:
+    """32 bits that follow from torch's generator without advancing it: the user's random numbers do not depend on the recipe.
+
+    `identity` tells apart streams that are made at one state of the generator; ranks differ by their number.
+    """
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    rank = torch.distributed.get_rank() if distributed else 0
+    digest = hashlib.sha256(torch.get_rng_state().numpy().tobytes())
+    digest.update(repr((*identity, rank)).encode())
+    return int.from_bytes(digest.digest()[:4], "little")
+
+
+def _shapes(fields: Mapping[str, Tensor | int]) -> str:
+    sizes = {name: value if isinstance(value, int) else value.numel() for name, value in fields.items()}
+    return ", ".join(f"{name}[{size}]" for name, size in sizes.items())
 
 
 STORE = RangeStore()

@@ -140,6 +140,16 @@ def test_integer_gemms_are_told_apart():
     assert count_gemms(step) == (1, 2)
 
 
+def test_a_gemm_inside_a_gemm_does_not_count_again():
+    hp = torch.ones(8, 8)
+
+    def integer_gemm_without_a_kernel():
+        with torch.profiler.record_function("qtrain::scaled_mm"):
+            hp @ hp
+
+    assert count_gemms(integer_gemm_without_a_kernel) == (1, 1)
+
+
 # Training
 
 

@@ -3,8 +3,9 @@
     python tests/kernels/aot.py            every kernel's default configuration on every target
     python tests/kernels/aot.py --all      every configuration of every table
 
-Runs in a process of its own: under Triton's interpreter (where the other kernel tests run) `triton.jit` makes functions that cannot
-be compiled, and that is decided when Triton is imported. ptxas, cuobjdump and nvdisasm come with Triton's wheel.
+Runs in a process of its own: under Triton's interpreter (where the other kernel tests run) `triton.jit` makes
+functions that cannot be compiled, and that is decided when Triton is imported. ptxas, cuobjdump and nvdisasm
+come with Triton's wheel.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ TYPES = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
 
 
 class Case(NamedTuple):
-    """One compilation: argument -> type (pointers are 16-byte aligned), or a value the compiler knows (None: absent)."""
+    """One compilation: argument -> type (pointers are 16-byte aligned), or a value the compiler knows (None:
+    absent)."""
 
     kernel: str
     variant: str
@@ -51,8 +53,16 @@ class Case(NamedTuple):
 
 
 def quantize_case(
-    variant: str, dtype: str = "bf16", *, transposed: bool = True, statistics: bool = True, seed: bool = False,
-    zero_point: bool = False, scale: Layout = Layout.TENSOR, shape: tuple[int, int] = (4096, 4096),
+    family: str,
+    variant: str,
+    dtype: str = "bf16",
+    *,
+    transposed: bool = True,
+    statistics: bool = True,
+    seed: bool = False,
+    zero_point: bool = False,
+    scale: Layout = Layout.TENSOR,
+    shape: tuple[int, int] = (4096, 4096),
 ) -> Case:
     config = tuning.tile_config(*shape)
     arguments = {
@@ -78,6 +88,7 @@ def quantize_case(
         "TRANSPOSED": False,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
+        "ASM": family.startswith("sm_"),
     }
     return Case("quantize", variant, quantize_kernel, arguments, {"num_warps": config.num_warps})
 
@@ -85,23 +96,45 @@ def quantize_case(
 def amax_case() -> Case:
     config = tuning.tile_config(4096, 4096)
     arguments = {
-        "x_ptr": "*bf16", "tensor_ptr": "*i32", "rows_ptr": "*i32", "columns_ptr": "*i32", "M": I32_16, "N": I32_16,
-        "stride_xm": I32_16, "stride_xn": 1, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+        "x_ptr": "*bf16",
+        "tensor_ptr": "*i32",
+        "rows_ptr": "*i32",
+        "columns_ptr": "*i32",
+        "M": I32_16,
+        "N": I32_16,
+        "stride_xm": I32_16,
+        "stride_xn": 1,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
     }
-    return Case("amax", "bf16, rows, columns and tensor", amax_kernel, arguments, {"num_warps": config.num_warps})
+    return Case(
+        "amax", "bf16, rows, columns and tensor", amax_kernel, arguments, {"num_warps": config.num_warps}
+    )
 
 
 def transpose_case() -> Case:
     config = tuning.tile_config(4096, 4096)
     arguments = {
-        "codes_ptr": "*i8", "out_ptr": "*i8", "M": I32_16, "N": I32_16, "stride_cm": I32_16, "stride_cn": 1, "stride_o": I32_16,
-        "BLOCK_M": config.block_m, "BLOCK_N": config.block_n,
+        "codes_ptr": "*i8",
+        "out_ptr": "*i8",
+        "M": I32_16,
+        "N": I32_16,
+        "stride_cm": I32_16,
+        "stride_cn": 1,
+        "stride_o": I32_16,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
     }
     return Case("transpose", "int8", transpose_kernel, arguments, {"num_warps": config.num_warps})
 
 
 def scaled_mm_case(
-    config: tuning.MatmulConfig, *, dtype: str = "bf16", even_k: bool = True, bias: bool = True, zero_points: bool = False
+    config: tuning.MatmulConfig,
+    *,
+    dtype: str = "bf16",
+    even_k: bool = True,
+    bias: bool = True,
+    zero_points: bool = False,
 ) -> Case:
     arguments = {
         "a_ptr": "*i8",
@@ -142,8 +175,8 @@ def scaled_mm_case(
 
 def cases(family: str, *, everything: bool) -> list[Case]:
     found = [
-        quantize_case("bf16, nearest"),
-        quantize_case("bf16, stochastic", seed=True),
+        quantize_case(family, "bf16, nearest"),
+        quantize_case(family, "bf16, stochastic", seed=True),
         amax_case(),
         transpose_case(),
         scaled_mm_case(tuning.candidates(family, 4096)[0]),
@@ -151,13 +184,13 @@ def cases(family: str, *, everything: bool) -> list[Case]:
     ]
     if everything:
         found += [
-            quantize_case("bf16, one orientation", transposed=False),
-            quantize_case("fp32, nearest", "fp32"),
-            quantize_case("fp16, stochastic", "fp16", seed=True),
-            quantize_case("bf16, scale per row", scale=Layout.ROW),
-            quantize_case("bf16, zero points per row", scale=Layout.ROW, zero_point=True),
-            quantize_case("bf16, 16 rows", shape=(16, 4096)),
-            quantize_case("bf16, 16 columns", shape=(4096, 16)),
+            quantize_case(family, "bf16, one orientation", transposed=False),
+            quantize_case(family, "fp32, nearest", "fp32"),
+            quantize_case(family, "fp16, stochastic", "fp16", seed=True),
+            quantize_case(family, "bf16, scale per row", scale=Layout.ROW),
+            quantize_case(family, "bf16, zero points per row", scale=Layout.ROW, zero_point=True),
+            quantize_case(family, "bf16, 16 rows", shape=(16, 4096)),
+            quantize_case(family, "bf16, 16 columns", shape=(4096, 16)),
         ]
         for m in (16, 32, 64, 4096):
             found += [scaled_mm_case(config) for config in tuning.candidates(family, m)]
@@ -193,9 +226,19 @@ def build(case: Case, family: str) -> dict[str, Any]:
     target = GPUTarget("hip", arch, 64) if hip else GPUTarget("cuda", arch, 32)
     options = {**case.options, **EXACT}
     compiled = triton.compile(source, target=target, options=options)
-    facts = {"kernel": case.kernel, "variant": case.variant, "target": family, "shared": compiled.metadata.shared, **case.options}
+    facts = {
+        "kernel": case.kernel,
+        "variant": case.variant,
+        "target": family,
+        "shared": compiled.metadata.shared,
+        **case.options,
+    }
     facts["tile"] = {name: case.arguments[name] for name in ("BLOCK_M", "BLOCK_N")}
-    return facts | (_amd_facts(compiled.asm["amdgcn"]) if hip else _nvidia_facts(compiled.asm["ptx"], compiled.asm["cubin"]))
+    return facts | (
+        _amd_facts(compiled.asm["amdgcn"])
+        if hip
+        else _nvidia_facts(compiled.asm["ptx"], compiled.asm["cubin"])
+    )
 
 
 def _amd_facts(assembly: str) -> dict[str, Any]:
@@ -205,7 +248,9 @@ def _amd_facts(assembly: str) -> dict[str, Any]:
     pattern = r"^\s+(v_mfma_\w+|global_(?:load|store)_\w+|buffer_(?:load|store)_\w+|global_atomic_\w+|scratch_\w+|v_fma_f32)"
     return {
         "registers": number("vgpr_count"),
-        "spilled": number("vgpr_spill_count") + number("sgpr_spill_count") + number("private_segment_fixed_size"),
+        "spilled": number("vgpr_spill_count")
+        + number("sgpr_spill_count")
+        + number("private_segment_fixed_size"),
         "instructions": dict(collections.Counter(re.findall(pattern, assembly, re.MULTILINE))),
     }
 
@@ -230,7 +275,6 @@ def _nvidia_facts(ptx: str, cubin: bytes) -> dict[str, Any]:
         "instructions": dict(collections.Counter(re.findall(pattern, ptx))),
         "async_bytes": sorted({int(size, 0) for size in sizes}),
         "sass": len(operations),
-        "ops": dict(collections.Counter(o.split(".")[0] for o in operations).most_common(25)),
         "sass_local": sum(operation.split(".")[0] in ("LDL", "STL") for operation in operations),
         "sass_tensor": dict(collections.Counter(o for o in operations if "MMA" in o)),
     }

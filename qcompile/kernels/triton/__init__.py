@@ -1,5 +1,6 @@
 """Triton kernels: quantize (with a transposed copy), amax, transpose, INT8 GEMM.
 
-Importing this package does not import Triton, so that it can be asked whether the kernels can run (`launch.unavailable_reasons`)
-where Triton is not installed. Each kernel's file has one order: formula, reference, kernel, launcher.
+Importing this package does not import Triton, so that it can be asked whether the kernels can run
+(`launch.unavailable_reasons`) where Triton is not installed. Each kernel's file has one order: formula,
+reference, kernel, launcher.
 """

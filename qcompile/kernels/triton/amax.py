@@ -2,9 +2,9 @@
 
     tensor  = max_mn |x|      rows[m] = max_n |x[m, n]|      columns[n] = max_m |x[m, n]|
 
-One read gives any of the three: a per-row operand is quantized along its rows for one GEMM and along its columns for another. A
-maximum over bit patterns is exact in any order, and keeps an infinity, and a NaN above it (an fp32 maximum on a
-GPU would drop the NaN). An empty maximum is 0.
+One read gives any of the three: a per-row operand is quantized along its rows for one GEMM and along its
+columns for another. A maximum over bit patterns is exact in any order, and keeps an infinity, and a NaN above
+it (an fp32 maximum on a GPU would drop the NaN). An empty maximum is 0.
 """
 
 from __future__ import annotations

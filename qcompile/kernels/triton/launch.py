@@ -20,27 +20,32 @@ __all__ = [
     "family",
     "interpreting",
     "is_available",
+    "takes_ptx",
     "unavailable_reasons",
     "version_reason",
 ]
 
 TESTED_TRITON = ((3, 6), (3, 7))
-"""Versions of Triton whose compiled code was checked: 3.6 belongs to torch 2.11, 3.7 to torch 2.12 and 2.13. Not "or newer":
-3.9 compiles the INT8 GEMM for compute capability 8.x with hundreds of byte permutations and spilled registers."""
+"""Versions of Triton whose compiled code was checked: 3.6 belongs to torch 2.11, 3.7 to torch 2.12 and 2.13.
+Not "or newer": 3.9 compiles the INT8 GEMM for compute capability 8.x with hundreds of byte permutations and
+spilled registers."""
 
 EXACT = {"enable_fp_fusion": False}
-"""Options of every launch. A multiplication and an addition stay two roundings, as in the references; with fusion (Triton's
-default up to 3.9) `x * inv + draw` would be one, and codes would differ at ties."""
+"""Options of every launch. A multiplication and an addition stay two roundings, as in the references; with
+fusion (Triton's default up to 3.9) `x * inv + draw` would be one, and codes would differ at ties."""
 
 MINIMUM_CAPABILITY = {"quantize": (7, 5), "scaled_mm": (8, 0)}
-"""Compute capability from which Triton compiles a kernel. On 7.5 its int8 dot fails: there is no path to Turing's tensor cores."""
+"""Compute capability from which Triton compiles a kernel. On 7.5 its int8 dot fails: there is no path to
+Turing's tensor cores."""
 
 FAMILIES = {(8, 0): "sm_80", (8, 6): "sm_86", (8, 7): "sm_86", (8, 9): "sm_89", (9, 0): "sm_90"}
-"""Compute capability -> the name that the tables of `tuning` use. 8.7 has the instructions of 8.6 and more shared memory."""
+"""Compute capability -> the name that the tables of `tuning` use. 8.7 has the instructions of 8.6 and more
+shared memory."""
 
 
 def interpreting() -> bool:
-    """Kernels run in Triton's interpreter, on CPU tensors (`TRITON_INTERPRET=1`, set before Triton is first imported)."""
+    """Kernels run in Triton's interpreter, on CPU tensors (`TRITON_INTERPRET=1`, set before Triton is first
+    imported)."""
     return os.environ.get("TRITON_INTERPRET", "0").strip().lower() in ("1", "true", "on", "yes", "y")
 
 
@@ -73,15 +78,19 @@ def version_reason(version: str | None) -> str | None:
 def unavailable_reasons(
     device: torch.device | str, kernel: str = "scaled_mm", *, capability: tuple[int, int] | None = None
 ) -> tuple[str, ...]:
-    """Why a Triton kernel ("quantize", "amax", "transpose" or "scaled_mm") cannot run on `device`; empty if it can.
+    """Why a Triton kernel ("quantize", "amax", "transpose" or "scaled_mm") cannot run on `device`; empty if
+    it can.
 
-    `capability` is (major, minor) of a CUDA device, read from the device if not given. The CPU counts only under the interpreter.
+    `capability` is (major, minor) of a CUDA device, read from the device if not given. The CPU counts only
+    under the interpreter.
     """
     device = torch.device(device)
     reasons = [reason] if (reason := version_reason(_triton_version())) else []
     if device.type == "cpu":
         if not interpreting():
-            reasons.append("Triton runs on CPU tensors only in its interpreter (TRITON_INTERPRET=1, for tests)")
+            reasons.append(
+                "Triton runs on CPU tensors only in its interpreter (TRITON_INTERPRET=1, for tests)"
+            )
     elif device.type != "cuda":
         reasons.append(f"device {device} is not a CUDA or ROCm GPU")
     elif torch.version.hip is None:
@@ -102,7 +111,8 @@ def is_available(device: torch.device | str, kernel: str = "scaled_mm") -> bool:
 
 @functools.cache
 def family(device: torch.device) -> str:
-    """The name under which `tuning` has `device`: "sm_80", "gfx942", ...; unknown hardware gets a relative that fits."""
+    """The name under which `tuning` has `device`: "sm_80", "gfx942", ...; unknown hardware gets a relative
+    that fits."""
     if device.type != "cuda":
         return "interpreter"
     if torch.version.hip is not None:
@@ -112,6 +122,11 @@ def family(device: torch.device) -> str:
         return FAMILIES[capability]
     # 100 KB of shared memory everywhere from 8.6 on, so the 8.9 rows fit; datacenter parts have 228 KB.
     return "sm_90" if capability in ((10, 0), (10, 3)) else "sm_89"
+
+
+def takes_ptx(device: torch.device) -> bool:
+    """Kernels for `device` may hold inline PTX: an NVIDIA GPU, and not the interpreter."""
+    return device.type == "cuda" and torch.version.hip is None and not interpreting()
 
 
 def device_guard(tensor: Tensor) -> AbstractContextManager[object]:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qcompile.errors import KernelError
 
-__all__ = ["MAGIC", "Layout", "draw", "draw_key", "layout_of", "load_shared", "mix32"]
+__all__ = ["MAGIC", "Layout", "add_draw", "draw_key", "layout_of", "load_shared", "mix32", "to_float32"]
 
 
 class Layout(IntEnum):
@@ -28,8 +28,9 @@ COLUMN = tl.constexpr(int(Layout.COLUMN))
 FULL = tl.constexpr(int(Layout.FULL))
 
 MAGIC = tl.constexpr(12582912.0)
-"""1.5 * 2**23. Adding it rounds |y| < 2**22 to the nearest integer, ties to even, and leaves that integer, modulo 256, in the low
-byte of the sum's bit pattern (the constant's own low byte is 0): no conversion instruction, and no libdevice."""
+"""1.5 * 2**23. Adding it rounds |y| < 2**22 to the nearest integer, ties to even, and leaves that integer,
+modulo 256, in the low byte of the sum's bit pattern (the constant's own low byte is 0): no conversion
+instruction, and no libdevice."""
 
 
 def layout_of(op: str, name: str, values: Tensor, m: int, n: int, *allowed: Layout) -> Layout:
@@ -67,15 +68,39 @@ def draw_key(seed, salt):
 
 
 @triton.jit
-def draw(key, element):
-    """uint32 key and linear indices (uint32: modulo 2**32 is enough) -> fp32 in [-1/2, 1/2). Every operation is exact."""
-    r = mix32(element * 0x9E3779B1 + key)
-    return (r >> 8).to(tl.int32).to(tl.float32) * 5.9604644775390625e-08 - 0.5  # 2**-24
+def add_draw(v, key, element):
+    """fp32 v plus the draw of a uint32 key and a linear index (uint32: modulo 2**32 is enough).
+
+    (r >> 8) * 2**-24 - 1/2 is the signed number (r - 2**31) >> 8 times 2**-24. That product is exact, so the
+    fused multiplication and addition rounds as the addition alone: one conversion and one instruction.
+    """
+    r = mix32(element * 0x9E3779B1 + key) ^ 0x80000000
+    return tl.fma((r.to(tl.int32, bitcast=True) >> 8).to(tl.float32), 5.9604644775390625e-08, v)  # 2**-24
+
+
+@triton.jit
+def to_float32(x, ASM: tl.constexpr):
+    """fp32, bf16 or fp16 -> fp32, exact. ASM: the same by an NVIDIA instruction, opaque to the compiler.
+
+    Triton 3.6 would rather change the layout of 2-byte values than of 1-byte codes: it moves the layout
+    change for a transposed store in front of this cast, and then does everything after it twice, once in each
+    layout.
+    """
+    if ASM and x.dtype == tl.bfloat16:
+        asm: tl.constexpr = "{ .reg .b16 zero; mov.b16 zero, 0; mov.b32 $0, {zero, $1}; }"
+        return tl.inline_asm_elementwise(asm, "=f,h", [x], dtype=tl.float32, is_pure=True, pack=1)
+    elif ASM and x.dtype == tl.float16:
+        return tl.inline_asm_elementwise(
+            "cvt.f32.f16 $0, $1;", "=f,h", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return x.to(tl.float32)
 
 
 @triton.jit
 def load_shared(ptr, LAYOUT: tl.constexpr, rm, rn, M, N, other):
-    """Values of layout TENSOR, ROW or COLUMN, in a shape that broadcasts to the tile of rows rm and columns rn; `other` outside."""
+    """Values of layout TENSOR, ROW or COLUMN, in a shape that broadcasts to the tile of rows rm and columns
+    rn; `other` outside."""
     if LAYOUT == TENSOR:
         return tl.load(ptr)
     elif LAYOUT == ROW:

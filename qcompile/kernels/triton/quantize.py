@@ -1,4 +1,5 @@
-"""Quantize with a known scale: one read of x, up to two orientations of codes and two statistics. M rows, N columns.
+"""Quantize with a known scale: one read of x, up to two orientations of codes and two statistics. M rows, N
+columns.
 
     inv        = float32(1) / scale                                        rounded once, IEEE
     v          = float32(x) * inv                   (+ u, with a seed)     u: the draw of `qcompile.ops.random`
@@ -7,14 +8,16 @@
     amax       = max |x|                            not finite if any x is not
     saturated  = how many x with round_half_even(x * inv) + zero_point outside [qmin, qmax]
 
-An int8 tensor core wants both operands with the summed axis contiguous, so `grad_weight` needs X^T and G^T, `grad_input` W^T: the
-transposed copy costs one byte a value here, and four more (read 1, write 1, read 2) if something else makes it. The
-statistics are those that an estimator wants for the next step; taken here, they cost no read.
+An int8 tensor core wants both operands with the summed axis contiguous, so `grad_weight` needs X^T and G^T,
+`grad_input` W^T: the transposed copy costs one byte a value here, and four more (read 1, write 1, read 2) if
+something else makes it. The statistics are those that an estimator wants for the next step; taken here, they
+cost no read.
 
-Where the bits come from: `inv` is `div_rn` in the kernel (plain `/` is approximate on a GPU; a reciprocal made on the host would
-be one more launch). The clamp comes *before* the rounding: its bounds are integers, so the result is the same, and the value stays
-in the range in which `MAGIC` rounds. `amax` is the maximum of bit patterns: those of non-negative floats are ordered
-like the floats, with infinity and then NaN on top, and an integer atomic is the same in any order.
+Where the bits come from: `inv` is `div_rn` in the kernel (plain `/` is approximate on a GPU; a reciprocal
+made on the host would be one more launch). The clamp comes *before* the rounding: its bounds are integers, so
+the result is the same, and the value stays in the range in which `MAGIC` rounds. `amax` is the maximum of bit
+patterns: those of non-negative floats are ordered like the floats, with infinity and then NaN on top, and an
+integer atomic is the same in any order.
 """
 
 from __future__ import annotations
@@ -28,8 +31,16 @@ from torch import Tensor
 
 from qcompile.errors import KernelError
 from qcompile.kernels.triton import tuning
-from qcompile.kernels.triton.launch import EXACT, device_guard
-from qcompile.kernels.triton.numerics import MAGIC, Layout, draw, draw_key, layout_of, load_shared
+from qcompile.kernels.triton.launch import EXACT, device_guard, takes_ptx
+from qcompile.kernels.triton.numerics import (
+    MAGIC,
+    Layout,
+    add_draw,
+    draw_key,
+    layout_of,
+    load_shared,
+    to_float32,
+)
 
 __all__ = ["Quantized", "quantize", "quantize_kernel", "quantize_reference"]
 
@@ -67,7 +78,13 @@ def _draws_reference(seed: Tensor, salt: int, m: int, n: int) -> Tensor:
 
 
 def quantize_reference(
-    x: Tensor, scale: Tensor, zero_point: Tensor | None = None, *, bits: int = 8, seed: Tensor | None = None, salt: int = 0
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    *,
+    bits: int = 8,
+    seed: Tensor | None = None,
+    salt: int = 0,
 ) -> Quantized:
     """Plain torch, every output. The codes of NaNs are unspecified."""
     qmax = 2 ** (bits - 1) - 1
@@ -113,6 +130,7 @@ def quantize_kernel(
     TRANSPOSED: tl.constexpr,  # x is the caller's x.t(): a draw counts elements in the caller's row-major order
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    ASM: tl.constexpr,  # the target takes NVIDIA instructions
 ):
     """One program a tile; neighbours along N run next to each other."""
     pid = tl.program_id(0)
@@ -122,7 +140,8 @@ def quantize_kernel(
     mask = (rm < M)[:, None] & (rn < N)[None, :]
     # Offsets are 64-bit: a tensor may have more than 2**31 elements.
     row, column = rm.to(tl.int64), rn.to(tl.int64)
-    x = tl.load(x_ptr + row[:, None] * stride_xm + column[None, :] * stride_xn, mask=mask, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + row[:, None] * stride_xm + column[None, :] * stride_xn, mask=mask, other=0.0)
+    x = to_float32(x, ASM)
 
     if amax_ptr is not None:
         pattern = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
@@ -136,16 +155,21 @@ def quantize_kernel(
         low, high = (QMIN - zero).to(tl.float32), (QMAX - zero).to(tl.float32)
     if saturated_ptr is not None:
         if zero_ptr is None:
-            # qmax is odd, so the tie at qmax + 1/2 rounds away from the range. False for NaN, and for the zeros outside x.
+            # qmax is odd, so the tie at qmax + 1/2 rounds away from the range. False for NaN, and for the
+            # zeros outside x.
             outside = tl.abs(v) >= QMAX + 0.5
         else:
-            nearest = (v + MAGIC) - MAGIC  # beyond 2**22 no longer an integer, but still far outside; false for NaN
+            nearest = (
+                v + MAGIC
+            ) - MAGIC  # beyond 2**22 no longer an integer, but still far outside; false for NaN
             outside = ((nearest < low) | (nearest > high)) & mask
-        tl.atomic_add(saturated_ptr, tl.sum(tl.sum(outside.to(tl.int32), axis=1), axis=0).to(tl.int64), sem="relaxed")
+        tl.atomic_add(
+            saturated_ptr, tl.sum(tl.sum(outside.to(tl.int32), axis=1), axis=0).to(tl.int64), sem="relaxed"
+        )
     if seed_ptr is not None:
         key = draw_key(tl.load(seed_ptr), salt)
         element = row[:, None] + (column * M)[None, :] if TRANSPOSED else (row * N)[:, None] + column[None, :]
-        v = v + draw(key, element.to(tl.uint32))
+        v = add_draw(v, key, element.to(tl.uint32))
     code = (tl.minimum(tl.maximum(v, low), high) + MAGIC).to(tl.int32, bitcast=True)
     if zero_ptr is not None:
         code = code + zero
@@ -179,15 +203,29 @@ def quantize(
         scale       fp32, real value per code: 0-d, [1, 1], [M, 1] or [1, N]
         zero_point  int32 of such a shape, each |zero point| < 2**21, or None: symmetric codes
         bits        2 to 8
-        seed, salt  int64 0-d on x's device and an int: stochastic rounding; seed None: to nearest, ties to even
+        seed, salt  int64 0-d on x's device and an int: stochastic rounding; seed None: to nearest, ties to
+        even
 
     Errors: `KernelError`; `ValueError` for bits.
     """
     _check(x, scale, zero_point, bits, seed)
     if x.stride(0) == 1 and x.stride(1) != 1:
-        # Column-major: x.t() reads with unit stride, and the two outputs change places. Only draws see the difference.
+        # Column-major: x.t() reads with unit stride, and the two outputs change places. Only draws see the
+        # difference.
         zero_t = None if zero_point is None else _transpose(zero_point)
-        outputs = _launch(x.t(), _transpose(scale), zero_t, bits, seed, salt, codes_t, codes, amax, saturated, transposed=True)
+        outputs = _launch(
+            x.t(),
+            _transpose(scale),
+            zero_t,
+            bits,
+            seed,
+            salt,
+            codes_t,
+            codes,
+            amax,
+            saturated,
+            transposed=True,
+        )
         return outputs._replace(codes=outputs.codes_t, codes_t=outputs.codes)
     return _launch(x, scale, zero_point, bits, seed, salt, codes, codes_t, amax, saturated, transposed=False)
 
@@ -209,20 +247,36 @@ def _check(x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, seed:
     if not 2 <= bits <= 8:
         raise ValueError(f"quantize: bits is {bits}; allowed: 2 to 8 (a code is one int8).")
     if seed is not None and (seed.dtype is not torch.int64 or seed.ndim != 0):
-        raise KernelError(f"quantize: seed is {seed.dtype} of shape {list(seed.shape)}; allowed: int64, 0-d, or None (nearest).")
+        raise KernelError(
+            f"quantize: seed is {seed.dtype} of shape {list(seed.shape)}; allowed: int64, 0-d, or None (nearest)."
+        )
     for name, tensor in (("scale", scale), ("zero_point", zero_point), ("seed", seed)):
         if tensor is not None and tensor.device != x.device:
             raise KernelError(f"quantize: {name} is on {tensor.device} and x on {x.device}; move it.")
 
 
 def _launch(
-    x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, seed: Tensor | None, salt: int,
-    codes: bool, codes_t: bool, amax: bool, saturated: bool, *, transposed: bool,
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bits: int,
+    seed: Tensor | None,
+    salt: int,
+    codes: bool,
+    codes_t: bool,
+    amax: bool,
+    saturated: bool,
+    *,
+    transposed: bool,
 ) -> Quantized:
     m, n = x.shape
     shared = (Layout.TENSOR, Layout.ROW, Layout.COLUMN)
     scale_layout = layout_of("quantize", "scale", scale, m, n, *shared)
-    zero_layout = Layout.TENSOR if zero_point is None else layout_of("quantize", "zero_point", zero_point, m, n, *shared)
+    zero_layout = (
+        Layout.TENSOR
+        if zero_point is None
+        else layout_of("quantize", "zero_point", zero_point, m, n, *shared)
+    )
     outputs = Quantized(
         codes=x.new_empty((m, n), dtype=torch.int8) if codes else None,
         codes_t=x.new_empty((n, m), dtype=torch.int8) if codes_t else None,
@@ -257,6 +311,7 @@ def _launch(
             TRANSPOSED=transposed,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
+            ASM=takes_ptx(x.device),
             num_warps=config.num_warps,
             **EXACT,
         )

@@ -5,12 +5,14 @@
     a_sum[m]  = sum_k a[m, k],    b_sum[n] = sum_k b[k, n]
     out[m, n] = cast(float32(acc[m, n]) * (a_scale[m] * b_scale[n]) + float32(bias[m, n]))
 
-Both operands are K-major: a [M, K] and b_t [N, K], rows contiguous. That is the only layout an int8 tensor core reads without
-shuffling bytes: on compute capability 9.0 the other one goes through registers and byte stores, below it through byte loads.
-int8, scale and cast in one kernel spare the int32 product a trip through memory (4 bytes written, 4 read, 2 written; against 2).
+Both operands are K-major: a [M, K] and b_t [N, K], rows contiguous. That is the only layout an int8 tensor
+core reads without shuffling bytes: on compute capability 9.0 the other one goes through registers and byte
+stores, below it through byte loads. int8, scale and cast in one kernel spare the int32 product a trip through
+memory (4 bytes written, 4 read, 2 written; against 2).
 
-An int32 holds a sum of `max_k` products. A longer K is split: every part is exact, and the parts are added in fp32, in order.
-Within a part single terms of the corrected sum may wrap, their total modulo 2**32 does not care.
+An int32 holds a sum of `max_k` products. A longer K is split: every part is exact, and the parts are added in
+fp32, in order. Within a part single terms of the corrected sum may wrap, their total modulo 2**32 does not
+care.
 """
 
 from __future__ import annotations
@@ -37,7 +39,8 @@ CHUNK = 128
 
 
 def max_k(zero_points: int) -> int:
-    """The longest K whose sum fits int32, with zero points for none (131,071), one (65,792) or both (33,025) of the operands.
+    """The longest K whose sum fits int32, with zero points for none (131,071), one (65,792) or both (33,025)
+    of the operands.
 
     A code's magnitude is at most 128; its distance from a zero point among the codes at most 255.
     """
@@ -105,7 +108,8 @@ def scaled_mm_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    """One program a tile of the output; GROUP_M rows of tiles run together, so that they find each other's columns in the L2 cache."""
+    """One program a tile of the output; GROUP_M rows of tiles run together, so that they find each other's
+    columns in the L2 cache."""
     pid = tl.program_id(0)
     tiles_m = tl.cdiv(M, BLOCK_M)
     tiles_n = tl.cdiv(N, BLOCK_N)
@@ -209,13 +213,17 @@ def scaled_mm(
         _launch(a, b_t, out, None, a_scale, b_scale, a_zero, b_zero, a_sum, b_sum, bias, config)
         return out
     if out_dtype is torch.int32:
-        raise KernelError(f"scaled_mm: K is {k}; an int32 sum holds at most {longest} products. Ask for a float out_dtype.")
+        raise KernelError(
+            f"scaled_mm: K is {k}; an int32 sum holds at most {longest} products. Ask for a float out_dtype."
+        )
     length = longest // CHUNK * CHUNK
     partial = None
     for start in range(0, k, length):
         parts = a[:, start : start + length], b_t[:, start : start + length]
         if start + length < k:
-            sums = a.new_empty((m, n), dtype=torch.float32) if partial is None else partial  # each tile reads and writes its own
+            sums = (
+                a.new_empty((m, n), dtype=torch.float32) if partial is None else partial
+            )  # each tile reads and writes its own
             _launch(*parts, sums, partial, None, None, a_zero, b_zero, None, None, None, config)
             partial = sums
         else:
@@ -224,26 +232,38 @@ def scaled_mm(
 
 
 def _check(
-    a: Tensor, b_t: Tensor, a_scale: Tensor | None, b_scale: Tensor | None, a_zero: Tensor | None, b_zero: Tensor | None,
-    bias: Tensor | None, out_dtype: torch.dtype,
+    a: Tensor,
+    b_t: Tensor,
+    a_scale: Tensor | None,
+    b_scale: Tensor | None,
+    a_zero: Tensor | None,
+    b_zero: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
 ) -> None:
     for name, codes in (("a", a), ("b_t", b_t)):
         if codes.dtype is not torch.int8 or codes.ndim != 2:
-            raise KernelError(f"scaled_mm: {name} is {codes.dtype} of shape {list(codes.shape)}; allowed: an int8 matrix.")
+            raise KernelError(
+                f"scaled_mm: {name} is {codes.dtype} of shape {list(codes.shape)}; allowed: an int8 matrix."
+            )
         if codes.stride(1) != 1 and codes.shape[1] > 1:
             raise KernelError(
                 f"scaled_mm: {name} has strides {codes.stride()}; its rows (the summed axis) must be contiguous. "
                 f"Pass a transposed copy (`transpose`)."
             )
     if a.shape[1] != b_t.shape[1]:
-        raise KernelError(f"scaled_mm: a is {list(a.shape)} and b_t {list(b_t.shape)}; both must have K columns.")
+        raise KernelError(
+            f"scaled_mm: a is {list(a.shape)} and b_t {list(b_t.shape)}; both must have K columns."
+        )
     if out_dtype not in OUTPUTS:
         raise KernelError(f"scaled_mm: out_dtype is {out_dtype}; allowed: {', '.join(map(str, OUTPUTS))}.")
     if out_dtype is torch.int32:
         if a_scale is not None or b_scale is not None or bias is not None:
             raise KernelError("scaled_mm: out_dtype is int32, the bare sum; scales and bias must be None.")
     elif a_scale is None or b_scale is None:
-        raise KernelError(f"scaled_mm: out_dtype is {out_dtype} and a scale is None; only int32, the bare sum, has no scales.")
+        raise KernelError(
+            f"scaled_mm: out_dtype is {out_dtype} and a scale is None; only int32, the bare sum, has no scales."
+        )
     for name, values, dtypes in (
         ("a_scale", a_scale, (torch.float32,)),
         ("b_scale", b_scale, (torch.float32,)),
@@ -259,8 +279,17 @@ def _check(
 
 
 def _launch(
-    a: Tensor, b_t: Tensor, out: Tensor, partial: Tensor | None, a_scale: Tensor | None, b_scale: Tensor | None,
-    a_zero: Tensor | None, b_zero: Tensor | None, a_sum: Tensor | None, b_sum: Tensor | None, bias: Tensor | None,
+    a: Tensor,
+    b_t: Tensor,
+    out: Tensor,
+    partial: Tensor | None,
+    a_scale: Tensor | None,
+    b_scale: Tensor | None,
+    a_zero: Tensor | None,
+    b_zero: Tensor | None,
+    a_sum: Tensor | None,
+    b_sum: Tensor | None,
+    bias: Tensor | None,
     config: tuning.MatmulConfig,
 ) -> None:
     (m, k), n = a.shape, b_t.shape[0]
@@ -322,7 +351,9 @@ def _launch(
         )
 
 
-def _measure(tune: Callable[[Callable[[], None]], float], *operands: object) -> Callable[[tuning.MatmulConfig], float]:
+def _measure(
+    tune: Callable[[Callable[[], None]], float], *operands: object
+) -> Callable[[tuning.MatmulConfig], float]:
     *positional, a_sum, b_sum = operands
 
     def measure(config: tuning.MatmulConfig) -> float:

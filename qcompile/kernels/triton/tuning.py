@@ -1,8 +1,9 @@
 """Launch configurations: a table for each kind of hardware, and a choice by problem size.
 
-Row 0 of a table is what runs without tuning. The rows are what others measured as winners for INT8 x INT8 on this hardware (gemlite's
-tables, Inductor's and torchao's lists), less what does not fit; the order, and the first row for sm_90, are derived from compiled
-code (docs/kernels.md) and wait for a measurement. `block_k` is in bytes too: a code is one.
+Row 0 of a table is what runs without tuning. The rows are what others measured as winners for INT8 x INT8 on
+this hardware (gemlite's tables, Inductor's and torchao's lists), less what does not fit; the order, and the
+first row for sm_90, are derived from compiled code (docs/kernels.md) and wait for a measurement. `block_k` is
+in bytes too: a code is one.
 """
 
 from __future__ import annotations
@@ -26,7 +27,8 @@ __all__ = [
 
 
 class MatmulConfig(NamedTuple):
-    """One launch of `scaled_mm_kernel`: tile sizes, loads in flight, warps, rows of tiles that share columns (L2 reuse)."""
+    """One launch of `scaled_mm_kernel`: tile sizes, loads in flight, warps, rows of tiles that share columns
+    (L2 reuse)."""
 
     block_m: int
     block_n: int
@@ -62,8 +64,8 @@ MATMUL: dict[str, tuple[MatmulConfig, ...]] = {
         MatmulConfig(128, 256, 64, 3, 8),
         MatmulConfig(256, 128, 64, 3, 8),
     ),
-    # Triton drains the tensor cores after every int8 wgmma. 98,304 bytes put two blocks on a multiprocessor, one computing while
-    # the other waits; a fourth stage would leave one.
+    # Triton drains the tensor cores after every int8 wgmma. 98,304 bytes put two blocks on a multiprocessor,
+    # one computing while the other waits; a fourth stage would leave one.
     "sm_90": (
         MatmulConfig(128, 128, 128, 3, 8),
         MatmulConfig(128, 256, 128, 4, 8),
@@ -85,10 +87,12 @@ SMALL_M: tuple[tuple[int, MatmulConfig], ...] = (
     (32, MatmulConfig(32, 64, 128, 4, 4)),
     (64, MatmulConfig(64, 64, 128, 4, 4)),
 )
-"""(largest M, configuration): narrow tiles for many blocks. Bound by reading B, so one row serves every family."""
+"""(largest M, configuration): narrow tiles for many blocks. Bound by reading B, so one row serves every
+family."""
 
 SHARED_MEMORY = {"sm_80": 166_912, "sm_86": 101_376, "sm_89": 101_376, "sm_90": 232_448, "gfx942": 65_536}
-"""Bytes that one block may use (CUDA C++ programming guide, "compute capabilities": 163, 99, 99 and 227 KB; CDNA3: 64 KB)."""
+"""Bytes that one block may use (CUDA C++ programming guide, "compute capabilities": 163, 99, 99 and 227 KB;
+CDNA3: 64 KB)."""
 
 _FALLBACK = {"gfx": "gfx942"}
 
@@ -102,8 +106,8 @@ def _next_power_of_2(n: int) -> int:
 
 
 def bucket(m: int, n: int, k: int) -> tuple[int, int, int]:
-    """The key of a tuned choice. M, the tokens, is rounded up to a power of two, so that a nearby batch size is not tuned again;
-    N and K are a layer's widths."""
+    """The key of a tuned choice. M, the tokens, is rounded up to a power of two, so that a nearby batch size
+    is not tuned again; N and K are a layer's widths."""
     return _next_power_of_2(m), n, k
 
 
@@ -129,8 +133,8 @@ def choose(
 ) -> MatmulConfig:
     """The configuration for a problem: a tuned one if its bucket has been tuned, else the default.
 
-    With `measure` (configuration -> time, any unit, smaller is better; `inf` for one that does not run) an untuned bucket is tuned,
-    once in this process.
+    With `measure` (configuration -> time, any unit, smaller is better; `inf` for one that does not run) an
+    untuned bucket is tuned, once in this process.
     """
     key = (family, bucket(m, n, k))
     if (known := _chosen.get(key)) is not None:
@@ -151,8 +155,8 @@ def forget() -> None:
 
 
 def tile_config(m: int, n: int) -> TileConfig:
-    """Tiles of 16,384 values, 64 to a thread: square where the matrix is (both orientations are then stored in runs of 128 bytes),
-    long where it is thin."""
+    """Tiles of 16,384 values, 64 to a thread: square where the matrix is (both orientations are then stored
+    in runs of 128 bytes), long where it is thin."""
     if m <= 16:
         return TileConfig(16, 1024, 8)
     if n <= 16:

@@ -1,0 +1,210 @@
+"""One graph of Dynamo's, before and after every stage of the compiler, as modules that run.
+
+Range state, which the compiler binds at call time, is here a pair of buffers of each half: `forward_ranges` (fp32, the elements
+that the graph uses, in its order) and `forward_ranges_index` (int64, 0, 1, 2, ...).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from passes.context import Entry, PassContext, Site, StateLayout
+from passes.graph import WRITE, aten, fake_mode
+from qcompile.inspect.labels import LABEL, first_name, rename_by_label
+
+__all__ = ["Call", "CapturedGraph", "SavedOutput", "copy_graph", "with_buffers", "written_inputs"]
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """The same nodes, names and metadata."""
+    copied = fx.Graph()
+    output = copied.graph_copy(graph, {}, return_output_node=True)
+    value, source = output if isinstance(output, tuple) else (output, None)
+    node = copied.output(value)
+    if source is not None:
+        node.meta = dict(source.meta)
+    return copied
+
+
+def with_buffers(
+    graph: fx.Graph, root: torch.nn.Module, layouts: Mapping[str, StateLayout], inputs: Mapping[str, str]
+) -> fx.GraphModule:
+    """A module that runs a copy of the graph, with range state in buffers and nodes named by site.
+
+    inputs  names to show for the graph's inputs
+    """
+    module = fx.GraphModule(root, copy_graph(graph))
+    copied = module.graph
+    dropped: set[fx.Node] = set()
+    for node in copied.find_nodes(op="placeholder"):
+        if "qtrain_state" not in node.meta:
+            continue
+        phase, what = node.meta["qtrain_state"]
+        size = layouts[phase].numel
+        value = torch.zeros(size) if what == "state" else torch.arange(size)
+        name = f"{phase}_ranges" if what == "state" else f"{phase}_ranges_index"
+        module.register_buffer(name, value.to(node.meta["val"].device))
+        first = next(n for n in copied.nodes if n.op != "placeholder")
+        with copied.inserting_before(first):
+            attribute = copied.create_node("get_attr", name)
+        with fake_mode(copied):
+            attribute.meta = {"val": torch.empty(size, dtype=value.dtype, device=node.meta["val"].device)}
+        attribute.meta[LABEL] = f"{name}_buffer"
+        for user in node.users:
+            if user.target in (WRITE, aten.index_put_.default):
+                user.meta["val"] = attribute.meta["val"]
+        node.replace_all_uses_with(attribute)
+        copied.erase_node(node)
+        dropped.add(attribute)
+    output = next(iter(copied.find_nodes(op="output")))
+    if isinstance(output.args[0], tuple | list):  # state on its way to the other half, which has it as buffers too
+        output.args = (tuple(o for o in output.args[0] if o not in dropped),)
+    for attribute in dropped:
+        if not attribute.users:
+            copied.erase_node(attribute)
+    rename_by_label(copied, inputs)
+    copied.lint()
+    module.recompile()
+    return module
+
+
+@dataclass(frozen=True)
+class SavedOutput:
+    """One output of a forward graph as a call returned it. `storage` tells storages of one call apart."""
+
+    storage: int
+    bytes: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    is_input: bool  # shares the storage of one of the graph's inputs
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a forward graph.
+
+    tensors   placeholder -> name of the model's tensor that it got
+    prefixes  placeholder of a Parameter -> where in the model the compiled frame's module is ("blocks.0.", "" for the model itself):
+              after a graph break a frame knows its Parameters by shorter names
+    outputs   what it returned; None for what is no tensor
+    """
+
+    tensors: dict[str, str]
+    prefixes: dict[str, str]
+    outputs: tuple[SavedOutput | None, ...]
+
+    def site_name(self, site: Site) -> str:
+        """The site's name in the whole model."""
+        if site.weight in self.prefixes:
+            return self.prefixes[site.weight] + site.name
+        common = Counter(self.prefixes.values()).most_common(1)
+        return (common[0][0] if common else "") + site.name
+
+
+@dataclass
+class CapturedGraph:
+    """A graph from Dynamo on its way through the compiler.
+
+    joint_before             the joint graph as AOTAutograd made it (the inference graph, where no gradient was asked for)
+    joint                    after the passes over it
+    steps                    pass -> the graph behind it
+    forward, backward        the halves after the cut, before lowering; None where there is none
+    forward_lowered, backward_lowered    what Inductor would get
+    inputs                   arguments of `forward`, from the first call: parameters, buffers and inputs, no state
+    tangents                 the gradients of the outputs that `backward` got, likewise
+    calls                    the calls of the graph: a block's graph may serve many blocks
+    initial_state            phase -> values of the range state before the first call
+    """
+
+    context: PassContext
+    joint_before: fx.GraphModule
+    joint: fx.GraphModule
+    steps: dict[str, fx.Graph]
+    forward: fx.GraphModule
+    forward_lowered: fx.GraphModule
+    backward: fx.GraphModule | None = None
+    backward_lowered: fx.GraphModule | None = None
+    inputs: tuple[Any, ...] = ()
+    tangents: tuple[Any, ...] = ()
+    calls: list[Call] = field(default_factory=list)
+    initial_state: dict[str, Tensor] = field(default_factory=dict)
+    n_outputs: int = 0
+    input_names: tuple[str, ...] = ()  # as `forward` shows them
+    gradient_names: tuple[str | None, ...] = ()  # what each output of `backward` is the gradient of
+
+    @property
+    def sites(self) -> list[Site]:
+        return self.context.sites
+
+    @property
+    def layouts(self) -> dict[str, StateLayout]:
+        """Phase -> which range state that half uses, in the order of its buffer."""
+        return self.context.layouts
+
+    @property
+    def state(self) -> dict[str, Entry]:
+        """The entries of the range state, by `site.operand`; aliases too."""
+        found: dict[str, Entry] = {}
+        for layout in self.layouts.values():
+            for entry in layout.entries:
+                found[f"{entry.site}.{entry.operand}".removeprefix(".")] = entry
+        for entry in list(found.values()):
+            for alias in entry.aliases:
+                found.setdefault(alias, entry)
+        return found
+
+    def saved_names(self) -> set[str]:
+        """The nodes of `joint` whose values cross the cut from forward to backward."""
+        if self.backward is None:
+            return set()
+        saved = {first_name(n) for n in self.backward.graph.find_nodes(op="placeholder")}
+        return {n.name for n in self.joint.graph.nodes if first_name(n) in saved and "tangents" not in str(n.target)}
+
+    def reset_state(self, modules: Sequence[fx.GraphModule] | None = None) -> None:
+        """Set the buffers of range state to what they were before the first call."""
+        everything = (self.joint, self.forward, self.backward, self.forward_lowered, self.backward_lowered)
+        for module in everything if modules is None else modules:
+            for phase, values in self.initial_state.items():
+                if module is not None and hasattr(module, f"{phase}_ranges"):
+                    getattr(module, f"{phase}_ranges").copy_(values)
+
+    @torch.no_grad()
+    def run(self, *, lowered: bool = False) -> tuple[tuple[Any, ...], dict[str, Tensor]]:
+        """Run forward and backward on the captured inputs, with range state as before the first step.
+
+        lowered  run what Inductor would get: the steady form, which takes every stored range for valid
+        Returns the graph's outputs, in its order, and the gradients by the name of what they belong to.
+        """
+        forward, backward = (
+            (self.forward_lowered, self.backward_lowered) if lowered else (self.forward, self.backward)
+        )
+        self.reset_state([m for m in (forward, backward) if m is not None])
+        written = written_inputs(forward.graph)
+        arguments = [a.clone() if i in written else a for i, a in enumerate(self.inputs)]
+        outputs = forward(*arguments)
+        user, saved = outputs[: self.n_outputs], outputs[self.n_outputs :]
+        if backward is None:
+            return tuple(user), {}
+        # The forward half returns saved tensors, then saved sizes; the backward half takes the sizes first.
+        tensors = [s for s in saved if isinstance(s, Tensor)]
+        sizes = [s for s in saved if not isinstance(s, Tensor)]
+        gradients = backward(*sizes, *tensors, *self.tangents)
+        named = zip(self.gradient_names, gradients, strict=True)
+        return tuple(user), {name: g for name, g in named if name is not None and g is not None}
+
+
+def written_inputs(graph: fx.Graph) -> set[int]:
+    """Positions of the inputs that the graph writes to, such as running statistics."""
+    positions = {n: i for i, n in enumerate(graph.find_nodes(op="placeholder"))}
+    written = set()
+    for node in graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        if node.op == "call_function" and schema is not None and schema.is_mutable and node.args[0] in positions:
+            written.add(positions[node.args[0]])
+    return written
