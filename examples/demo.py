@@ -29,6 +29,7 @@ from qcompile.inspect.saved_bytes import SavedBytes, saved_bytes
 RECIPES = ("fp32", "bf16", "int8", "int8_in_hindsight")
 BASELINE = "bf16"
 UNTIMED = 3  # rounds at the start: compilation, the profiled step, cold caches
+FEWEST = 5  # timed rounds, however late it is
 # 4,096 tokens per step are 16 x width: few enough weights for saved bytes to speak of activations.
 MODEL = GPTConfig(width=256, layers=2, heads=4, context=128)
 CONFIG = TrainConfig(model=MODEL, steps=100, batch=32, seq=128, lr=2e-3, warmup=10, val_batches=4)
@@ -55,8 +56,18 @@ class Variant:
             self.saved = saved_bytes(self.run.compiled, *self.run.batch(0))
 
 
-def train(config: TrainConfig, corpus: data.Corpus, recipes: tuple[str, ...] = RECIPES) -> list[Variant]:
-    """Train all variants side by side; the first rounds compile, count GEMMs and warm up."""
+def train(
+    config: TrainConfig,
+    corpus: data.Corpus,
+    recipes: tuple[str, ...] = RECIPES,
+    seconds: float = float("inf"),
+) -> list[Variant]:
+    """Train all variants side by side; the first rounds compile, count GEMMs and warm up.
+
+    seconds  compilation included; past it no new round begins (after FEWEST timed ones), so that all variants
+             have made equally many steps.
+    """
+    deadline = time.perf_counter() + seconds
     if config.steps <= UNTIMED:
         raise ValueError(f"steps={config.steps}: the first {UNTIMED} are not timed; take more")
     torch.compiler.reset()
@@ -65,6 +76,9 @@ def train(config: TrainConfig, corpus: data.Corpus, recipes: tuple[str, ...] = R
     with torch._dynamo.config.patch(recompile_limit=8 + len(variants)):
         with tqdm(total=config.steps * len(variants), desc="compiling", unit="step") as bar:
             for index in range(config.steps):
+                if index >= UNTIMED + FEWEST and time.perf_counter() > deadline:
+                    bar.write(f"{seconds / 60:.1f} minutes are over after {index} of {config.steps} rounds")
+                    break
                 for variant in _rotated(variants, index):
                     bar.set_description(f"{'compiling' if index == 0 else 'training'} {variant.recipe:<17}")
                     if index == 1:
@@ -175,6 +189,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     parser.add_argument("--recipes", default=",".join(RECIPES), help="comma-separated; default: %(default)s")
     parser.add_argument("--steps", type=int, default=CONFIG.steps)
+    parser.add_argument("--minutes", type=float, default=3.5, help="train no longer; default: %(default)s")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, default=Path("demo_out"), help="directory of the picture")
     args = parser.parse_args(argv)
@@ -187,7 +202,7 @@ def main(argv: list[str] | None = None) -> None:
         f"{config.steps} steps of {config.batch} x {config.seq} bytes on {args.device}, "
         f"torch {torch.__version__}"
     )
-    variants = train(config, corpus, tuple(args.recipes.split(",")))
+    variants = train(config, corpus, tuple(args.recipes.split(",")), 60 * args.minutes)
 
     quantized = [variant for variant in variants if variant.recipe not in HP_RECIPES]
     if quantized:

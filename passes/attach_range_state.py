@@ -28,6 +28,7 @@ Requires  the form that share_quantized leaves. Ensures: no `range` and no `seed
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -44,6 +45,7 @@ from passes.graph import (
     READ,
     SEED,
     SELECT,
+    UNPACK,
     WRITE,
     after,
     aten,
@@ -122,12 +124,26 @@ def _attach_phase(
     with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
         old = call(graph, READ, state, index, scope=pinned, name=f"qtrain_{phase}_ranges")
         blocks = {b: call(graph, aten.slice.Tensor, old, 0, b.start, b.start + b.size, scope=scope) for b in layout.blocks}
+        pieces = _unpack(graph, layout, blocks, scope)
     for item in stateful:
-        _replace_static(graph, item, layout, blocks, scope)
+        _replace_static(graph, item, pieces, scope)
     if seeds:
         _replace_seeds(graph, seeds, layout, blocks, scope)
     if is_joint(graph):
         _write_back(graph, stateful, bool(seeds), layout, blocks, state, index, scope, pinned)
+
+
+def _unpack(
+    graph: fx.Graph, layout: StateLayout, blocks: dict[Block, fx.Node], scope: dict[str, object]
+) -> dict[tuple[str | None, str, str], fx.Node]:
+    """(owner, key, field) -> that entry's elements of the field."""
+    pieces = {}
+    for block, node in blocks.items():
+        entries = layout.groups[block.group]
+        parts = call(graph, UNPACK, node, [e.size for e in entries], scope=scope)
+        for i, entry in enumerate(entries):
+            pieces[entry.owner, entry.key, block.field] = call(graph, operator.getitem, parts, i, scope=scope)
+    return pieces
 
 
 # ---- which state there is
@@ -231,7 +247,7 @@ def _replace_dynamic(graph: fx.Graph, node: fx.Node, use: RangeUse) -> None:
 
 
 def _replace_static(
-    graph: fx.Graph, item: _Stateful, layout: StateLayout, blocks: dict[Block, fx.Node], scope: dict[str, object]
+    graph: fx.Graph, item: _Stateful, pieces: dict[tuple[str | None, str, str], fx.Node], scope: dict[str, object]
 ) -> None:
     node, spec = item.node, item.spec
     x, dims = node.args[0], tuple(node.args[1])
@@ -243,10 +259,8 @@ def _replace_static(
         item.stats = dict(zip(names, stats, strict=True))
         memory = {}
         for name in item.entry.fields:
-            block = layout.block(item.entry, name)
-            offset = layout.offset_in(item.entry)
-            part = call(graph, aten.slice.Tensor, blocks[block], 0, offset, offset + item.entry.size, scope=ours)
-            memory[name] = call(graph, aten.view.default, part, shape, scope=ours)
+            piece = pieces[item.entry.owner, item.entry.key, name]
+            memory[name] = call(graph, aten.view.default, piece, shape, scope=ours)
         own = {k: memory[k] for k in item.entry.fields if k not in BOOKKEEPING}
         with_stats = () if spec.estimator.static else tuple(stats)
         stored = inline(graph, _stored_range, spec, len(with_stats), tuple(own), *with_stats, *own.values(), scope=ours, key="stored")

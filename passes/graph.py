@@ -24,7 +24,7 @@ prims = torch.ops.prims
 RANGE, SEED = ops.range_, ops.seed_
 QUANTIZE, DEQUANTIZE = ops.quantize, ops.dequantize
 SCALED_MM, TRANSPOSE = ops.scaled_mm, ops.transpose_codes
-READ, WRITE, SELECT = ops.read_state, ops.write_state_, ops.select_range
+READ, WRITE, SELECT, UNPACK = ops.read_state, ops.write_state_, ops.select_range, ops.unpack
 
 PERMUTE = aten.permute.default
 CAST = prims.convert_element_type.default

@@ -29,9 +29,27 @@ def _doctor(arguments: argparse.Namespace) -> int:
     return doctor.main(as_json=arguments.json)
 
 
+def _explain_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("target", help="package.module:function; it returns (model, inputs)")
+    parser.add_argument("--recipe", default="int8", help="a recipe's name or file (default: int8)")
+    parser.add_argument("--autocast", choices=("bf16", "fp16"), help="run under autocast to this dtype")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+
+
+def _explain(arguments: argparse.Namespace) -> int:
+    from qcompile.inspect import command_line
+
+    return command_line.main(
+        arguments.target, recipe=arguments.recipe, autocast=arguments.autocast, as_json=arguments.json
+    )
+
+
 COMMANDS = {
     "doctor": Command(
         "say what of qtrain works on this machine (status 1: no integer product)", _doctor_arguments, _doctor
+    ),
+    "explain": Command(
+        "say which matrix products of a model's training step are integer, and why not", _explain_arguments, _explain
     ),
 }
 

@@ -90,12 +90,21 @@ def qtrain(
     config = inductor.mode_options(options.pop("mode", mode)) | _inductor_options(options)
     if quantizes_nothing(recipe):
         return inductor.compile_plain(gm, example_inputs, config)
-    compilation = Compilation(gm, example_inputs, recipe, bool(strict), config, steps or joint_steps())
+    steps = joint_steps() if steps is None else steps
+    compilation = Compilation(gm, example_inputs, recipe, strict, config, steps)
     compiled = compilation.run()
     with _COMPILED_LOCK:
         _COMPILED.append(compilation.record)
         del _COMPILED[:-256]
     return compiled
+
+
+def _reset() -> None:
+    with _COMPILED_LOCK:
+        _COMPILED.clear()
+
+
+qtrain.reset = _reset  # type: ignore[attr-defined]  # torch.compiler.reset() calls it
 
 
 def quantizes_nothing(recipe: Recipe) -> bool:

@@ -25,6 +25,35 @@ def seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def interpreted(monkeypatch):
+    """The last stage, Inductor's code generation, is left out: halves run operator by operator, compiled in no time.
+
+    Everything before it is real: Dynamo, AOTAutograd, our passes, Inductor's joint passes, the partitioner, our wrappers.
+    """
+    from qcompile import inductor
+
+    def run_by_operator(half, inputs, **options):
+        def run(args):
+            given = list(args)
+            args.clear()
+            with torch.no_grad():
+                return list(half.forward(*given))
+
+        run._boxed_call = True
+        return run
+
+    monkeypatch.setattr(inductor, "compile_fx_inner", run_by_operator)
+
+
+@pytest.fixture(params=["interpreted", "inductor"])
+def engine(request):
+    """Both ways to run what was compiled; the real one takes seconds."""
+    if request.param == "interpreted":
+        request.getfixturevalue("interpreted")
+    return request.param
+
+
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available():
         return

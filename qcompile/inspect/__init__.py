@@ -2,7 +2,20 @@
 
 from qcompile.inspect.capture import Capture, capture
 from qcompile.inspect.captured_graph import CapturedGraph
+from qcompile.inspect.explain import GemmReport, Report, SiteReport, explain
 from qcompile.inspect.listing import format_graph
 from qcompile.inspect.saved_bytes import SavedBytes, SavedTensor, saved_bytes
 
-__all__ = ["Capture", "CapturedGraph", "SavedBytes", "SavedTensor", "capture", "format_graph", "saved_bytes"]
+__all__ = [
+    "Capture",
+    "CapturedGraph",
+    "GemmReport",
+    "Report",
+    "SavedBytes",
+    "SavedTensor",
+    "SiteReport",
+    "capture",
+    "explain",
+    "format_graph",
+    "saved_bytes",
+]

@@ -28,9 +28,18 @@ from passes.pipeline import Step, joint_steps
 from qcompile import inductor
 from qcompile.backend import Compilation, quantizes_nothing
 from qcompile.errors import GraphError, KernelError, RecipeError, StateError, UnsupportedError
-from qcompile.inspect.captured_graph import Call, CapturedGraph, SavedOutput, copy_graph, with_buffers, written_inputs
+from qcompile.inspect.captured_graph import (
+    Call,
+    CapturedGraph,
+    SavedOutput,
+    copy_graph,
+    graph_outputs,
+    with_buffers,
+    written_inputs,
+)
 from qcompile.inspect.isolation import copy_inputs, copy_model, fresh_call, undisturbed
 from qcompile.inspect.labels import identifier, label_nodes, rename_by_label
+from qcompile.inspect.saved_bytes import SavedBytes
 from qcompile.recipe import Recipe
 from qcompile.recipes import get_recipe
 from qcompile.state.handle import RangeState, clean_name
@@ -98,6 +107,11 @@ class Capture:
         """Phase -> the order of that half's buffer of range state."""
         return self.first.layouts
 
+    def saved_bytes(self) -> SavedBytes:
+        """What the step keeps for backward, over all graphs: see `CapturedGraph.saved_bytes`."""
+        seen: set[int] = set()
+        return SavedBytes.of(entry for graph in self.graphs for entry in graph.saved_bytes(seen).entries)
+
     def run(self, *, lowered: bool = False) -> tuple[tuple[Any, ...], dict[str, Tensor]]:
         """Run the first graph forward and backward again: see `CapturedGraph.run`."""
         return self.first.run(lowered=lowered)
@@ -152,12 +166,13 @@ def capture(
     copied = copy_model(model)
     inputs, kwargs = copy_inputs(inputs), copy_inputs(kwargs)
     names = _names(copied)
+    alive = {_storage(t) for t in [*copied.parameters(), *copied.buffers(), *_tensors((inputs, kwargs))]}
     store = RangeStore()
     recordings: list[_Recording] = []
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         recording = _Recording(gm, example_inputs, recipe, strict, {}, passes or joint_steps())
-        recording.store, recording.tensor_names = store, names
+        recording.store, recording.tensor_names, recording.alive = store, names, alive
         compiled = recording.run()
         recordings.append(recording)
         return compiled
@@ -191,11 +206,8 @@ def _backward(outputs: Any, loss: Callable[[Any], Tensor] | None) -> None:
             given = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
             raise TypeError(f"loss: it returned {given}; it must return a tensor with one element")
     else:
-        parts = [
-            o.float().square().mean()
-            for o in pytree.tree_leaves(outputs)
-            if isinstance(o, Tensor) and o.is_floating_point() and o.requires_grad
-        ]
+        floats = (o for o in _tensors(outputs) if o.is_floating_point() and o.requires_grad)
+        parts = [o.float().square().mean() for o in floats]
         if not parts:
             return
         value = torch.stack(parts).sum()
@@ -207,6 +219,7 @@ class _Recording(Compilation):
     """A compilation that keeps copies of every stage, and interprets the halves where Inductor would compile them."""
 
     tensor_names: dict[int, list[str]]
+    alive: set[int]  # storages of what the model has and the step was given
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -219,6 +232,7 @@ class _Recording(Compilation):
         self.initial: dict[str, Tensor] = {}
         self.input_sources: dict[str, str] = {}
         self.primals: list[str] = []
+        self.shown_outputs: list[int] = []  # of the forward half: all but range state on its way to the backward half
 
     def run(self) -> Callable[..., Any]:
         if not self.plain:
@@ -271,13 +285,15 @@ class _Recording(Compilation):
         placeholders = half.graph.find_nodes(op="placeholder")
         names = [n.name for n in placeholders]
         own = [n.name for n in placeholders if "qtrain_state" not in n.meta]
+        shown = [i for i, o in enumerate(graph_outputs(half.graph)) if not (isinstance(o, fx.Node) and "qtrain_state" in o.meta)]
         compiled = super().compile_half(_interpret, half, inputs, kwargs)
         self._keep(f"{phase}_lowered", half.graph)
         if phase == "backward":
             return self._watch_backward(compiled, names)
+        self.shown_outputs = shown
         return self._watch_forward(compiled, own, written_inputs(self.graphs["forward"][0]))
 
-    def _call(self, names: Sequence[str], given: Sequence[Any], outputs: Sequence[Any], storages: set[int]) -> Call:
+    def _call(self, names: Sequence[str], given: Sequence[Any], outputs: Sequence[Any]) -> Call:
         found = {n: self.tensor_names[id(a)] for n, a in zip(names, given, strict=True) if id(a) in self.tensor_names}
         prefixes = {}
         for name in set(found) & set(self.context.parameters):
@@ -287,7 +303,7 @@ class _Recording(Compilation):
                     prefixes[name] = full.removesuffix(module) if module else f"{full}.".removeprefix(".")
                     break
         tensors = {name: names[0] for name, names in found.items()}
-        return Call(tensors, prefixes, tuple(_weighed(o, storages) for o in outputs))
+        return Call(tensors, prefixes, tuple(_weighed(outputs[i], self.alive) for i in self.shown_outputs))
 
     def _watch_forward(self, compiled: Callable[..., Any], names: list[str], written: set[int]) -> Callable[..., Any]:
         def run(args: list[Any]) -> Any:
@@ -298,9 +314,8 @@ class _Recording(Compilation):
                 if self.binder is not None:
                     bindings = self.binder.bind([given[names.index(o)] for o in self.binder.owners])
                     self.initial = {phase: b.tensor[b.index].clone() for phase, b in bindings.items()}
-            storages = {_storage(a) for a in given if isinstance(a, Tensor)}
             outputs = compiled(args)
-            self.calls.append(self._call(names, given, outputs, storages))
+            self.calls.append(self._call(names, given, outputs))
             return outputs
 
         run._boxed_call = True  # type: ignore[attr-defined]
@@ -333,14 +348,14 @@ class _Recording(Compilation):
             tangents=self.tangents,
             calls=self.calls,
             initial_state=self.initial,
-            n_outputs=len(_outputs(modules["forward"].graph)),
+            n_outputs=len(graph_outputs(modules["forward"].graph)),
             input_names=tuple(tensors.get(n, inputs.get(n, n)) for n in self.primals),
             **modules,
         )
         if captured.backward is not None:
             saved = [n for n in captured.backward.graph.find_nodes(op="placeholder") if "tangents" not in str(n.target)]
             captured.n_outputs -= len(saved)
-            gradients = _outputs(captured.backward.graph)
+            gradients = graph_outputs(captured.backward.graph)
             fits = len(gradients) == len(captured.input_names)
             captured.gradient_names = captured.input_names if fits else tuple(f"gradient_{i}" for i in range(len(gradients)))
         captured.reset_state()
@@ -358,19 +373,19 @@ def _interpret(half: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Ca
     return run
 
 
-def _outputs(graph: fx.Graph) -> tuple[Any, ...]:
-    return tuple(next(iter(graph.find_nodes(op="output"))).args[0])
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
 def _storage(tensor: Tensor) -> int:
     return tensor.untyped_storage()._cdata
 
 
-def _weighed(value: Any, inputs: set[int]) -> SavedOutput | None:
+def _weighed(value: Any, alive: set[int]) -> SavedOutput | None:
     if not isinstance(value, Tensor):
         return None
     storage = _storage(value)
-    return SavedOutput(storage, value.untyped_storage().nbytes(), tuple(value.shape), value.dtype, storage in inputs)
+    return SavedOutput(storage, value.untyped_storage().nbytes(), tuple(value.shape), value.dtype, storage in alive)
 
 
 def _readable(source: str) -> str:

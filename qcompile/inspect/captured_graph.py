@@ -17,8 +17,9 @@ from torch import Tensor, fx
 from passes.context import Entry, PassContext, Site, StateLayout
 from passes.graph import WRITE, aten, fake_mode
 from qcompile.inspect.labels import LABEL, first_name, rename_by_label
+from qcompile.inspect.saved_bytes import SavedBytes, SavedTensor
 
-__all__ = ["Call", "CapturedGraph", "SavedOutput", "copy_graph", "with_buffers", "written_inputs"]
+__all__ = ["Call", "CapturedGraph", "SavedOutput", "copy_graph", "graph_outputs", "with_buffers", "written_inputs"]
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:
@@ -57,7 +58,7 @@ def with_buffers(
             attribute.meta = {"val": torch.empty(size, dtype=value.dtype, device=node.meta["val"].device)}
         attribute.meta[LABEL] = f"{name}_buffer"
         for user in node.users:
-            if user.target in (WRITE, aten.index_put_.default):
+            if user.target in (WRITE, aten.index_put_.default) and user.args[0] is node:
                 user.meta["val"] = attribute.meta["val"]
         node.replace_all_uses_with(attribute)
         copied.erase_node(node)
@@ -82,7 +83,7 @@ class SavedOutput:
     bytes: int
     shape: tuple[int, ...]
     dtype: torch.dtype
-    is_input: bool  # shares the storage of one of the graph's inputs
+    alive: bool  # shares the storage of a tensor that the model has or the step was given
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ class Call:
     tensors   placeholder -> name of the model's tensor that it got
     prefixes  placeholder of a Parameter -> where in the model the compiled frame's module is ("blocks.0.", "" for the model itself):
               after a graph break a frame knows its Parameters by shorter names
-    outputs   what it returned; None for what is no tensor
+    outputs   what it returned, without range state; None for what is no tensor
     """
 
     tensors: dict[str, str]
@@ -159,6 +160,27 @@ class CapturedGraph:
                 found.setdefault(alias, entry)
         return found
 
+    def saved_bytes(self, seen: set[int] | None = None) -> SavedBytes:
+        """What all calls of the graph keep for backward: the distinct storages among the forward graph's outputs that are not
+        user outputs. What the model has and what the step was given is left out; what is computed from Parameters alone is a copy
+        of a weight.
+
+        seen  storages that other graphs have kept; those of this graph are added
+        """
+        seen = set() if seen is None else seen
+        outputs = graph_outputs(self.forward.graph)
+        weights = _weights_alone(self.forward.graph, self.context.parameters)
+        entries = []
+        for call in self.calls:
+            users = {o.storage for o in call.outputs[: self.n_outputs] if o is not None}
+            for output, node in zip(call.outputs[self.n_outputs :], outputs[self.n_outputs :], strict=True):
+                if output is None or output.alive or output.bytes == 0 or output.storage in users | seen:
+                    continue
+                seen.add(output.storage)
+                weight = call.tensors[weights[node]] if node in weights else None
+                entries.append(SavedTensor(bytes=output.bytes, shape=output.shape, dtype=output.dtype, weight=weight))
+        return SavedBytes.of(entries)
+
     def saved_names(self) -> set[str]:
         """The nodes of `joint` whose values cross the cut from forward to backward."""
         if self.backward is None:
@@ -197,6 +219,23 @@ class CapturedGraph:
         gradients = backward(*sizes, *tensors, *self.tangents)
         named = zip(self.gradient_names, gradients, strict=True)
         return tuple(user), {name: g for name, g in named if name is not None and g is not None}
+
+
+def graph_outputs(graph: fx.Graph) -> tuple[Any, ...]:
+    """What the graph returns, in order."""
+    return tuple(next(iter(graph.find_nodes(op="output"))).args[0])
+
+
+def _weights_alone(graph: fx.Graph, parameters: Mapping[str, str]) -> dict[fx.Node, str]:
+    """Nodes that are computed from Parameters and range state alone -> the placeholder of the first of those Parameters."""
+    sources: dict[fx.Node, str | None] = {}  # None: neither; "": constants and range state
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            sources[node] = first_name(node) if first_name(node) in parameters else None
+            continue
+        found = [sources[n] for n in node.all_input_nodes]
+        sources[node] = None if None in found else next((name for name in found if name), "")
+    return {node: name for node, name in sources.items() if name}
 
 
 def written_inputs(graph: fx.Graph) -> set[int]:

@@ -126,8 +126,9 @@ def _dynamo_as_before() -> Iterator[Notes]:
             if entry.compile_id not in known:
                 _make_void(entry)
         pgo._CODE_STATE = sizes
-        utils.counters.clear()
-        utils.counters.update(counters)
+        for name, counts in utils.counters.items():  # in place: others may hold them
+            counts.clear()
+            counts.update(counters.get(name, {}))
 
 
 def _first_line(reason: str) -> str:

@@ -5,7 +5,7 @@ copies that people look at are renamed by it at the end.
 
     up_input_range    what the range of an operand is computed from, and the range
     up_input_scale    its scale, and `_zero` its zero point
-    up_input_q        its codes, `_t` where they are transposed
+    up_input_q        its codes, `_t` where they are transposed; `_rounding`: the operations that a lowered quantize consists of
     up_input_dq       codes times scale
     up_output         a GEMM; up_output_int8: an integer GEMM
     forward_ranges    what is read of the range state; `_update`: what is written
@@ -17,6 +17,7 @@ import operator
 import re
 from collections.abc import Mapping
 
+import torch
 from torch import fx
 
 from passes.context import PassContext
@@ -94,6 +95,8 @@ def rename_by_label(graph: fx.Graph, inputs: Mapping[str, str]) -> None:
         label = inputs.get(node.name) or node.meta.get(LABEL)
         if node.target is TRANSPOSE:
             label = f"{node.args[0].name}_t"
+        elif label and label.endswith("_q") and node.meta["val"].dtype is not torch.int8:  # part of a lowered quantize
+            label = label.removesuffix("_q") + "_rounding"
         if label and label != node.name:
             node.meta["qtrain_first_name"] = node.name
             node._rename(label)

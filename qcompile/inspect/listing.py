@@ -50,7 +50,8 @@ def _gutter(node: fx.Node) -> str:
 
 def _line(node: fx.Node) -> str:
     if node.op == "output":
-        return f"return {_argument(node.args[0])}"
+        value = node.args[0]
+        return f"return {_argument(tuple(value) if isinstance(value, list) else value)}"
     return f"{node.name}{_type(node.meta.get('val'))} = {_right_side(node)}"
 
 

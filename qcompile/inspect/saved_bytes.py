@@ -50,6 +50,16 @@ class SavedBytes:
     weight_copies: int
     entries: tuple[SavedTensor, ...]  # largest first; their bytes add up to total + weight_copies
 
+    @classmethod
+    def of(cls, entries: Iterable[SavedTensor]) -> SavedBytes:
+        """The sums over the entries."""
+        entries = tuple(sorted(entries, key=lambda entry: -entry.bytes))
+        return cls(
+            total=sum(entry.bytes for entry in entries if entry.weight is None),
+            weight_copies=sum(entry.bytes for entry in entries if entry.weight is not None),
+            entries=entries,
+        )
+
     def __str__(self) -> str:
         head = f"{self.total:,} bytes saved for backward, and {self.weight_copies:,} in copies of weights"
         return "\n".join([head, *map(str, self.entries)])
@@ -98,11 +108,7 @@ def saved_bytes(
         entries[storage] = SavedTensor(
             bytes=size, shape=tuple(tensor.shape), dtype=tensor.dtype, weight=_copied_weight(tensor, named)
         )
-    return SavedBytes(
-        total=sum(entry.bytes for entry in entries.values() if entry.weight is None),
-        weight_copies=sum(entry.bytes for entry in entries.values() if entry.weight is not None),
-        entries=tuple(sorted(entries.values(), key=lambda entry: -entry.bytes)),
-    )
+    return SavedBytes.of(entries.values())
 
 
 def _storage(tensor: Tensor) -> int:

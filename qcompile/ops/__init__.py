@@ -6,7 +6,7 @@ aten and says what the operator means; kernels agree with it bit for bit whereve
 
 from qcompile.ops.quantize import code_range, dequantize, dequantize_reference, quantize, quantize_reference
 from qcompile.ops.random import draw_key, uniform_draws
-from qcompile.ops.range_state import range_, read_state, seed_, select_range, write_state_
+from qcompile.ops.range_state import range_, read_state, seed_, select_range, unpack, write_state_
 from qcompile.ops.scaled_mm import scaled_mm, scaled_mm_reference
 from qcompile.ops.transpose import transpose_codes, transpose_codes_reference
 
@@ -26,5 +26,6 @@ __all__ = [
     "transpose_codes",
     "transpose_codes_reference",
     "uniform_draws",
+    "unpack",
     "write_state_",
 ]

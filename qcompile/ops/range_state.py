@@ -5,12 +5,15 @@ that one compiled graph can serve many instances of a module.
 
     values = qtrain::read_state(state, index)                        # a copy: later writes do not show
     qtrain::write_state_(state, index, values)                       # in place, returns state
+    parts  = qtrain::unpack(values, sizes)                           # one tensor for each entry
     amax   = qtrain::select_range(stored, valid, present)            # where(valid > 0, stored, present)
     scale, zero_point = qtrain::range(x, dims, spec, site)           # what the range passes replace; alone: the present range
     seed = qtrain::seed(x)                                           # what the range passes replace; alone: 0
 
 `read_state` is not `aten.index`: joint-graph passes must neither fold it, nor take it for a no-op, nor move it behind a write.
 The tag `nondeterministic_seeded` keeps constant folding away; the operator is unknown to every rewrite.
+`unpack` copies, and is an operator and not a row of slices: Inductor would bake each slice's offset into the kernel that reads it, and
+twelve equal layers would need twelve kernels to be compiled instead of one.
 `select_range` is an operator of its own because a static recipe compiles it in two ways: as its first operand when every stored
 range is valid (no reduction of the present tensor is waited for), and as `where` until then.
 """
@@ -24,7 +27,7 @@ from torch import Tensor
 
 from qcompile.ops._library import define
 
-__all__ = ["range_", "read_state", "seed_", "select_range", "write_state_"]
+__all__ = ["range_", "read_state", "seed_", "select_range", "unpack", "write_state_"]
 
 
 def _read_state(state: Tensor, index: Tensor) -> Tensor:
@@ -37,6 +40,12 @@ def _write_state_(state: Tensor, index: Tensor, values: Tensor) -> Tensor:
 
 def _select_range(stored: Tensor, valid: Tensor, present: Tensor) -> Tensor:
     return torch.where(valid > 0, stored, present)
+
+
+def _unpack(values: Tensor, sizes: list[int]) -> list[Tensor]:
+    parts = [values.new_empty(size) for size in sizes]
+    torch.split_with_sizes_copy(values, sizes, out=parts)  # one kernel on a GPU
+    return parts
 
 
 def range_reference(x: Tensor, dims: list[int], spec: str, site: str) -> tuple[Tensor, Tensor]:
@@ -65,6 +74,11 @@ write_state_ = define(
     "write_state_(Tensor(a!) state, Tensor index, Tensor values) -> Tensor(a!)",
     _write_state_,
     fake=lambda state, index, values: state,
+)
+unpack = define(
+    "unpack(Tensor values, int[] sizes) -> Tensor[]",
+    _unpack,
+    fake=lambda values, sizes: [values.new_empty(size) for size in sizes],
 )
 select_range = define("select_range(Tensor stored, Tensor valid, Tensor present) -> Tensor", _select_range, fake=_select_range)
 range_ = define("range(Tensor x, int[] dims, str spec, str site) -> (Tensor, Tensor)", range_reference, fake=_range_fake)

@@ -344,6 +344,13 @@ def test_the_demo_weighs_saved_tensors_against_bf16(corpus):
     assert fp32.run.steps_made == bf16.run.steps_made == CONFIG.steps
 
 
+def test_the_demo_stops_in_time_and_with_equal_steps(corpus):
+    config = dataclasses.replace(CONFIG, steps=50)
+    variants = demo.train(config, corpus, ("fp32", "bf16"), seconds=0)
+    assert [variant.run.steps_made for variant in variants] == [demo.UNTIMED + demo.FEWEST] * 2
+    assert [len(variant.seconds) for variant in variants] == [demo.FEWEST] * 2
+
+
 # With the qtrain backend
 
 INT8_CONFIG = dataclasses.replace(CONFIG, model=dataclasses.replace(TOY, width=64), batch=16)

@@ -49,7 +49,7 @@ class Case(NamedTuple):
     options: dict[str, int]
 
 
-# --- Cases --------------------------------------------------------------------------------------------------------------------
+# --- Cases --------------------------------------------------------------------------------------------------
 
 
 def quantize_case(
@@ -168,7 +168,8 @@ def scaled_mm_case(
         "GROUP_M": config.group_m,
     }
     extras = f"{dtype}{', bias' * bias}{', zero points' * zero_points}{', K tail' * (not even_k)}"
-    variant = f"{config.block_m}x{config.block_n}x{config.block_k}, {config.stages} stages, {config.warps} warps, {extras}"
+    tile = f"{config.block_m}x{config.block_n}x{config.block_k}"
+    variant = f"{tile}, {config.stages} stages, {config.warps} warps, {extras}"
     options = {"num_warps": config.warps, "num_stages": config.stages}
     return Case("scaled_mm", variant, scaled_mm_kernel, arguments, options)
 
@@ -203,7 +204,7 @@ def cases(family: str, *, everything: bool) -> list[Case]:
     return list({(case.kernel, case.variant): case for case in found}.values())
 
 
-# --- Compiling ----------------------------------------------------------------------------------------------------------------
+# --- Compiling ----------------------------------------------------------------------------------------------
 
 
 def build(case: Case, family: str) -> dict[str, Any]:
@@ -245,7 +246,7 @@ def _amd_facts(assembly: str) -> dict[str, Any]:
     def number(name: str) -> int:
         return int(re.search(rf"\.{name}:\s*(\d+)", assembly).group(1))
 
-    pattern = r"^\s+(v_mfma_\w+|global_(?:load|store)_\w+|buffer_(?:load|store)_\w+|global_atomic_\w+|scratch_\w+|v_fma_f32)"
+    pattern = r"^\s+(v_mfma_\w+|(?:global|buffer)_(?:load|store|atomic)_\w+|scratch_\w+)"
     return {
         "registers": number("vgpr_count"),
         "spilled": number("vgpr_spill_count")

@@ -72,8 +72,8 @@ def amax(x: Tensor, *, tensor: bool = False, rows: bool = False, columns: bool =
     """x (fp32, bf16, fp16) [M, N], any strides -> the maxima that are asked for. Errors: `KernelError`."""
     if x.ndim != 2 or x.dtype not in FLOATS:
         raise KernelError(
-            f"amax: x is {x.dtype} of shape {list(x.shape)}; allowed: a matrix of {', '.join(map(str, FLOATS))}. "
-            f"Flatten the leading axes."
+            f"amax: x is {x.dtype} of shape {list(x.shape)}; allowed: a matrix of "
+            f"{', '.join(map(str, FLOATS))}. Flatten the leading axes."
         )
     if x.stride(0) == 1 and x.stride(1) != 1:
         found = amax(x.t(), tensor=tensor, rows=columns, columns=rows)  # reads with unit stride

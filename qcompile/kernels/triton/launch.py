@@ -71,7 +71,7 @@ def version_reason(version: str | None) -> str | None:
     if len(parts) < 2 or not (parts[0].isdigit() and parts[1].isdigit()):
         return f"Triton's version {version!r} is not understood (tested: {tested})"
     if (int(parts[0]), int(parts[1])) not in TESTED_TRITON:
-        return f"Triton {version} is untested (tested: {tested}); install the one that this torch {torch.__version__} pairs with"
+        return f"Triton {version} is untested (tested: {tested}); install the one that torch asks for"
     return None
 
 

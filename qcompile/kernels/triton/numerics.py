@@ -43,8 +43,9 @@ def layout_of(op: str, name: str, values: Tensor, m: int, n: int, *allowed: Layo
     for layout in allowed:
         if shape == shapes[layout]:
             return layout
+    names = ", ".join(str(list(shapes[layout])) for layout in allowed)
     raise KernelError(
-        f"{op}: {name} has shape {list(values.shape)}; allowed: {', '.join(str(list(shapes[a])) for a in allowed)}, or 0-d. "
+        f"{op}: {name} has shape {list(values.shape)}; allowed: {names}, or 0-d. "
         f"Keep the reduced axes (keepdim=True)."
     )
 

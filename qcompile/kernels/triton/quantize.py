@@ -1,8 +1,7 @@
-"""Quantize with a known scale: one read of x, up to two orientations of codes and two statistics. M rows, N
-columns.
+"""Quantize with a known scale: one read of x, codes in both orientations, statistics. M rows, N columns.
 
-    inv        = float32(1) / scale                                        rounded once, IEEE
-    v          = float32(x) * inv                   (+ u, with a seed)     u: the draw of `qcompile.ops.random`
+    inv        = float32(1) / scale                                       rounded once, IEEE
+    v          = float32(x) * inv                   (+ u, with a seed)    u: the draw of `qcompile.ops.random`
     codes      = clamp(round_half_even(v) + zero_point, qmin, qmax)
     codes_t    = codes.t()
     amax       = max |x|                            not finite if any x is not
@@ -56,7 +55,7 @@ class Quantized(NamedTuple):
     saturated: Tensor | None  # int64, 0-d
 
 
-# --- Reference ----------------------------------------------------------------------------------------------------------------
+# --- Reference ----------------------------------------------------------------------------------------------
 
 
 def _mix32_reference(h: Tensor) -> Tensor:
@@ -103,7 +102,7 @@ def quantize_reference(
     )
 
 
-# --- Kernel -------------------------------------------------------------------------------------------------------------------
+# --- Kernel -------------------------------------------------------------------------------------------------
 
 
 @triton.jit(do_not_specialize=["salt"])
@@ -127,7 +126,7 @@ def quantize_kernel(
     QMAX: tl.constexpr,
     SCALE: tl.constexpr,  # Layout
     ZERO: tl.constexpr,  # Layout
-    TRANSPOSED: tl.constexpr,  # x is the caller's x.t(): a draw counts elements in the caller's row-major order
+    TRANSPOSED: tl.constexpr,  # x is the caller's x.t(); draws count elements in the caller's order
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ASM: tl.constexpr,  # the target takes NVIDIA instructions
@@ -182,7 +181,7 @@ def quantize_kernel(
         tl.store(qt_ptr + column[:, None] * stride_qt + row[None, :], tl.trans(q), mask=mask_t)
 
 
-# --- Launcher -----------------------------------------------------------------------------------------------------------------
+# --- Launcher -----------------------------------------------------------------------------------------------
 
 
 def quantize(
@@ -237,18 +236,19 @@ def _transpose(shared: Tensor) -> Tensor:
 def _check(x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, seed: Tensor | None) -> None:
     if x.ndim != 2 or x.dtype not in FLOATS:
         raise KernelError(
-            f"quantize: x is {x.dtype} of shape {list(x.shape)}; allowed: a matrix of {', '.join(map(str, FLOATS))}. "
-            f"Flatten the leading axes."
+            f"quantize: x is {x.dtype} of shape {list(x.shape)}; allowed: a matrix of "
+            f"{', '.join(map(str, FLOATS))}. Flatten the leading axes."
         )
     if scale.dtype is not torch.float32 or (zero_point is not None and zero_point.dtype is not torch.int32):
         raise KernelError(
-            f"quantize: scale is {scale.dtype}, zero_point {getattr(zero_point, 'dtype', None)}; allowed: float32, int32 or None."
+            f"quantize: scale is {scale.dtype}, zero_point {getattr(zero_point, 'dtype', None)}; "
+            f"allowed: float32, int32 or None."
         )
     if not 2 <= bits <= 8:
         raise ValueError(f"quantize: bits is {bits}; allowed: 2 to 8 (a code is one int8).")
     if seed is not None and (seed.dtype is not torch.int64 or seed.ndim != 0):
         raise KernelError(
-            f"quantize: seed is {seed.dtype} of shape {list(seed.shape)}; allowed: int64, 0-d, or None (nearest)."
+            f"quantize: seed is {seed.dtype} of shape {list(seed.shape)}; allowed: int64, 0-d, or None."
         )
     for name, tensor in (("scale", scale), ("zero_point", zero_point), ("seed", seed)):
         if tensor is not None and tensor.device != x.device:

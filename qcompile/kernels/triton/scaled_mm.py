@@ -1,6 +1,6 @@
 """INT8 matrix product with zero points, scales, bias and one rounding. M rows, N columns, K summed.
 
-    acc[m, n] = sum_k (a[m, k] - a_zero[m]) * (b[k, n] - b_zero[n])                                      exact, int32
+    acc[m, n] = sum_k (a[m, k] - a_zero[m]) * (b[k, n] - b_zero[n])                          exact, int32
               = sum_k a b - b_zero[n] * a_sum[m] - a_zero[m] * b_sum[n] + K * a_zero[m] * b_zero[n]
     a_sum[m]  = sum_k a[m, k],    b_sum[n] = sum_k b[k, n]
     out[m, n] = cast(float32(acc[m, n]) * (a_scale[m] * b_scale[n]) + float32(bias[m, n]))
@@ -10,9 +10,9 @@ core reads without shuffling bytes: on compute capability 9.0 the other one goes
 stores, below it through byte loads. int8, scale and cast in one kernel spare the int32 product a trip through
 memory (4 bytes written, 4 read, 2 written; against 2).
 
-An int32 holds a sum of `max_k` products. A longer K is split: every part is exact, and the parts are added in
-fp32, in order. Within a part single terms of the corrected sum may wrap, their total modulo 2**32 does not
-care.
+An int32 holds a sum of `tuning.max_k` products. A longer K is split: every part is exact, and the parts are
+added in fp32, in order. Within a part single terms of the corrected sum may wrap, their total modulo 2**32
+does not care.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from qcompile.kernels.triton import tuning
 from qcompile.kernels.triton.launch import EXACT, device_guard, family
 from qcompile.kernels.triton.numerics import COLUMN, FULL, ROW, Layout, layout_of, load_shared
 
-__all__ = ["max_k", "scaled_mm", "scaled_mm_kernel", "scaled_mm_reference"]
+__all__ = ["scaled_mm", "scaled_mm_kernel", "scaled_mm_reference"]
 
 OUTPUTS = (torch.float32, torch.bfloat16, torch.float16, torch.int32)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -38,16 +38,7 @@ CHUNK = 128
 """K is split at multiples of this, so that only the last part has a tail."""
 
 
-def max_k(zero_points: int) -> int:
-    """The longest K whose sum fits int32, with zero points for none (131,071), one (65,792) or both (33,025)
-    of the operands.
-
-    A code's magnitude is at most 128; its distance from a zero point among the codes at most 255.
-    """
-    return (2**31 - 1) // (128 ** (2 - zero_points) * 255**zero_points)
-
-
-# --- Reference ----------------------------------------------------------------------------------------------------------------
+# --- Reference ----------------------------------------------------------------------------------------------
 
 
 def scaled_mm_reference(
@@ -67,13 +58,13 @@ def scaled_mm_reference(
     if b_zero is not None:
         b64 = b64 - b_zero
     acc = a64 @ b64
-    if out_dtype is torch.int32:
-        return acc.int()
+    if a_scale is None or b_scale is None:
+        return acc.to(out_dtype)
     out = acc.float() * (a_scale * b_scale)
     return (out if bias is None else out + bias.float()).to(out_dtype)
 
 
-# --- Kernel -------------------------------------------------------------------------------------------------------------------
+# --- Kernel -------------------------------------------------------------------------------------------------
 
 
 @triton.jit
@@ -166,7 +157,7 @@ def scaled_mm_kernel(
         tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-# --- Launcher -----------------------------------------------------------------------------------------------------------------
+# --- Launcher -----------------------------------------------------------------------------------------------
 
 
 def scaled_mm(
@@ -182,17 +173,17 @@ def scaled_mm(
     a_sum: Tensor | None = None,
     b_sum: Tensor | None = None,
     config: tuning.MatmulConfig | None = None,
-    tune: Callable[[Callable[[], None]], float] | None = None,
+    tune: Callable[[Callable[[], object]], float] | None = None,
 ) -> Tensor:
     """a int8 [M, K] and b_t int8 [N, K], both with contiguous rows -> out_dtype [M, N], contiguous.
 
         a_scale, a_zero  fp32, int32 or None: 0-d, [1, 1] or [M, 1]; a zero point is a code, -128 to 127
         b_scale, b_zero  likewise, or [1, N]
         bias             any float dtype, broadcastable to [M, N], or None
-        out_dtype        fp32, bf16 or fp16; int32: the bare sum, without scales and bias, K up to `max_k`
-        a_sum, b_sum     int32, M and N values: sums of the codes over K if the caller has them; made here where they are needed
+        out_dtype        fp32, bf16 or fp16; int32: the bare sum, no scales, no bias, K up to `tuning.max_k`
+        a_sum, b_sum     int32, M and N values: sums of the codes over K, if the caller has them
         config           launch configuration; `tuning.choose` picks one if not given
-        tune             times a function (`triton.testing.do_bench`): an untuned problem size is tuned with it
+        tune             times a function (`triton.testing.do_bench`): tunes a new problem size with it
 
     Errors: `KernelError`.
     """
@@ -202,13 +193,18 @@ def scaled_mm(
     if m == 0 or n == 0:
         return out
     if config is None:
-        hardware = family(a.device)
-        measure = None
-        if tune is not None:
-            measure = _measure(tune, a, b_t, a_scale, b_scale, a_zero, b_zero, bias, out_dtype, a_sum, b_sum)
-        config = tuning.choose(hardware, m, n, k, measure)
 
-    longest = max_k((a_zero is not None) + (b_zero is not None))
+        def measure(candidate: tuning.MatmulConfig) -> float:
+            operands = (a, b_t, a_scale, b_scale, a_zero, b_zero, bias, out_dtype)
+            try:
+                assert tune is not None
+                return tune(lambda: scaled_mm(*operands, a_sum=a_sum, b_sum=b_sum, config=candidate))
+            except triton.runtime.errors.OutOfResources:  # less shared memory than others of the family
+                return float("inf")
+
+        config = tuning.choose(family(a.device), m, n, k, None if tune is None else measure)
+
+    longest = tuning.max_k((a_zero is not None) + (b_zero is not None))
     if k <= longest:
         _launch(a, b_t, out, None, a_scale, b_scale, a_zero, b_zero, a_sum, b_sum, bias, config)
         return out
@@ -248,8 +244,8 @@ def _check(
             )
         if codes.stride(1) != 1 and codes.shape[1] > 1:
             raise KernelError(
-                f"scaled_mm: {name} has strides {codes.stride()}; its rows (the summed axis) must be contiguous. "
-                f"Pass a transposed copy (`transpose`)."
+                f"scaled_mm: {name} has strides {codes.stride()}; its rows (the summed axis) must be "
+                f"contiguous. Pass a transposed copy (`transpose`)."
             )
     if a.shape[1] != b_t.shape[1]:
         raise KernelError(
@@ -262,7 +258,7 @@ def _check(
             raise KernelError("scaled_mm: out_dtype is int32, the bare sum; scales and bias must be None.")
     elif a_scale is None or b_scale is None:
         raise KernelError(
-            f"scaled_mm: out_dtype is {out_dtype} and a scale is None; only int32, the bare sum, has no scales."
+            f"scaled_mm: out_dtype is {out_dtype} and a scale is None; only int32 has no scales."
         )
     for name, values, dtypes in (
         ("a_scale", a_scale, (torch.float32,)),
@@ -274,7 +270,8 @@ def _check(
     ):
         if values is not None and (values.dtype not in dtypes or values.device != a.device):
             raise KernelError(
-                f"scaled_mm: {name} is {values.dtype} on {values.device}; allowed: {', '.join(map(str, dtypes))} on {a.device}."
+                f"scaled_mm: {name} is {values.dtype} on {values.device}; "
+                f"allowed: {', '.join(map(str, dtypes))} on {a.device}."
             )
 
 
@@ -303,17 +300,13 @@ def _launch(
     b_scale, b_scale_layout = shared("b_scale", b_scale, Layout.TENSOR, Layout.COLUMN)
     a_zero, a_zero_layout = shared("a_zero", a_zero, Layout.TENSOR, Layout.ROW)
     b_zero, b_zero_layout = shared("b_zero", b_zero, Layout.TENSOR, Layout.COLUMN)
-    bias_layout, bias_strides = Layout.TENSOR, (0, 0)
+    bias_layout, bias_strides = Layout.TENSOR, [0, 0]
     if bias is not None:
         bias_layout = layout_of("scaled_mm", "bias", bias, m, n, *Layout)
         if bias_layout is Layout.FULL:
-            bias_strides = bias.stride()
+            bias_strides = list(bias.stride())
         else:
             bias = bias.contiguous()
-    if b_zero is not None and a_sum is None:
-        a_sum = a.sum(1, dtype=torch.int32)
-    if a_zero is not None and b_sum is None:
-        b_sum = b_t.sum(1, dtype=torch.int32)
     grid = (triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)
     with device_guard(a):
         scaled_mm_kernel[grid](
@@ -325,8 +318,8 @@ def _launch(
             b_scale,
             a_zero,
             b_zero,
-            None if b_zero is None else a_sum.contiguous(),
-            None if a_zero is None else b_sum.contiguous(),
+            None if b_zero is None else _row_sums(a, a_sum),
+            None if a_zero is None else _row_sums(b_t, b_sum),
             bias,
             m,
             n,
@@ -351,15 +344,5 @@ def _launch(
         )
 
 
-def _measure(
-    tune: Callable[[Callable[[], None]], float], *operands: object
-) -> Callable[[tuning.MatmulConfig], float]:
-    *positional, a_sum, b_sum = operands
-
-    def measure(config: tuning.MatmulConfig) -> float:
-        try:
-            return tune(lambda: scaled_mm(*positional, a_sum=a_sum, b_sum=b_sum, config=config))
-        except triton.runtime.errors.OutOfResources:  # a device with less shared memory than its family
-            return float("inf")
-
-    return measure
+def _row_sums(codes: Tensor, known: Tensor | None) -> Tensor:
+    return codes.sum(1, dtype=torch.int32) if known is None else known.contiguous()

@@ -22,6 +22,7 @@ __all__ = [
     "candidates",
     "choose",
     "forget",
+    "max_k",
     "tile_config",
 ]
 
@@ -152,6 +153,15 @@ def forget() -> None:
     """Forget what was tuned."""
     with _lock:
         _chosen.clear()
+
+
+def max_k(zero_points: int) -> int:
+    """The longest K whose sum fits int32, with zero points for none (131,071), one (65,792) or both (33,025)
+    of the operands.
+
+    A code's magnitude is at most 128; its distance from a zero point among the codes at most 255.
+    """
+    return (2**31 - 1) // (128 ** (2 - zero_points) * 255**zero_points)
 
 
 def tile_config(m: int, n: int) -> TileConfig:

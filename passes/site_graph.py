@@ -1,0 +1,101 @@
+"""The site graph: which tensors feed which GEMMs, what is shared, what crosses the cut. A networkx graph for reports and drawings.
+
+    graph = site_graph(joint.graph, context)
+    [q for q, kind in graph.nodes(data="kind") if kind == "quantize" and graph.out_degree(q) > 1]     # shared codes
+
+Nodes are named as in the FX graph and have the attributes
+
+    kind     "tensor" (what is quantized, or read in high precision), "quantize" or "gemm"
+    phase    "forward" or "backward"
+    crosses  whether its value is needed in backward and computed in forward
+    shape, dtype
+    site, role, arithmetic    of a gemm: the site, "output" and so on, "integer" or "hp"
+
+Edges point the way the data goes; one into a gemm has the attribute `operand`. A gemm has an edge to every tensor that is computed
+from it without another gemm in between.
+
+Numerics  exact: nothing is changed.
+Requires  a joint or inference graph, anywhere behind find_sites.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import networkx as nx
+from torch import fx
+
+from passes.context import PassContext
+from passes.find_sites import GemmNode, matrices
+from passes.graph import BACKWARD, DEQUANTIZE, PERMUTE, QUANTIZE, SCALED_MM, phase_of
+from passes.operands import resolve_operand
+
+__all__ = ["site_graph"]
+
+
+def site_graph(graph: fx.Graph, context: PassContext | None = None, saved: Collection[str] | None = None) -> nx.DiGraph:
+    """Build it.
+
+    saved  names of the nodes that the partitioner has saved for backward; None, before the cut: every forward node with a user in
+           backward counts as crossing
+    """
+    result = nx.DiGraph()
+    nearest: dict[fx.Node, dict[fx.Node, None]] = {}  # node -> GEMMs it is computed from with none in between; keys, in order
+    for node in graph.nodes:
+        if node.op == "output":
+            continue
+        where: GemmNode | None = node.meta.get("qtrain_gemm") if node.op == "call_function" else None
+        if where is not None and len(_operands(node)) == 2:
+            for matrix, operand in zip(_operands(node), where.operands, strict=True):
+                _add_operand(result, node, matrix, operand, nearest, saved)
+            kind = "integer" if node.target is SCALED_MM else "hp"
+            result.add_node(node.name, site=where.site, role=where.role, arithmetic=kind, **_attributes("gemm", node, saved))
+            nearest[node] = {node: None}
+        else:
+            nearest[node] = {g: None for source in node.all_input_nodes for g in nearest[source]}
+    return result
+
+
+def _operands(node: fx.Node) -> tuple[fx.Node, ...]:
+    return tuple(node.args[:2]) if node.target is SCALED_MM else tuple(matrices(node))
+
+
+def _add_operand(
+    result: nx.DiGraph,
+    gemm: fx.Node,
+    matrix: fx.Node,
+    operand: str,
+    nearest: dict[fx.Node, dict[fx.Node, None]],
+    saved: Collection[str] | None,
+) -> None:
+    quantize = _quantize_of(matrix)
+    tensor = resolve_operand(matrix if quantize is None else quantize.args[0]).source
+    if tensor.name not in result:
+        result.add_node(tensor.name, **_attributes("tensor", tensor, saved))
+        for source in nearest[tensor]:
+            if source is not tensor:
+                result.add_edge(source.name, tensor.name)
+    if quantize is None:
+        result.add_edge(tensor.name, gemm.name, operand=operand)
+        return
+    if quantize.name not in result:
+        result.add_node(quantize.name, **_attributes("quantize", quantize, saved))
+    result.add_edge(tensor.name, quantize.name)
+    result.add_edge(quantize.name, gemm.name, operand=operand)
+
+
+def _quantize_of(matrix: fx.Node) -> fx.Node | None:
+    """The quantize that a GEMM's matrix comes from, behind a dequantize and a transpose."""
+    while matrix.op == "call_function" and matrix.target in (DEQUANTIZE, PERMUTE):
+        matrix = matrix.args[0]
+    return matrix if matrix.target is QUANTIZE else None
+
+
+def _attributes(kind: str, node: fx.Node, saved: Collection[str] | None) -> dict[str, object]:
+    value = node.meta["val"]
+    phase = phase_of(node)
+    if saved is not None:
+        crosses = node.name in saved
+    else:
+        crosses = phase != BACKWARD and any(phase_of(user) == BACKWARD for user in node.users if user.op != "output")
+    return {"kind": kind, "phase": phase, "crosses": crosses, "shape": tuple(value.shape), "dtype": value.dtype}

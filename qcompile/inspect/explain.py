@@ -1,0 +1,350 @@
+"""`qcompile.explain(model, *inputs)`: which GEMMs of a training step are integer, which are not and why, and what the step saves.
+
+    report = qcompile.explain(model, x, recipe="int8")
+    print(report)                      # the table
+    report.to_dict()                   # the same for programs; JSON can hold it
+    [g for g in report.gemms if g.reason is not None]
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+
+from passes.context import OPERANDS, Gemm, PassContext, Site
+from qcompile.backend import quantizes_nothing
+from qcompile.inspect.capture import Capture, capture
+from qcompile.inspect.captured_graph import Call, CapturedGraph
+from qcompile.inspect.saved_bytes import SavedBytes
+from qcompile.recipe import Recipe
+from qcompile.specs import Granularity, QuantSpec
+
+__all__ = ["GemmReport", "Report", "SiteReport", "explain"]
+
+_LISTED = 6  # GEMMs named for each reason
+
+
+@dataclass(frozen=True, kw_only=True)
+class GemmReport:
+    """One GEMM. An integer one has a kernel, one in high precision a reason."""
+
+    site: str
+    op: str
+    role: str  # "output", "grad_input", "grad_weight"
+    shape: tuple[int | str, ...]  # M, N, K; a symbolic size is text; empty where it is not known
+    kernel: str | None
+    reason: str | None
+    operands: dict[str, str]  # operand -> its format, of an integer GEMM
+
+    @property
+    def integer(self) -> bool:
+        return self.reason is None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteReport:
+    """One site with its GEMMs, by role. A gradient that nobody needs has no GEMM."""
+
+    name: str
+    op: str
+    graph: int  # which of the report's graphs it is in
+    gemms: dict[str, GemmReport]
+
+    def operands(self) -> dict[str, str]:
+        """Operand -> its formats; several where its GEMMs differ."""
+        formats: dict[str, list[str]] = {}
+        for gemm in self.gemms.values():
+            for operand, text in gemm.operands.items():
+                if text not in formats.setdefault(operand, []):
+                    formats[operand].append(text)
+        return {operand: " + ".join(texts) for operand, texts in formats.items()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Entry:
+    """Range state of one operand: `size` values of each field."""
+
+    name: str
+    phase: str
+    fields: tuple[str, ...]
+    size: int
+    aliases: tuple[str, ...]
+
+
+@dataclass
+class Report:
+    """What one training step does under a recipe.
+
+    hp_saved   what plain Inductor saves for the same step
+    unmatched  patterns of the recipe that mean no site
+    outside    linear layers that are in no graph: the step does not use them, or runs them in eager mode around a graph break
+    """
+
+    recipe: Recipe
+    sites: list[SiteReport]
+    saved: SavedBytes
+    hp_saved: SavedBytes
+    graphs: list[dict[str, int]]
+    graph_breaks: list[str] = field(default_factory=list)
+    unmatched: list[str] = field(default_factory=list)
+    outside: list[str] = field(default_factory=list)
+    range_state: list[Entry] = field(default_factory=list)
+    device: str = "cpu"
+    torch_version: str = torch.__version__
+
+    @property
+    def gemms(self) -> list[GemmReport]:
+        """Every GEMM, site by site."""
+        return [gemm for site in self.sites for gemm in site.gemms.values()]
+
+    @property
+    def integer_gemms(self) -> int:
+        return sum(gemm.integer for gemm in self.gemms)
+
+    @property
+    def kernels(self) -> list[str]:
+        """The integer kernels in use."""
+        return sorted({gemm.kernel for gemm in self.gemms if gemm.kernel is not None})
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only."""
+        return {
+            "recipe": {"name": self.recipe.name, "fingerprint": self.recipe.fingerprint()},
+            "torch": str(self.torch_version),
+            "device": self.device,
+            "kernels": self.kernels,
+            "gemms": {"integer": self.integer_gemms, "total": len(self.gemms)},
+            "saved_bytes": {
+                "total": self.saved.total,
+                "weight_copies": self.saved.weight_copies,
+                "hp_total": self.hp_saved.total,
+                "hp_weight_copies": self.hp_saved.weight_copies,
+            },
+            "sites": [
+                {
+                    "site": site.name,
+                    "op": site.op,
+                    "graph": site.graph,
+                    "gemms": {
+                        role: {
+                            "shape": list(gemm.shape),
+                            "kernel": gemm.kernel,
+                            "reason": gemm.reason,
+                            "operands": gemm.operands,
+                        }
+                        for role, gemm in site.gemms.items()
+                    },
+                }
+                for site in self.sites
+            ],
+            "graphs": self.graphs,
+            "graph_breaks": self.graph_breaks,
+            "unmatched_patterns": self.unmatched,
+            "outside_graphs": self.outside,
+            "range_state": [asdict(entry) | {"fields": list(entry.fields), "aliases": list(entry.aliases)} for entry in self.range_state],
+        }
+
+    # ---- as text
+
+    def __str__(self) -> str:
+        return "\n\n".join(part for part in (self._table(), self._notes(), self.summary()) if part)
+
+    __repr__ = __str__
+
+    def summary(self) -> str:
+        """One line: GEMMs, saved bytes, recipe, versions."""
+        parts = [f"{self.integer_gemms} of {len(self.gemms)} GEMMs integer ({len(self.sites)} sites)"]
+        if self.hp_saved.total:
+            ratio = self.saved.total / self.hp_saved.total
+            parts.append(f"saved for backward {_size(self.saved.total)} against {_size(self.hp_saved.total)} hp ({ratio:.2f}x)")
+        parts += [f"recipe fingerprint {self.recipe.fingerprint()[:8]}", f"torch {self.torch_version.split('+')[0]}"]
+        parts.append(" ".join([self.device, *self.kernels]))
+        return f"qtrain {self.recipe.name}: {', '.join(parts)}"
+
+    def _table(self) -> str:
+        if not self.sites:
+            return "No matrix product was found."
+        rows = []
+        for site in self.sites:
+            shape = next((g.shape for g in site.gemms.values() if g.role == "output"), ())
+            cells = [_cell(site.gemms.get(role)) for role in OPERANDS]
+            rows.append([site.name, site.op, "x".join(map(str, shape)) or "-", *cells, _operand_text(site)])
+        return tabulate(rows, headers=["site", "op", "MxNxK", *OPERANDS, "operands"], disable_numparse=True)
+
+    def _notes(self) -> str:
+        lines = []
+        reasons: dict[str, list[str]] = {}
+        for gemm in self.gemms:
+            if gemm.reason is not None:
+                reasons.setdefault(gemm.reason, []).append(f"{gemm.site}.{gemm.role}")
+        for reason, names in reasons.items():
+            more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+            count = "1 GEMM" if len(names) == 1 else f"{len(names)} GEMMs"
+            lines.append(f"hp, {count}: {reason}: {', '.join(names[:_LISTED])}{more}")
+        if self.unmatched:
+            lines.append(f"no site matches {', '.join(map(repr, self.unmatched))}")
+        if len(self.graphs) != 1 or self.graph_breaks:
+            counts = ", ".join(f"{g['integer']} of {g['gemms']}" for g in self.graphs)
+            lines.append(f"{len(self.graphs)} graphs; integer GEMMs by graph: {counts}")
+        lines += [f"graph break: {reason}" for reason in self.graph_breaks]
+        if self.outside:
+            lines.append(f"linear layers in no graph (not used, or run in eager mode): {', '.join(self.outside)}")
+        for phase in ("forward", "backward"):
+            entries = [e for e in self.range_state if e.phase == phase]
+            if entries:
+                values = sum(e.size * len(e.fields) for e in entries)
+                lines.append(f"range state, {phase}: {len(entries)} entries, {values} values")
+        if self.saved.weight_copies or self.hp_saved.weight_copies:
+            copies = f"{_size(self.saved.weight_copies)} against {_size(self.hp_saved.weight_copies)} hp"
+            lines.append(f"copies of weights saved beside that: {copies}")
+        return "\n".join(lines)
+
+
+def explain(
+    model: nn.Module,
+    *inputs: Any,
+    recipe: str | Recipe | Mapping[str, Any] = "int8",
+    loss: Callable[[Any], Tensor] | None = None,
+    **kwargs: Any,
+) -> Report:
+    """What `torch.compile(model, backend="qtrain", options={"recipe": recipe})` makes of `model(*inputs, **kwargs)`.
+
+    loss  outputs -> scalar; default as in `capture`, and so is everything else: caller's autocast, all on copies.
+
+    It goes through the compiler twice, up to code generation: under the recipe, and as plain Inductor, for what that saves.
+    Errors: those of `capture`, but for strict.
+    """
+    found = capture(model, *inputs, recipe=recipe, loss=loss, **kwargs)
+    hp = found if quantizes_nothing(found.recipe) else capture(model, *inputs, recipe="none", loss=loss, **kwargs)
+    return _report(found, hp)
+
+
+def _report(found: Capture, hp: Capture) -> Report:
+    sites = [
+        _site(site, call, number, graph.context)
+        for number, graph in enumerate(found.graphs)
+        for call in _instances(graph)
+        for site in graph.sites
+    ]
+    position = {name: i for i, (name, _) in enumerate(found.model.named_modules())}
+    sites.sort(key=lambda s: position.get(_module(s.name), len(position)))
+    names = [name for graph in found.graphs for name in (s.name for s in graph.sites)]
+    return Report(
+        recipe=found.recipe,
+        sites=sites,
+        saved=found.saved_bytes(),
+        hp_saved=hp.saved_bytes(),
+        graphs=[_coverage(number, sites) for number in range(len(found.graphs))],
+        graph_breaks=found.graph_breaks,
+        unmatched=found.recipe.unmatched_patterns(names),
+        outside=_outside(found.model, sites),
+        range_state=[entry for graph in found.graphs for call in _instances(graph) for entry in _entries(graph, call)],
+        device=str(found.graphs[0].context.device) if found.graphs else "cpu",
+    )
+
+
+def _instances(graph: CapturedGraph) -> list[Call]:
+    """One call for each set of tensors that the graph was called with."""
+    return list({tuple(call.tensors.items()): call for call in reversed(graph.calls)}.values())[::-1]
+
+
+def _module(site: str) -> str:
+    """The module of a site, by its name: "attn" for "attn:bmm_1", "proj" for "proj#1"."""
+    name = site.split("#")[0].split(":")[0]
+    return "" if name == "self" else name
+
+
+def _outside(model: nn.Module, sites: list[SiteReport]) -> list[str]:
+    modules = dict(model.named_modules(remove_duplicate=False))
+    inside = {id(modules.get(_module(site.name))) for site in sites}
+    linear = {id(m): name for name, m in reversed(modules.items()) if isinstance(m, nn.Linear)}
+    return [name for key, name in reversed(linear.items()) if key not in inside]
+
+
+def _coverage(number: int, sites: list[SiteReport]) -> dict[str, int]:
+    own = [site for site in sites if site.graph == number]
+    gemms = [gemm for site in own for gemm in site.gemms.values()]
+    return {"sites": len(own), "gemms": len(gemms), "integer": sum(gemm.integer for gemm in gemms)}
+
+
+def _site(site: Site, call: Call, graph: int, context: PassContext) -> SiteReport:
+    name = call.site_name(site)
+    return SiteReport(
+        name=name, op=site.op, graph=graph, gemms={role: _gemm(name, site.op, gemm) for role, gemm in site.gemms.items()}
+    )
+
+
+def _gemm(site: str, op: str, gemm: Gemm) -> GemmReport:
+    operands: dict[str, str] = {}
+    if gemm.reason is None and gemm.specs is not None:
+        operands = {name: _spec_text(spec) for name, spec in zip(OPERANDS[gemm.role], gemm.specs, strict=True)}
+    return GemmReport(
+        site=site,
+        op=op,
+        role=gemm.role,
+        shape=tuple(size if isinstance(size, int) else str(size) for size in gemm.shape),
+        kernel=None if gemm.reason is not None else gemm.kernel or "integer",
+        reason=gemm.reason,
+        operands=operands,
+    )
+
+
+def _entries(graph: CapturedGraph, call: Call) -> Iterator[Entry]:
+    by_name = {site.name: site for site in graph.sites}
+    for layout in graph.layouts.values():
+        for e in layout.entries:
+            site = by_name.get(e.site)
+            prefix = call.site_name(site).removesuffix(site.name) if site is not None else ""
+            yield Entry(
+                name=f"{prefix}{e.site}.{e.operand}" if e.site else e.operand,
+                phase=layout.phase,
+                fields=e.fields,
+                size=e.size,
+                aliases=tuple(prefix + alias for alias in e.aliases),
+            )
+
+
+# ---- text
+
+
+def _cell(gemm: GemmReport | None) -> str:
+    if gemm is None:
+        return "-"
+    return gemm.kernel or f"hp: {textwrap.shorten(gemm.reason or '', 24, placeholder='...')}"
+
+
+def _operand_text(site: SiteReport) -> str:
+    """Operands by format: "int8/row/MinMax", or "input, grad_output int8/tensor/InHindsight; weight int8/tensor/MinMax"."""
+    by_format: dict[str, list[str]] = {}
+    for operand, text in site.operands().items():
+        by_format.setdefault(text, []).append(operand)
+    if len(by_format) < 2:
+        return next(iter(by_format), "-")
+    return "; ".join(f"{', '.join(operands)} {text}" for text, operands in by_format.items())
+
+
+def _spec_text(spec: QuantSpec) -> str:
+    """Bits, what shares a scale, range estimator, rounding where it is not to nearest: "int8/row/MinMax"."""
+    parts = [f"int{spec.bits}{'' if spec.symmetric else ' asymmetric'}", _granularity_text(spec.granularity)]
+    parts.append(type(spec.estimator).__name__)
+    return "/".join(parts + ([] if spec.rounding == "nearest" else [spec.rounding]))
+
+
+def _granularity_text(granularity: Granularity) -> str:
+    name = granularity.name.removeprefix("per_")
+    values = [str(v) for k, v in granularity.to_dict().items() if k != "name"]
+    return f"{name} {'x'.join(values)}" if values else name
+
+
+def _size(count: int) -> str:
+    """Bytes, in powers of 1000."""
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.1f} {unit}"
+    return f"{count} bytes"

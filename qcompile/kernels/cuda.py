@@ -1,0 +1,194 @@
+"""INT8 GEMM and transpose on NVIDIA and AMD GPUs. M rows, N columns, K summed.
+
+    triton    a kernel of ours: any shape; zero points, scales, bias, cast fused; capability 8.0 or newer
+    int_mm    torch._int_mm (cuBLASLt, hipBLASLt): int32 out, the rest in passes of its own; 7.5 or newer
+
+Both read a [M, K] and b as b_t [N, K] with contiguous rows. Another layout is copied first: on compute
+capability 9.0 cuBLASLt has no tensor-core kernel for a row-major b (about 8 times slower), and one copy of
+1-byte codes is far cheaper.
+
+`QTRAIN_CUDA_GEMM=triton|int_mm` overrides the choice. The integer sum is exact in both up to K = 131,071
+(less with zero points, `max_k`); longer sums are added up in fp32, part by part.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from qcompile.errors import KernelError
+from qcompile.kernels import note_launch
+from qcompile.kernels.triton.launch import unavailable_reasons
+from qcompile.kernels.triton.tuning import max_k
+
+__all__ = ["CANDIDATES", "kernel_for", "register_cuda_kernels", "scaled_mm_cuda", "transpose_codes_cuda"]
+
+INT8_TENSOR_CORES = (7, 5)
+"""The first compute capability with int8 tensor cores (Turing), and the first that `torch._int_mm`
+supports."""
+
+INT_MM_ROWS = 17
+INT_MM_MULTIPLE = 8
+"""`torch._int_mm` wants M > 16, and K and N in multiples of 8; zeros are added up to there."""
+
+
+# --- Choice -------------------------------------------------------------------------------------------------
+
+
+def kernel_for(device: torch.device, capability: tuple[int, int] | None = None) -> str:
+    """The candidate for `device`: "triton" or "int_mm". `capability` stands in for the device's own.
+
+    Errors: `KernelError` on a GPU without int8 tensor cores, or if `QTRAIN_CUDA_GEMM` asks for what cannot
+    run.
+    """
+    if capability is None and device.type == "cuda" and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(device)
+    if capability is not None and capability < INT8_TENSOR_CORES:
+        raise KernelError(
+            f"scaled_mm: {device} has compute capability {capability[0]}.{capability[1]}; int8 tensor cores "
+            f"need {INT8_TENSOR_CORES[0]}.{INT8_TENSOR_CORES[1]}. Keep the matmuls in high precision (hp): "
+            f"recipe 'none'."
+        )
+    reasons = unavailable_reasons(device, "scaled_mm", capability=capability)
+    wanted = os.environ.get("QTRAIN_CUDA_GEMM")
+    if wanted is None:
+        return "int_mm" if reasons else "triton"
+    if wanted not in CANDIDATES:
+        raise KernelError(f"QTRAIN_CUDA_GEMM: {wanted!r} is no candidate; allowed: {list(CANDIDATES)}.")
+    if wanted == "triton" and reasons:
+        raise KernelError(
+            f"QTRAIN_CUDA_GEMM: 'triton' cannot run on {device}: {'; '.join(reasons)}. Use 'int_mm'."
+        )
+    return wanted
+
+
+@functools.cache
+def _kernel_for(device: torch.device, wanted: str | None) -> str:
+    return kernel_for(device)
+
+
+# --- Candidates ---------------------------------------------------------------------------------------------
+
+
+def _triton(a: Tensor, b_t: Tensor, *rest: Any) -> Tensor:
+    from qcompile.kernels.triton.scaled_mm import (
+        scaled_mm,
+    )  # Triton may be missing where this file is imported
+
+    return scaled_mm(a, b_t, *rest)
+
+
+def _int_mm(
+    a: Tensor,
+    b_t: Tensor,
+    a_scale: Tensor,
+    b_scale: Tensor,
+    a_zero: Tensor | None,
+    b_zero: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    k = a.shape[1]
+    longest = max_k((a_zero is not None) + (b_zero is not None))
+    longest -= longest % INT_MM_MULTIPLE
+    parts = [slice(start, start + longest) for start in range(0, k, longest)]  # nearly always one
+    out = _int_sum(a[:, parts[0]], b_t[:, parts[0]], a_zero, b_zero).to(torch.float32)
+    for part in parts[1:]:
+        out += _int_sum(a[:, part], b_t[:, part], a_zero, b_zero).to(torch.float32)
+    out *= a_scale * b_scale
+    if bias is not None:
+        out += bias.to(torch.float32)
+    return out.to(out_dtype)
+
+
+def _int_sum(a: Tensor, b_t: Tensor, a_zero: Tensor | None, b_zero: Tensor | None) -> Tensor:
+    """sum_k (a - a_zero)(b - b_zero), int32 [M, N]. Terms may wrap; their total modulo 2**32 is right because
+    the sum fits."""
+    (m, k), n = a.shape, b_t.shape[0]
+    padding = (-k % INT_MM_MULTIPLE, -n % INT_MM_MULTIPLE, max(0, INT_MM_ROWS - m))
+    padded_a = pad(a, (0, padding[0], 0, padding[2])) if padding[0] or padding[2] else a.contiguous()
+    padded_b = pad(b_t, (0, padding[0], 0, padding[1])) if padding[0] or padding[1] else b_t.contiguous()
+    acc = torch._int_mm(padded_a, padded_b.t())[:m, :n]
+    if a_zero is not None:
+        column_sums = b_t.sum(1, dtype=torch.int32)
+        acc = acc - a_zero * (column_sums if b_zero is None else column_sums - k * b_zero)
+    if b_zero is not None:
+        acc = acc - b_zero * a.sum(1, dtype=torch.int32, keepdim=True)
+    return acc
+
+
+CANDIDATES: dict[str, Callable[..., Tensor]] = {"triton": _triton, "int_mm": _int_mm}
+
+
+# --- Operators ----------------------------------------------------------------------------------------------
+
+
+def scaled_mm_cuda(
+    a: Tensor,
+    b: Tensor,
+    a_scale: Tensor,
+    b_scale: Tensor,
+    a_zero: Tensor | None,
+    b_zero: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """`qtrain::scaled_mm` of checked operands; `qcompile.ops.scaled_mm` has their shapes and dtypes.
+
+    Errors: `KernelError` where no int8 kernel can run.
+    """
+    (m, k), n = a.shape, b.shape[1]
+    if m == 0 or n == 0 or k == 0:
+        out = a.new_zeros((m, n), dtype=torch.float32) * (a_scale * b_scale)
+        return (out if bias is None else out + bias.to(torch.float32)).to(out_dtype)
+    name = _kernel_for(a.device, os.environ.get("QTRAIN_CUDA_GEMM"))
+    note_launch(name, m, n, k)
+    product = CANDIDATES[name]
+    return product(
+        _rows_contiguous(a), _rows_contiguous(b.t()), a_scale, b_scale, a_zero, b_zero, bias, out_dtype
+    )
+
+
+def transpose_codes_cuda(codes: Tensor) -> Tensor:
+    """`qtrain::transpose_codes` of an int8 matrix."""
+    if unavailable_reasons(codes.device, "transpose"):
+        return codes.t().clone(memory_format=torch.contiguous_format)
+    from qcompile.kernels.triton.transpose import transpose
+
+    return transpose(codes)
+
+
+def _rows_contiguous(codes: Tensor) -> Tensor:
+    if codes.stride(1) == 1:
+        return codes
+    return transpose_codes_cuda(codes.t())
+
+
+@functools.cache
+def register_cuda_kernels() -> None:
+    """Make these the CUDA kernels of `qtrain::scaled_mm` and `qtrain::transpose_codes`, behind the operators'
+    own checks.
+
+    Called once the operators exist. Needs neither a GPU nor Triton: the choice is made when a kernel is
+    called.
+    """
+    from qcompile.ops._checks import check_matrix
+    from qcompile.ops._library import LIBRARY
+    from qcompile.ops.scaled_mm import check_scaled_mm
+
+    def scaled_mm(*operands: Any) -> Tensor:
+        check_scaled_mm(*operands)
+        return scaled_mm_cuda(*operands)
+
+    def transpose_codes(codes: Tensor) -> Tensor:
+        check_matrix("transpose_codes", "codes", codes)
+        return transpose_codes_cuda(codes)
+
+    LIBRARY.impl("scaled_mm", scaled_mm, "CUDA")
+    LIBRARY.impl("transpose_codes", transpose_codes, "CUDA")

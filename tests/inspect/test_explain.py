@@ -1,0 +1,203 @@
+"""The report counts what the compiler did, and says why for the rest."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+import qcompile
+from qcompile.__main__ import main as command_line
+from qcompile.inspect.saved_bytes import saved_bytes
+from tests.inspect.models import MLP, Broken, Tied
+
+# Dynamo looks at `.grad` of what a graph break hands over, and hides the warning where warnings are no errors.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+
+F32, ROWS = 4, 256
+
+
+def by_name(report):
+    return {site.name: site for site in report.sites}
+
+
+def test_a_two_layer_mlp():
+    report = qcompile.explain(MLP(), torch.randn(ROWS, 16))
+    assert (report.integer_gemms, len(report.gemms), len(report.sites)) == (5, 5, 2)
+    up, down = report.sites
+    assert (up.name, up.op, up.gemms["output"].shape) == ("up", "linear", (ROWS, 32, 16))
+    assert list(down.gemms) == ["output", "grad_input", "grad_weight"] and "grad_input" not in up.gemms
+    assert down.gemms["grad_weight"].shape == (8, 32, ROWS)
+    assert up.operands() == dict.fromkeys(("input", "weight", "grad_output"), "int8/row/MinMax")
+    assert all(gemm.kernel in report.kernels for gemm in report.gemms)
+
+
+def test_the_table_and_the_summary():
+    report = qcompile.explain(MLP(), torch.randn(ROWS, 16))
+    lines = str(report).splitlines()
+    kernel = report.gemms[0].kernel
+    assert lines[0].split() == ["site", "op", "MxNxK", "output", "grad_input", "grad_weight", "operands"]
+    assert lines[2].split() == ["up", "linear", "256x32x16", kernel, "-", kernel, "int8/row/MinMax"]
+    summary = lines[-1]
+    assert summary.startswith("qtrain int8: 5 of 5 GEMMs integer (2 sites), saved for backward ")
+    assert f"recipe fingerprint {report.recipe.fingerprint()[:8]}" in summary
+    assert f"torch {torch.__version__.split('+')[0]}" in summary and f"cpu {kernel}" in summary
+
+
+def test_saved_bytes_are_those_of_plain_inductor_and_ours():
+    report = qcompile.explain(MLP(), torch.randn(ROWS, 16), recipe="int8_tensorwise")
+    assert report.hp_saved.total == ROWS * 32 * F32  # relu's output; its mask is computed from it
+    codes = ROWS * 16 + ROWS * 32  # the codes of both inputs; the mask may be in the codes, or beside them
+    assert codes < report.saved.total <= codes + ROWS * 32 + 64
+    assert report.saved.weight_copies == 32 * 8 + F32  # codes and scale of down.weight
+    assert {e.weight for e in report.saved.entries} == {None, "down.weight"}
+
+
+def test_saved_bytes_agree_with_what_a_step_saves():
+    model, x = MLP(), torch.randn(ROWS, 16)
+    report = qcompile.explain(model, x, recipe="none")
+    measured = saved_bytes(torch.compile(model, backend="aot_eager_decomp_partition"), x)
+    assert (report.saved.total, report.saved.weight_copies) == (ROWS * 32 * F32, 0)
+    assert measured.total == report.saved.total
+    assert report.hp_saved == report.saved
+
+
+def test_autocast_copies_of_weights_are_listed_apart():
+    with torch.autocast("cpu", torch.bfloat16):
+        report = qcompile.explain(MLP(), torch.randn(ROWS, 16))
+    assert report.hp_saved.weight_copies == 32 * 8 * 2  # down.weight in bf16
+    assert "copies of weights saved beside that: " in str(report)
+
+
+def test_tied_weights_are_one_weight_and_two_sites():
+    report = qcompile.explain(Tied(), torch.randint(32, (4, 6)))
+    assert [site.name for site in report.sites] == ["inner", "head"]
+    assert report.integer_gemms == 6 == len(report.gemms)
+
+
+def test_a_module_called_twice_is_two_sites():
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return self.proj(self.proj(x).relu())
+
+    report = qcompile.explain(Twice(), torch.randn(ROWS, 8))
+    assert [site.name for site in report.sites] == ["proj", "proj#1"]
+    assert report.integer_gemms == 5 and report.outside == []
+
+
+def test_reasons_of_the_recipe():
+    recipe = qcompile.get_recipe("int8").replace(skip=("up", "lm_head"), grad_input=None)
+    report = qcompile.explain(MLP(), torch.randn(ROWS, 16), recipe=recipe)
+    sites = by_name(report)
+    assert {g.reason for g in sites["up"].gemms.values()} == {"skipped by 'up'"}
+    assert sites["down"].gemms["grad_input"].reason == "recipe: grad_input=None"
+    assert (sites["up"].gemms["output"].kernel, sites["up"].operands()) == (None, {})
+    assert report.integer_gemms == 2 and report.unmatched == ["lm_head"]
+    text = str(report)
+    assert "hp, 2 GEMMs: skipped by 'up': up.output, up.grad_weight" in text
+    assert "hp, 1 GEMM: recipe: grad_input=None: down.grad_input" in text
+    assert "no site matches 'lm_head'" in text and "hp: skipped by 'up'" in text.splitlines()[2]
+
+
+def test_a_reason_that_no_recipe_gives():
+    report = qcompile.explain(nn.Linear(4, 4, dtype=torch.float64), torch.randn(3, 4, dtype=torch.float64))
+    assert report.integer_gemms == 0
+    assert all("operands are float64" in gemm.reason for gemm in report.gemms)
+
+
+def test_recipe_none_lists_the_sites():
+    report = qcompile.explain(MLP(), torch.randn(ROWS, 16), recipe="none")
+    assert [site.name for site in report.sites] == ["up", "down"] and report.integer_gemms == 0
+    assert "0 of 5 GEMMs integer" in report.summary() and "(1.00x)" in report.summary()
+
+
+def test_a_model_without_matrix_products():
+    report = qcompile.explain(nn.LayerNorm(16), torch.randn(ROWS, 16))
+    assert report.sites == [] and str(report).startswith("No matrix product was found.")
+    assert "0 of 0 GEMMs integer (0 sites)" in report.summary()
+
+
+def test_graph_breaks_and_what_runs_outside():
+    report = qcompile.explain(Broken(), torch.randn(ROWS, 16), recipe="int8_in_hindsight")
+    assert [site.name for site in report.sites] == ["blocks.0.up", "blocks.0.down", "blocks.1.up", "blocks.1.down"]
+    assert report.outside == ["head"] and len(report.graph_breaks) == 1
+    assert sum(graph["gemms"] for graph in report.graphs) == len(report.gemms) == report.integer_gemms
+    assert {entry.name for entry in report.range_state} == {
+        f"{site.name}.{operand}" for site in report.sites for operand in ("input", "grad_output")
+    }
+    text = str(report)
+    assert "graph break: " in text and "run in eager mode): head" in text
+
+
+def test_range_state_is_listed():
+    report = qcompile.explain(MLP(), torch.randn(ROWS, 16), recipe="int8_in_hindsight")
+    assert {(e.name, e.phase) for e in report.range_state} == {
+        ("up.input", "forward"),
+        ("down.input", "forward"),
+        ("up.grad_output", "backward"),
+        ("down.grad_output", "backward"),
+    }
+    operands = by_name(report)["up"].operands()
+    assert operands["input"] == "int8/tensor/InHindsight" and operands["weight"] == "int8/tensor/MinMax"
+    assert "input, grad_output int8/tensor/InHindsight; weight int8/tensor/MinMax" in str(report)
+
+
+def test_the_dictionary_goes_through_json():
+    report = qcompile.explain(MLP(), torch.randn(ROWS, 16), recipe="int8_in_hindsight")
+    data = json.loads(json.dumps(report.to_dict()))
+    assert data == report.to_dict()
+    assert data["gemms"] == {"integer": 5, "total": 5}
+    assert data["sites"][1]["gemms"]["grad_input"]["shape"] == [ROWS, 32, 8]
+    assert data["recipe"] == {"name": "int8_in_hindsight", "fingerprint": report.recipe.fingerprint()}
+    assert len(data["range_state"]) == 4 and data["saved_bytes"]["hp_total"] == ROWS * 32 * F32
+
+
+# The command
+
+
+def make():
+    return MLP(), torch.randn(ROWS, 16)
+
+
+def make_with_inputs():
+    model = MLP()
+    model.example_inputs = {"x": torch.randn(ROWS, 16)}
+    return model
+
+
+def make_nothing():
+    return MLP()
+
+
+@pytest.mark.parametrize("factory", [make, make_with_inputs], ids=lambda f: f.__name__)
+def test_the_command_prints_a_report(factory, capsys):
+    assert command_line(["explain", f"{__name__}:{factory.__name__}", "--recipe", "int8_tensorwise"]) == 0
+    assert "qtrain int8_tensorwise: 5 of 5 GEMMs integer (2 sites)" in capsys.readouterr().out
+
+
+def test_the_command_prints_json_under_autocast(capsys):
+    assert command_line(["explain", f"{__name__}:make", "--json", "--autocast", "bf16"]) == 0
+    assert json.loads(capsys.readouterr().out)["saved_bytes"]["hp_weight_copies"] == 32 * 8 * 2
+
+
+@pytest.mark.parametrize(
+    "target, message",
+    [
+        ("nowhere", "it must be package.module:function"),
+        ("no.such.module:make", "No module named 'no'"),
+        (f"{__name__}:missing", "has no function 'missing'"),
+        (f"{__name__}:make_nothing", "it must return (model, inputs)"),
+    ],
+)
+def test_the_command_refuses_a_target_that_is_none(target, message, capsys):
+    assert command_line(["explain", target]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_the_command_refuses_an_unknown_recipe(capsys):
+    assert command_line(["explain", f"{__name__}:make", "--recipe", "int9"]) == 2
+    assert "unknown recipe 'int9'" in capsys.readouterr().err
