@@ -2,10 +2,10 @@
 
     python examples/show_passes.py                                     # print it
     python examples/show_passes.py --recipe int8                       # under another recipe
-    python examples/show_passes.py --write docs/how-it-works.md        # bring the listings of the page up to date
+    python examples/show_passes.py --write docs/how-it-works.md        # renew the listings of the page
 
-A listing of the page stands between two markers, <!-- show_passes RECIPE STAGE --> and <!-- end -->; with the word `forward` behind
-the stage it is the forward half of it.
+A listing of the page stands between two markers, <!-- show_passes RECIPE STAGE --> and <!-- end -->; with the
+word `forward` behind the stage it is the forward half of it.
 """
 
 from __future__ import annotations

@@ -1,4 +1,8 @@
-"""One recipe training one model, step by step, with checkpoints that continue bit for bit."""
+"""One recipe training one model, step by step, with checkpoints that hold all that the next step depends on.
+
+A resumed run continues bit for bit where the kernels are deterministic. On several threads the gradient of an
+embedding is not: Inductor adds its rows in the order in which threads arrive.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""The site graph: which tensors feed which GEMMs, what is shared, what crosses the cut. A networkx graph for reports and drawings.
+"""The site graph, in networkx: which tensors feed which GEMMs, what is shared, what crosses the cut.
 
     graph = site_graph(joint.graph, context)
-    [q for q, kind in graph.nodes(data="kind") if kind == "quantize" and graph.out_degree(q) > 1]     # shared codes
+    [q for q, kind in graph.nodes(data="kind") if kind == "quantize" and graph.out_degree(q) > 1]  # shared
 
 Nodes are named as in the FX graph and have the attributes
 
@@ -11,8 +11,8 @@ Nodes are named as in the FX graph and have the attributes
     shape, dtype
     site, role, arithmetic    of a gemm: the site, "output" and so on, "integer" or "hp"
 
-Edges point the way the data goes; one into a gemm has the attribute `operand`. A gemm has an edge to every tensor that is computed
-from it without another gemm in between.
+Edges point the way the data goes; one into a gemm has the attribute `operand`. A gemm has an edge to every
+tensor that is computed from it without another gemm in between.
 
 Numerics  exact: nothing is changed.
 Requires  a joint or inference graph, anywhere behind find_sites.
@@ -33,14 +33,17 @@ from passes.operands import resolve_operand
 __all__ = ["site_graph"]
 
 
-def site_graph(graph: fx.Graph, context: PassContext | None = None, saved: Collection[str] | None = None) -> nx.DiGraph:
+def site_graph(
+    graph: fx.Graph, context: PassContext | None = None, saved: Collection[str] | None = None
+) -> nx.DiGraph:
     """Build it.
 
-    saved  names of the nodes that the partitioner has saved for backward; None, before the cut: every forward node with a user in
-           backward counts as crossing
+    saved  names of the nodes that the partitioner has saved for backward; None, before the cut: every forward
+           node with a user in backward counts as crossing
     """
     result = nx.DiGraph()
-    nearest: dict[fx.Node, dict[fx.Node, None]] = {}  # node -> GEMMs it is computed from with none in between; keys, in order
+    # Node -> GEMMs that it is computed from with none in between: the keys, in order.
+    nearest: dict[fx.Node, dict[fx.Node, None]] = {}
     for node in graph.nodes:
         if node.op == "output":
             continue
@@ -49,7 +52,13 @@ def site_graph(graph: fx.Graph, context: PassContext | None = None, saved: Colle
             for matrix, operand in zip(_operands(node), where.operands, strict=True):
                 _add_operand(result, node, matrix, operand, nearest, saved)
             kind = "integer" if node.target is SCALED_MM else "hp"
-            result.add_node(node.name, site=where.site, role=where.role, arithmetic=kind, **_attributes("gemm", node, saved))
+            result.add_node(
+                node.name,
+                site=where.site,
+                role=where.role,
+                arithmetic=kind,
+                **_attributes("gemm", node, saved),
+            )
             nearest[node] = {node: None}
         else:
             nearest[node] = {g: None for source in node.all_input_nodes for g in nearest[source]}
@@ -87,7 +96,7 @@ def _add_operand(
 def _quantize_of(matrix: fx.Node) -> fx.Node | None:
     """The quantize that a GEMM's matrix comes from, behind a dequantize and a transpose."""
     while matrix.op == "call_function" and matrix.target in (DEQUANTIZE, PERMUTE):
-        matrix = matrix.args[0]
+        matrix = matrix.args[0]  # type: ignore[assignment]
     return matrix if matrix.target is QUANTIZE else None
 
 
@@ -97,5 +106,13 @@ def _attributes(kind: str, node: fx.Node, saved: Collection[str] | None) -> dict
     if saved is not None:
         crosses = node.name in saved
     else:
-        crosses = phase != BACKWARD and any(phase_of(user) == BACKWARD for user in node.users if user.op != "output")
-    return {"kind": kind, "phase": phase, "crosses": crosses, "shape": tuple(value.shape), "dtype": value.dtype}
+        crosses = phase != BACKWARD and any(
+            phase_of(user) == BACKWARD for user in node.users if user.op != "output"
+        )
+    return {
+        "kind": kind,
+        "phase": phase,
+        "crosses": crosses,
+        "shape": tuple(value.shape),
+        "dtype": value.dtype,
+    }

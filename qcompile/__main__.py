@@ -49,7 +49,9 @@ COMMANDS = {
         "say what of qtrain works on this machine (status 1: no integer product)", _doctor_arguments, _doctor
     ),
     "explain": Command(
-        "say which matrix products of a model's training step are integer, and why not", _explain_arguments, _explain
+        "say which matrix products of a model's training step are integer, and why not",
+        _explain_arguments,
+        _explain,
     ),
 }
 

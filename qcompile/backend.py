@@ -23,8 +23,8 @@ from passes.lower import lower
 from passes.pipeline import Pipeline, Step, joint_steps
 from passes.verify import count_writes, verify
 from qcompile import inductor
-from qcompile.kernels import cpu
 from qcompile.errors import QtrainWarning, UnsupportedError
+from qcompile.kernels.select import gemm_kernel, unsupported_device
 from qcompile.recipe import Recipe
 from qcompile.recipes import get_recipe
 from qcompile.state.binding import Binder, binding_of
@@ -89,6 +89,11 @@ def qtrain(
     steps = options.pop("passes", None)
     config = inductor.mode_options(options.pop("mode", mode)) | _inductor_options(options)
     if quantizes_nothing(recipe):
+        return inductor.compile_plain(gm, example_inputs, config)
+    if reason := unsupported_device({e.device for e in example_inputs if isinstance(e, Tensor)}):
+        if strict:
+            raise UnsupportedError(f"strict: {reason}")
+        _warn(f"recipe {recipe.name!r} changes nothing in this graph: {reason}")
         return inductor.compile_plain(gm, example_inputs, config)
     steps = joint_steps() if steps is None else steps
     compilation = Compilation(gm, example_inputs, recipe, strict, config, steps)
@@ -257,15 +262,8 @@ class Compilation:
             if where is not None:
                 zero_points = node.args[4] is not None or node.args[5] is not None
                 gemm = self.context.site(where.site).gemms[where.role]
-                gemm.kernel = _kernel_name(self.context.device, gemm.shape, zero_points)
-
-
-def _kernel_name(device: torch.device, shape: tuple[object, ...], zero_points: bool) -> str:
-    """The kernel that a GEMM of this shape runs on; a symbolic size counts as large."""
-    if device.type != "cpu":
-        return device.type
-    m, n, k = (s if isinstance(s, int) else 4096 for s in shape)
-    return cpu.kernel_name(m, n, k, zero_points=zero_points)
+                m, n, k = (s if isinstance(s, int) else 4096 for s in gemm.shape)  # a symbolic size counts as large
+                gemm.kernel = gemm_kernel(self.context.device, m, n, k, zero_points=zero_points)
 
 
 def is_training(kwargs: Mapping[str, Any]) -> bool:

@@ -1,7 +1,7 @@
 """One graph of Dynamo's, before and after every stage of the compiler, as modules that run.
 
-Range state, which the compiler binds at call time, is here a pair of buffers of each half: `forward_ranges` (fp32, the elements
-that the graph uses, in its order) and `forward_ranges_index` (int64, 0, 1, 2, ...).
+Range state, which the compiler binds at call time, is here a pair of buffers of each half: `forward_ranges`
+(fp32, the elements that the graph uses, in its order) and `forward_ranges_index` (int64, 0, 1, 2, ...).
 """
 
 from __future__ import annotations
@@ -19,7 +19,15 @@ from passes.graph import WRITE, aten, fake_mode
 from qcompile.inspect.labels import LABEL, first_name, rename_by_label
 from qcompile.inspect.saved_bytes import SavedBytes, SavedTensor
 
-__all__ = ["Call", "CapturedGraph", "SavedOutput", "copy_graph", "graph_outputs", "with_buffers", "written_inputs"]
+__all__ = [
+    "Call",
+    "CapturedGraph",
+    "SavedOutput",
+    "copy_graph",
+    "graph_outputs",
+    "with_buffers",
+    "written_inputs",
+]
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:
@@ -64,7 +72,8 @@ def with_buffers(
         copied.erase_node(node)
         dropped.add(attribute)
     output = next(iter(copied.find_nodes(op="output")))
-    if isinstance(output.args[0], tuple | list):  # state on its way to the other half, which has it as buffers too
+    if isinstance(output.args[0], tuple | list):
+        # State on its way to the other half, which has it as buffers too.
         output.args = (tuple(o for o in output.args[0] if o not in dropped),)
     for attribute in dropped:
         if not attribute.users:
@@ -91,8 +100,8 @@ class Call:
     """One call of a forward graph.
 
     tensors   placeholder -> name of the model's tensor that it got
-    prefixes  placeholder of a Parameter -> where in the model the compiled frame's module is ("blocks.0.", "" for the model itself):
-              after a graph break a frame knows its Parameters by shorter names
+    prefixes  placeholder of a Parameter -> where in the model the compiled frame's module is ("blocks.0.", ""
+              for the model itself): after a graph break a frame knows its Parameters by shorter names
     outputs   what it returned, without range state; None for what is no tensor
     """
 
@@ -112,12 +121,14 @@ class Call:
 class CapturedGraph:
     """A graph from Dynamo on its way through the compiler.
 
-    joint_before             the joint graph as AOTAutograd made it (the inference graph, where no gradient was asked for)
+    joint_before             the joint graph as AOTAutograd made it (the inference graph, where no gradient
+                             was asked for)
     joint                    after the passes over it
     steps                    pass -> the graph behind it
     forward, backward        the halves after the cut, before lowering; None where there is none
     forward_lowered, backward_lowered    what Inductor would get
-    inputs                   arguments of `forward`, from the first call: parameters, buffers and inputs, no state
+    inputs                   arguments of `forward`, from the first call: parameters, buffers and inputs, no
+                             state
     tangents                 the gradients of the outputs that `backward` got, likewise
     calls                    the calls of the graph: a block's graph may serve many blocks
     initial_state            phase -> values of the range state before the first call
@@ -161,9 +172,11 @@ class CapturedGraph:
         return found
 
     def saved_bytes(self, seen: set[int] | None = None) -> SavedBytes:
-        """What all calls of the graph keep for backward: the distinct storages among the forward graph's outputs that are not
-        user outputs. What the model has and what the step was given is left out; what is computed from Parameters alone is a copy
-        of a weight.
+        """What all calls of the graph keep for backward.
+
+        That is the distinct storages among the forward graph's outputs that are not user outputs. What the
+        model has and what the step was given is left out; what is computed from Parameters alone is a copy of
+        a weight.
 
         seen  storages that other graphs have kept; those of this graph are added
         """
@@ -178,7 +191,9 @@ class CapturedGraph:
                     continue
                 seen.add(output.storage)
                 weight = call.tensors[weights[node]] if node in weights else None
-                entries.append(SavedTensor(bytes=output.bytes, shape=output.shape, dtype=output.dtype, weight=weight))
+                entries.append(
+                    SavedTensor(bytes=output.bytes, shape=output.shape, dtype=output.dtype, weight=weight)
+                )
         return SavedBytes.of(entries)
 
     def saved_names(self) -> set[str]:
@@ -186,7 +201,11 @@ class CapturedGraph:
         if self.backward is None:
             return set()
         saved = {first_name(n) for n in self.backward.graph.find_nodes(op="placeholder")}
-        return {n.name for n in self.joint.graph.nodes if first_name(n) in saved and "tangents" not in str(n.target)}
+        return {
+            n.name
+            for n in self.joint.graph.nodes
+            if first_name(n) in saved and "tangents" not in str(n.target)
+        }
 
     def reset_state(self, modules: Sequence[fx.GraphModule] | None = None) -> None:
         """Set the buffers of range state to what they were before the first call."""
@@ -227,7 +246,7 @@ def graph_outputs(graph: fx.Graph) -> tuple[Any, ...]:
 
 
 def _weights_alone(graph: fx.Graph, parameters: Mapping[str, str]) -> dict[fx.Node, str]:
-    """Nodes that are computed from Parameters and range state alone -> the placeholder of the first of those Parameters."""
+    """Nodes computed from Parameters and range state alone -> the first of those Parameters' placeholders."""
     sources: dict[fx.Node, str | None] = {}  # None: neither; "": constants and range state
     for node in graph.nodes:
         if node.op == "placeholder":
@@ -244,6 +263,11 @@ def written_inputs(graph: fx.Graph) -> set[int]:
     written = set()
     for node in graph.nodes:
         schema = getattr(node.target, "_schema", None)
-        if node.op == "call_function" and schema is not None and schema.is_mutable and node.args[0] in positions:
+        if (
+            node.op == "call_function"
+            and schema is not None
+            and schema.is_mutable
+            and node.args[0] in positions
+        ):
             written.add(positions[node.args[0]])
     return written

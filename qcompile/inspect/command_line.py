@@ -1,4 +1,4 @@
-"""`python -m qcompile explain package.module:factory`: the report of `explain` for a model that a function makes.
+"""`python -m qcompile explain package.module:factory`: the report for a model that a function makes.
 
 The factory takes no arguments and returns
 
@@ -58,11 +58,13 @@ def _made_by(target: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
     if not callable(factory):
         raise ValueError(f"target {target!r}: {module_name} has no function {name!r}")
     made = factory()
-    model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, getattr(made, "example_inputs", None))
+    model, inputs = (
+        made if isinstance(made, tuple) and len(made) == 2 else (made, getattr(made, "example_inputs", None))
+    )
     if not isinstance(model, nn.Module) or inputs is None:
         raise ValueError(
-            f"target {target!r}: it returned a {type(made).__name__}; it must return (model, inputs), or an nn.Module with the "
-            "attribute example_inputs"
+            f"target {target!r}: it returned a {type(made).__name__}; it must return (model, inputs), or an "
+            "nn.Module with the attribute example_inputs"
         )
     if isinstance(inputs, Mapping):
         return model, (), dict(inputs)

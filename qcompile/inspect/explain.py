@@ -1,9 +1,9 @@
-"""`qcompile.explain(model, *inputs)`: which GEMMs of a training step are integer, which are not and why, and what the step saves.
+"""`qcompile.explain(model, *inputs)`: which GEMMs of a training step are integer, why not, what it saves.
 
-    report = qcompile.explain(model, x, recipe="int8")
-    print(report)                      # the table
-    report.to_dict()                   # the same for programs; JSON can hold it
-    [g for g in report.gemms if g.reason is not None]
+report = qcompile.explain(model, x, recipe="int8")
+print(report)                      # the table
+report.to_dict()                   # the same for programs; JSON can hold it
+[g for g in report.gemms if g.reason is not None]
 """
 
 from __future__ import annotations
@@ -83,7 +83,8 @@ class Report:
 
     hp_saved   what plain Inductor saves for the same step
     unmatched  patterns of the recipe that mean no site
-    outside    linear layers that are in no graph: the step does not use them, or runs them in eager mode around a graph break
+    outside    linear layers that are in no graph: the step does not use them, or runs them in eager mode
+               around a graph break
     """
 
     recipe: Recipe
@@ -147,7 +148,10 @@ class Report:
             "graph_breaks": self.graph_breaks,
             "unmatched_patterns": self.unmatched,
             "outside_graphs": self.outside,
-            "range_state": [asdict(entry) | {"fields": list(entry.fields), "aliases": list(entry.aliases)} for entry in self.range_state],
+            "range_state": [
+                asdict(entry) | {"fields": list(entry.fields), "aliases": list(entry.aliases)}
+                for entry in self.range_state
+            ],
         }
 
     # ---- as text
@@ -162,8 +166,12 @@ class Report:
         parts = [f"{self.integer_gemms} of {len(self.gemms)} GEMMs integer ({len(self.sites)} sites)"]
         if self.hp_saved.total:
             ratio = self.saved.total / self.hp_saved.total
-            parts.append(f"saved for backward {_size(self.saved.total)} against {_size(self.hp_saved.total)} hp ({ratio:.2f}x)")
-        parts += [f"recipe fingerprint {self.recipe.fingerprint()[:8]}", f"torch {self.torch_version.split('+')[0]}"]
+            ours, hp = _size(self.saved.total), _size(self.hp_saved.total)
+            parts.append(f"saved for backward {ours} against {hp} hp ({ratio:.2f}x)")
+        parts += [
+            f"recipe fingerprint {self.recipe.fingerprint()[:8]}",
+            f"torch {self.torch_version.split('+')[0]}",
+        ]
         parts.append(" ".join([self.device, *self.kernels]))
         return f"qtrain {self.recipe.name}: {', '.join(parts)}"
 
@@ -194,7 +202,9 @@ class Report:
             lines.append(f"{len(self.graphs)} graphs; integer GEMMs by graph: {counts}")
         lines += [f"graph break: {reason}" for reason in self.graph_breaks]
         if self.outside:
-            lines.append(f"linear layers in no graph (not used, or run in eager mode): {', '.join(self.outside)}")
+            lines.append(
+                f"linear layers in no graph (not used, or run in eager mode): {', '.join(self.outside)}"
+            )
         for phase in ("forward", "backward"):
             entries = [e for e in self.range_state if e.phase == phase]
             if entries:
@@ -213,15 +223,22 @@ def explain(
     loss: Callable[[Any], Tensor] | None = None,
     **kwargs: Any,
 ) -> Report:
-    """What `torch.compile(model, backend="qtrain", options={"recipe": recipe})` makes of `model(*inputs, **kwargs)`.
+    """What the backend makes of a training step of `model(*inputs, **kwargs)` under a recipe.
 
-    loss  outputs -> scalar; default as in `capture`, and so is everything else: caller's autocast, all on copies.
+    loss  outputs -> scalar; default as in `capture`, and so is everything else: caller's autocast, all on
+          copies.
 
-    It goes through the compiler twice, up to code generation: under the recipe, and as plain Inductor, for what that saves.
+    It goes through the compiler twice, up to code generation: under the recipe, and as plain Inductor, for
+    what that saves.
+
     Errors: those of `capture`, but for strict.
     """
     found = capture(model, *inputs, recipe=recipe, loss=loss, **kwargs)
-    hp = found if quantizes_nothing(found.recipe) else capture(model, *inputs, recipe="none", loss=loss, **kwargs)
+    hp = (
+        found
+        if quantizes_nothing(found.recipe)
+        else capture(model, *inputs, recipe="none", loss=loss, **kwargs)
+    )
     return _report(found, hp)
 
 
@@ -244,7 +261,9 @@ def _report(found: Capture, hp: Capture) -> Report:
         graph_breaks=found.graph_breaks,
         unmatched=found.recipe.unmatched_patterns(names),
         outside=_outside(found.model, sites),
-        range_state=[entry for graph in found.graphs for call in _instances(graph) for entry in _entries(graph, call)],
+        range_state=[
+            entry for graph in found.graphs for call in _instances(graph) for entry in _entries(graph, call)
+        ],
         device=str(found.graphs[0].context.device) if found.graphs else "cpu",
     )
 
@@ -276,14 +295,19 @@ def _coverage(number: int, sites: list[SiteReport]) -> dict[str, int]:
 def _site(site: Site, call: Call, graph: int, context: PassContext) -> SiteReport:
     name = call.site_name(site)
     return SiteReport(
-        name=name, op=site.op, graph=graph, gemms={role: _gemm(name, site.op, gemm) for role, gemm in site.gemms.items()}
+        name=name,
+        op=site.op,
+        graph=graph,
+        gemms={role: _gemm(name, site.op, gemm) for role, gemm in site.gemms.items()},
     )
 
 
 def _gemm(site: str, op: str, gemm: Gemm) -> GemmReport:
     operands: dict[str, str] = {}
     if gemm.reason is None and gemm.specs is not None:
-        operands = {name: _spec_text(spec) for name, spec in zip(OPERANDS[gemm.role], gemm.specs, strict=True)}
+        operands = {
+            name: _spec_text(spec) for name, spec in zip(OPERANDS[gemm.role], gemm.specs, strict=True)
+        }
     return GemmReport(
         site=site,
         op=op,
@@ -320,7 +344,7 @@ def _cell(gemm: GemmReport | None) -> str:
 
 
 def _operand_text(site: SiteReport) -> str:
-    """Operands by format: "int8/row/MinMax", or "input, grad_output int8/tensor/InHindsight; weight int8/tensor/MinMax"."""
+    """Operands by format: "int8/row/MinMax" for all, or "input, weight int8/row/MinMax; grad_output ..."."""
     by_format: dict[str, list[str]] = {}
     for operand, text in site.operands().items():
         by_format.setdefault(text, []).append(operand)

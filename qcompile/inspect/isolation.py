@@ -1,13 +1,14 @@
-"""Running a model without leaving a trace: copies of it, and what a compilation changes outside of it put back.
+"""Running a model without leaving a trace: copies of it, and what else a compilation changes put back.
 
 What a call of `torch.compile` leaves behind, beside the result:
 
     gradients, buffers, counters of the model   the copy has them
     the gradients of inputs                     the copies have them
     random generators                           forked
-    Dynamo's cache                              the frame that is compiled is a function made for this one call. After a graph
-                                                break Dynamo also compiles functions of the model's own: what it has then hung on
-                                                their code is made void, and does not count for the recompile limit
+    Dynamo's cache                              the frame that is compiled is a function made for this one
+                                                call. After a graph break Dynamo also compiles functions of
+                                                the model's own: what it has then hung on their code is made
+                                                void, and does not count for the recompile limit
     Dynamo's memory of which sizes vary         put back, and so are its counters
 
 Private API of Dynamo, used here only; checked on torch 2.13.
@@ -52,14 +53,16 @@ def copy_model(model: nn.Module) -> nn.Module:
     Errors: `TypeError` for what is no module; `UnsupportedError` for one that cannot be copied.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(f"model: got a {type(model).__name__}; give it the nn.Module (around a function: write a Module)")
+        raise TypeError(
+            f"model: got a {type(model).__name__}; give it the nn.Module (around a function: write a Module)"
+        )
     model = getattr(model, "_orig_mod", model)
     try:
         return copy.deepcopy(model)
     except Exception as error:
         raise UnsupportedError(
-            f"inspection works on a copy, and this {type(model).__name__} cannot be copied: {error}. "
-            "Give it the module inside a distributed wrapper (model.module), or one that keeps no tensor with a history."
+            f"inspection works on a copy, and this {type(model).__name__} cannot be copied: {error}. Give it "
+            "the module inside a distributed wrapper (model.module), or one that keeps no tensor with a history."
         ) from error
 
 
@@ -77,13 +80,13 @@ def _call(model: nn.Module, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def fresh_call() -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]:
-    """A new function `(model, inputs, kwargs) -> outputs` with code of its own, on which Dynamo's cache hangs."""
+    """A new function `(model, inputs, kwargs) -> outputs`; Dynamo's cache hangs on its code, its own."""
     return types.FunctionType(_call.__code__.replace(), _call.__globals__, "captured_call")
 
 
 @contextlib.contextmanager
 def undisturbed(*trees: Any) -> Iterator[Notes]:
-    """Leave random generators and Dynamo as they are; `trees` hold the tensors whose devices' generators count."""
+    """Leave random generators and Dynamo as they are. `trees` hold tensors on every device that is used."""
     cuda = {t.get_device() for t in _tensors(trees) if t.is_cuda}
     python_state = random.getstate()
     numpy_random = sys.modules.get("numpy.random")
@@ -138,7 +141,9 @@ def _first_line(reason: str) -> str:
 def _cache_entries() -> list[tuple[types.CodeType, Any]]:
     """Every entry of Dynamo's cache, with the code that it hangs on."""
     codes = (reference() for reference in list(convert_frame.input_codes.seen))
-    return [(code, e) for code in codes if code is not None for e in eval_frame._debug_get_cache_entry_list(code)]
+    return [
+        (code, e) for code in codes if code is not None for e in eval_frame._debug_get_cache_entry_list(code)
+    ]
 
 
 class _Nobody:
@@ -149,8 +154,10 @@ _NOBODY = _Nobody()
 
 
 def _make_void(entry: Any) -> None:
-    """Free what a cache entry holds. It stays in its list, but no lookup finds it and no recompile limit counts it."""
+    """Free what a cache entry holds. It stays in its list, but no lookup finds it and no limit counts it."""
     manager = entry.guard_manager
     void = guards.DeletedGuardManagerWrapper("it was made for inspection")
-    void.id_matched_objs = {"": weakref.ref(_NOBODY)}  # entries of other objects do not count for the recompile limit
+    void.id_matched_objs = {
+        "": weakref.ref(_NOBODY)
+    }  # entries of other objects do not count for the recompile limit
     manager.extra_state.invalidate(manager.cache_entry, void)

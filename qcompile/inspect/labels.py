@@ -1,11 +1,12 @@
 """Names by site for the nodes of a captured graph: `blocks_0_mlp_up_input_q` instead of `quantize_7`.
 
-A label is metadata (`meta["qtrain_label"]`), so it comes through the partitioner without changing what the compiler sees; the
-copies that people look at are renamed by it at the end.
+A label is metadata (`meta["qtrain_label"]`), so it comes through the partitioner without changing what the
+compiler sees; the copies that people look at are renamed by it at the end.
 
     up_input_range    what the range of an operand is computed from, and the range
     up_input_scale    its scale, and `_zero` its zero point
-    up_input_q        its codes, `_t` where they are transposed; `_rounding`: the operations that a lowered quantize consists of
+    up_input_q        its codes, `_t` where they are transposed; `_rounding`: the operations that a lowered
+                      quantize consists of
     up_input_dq       codes times scale
     up_output         a GEMM; up_output_int8: an integer GEMM
     forward_ranges    what is read of the range state; `_update`: what is written
@@ -35,7 +36,7 @@ def identifier(name: str) -> str:
 
 
 def label_nodes(graph: fx.Graph, context: PassContext) -> None:
-    """Label what the passes have put into the graph so far. Call it after every pass: some of what it reads goes away."""
+    """Label what the passes have made so far. Call it after every pass: some of what it reads goes away."""
     for node in graph.find_nodes(op="call_function", target=RANGE):
         _label_range(node)
     for node in graph.find_nodes(op="call_function", target=QUANTIZE):
@@ -95,7 +96,9 @@ def rename_by_label(graph: fx.Graph, inputs: Mapping[str, str]) -> None:
         label = inputs.get(node.name) or node.meta.get(LABEL)
         if node.target is TRANSPOSE:
             label = f"{node.args[0].name}_t"
-        elif label and label.endswith("_q") and node.meta["val"].dtype is not torch.int8:  # part of a lowered quantize
+        elif (
+            label and label.endswith("_q") and node.meta["val"].dtype is not torch.int8
+        ):  # part of a lowered quantize
             label = label.removesuffix("_q") + "_rounding"
         if label and label != node.name:
             node.meta["qtrain_first_name"] = node.name

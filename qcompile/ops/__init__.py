@@ -4,6 +4,7 @@ One operator (or closely tied pair) a file, in the order formula, reference, ope
 aten and says what the operator means; kernels agree with it bit for bit wherever integers come out.
 """
 
+from qcompile.kernels.cuda import register_cuda_kernels
 from qcompile.ops.quantize import code_range, dequantize, dequantize_reference, quantize, quantize_reference
 from qcompile.ops.random import draw_key, uniform_draws
 from qcompile.ops.range_state import range_, read_state, seed_, select_range, unpack, write_state_
@@ -29,3 +30,5 @@ __all__ = [
     "unpack",
     "write_state_",
 ]
+
+register_cuda_kernels()

@@ -17,11 +17,14 @@ def test_the_script_shows_every_stage():
 
 
 @pytest.mark.skipif(
-    not torch.__version__.startswith("2.13."), reason="node names differ between releases; the page is made on torch 2.13"
+    not torch.__version__.startswith("2.13."),
+    reason="node names differ between releases; the page is made on torch 2.13",
 )
 def test_the_page_is_up_to_date():
     page = PAGE.read_text()
-    assert show_passes.updated(page) == page, "run python examples/show_passes.py --write docs/how-it-works.md"
+    assert show_passes.updated(page) == page, (
+        "run python examples/show_passes.py --write docs/how-it-works.md"
+    )
 
 
 def test_listings_are_replaced_and_prose_stays():

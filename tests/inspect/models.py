@@ -45,7 +45,7 @@ class Block(nn.Module):
 
 
 class Broken(nn.Module):
-    """Two such blocks in a loop, for which Dynamo compiles the parts of the block alone; the head runs in eager mode."""
+    """Two such blocks in a loop: Dynamo compiles their parts alone, and the head runs in eager mode."""
 
     def __init__(self) -> None:
         super().__init__()

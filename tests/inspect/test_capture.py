@@ -18,7 +18,7 @@ from qcompile.state import STORE
 from tests.compiling import compiled
 from tests.inspect.models import MLP, Block, Broken, Tied
 
-# Dynamo looks at `.grad` of what a graph break hands over, and hides the warning where warnings are no errors.
+# Dynamo looks at `.grad` of what a graph break hands over; it hides the warning unless warnings are errors.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 
 NO_RELATIVE = {"rtol": 0, "atol": 1e-5}
@@ -41,7 +41,10 @@ def test_a_two_layer_mlp_has_five_integer_gemms():
         "up": ["grad_weight", "output"],  # its input needs no gradient
         "down": ["grad_input", "grad_weight", "output"],
     }
-    assert count(capture.joint_before, SCALED_MM) == 0 and count(capture.joint_before, torch.ops.aten.mm.default) == 3
+    assert (
+        count(capture.joint_before, SCALED_MM) == 0
+        and count(capture.joint_before, torch.ops.aten.mm.default) == 3
+    )
     assert count(capture.joint, SCALED_MM) == 5 and count(capture.joint, DEQUANTIZE) == 0
     assert (count(capture.forward, SCALED_MM), count(capture.backward, SCALED_MM)) == (2, 3)
     assert count(capture.forward, QUANTIZE) > 0 == count(capture.forward_lowered, QUANTIZE)
@@ -70,7 +73,9 @@ def test_nodes_are_named_by_site():
         assert names[name].target is target
     assert names["_0_up_weight"].op == "placeholder" and names["input_0"].op == "placeholder"
     text = format_graph(capture.joint.graph)
-    assert "f  _0_up_input_q: i8[24, 16] = qtrain.quantize(input_0, _0_up_input_scale, None, 8, None, 0)" in text
+    assert (
+        "f  _0_up_input_q: i8[24, 16] = qtrain.quantize(input_0, _0_up_input_scale, None, 8, None, 0)" in text
+    )
     assert "b  _0_down_grad_input_int8: f32[24, 32] = qtrain.scaled_mm(_0_down_grad_output_q" in text
 
 
@@ -111,7 +116,9 @@ def test_autocast_is_the_callers():
 def test_recipe_none_shows_plain_inductor():
     capture = qcompile.capture(MLP(), torch.randn(24, 16), recipe="none")
     assert format_graph(capture.joint.graph) == format_graph(capture.joint_before.graph)
-    assert [g.reason.startswith("recipe: no spec for") for _, g in capture.first.context.gemms()] == [True] * 5
+    assert [g.reason.startswith("recipe: no spec for") for _, g in capture.first.context.gemms()] == [
+        True
+    ] * 5
 
 
 def test_graph_breaks_make_several_graphs():
@@ -126,7 +133,7 @@ def test_a_model_without_tensor_operations_has_no_graph():
     capture = qcompile.capture(nn.Identity(), torch.randn(4))
     assert capture.graphs == []
     with pytest.raises(GraphError, match="no graph of this Identity"):
-        capture.joint
+        capture.run()
 
 
 # It runs
@@ -273,7 +280,11 @@ def test_ranges_and_the_list_of_compilations_are_as_before(interpreted):
     model, x = MLP(), torch.randn(24, 16)
     step = compiled(model, "int8_in_hindsight")
     mean_square(step, x)
-    before, known, compilations = qcompile.range_state(model).state_dict(), len(list(STORE)), backend.compiled_graphs()
+    before, known, compilations = (
+        qcompile.range_state(model).state_dict(),
+        len(list(STORE)),
+        backend.compiled_graphs(),
+    )
     qcompile.capture(model, 8 * x, recipe="int8_in_hindsight")
     after = qcompile.range_state(model).state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
@@ -339,7 +350,12 @@ def test_the_site_graph_tells_what_is_shared_and_what_crosses_the_cut():
     assert set(graph.successors("down_grad_output_q")) == {"down_grad_input_int8", "down_grad_weight_int8"}
     assert graph.edges["down_weight_q", "down_grad_input_int8"]["operand"] == "weight"
     gemm = graph.nodes["down_grad_input_int8"]
-    assert (gemm["site"], gemm["role"], gemm["arithmetic"], gemm["phase"]) == ("down", "grad_input", "integer", "backward")
+    assert (gemm["site"], gemm["role"], gemm["arithmetic"], gemm["phase"]) == (
+        "down",
+        "grad_input",
+        "integer",
+        "backward",
+    )
     crosses = {name for name, crosses in graph.nodes(data="crosses") if crosses}
     assert {"up_input_q", "down_input_q", "down_weight_q"} <= crosses
     assert not crosses & {"up_weight_q", "up_grad_output_q", "up_output_int8"}

@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from qcompile import QtrainWarning, compiled_graphs, range_state
-from tests.compiling import STOCHASTIC, all_equal, compiled, gradients, hindsight
+from tests.compiling import AVERAGE, STOCHASTIC, all_equal, compiled, gradients, hindsight
 
 WIDTH, ROWS, STEPS = 16, 12, 3
 
@@ -218,9 +218,13 @@ def test_saved_tensor_hooks_that_copy(interpreted):
     assert_same(around(under_hooks), around(lambda a, b, x: b(a(x))))
 
 
-def test_with_generated_code():
-    """One layer with random rounding: plain, checkpointed inside the region, and around it."""
-    recipe = STOCHASTIC.replace(grad_output=hindsight())  # random numbers are slow to compile
+RANDOM_INPUT = AVERAGE.replace(input=hindsight(rounding="stochastic"))
+SLOW = pytest.mark.slow  # random numbers take a C++ compiler long
+
+
+@pytest.mark.parametrize("recipe", [AVERAGE, pytest.param(RANDOM_INPUT, marks=SLOW)], ids=["nearest", "stochastic"])
+def test_with_generated_code(recipe):
+    """One layer: plain, checkpointed inside the region, and around it."""
 
     def layer(wrap):
         torch.manual_seed(0)

@@ -1,0 +1,36 @@
+"""Which kernel an integer GEMM runs on, by device: for the compiler's choice and for reports."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from qcompile.errors import KernelError
+from qcompile.kernels import cpu, cuda
+
+__all__ = ["gemm_kernel", "unsupported_device"]
+
+SUPPORTED = ("cpu", "cuda")
+
+
+def unsupported_device(devices: Iterable[torch.device]) -> str | None:
+    """Why no integer kernel can run on (one of) these devices, or None."""
+    for device in devices:
+        if device.type not in SUPPORTED:
+            return f"device {device} has no integer kernels; supported: {', '.join(SUPPORTED)}"
+        if device.type == "cuda":
+            try:
+                cuda.kernel_for(device)
+            except KernelError as error:
+                return str(error)
+    return None
+
+
+def gemm_kernel(device: torch.device, m: int, n: int, k: int, *, zero_points: bool = False) -> str:
+    """The name of the kernel that a GEMM of M x N x K runs on. Errors: `KernelError` where there is none."""
+    if device.type == "cpu":
+        return cpu.kernel_name(m, n, k, zero_points=zero_points)
+    if device.type == "cuda":
+        return cuda.kernel_for(device)
+    raise KernelError(f"scaled_mm: device {device} has no integer kernels; supported: {', '.join(SUPPORTED)}")

@@ -1,0 +1,199 @@
+"""The choice between the GPU's INT8 GEMMs, the library's candidate, and the registration. Needs no GPU.
+
+M rows, N columns, K summed. `torch._int_mm` also runs on a CPU, and Triton in its interpreter, so both candidates are called.
+"""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from qcompile import ops
+from qcompile.errors import KernelError
+from qcompile.kernels import Launch, cuda, record_launches
+from qcompile.kernels.triton import launch, tuning
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+
+GPU = torch.device("cuda")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+HERE = ["int_mm"] if launch.unavailable_reasons(DEVICE) else ["triton", "int_mm"]
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch):
+    monkeypatch.delenv("QTRAIN_CUDA_GEMM", raising=False)
+    cuda._kernel_for.cache_clear()
+    yield
+    cuda._kernel_for.cache_clear()
+
+
+@pytest.fixture
+def triton_version(monkeypatch):
+    return lambda version: monkeypatch.setattr(launch, "_triton_version", lambda: version)
+
+
+def int8(*shape):
+    return torch.randint(-128, 128, shape, dtype=torch.int8, device=DEVICE)
+
+
+def int32(*shape):
+    return torch.randint(-128, 128, shape, dtype=torch.int32, device=DEVICE)
+
+
+def uniform(*shape):
+    return torch.rand(shape, device=DEVICE)
+
+
+# --- Choice -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 6), (8, 9), (9, 0), (12, 0)])
+def test_triton_from_ampere_on(triton_version, capability):
+    triton_version("3.7.1")
+    assert cuda.kernel_for(GPU, capability) == "triton"
+
+
+def test_the_library_on_turing(triton_version):
+    triton_version("3.7.1")
+    assert cuda.kernel_for(GPU, (7, 5)) == "int_mm"
+    assert launch.unavailable_reasons(GPU, "quantize", capability=(7, 5)) == ()
+
+
+@pytest.mark.parametrize("capability", [(7, 0), (6, 1)])
+def test_older_gpus_stay_in_high_precision(triton_version, capability):
+    triton_version("3.7.1")
+    with pytest.raises(KernelError, match=r"capability \d\.\d; int8 tensor cores need 7.5.*high precision"):
+        cuda.kernel_for(GPU, capability)
+
+
+@pytest.mark.parametrize("version", [None, "3.5.1", "3.9.0", "4.0", "unknown"])
+def test_the_library_without_a_tested_triton(triton_version, version):
+    triton_version(version)
+    assert cuda.kernel_for(GPU, (9, 0)) == "int_mm"
+
+
+@pytest.mark.parametrize("version", ["3.6.0", "3.7.1", "3.7.1+git1234"])
+def test_tested_versions(version):
+    assert launch.version_reason(version) is None
+
+
+@pytest.mark.parametrize(
+    "version, reason",
+    [(None, "not installed"), ("3.5.1", "3.5.1 is untested"), ("3.9.0", "untested"), ("new", "not understood")],
+)
+def test_reasons_against_a_version(version, reason):
+    assert reason in launch.version_reason(version) and "3.6, 3.7" in launch.version_reason(version)
+
+
+def test_every_reason_is_given(triton_version):
+    triton_version("3.9.0")
+    reasons = launch.unavailable_reasons(GPU, capability=(7, 5))
+    assert len(reasons) == 2 and "untested" in reasons[0] and "needs compute capability 8.0" in reasons[1]
+    assert "not a CUDA or ROCm GPU" in launch.unavailable_reasons("xpu")[-1]
+
+
+def test_the_cpu_counts_only_under_the_interpreter(monkeypatch, triton_version):
+    triton_version("3.7.1")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert "TRITON_INTERPRET=1" in launch.unavailable_reasons("cpu")[0]
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert launch.is_available("cpu")
+
+
+def test_the_environment_overrides(monkeypatch, triton_version):
+    triton_version("3.7.1")
+    monkeypatch.setenv("QTRAIN_CUDA_GEMM", "int_mm")
+    assert cuda.kernel_for(GPU, (9, 0)) == "int_mm"
+    monkeypatch.setenv("QTRAIN_CUDA_GEMM", "triton")
+    with pytest.raises(KernelError, match="'triton' cannot run on cuda: scaled_mm in Triton needs"):
+        cuda.kernel_for(GPU, (7, 5))
+    monkeypatch.setenv("QTRAIN_CUDA_GEMM", "cutlass")
+    with pytest.raises(KernelError, match=r"'cutlass' is no candidate; allowed: \['triton', 'int_mm'\]"):
+        cuda.kernel_for(GPU, (9, 0))
+
+
+def test_importing_the_choice_does_not_import_triton():
+    code = "import sys, qcompile.kernels.cuda as c; c.register_cuda_kernels(); sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
+
+
+# --- Products -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=HERE)
+def candidate(request, monkeypatch):
+    monkeypatch.setenv("QTRAIN_CUDA_GEMM", request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (16, 8, 8), (17, 9, 15), (40, 64, 72), (33, 20, 100)], ids=str)
+@pytest.mark.parametrize("a_rows", [True, False])
+@pytest.mark.parametrize("b_rows", [True, False])
+def test_any_shape_and_layout(candidate, shape, a_rows, b_rows):
+    m, n, k = shape
+    a = int8(m, k) if a_rows else int8(k, m).t()
+    b = int8(k, n) if b_rows else int8(n, k).t()
+    operands = (a, b, uniform(m, 1), uniform(1, n), None, None, uniform(n), torch.float32)
+    with record_launches() as launches:
+        got = cuda.scaled_mm_cuda(*operands)
+    assert launches == [Launch(candidate, m, n, k)]
+    assert got.is_contiguous() and torch.equal(got, ops.scaled_mm_reference(*operands))
+
+
+@pytest.mark.parametrize("a_zero", [None, (), (20, 1)], ids=str)
+@pytest.mark.parametrize("b_zero", [None, (), (1, 24)], ids=str)
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.float16], ids=str)
+def test_zero_points(candidate, a_zero, b_zero, out_dtype):
+    zeros = [None if shape is None else int32(*shape) for shape in (a_zero, b_zero)]
+    scale = torch.full((), 1e-3, device=DEVICE)
+    operands = (int8(20, 50), int8(50, 24), scale, scale, *zeros, uniform(20, 24), out_dtype)
+    assert torch.equal(cuda.scaled_mm_cuda(*operands), ops.scaled_mm_reference(*operands))
+
+
+def test_int_mm_splits_a_long_sum(monkeypatch):
+    monkeypatch.setenv("QTRAIN_CUDA_GEMM", "int_mm")
+    k = tuning.max_k(0) + 9
+    a = torch.full((2, k), -128, dtype=torch.int8, device=DEVICE)
+    one = torch.ones((), device=DEVICE)
+    got = cuda.scaled_mm_cuda(a, a.t(), one, one, None, None, None, torch.float32)
+    assert got.eq(float(torch.tensor(k * 128.0**2))).all() and k * 128**2 > 2**31
+
+
+@pytest.mark.parametrize("shape", [(0, 4, 8), (4, 0, 8), (4, 6, 0)], ids=str)
+@pytest.mark.parametrize("bias", [False, True])
+def test_empty_launches_nothing(candidate, shape, bias):
+    m, n, k = shape
+    operands = (
+        int8(m, k), int8(k, n), uniform(m, 1), uniform(), None, None, uniform(n) if bias else None, torch.bfloat16
+    )  # fmt: skip
+    with record_launches() as launches:
+        got = cuda.scaled_mm_cuda(*operands)
+    assert launches == [] and torch.equal(got, ops.scaled_mm_reference(*operands))
+
+
+@pytest.mark.parametrize("rows", [True, False])
+def test_transpose(rows):
+    codes = int8(30, 200) if rows else int8(200, 30).t()
+    got = cuda.transpose_codes_cuda(codes)
+    assert torch.equal(got, codes.t()) and got.is_contiguous() and got.data_ptr() != codes.data_ptr()
+
+
+# --- Registration -------------------------------------------------------------------------------------------
+
+
+def test_the_operators_reach_these_kernels(candidate):
+    cuda.register_cuda_kernels()
+    cuda.register_cuda_kernels()  # changes nothing
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    a, b, one = int8(20, 32), int8(32, 24), torch.ones((), device=DEVICE)
+    with record_launches() as launches:
+        got = ops.scaled_mm.redispatch(keys, a, b, one, one, None, None, None, torch.float32)
+    assert launches == [Launch(candidate, 20, 24, 32)]
+    assert torch.equal(got, (a.long() @ b.long()).float())
+    assert torch.equal(ops.transpose_codes.redispatch(keys, a), a.t())
+    with pytest.raises(KernelError, match="a's columns must be as many as b's rows"):
+        ops.scaled_mm.redispatch(keys, a, a, one, one, None, None, None, torch.float32)
+    with pytest.raises(KernelError, match="a matrix is needed"):
+        ops.transpose_codes.redispatch(keys, a[0])

@@ -1,0 +1,28 @@
+"""The Triton transpose of codes: on the GPU if there is one, else in Triton's interpreter."""
+
+import pytest
+import torch
+
+from qcompile.errors import KernelError
+
+pytest.importorskip("triton")
+
+from qcompile.kernels.triton.transpose import transpose, transpose_reference  # noqa: E402
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (3, 17), (130, 300), (5, 2100), (1030, 9), (0, 4)], ids=str)
+@pytest.mark.parametrize("layout", ["rows", "columns", "every other"])
+def test_transposes_into_memory_of_its_own(shape, layout):
+    m, n = shape
+    codes = torch.randint(-128, 128, (m, 2 * n), dtype=torch.int8, device=DEVICE)
+    codes = {"rows": codes[:, :n], "every other": codes[:, ::2], "columns": codes[:, :n].t().contiguous().t()}[layout]
+    got = transpose(codes)
+    assert torch.equal(got, transpose_reference(codes)) and got.shape == (n, m) and got.is_contiguous()
+    assert codes.numel() == 0 or got.data_ptr() != codes.data_ptr()
+
+
+def test_refuses_what_is_no_int8_matrix():
+    with pytest.raises(KernelError, match="allowed: an int8 matrix"):
+        transpose(torch.zeros(2, 2, device=DEVICE))
