@@ -8,7 +8,7 @@ Before                                          After, an estimator without memo
                                                 After, a static estimator
                                                   old = read_state(state, index)               # once for each half
                                                   amax = abs(x).amax(dims)                     # on the side
-                                                  r = select_range(old[i], steps[i], amax)     # the present one until there is a memory
+                                                  r = select_range(old[i], steps[i], amax)     # the present one before any memory
                                                   s = max(r / 127, tiny)
                                                   q = quantize(x, s)                           # waits for no reduction
                                                   d = dequantize(q, where(isfinite(amax), s, nan))
@@ -116,7 +116,7 @@ def _attach_phase(
     if layout is None:
         return
     context.layouts[phase] = layout
-    scope = {"partitioner_tag": f"is_{phase}"} if is_joint(graph) else {}
+    scope: dict[str, object] = {"partitioner_tag": f"is_{phase}"} if is_joint(graph) else {}
     pinned = dict(scope)
     if is_joint(graph):
         pinned = {"partitioner_tag": f"must_be_in_{phase}", "recompute": CheckpointPolicy.MUST_SAVE}
@@ -263,7 +263,8 @@ def _replace_static(
             memory[name] = call(graph, aten.view.default, piece, shape, scope=ours)
         own = {k: memory[k] for k in item.entry.fields if k not in BOOKKEEPING}
         with_stats = () if spec.estimator.static else tuple(stats)
-        stored = inline(graph, _stored_range, spec, len(with_stats), tuple(own), *with_stats, *own.values(), scope=ours, key="stored")
+        known = (*with_stats, *own.values())
+        stored = inline(graph, _stored_range, spec, len(with_stats), tuple(own), *known, scope=ours, key="stored")
         present = inline(graph, _first_range, spec, *stats, scope=ours, key="first_range")
         low, high = (
             call(graph, SELECT, s, memory["steps"], p, scope=ours) for s, p in zip(stored, present, strict=True)

@@ -58,6 +58,7 @@ class _Forward:
 
 def find_sites(graph: fx.Graph, context: PassContext) -> int:
     """Return the number of GEMMs found."""
+    context.sites.clear()
     forward: list[_Forward] = []
     names: Counter[str] = Counter()
     found = 0

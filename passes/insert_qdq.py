@@ -65,7 +65,7 @@ def insert_qdq(graph: fx.Graph, context: PassContext) -> int:
         site = context.site(where.site)
         gemm = site.gemms[where.role]
         specs = _specs(site, gemm, context)
-        if specs is None:
+        if specs is None or any(m.target is DEQUANTIZE for m in matrices(node)):  # hp, or done already
             continue
         plans = []
         for side, (matrix, name) in enumerate(zip(matrices(node), where.operands, strict=True)):

@@ -8,6 +8,7 @@ quantized once.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -68,6 +69,5 @@ def _is_widening_or_autocast(source: fx.Node, cast: fx.Node) -> bool:
 _READABLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def _same_shape(a: object, b: object) -> bool:
-    a, b = tuple(a), tuple(b)
-    return len(a) == len(b) and all(str(x) == str(y) for x, y in zip(a, b, strict=True))
+def _same_shape(a: Iterable[object], b: Iterable[object]) -> bool:
+    return [str(s) for s in a] == [str(s) for s in b]

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from qcompile.backend import compiled_graphs, qtrain
     from qcompile.errors import GraphError, KernelError, QtrainWarning, RecipeError, StateError, UnsupportedError
     from qcompile.estimators import InHindsight, MinMax, RangeEstimator, register_estimator
-    from qcompile.inspect import capture, explain, saved_bytes
+    from qcompile.inspect import capture, explain, saved_bytes  # type: ignore[no-redef]
     from qcompile.recipe import Recipe
     from qcompile.recipes import get_recipe, list_recipes, register_recipe
     from qcompile.specs import SAME, GemmSpec, PerBlock, PerChannel, PerRow, PerTensor, QuantSpec

@@ -224,7 +224,8 @@ class Compilation:
     ) -> Callable[..., Any]:
         start = time.perf_counter()
         names = [n.name for n in half.graph.nodes if n.op == "placeholder"]
-        ours = {n.meta["qtrain_state"]: i for i, n in enumerate(half.graph.find_nodes(op="placeholder")) if "qtrain_state" in n.meta}
+        inputs_here = half.graph.find_nodes(op="placeholder")
+        ours = {n.meta["qtrain_state"]: i for i, n in enumerate(inputs_here) if "qtrain_state" in n.meta}
         backward = kwargs.get("is_backward", False)
         if not backward and ours:
             added = sorted(ours.values())

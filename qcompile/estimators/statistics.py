@@ -23,7 +23,7 @@ def statistics(x: Tensor, dims: Sequence[int], names: Iterable[str]) -> dict[str
 
 
 def _reduced(x: Tensor, dims: Sequence[int], name: str) -> Tensor:
-    keep = len(dims) != x.ndim
+    dims, keep = list(dims), len(dims) != x.ndim
     if any(isinstance(x.shape[d], int) and x.shape[d] == 0 for d in dims):
         shape = [1 if d in dims else s for d, s in enumerate(x.shape)] if keep else []
         return x.new_zeros(shape, dtype=torch.float32)
@@ -38,7 +38,7 @@ def _reduced(x: Tensor, dims: Sequence[int], name: str) -> Tensor:
 
 def clipped_share(x: Tensor, dims: Sequence[int], low: Tensor | None, high: Tensor) -> Tensor:
     """Share of the elements outside [low, high] (of |x| above `high` if `low` is None), 0..1, in the shape of a statistic."""
-    keep = len(dims) != x.ndim
+    dims, keep = list(dims), len(dims) != x.ndim
     x = x.to(torch.float32)
     outside = x.abs() > high if low is None else (x < low) | (x > high)
     count = 1

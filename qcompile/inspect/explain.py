@@ -164,10 +164,10 @@ class Report:
     def summary(self) -> str:
         """One line: GEMMs, saved bytes, recipe, versions."""
         parts = [f"{self.integer_gemms} of {len(self.gemms)} GEMMs integer ({len(self.sites)} sites)"]
-        if self.hp_saved.total:
-            ratio = self.saved.total / self.hp_saved.total
-            ours, hp = _size(self.saved.total), _size(self.hp_saved.total)
-            parts.append(f"saved for backward {ours} against {hp} hp ({ratio:.2f}x)")
+        ours, hp = self.saved.total, self.hp_saved.total
+        if ours or hp:
+            ratio = f" ({ours / hp:.2f}x)" if hp else ""
+            parts.append(f"saved for backward {_size(ours)} against {_size(hp)} hp{ratio}")
         parts += [
             f"recipe fingerprint {self.recipe.fingerprint()[:8]}",
             f"torch {self.torch_version.split('+')[0]}",

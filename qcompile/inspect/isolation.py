@@ -61,8 +61,9 @@ def copy_model(model: nn.Module) -> nn.Module:
         return copy.deepcopy(model)
     except Exception as error:
         raise UnsupportedError(
-            f"inspection works on a copy, and this {type(model).__name__} cannot be copied: {error}. Give it "
-            "the module inside a distributed wrapper (model.module), or one that keeps no tensor with a history."
+            f"inspection works on a copy, and this {type(model).__name__} cannot be copied: {error}. "
+            "Give it the module inside a distributed wrapper (model.module), or one that keeps no tensor "
+            "with a history."
         ) from error
 
 
@@ -157,7 +158,5 @@ def _make_void(entry: Any) -> None:
     """Free what a cache entry holds. It stays in its list, but no lookup finds it and no limit counts it."""
     manager = entry.guard_manager
     void = guards.DeletedGuardManagerWrapper("it was made for inspection")
-    void.id_matched_objs = {
-        "": weakref.ref(_NOBODY)
-    }  # entries of other objects do not count for the recompile limit
+    void.id_matched_objs = {"": weakref.ref(_NOBODY)}  # the recompile limit counts entries object by object
     manager.extra_state.invalidate(manager.cache_entry, void)

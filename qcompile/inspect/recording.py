@@ -218,7 +218,7 @@ def _weighed(value: Any, alive: set[int]) -> SavedOutput | None:
 
 
 def _readable(source: str) -> str:
-    """A name from Dynamo's for an input: "L['inputs'][0]" gives "input[0]", "L['kwargs']['mask']" "['mask']"."""
+    """An input's name, from Dynamo's: "input[0]" from "L['inputs'][0]", "['x']" from "L['kwargs']['x']"."""
     source = re.sub(r"^L\['inputs'\]", "input", source)
     source = re.sub(r"^L\['kwargs'\]", "", source)
     return re.sub(r"^L(?=\[)", "", source)

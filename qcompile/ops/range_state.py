@@ -12,8 +12,8 @@ that one compiled graph can serve many instances of a module.
 
 `read_state` is not `aten.index`: joint-graph passes must neither fold it, nor take it for a no-op, nor move it behind a write.
 The tag `nondeterministic_seeded` keeps constant folding away; the operator is unknown to every rewrite.
-`unpack` copies, and is an operator and not a row of slices: Inductor would bake each slice's offset into the kernel that reads it, and
-twelve equal layers would need twelve kernels to be compiled instead of one.
+`unpack` copies, and is an operator and not a row of slices: Inductor would bake each slice's offset into the kernel that reads
+it, and twelve equal layers would need twelve kernels to be compiled instead of one.
 `select_range` is an operator of its own because a static recipe compiles it in two ways: as its first operand when every stored
 range is valid (no reduction of the present tensor is waited for), and as `where` until then.
 """

@@ -36,7 +36,10 @@ class Entry(Protocol):
 
 
 class Binding:
-    """The state of one instance for one half of a graph: `tensor` (the arena) and `index` (int64, the elements in the graph's order)."""
+    """The state of one instance for one half of a graph.
+
+    `tensor` is the arena, `index` (int64) says which of its elements, in the graph's order.
+    """
 
     def __init__(self, store: RangeStore, layout: Any, owners: dict[str | None, object], device: torch.device) -> None:
         requests = [

@@ -1,12 +1,12 @@
 """Activation checkpointing *around* a compiled region runs its forward again while the autograd engine runs.
 
 The second run must see the state that the first one saw, or it computes other codes than the ones whose gradient is asked for, and
-it must not count as a step. So the first run leaves a snapshot with its checkpoint frame, and the replay gets that in a state tensor
-that is thrown away.
+it must not count as a step. So the first run leaves a snapshot with its checkpoint frame, and the replay gets that in a state
+tensor that is thrown away.
 
 Checkpoints nest: the replay of an outer one runs the inner ones anew, as first runs in frames of their own, and these are replayed
-in turn. Hence the rule: a call under a replaying frame takes that frame's snapshot, and leaves it with every frame that runs for the
-first time.
+in turn. Hence the rule: a call under a replaying frame takes that frame's snapshot, and leaves it with every frame that runs for
+the first time.
 
 The reentrant kind needs none of this: its first run is without grad, which updates nothing.
 

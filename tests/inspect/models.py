@@ -45,11 +45,14 @@ class Block(nn.Module):
 
 
 class Broken(nn.Module):
-    """Two such blocks in a loop: Dynamo compiles their parts alone, and the head runs in eager mode."""
+    """Three such blocks in a loop: Dynamo compiles their parts alone, and the head runs in eager mode.
+
+    The second block and the third share their graphs; the first one's input needs no gradient.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks, self.head = nn.ModuleList([Block(), Block()]), nn.Linear(16, 4)
+        self.blocks, self.head = nn.ModuleList([Block(), Block(), Block()]), nn.Linear(16, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:

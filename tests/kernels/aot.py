@@ -107,9 +107,7 @@ def amax_case() -> Case:
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
     }
-    return Case(
-        "amax", "bf16, rows, columns and tensor", amax_kernel, arguments, {"num_warps": config.num_warps}
-    )
+    return Case("amax", "bf16, rows, columns and tensor", amax_kernel, arguments, {"num_warps": config.num_warps})
 
 
 def transpose_case() -> Case:
@@ -235,11 +233,7 @@ def build(case: Case, family: str) -> dict[str, Any]:
         **case.options,
     }
     facts["tile"] = {name: case.arguments[name] for name in ("BLOCK_M", "BLOCK_N")}
-    return facts | (
-        _amd_facts(compiled.asm["amdgcn"])
-        if hip
-        else _nvidia_facts(compiled.asm["ptx"], compiled.asm["cubin"])
-    )
+    return facts | (_amd_facts(compiled.asm["amdgcn"]) if hip else _nvidia_facts(compiled.asm["ptx"], compiled.asm["cubin"]))
 
 
 def _amd_facts(assembly: str) -> dict[str, Any]:
@@ -249,9 +243,9 @@ def _amd_facts(assembly: str) -> dict[str, Any]:
     pattern = r"^\s+(v_mfma_\w+|(?:global|buffer)_(?:load|store|atomic)_\w+|scratch_\w+)"
     return {
         "registers": number("vgpr_count"),
-        "spilled": number("vgpr_spill_count")
-        + number("sgpr_spill_count")
-        + number("private_segment_fixed_size"),
+        # Scalar registers spill too, but into lanes of vector registers.
+        "spilled": number("vgpr_spill_count") + number("private_segment_fixed_size"),
+        "spilled_scalars": number("sgpr_spill_count"),
         "instructions": dict(collections.Counter(re.findall(pattern, assembly, re.MULTILINE))),
     }
 
@@ -265,7 +259,7 @@ def _nvidia_facts(ptx: str, cubin: bytes) -> dict[str, Any]:
     registers, stack, local = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", usage).groups()
     pattern = (
         r"(?<![\w.])((?:wgmma\.mma_async|mma\.sync|ldmatrix|cp\.async\.cg|ld\.global|st\.global|ld\.local|st\.local|ld\.shared|"
-        r"st\.shared|atom\.|red\.|fma\.rn|div\.)[\w.:]*)"
+        r"st\.shared|atom\.|red\.|fma\.|mul\.f32|mul\.rn\.f32|div\.)[\w.:]*)"
     )
     # `cp.async.cg.shared.global [..], [..], 16`: the size is an operand.
     sizes = re.findall(r"cp\.async\.c[ag]\.shared\.global[^\n]*?\], (0x[0-9a-f]+|\d+)", ptx)
@@ -274,6 +268,7 @@ def _nvidia_facts(ptx: str, cubin: bytes) -> dict[str, Any]:
         "registers": int(registers),
         "spilled": int(stack) + int(local),
         "instructions": dict(collections.Counter(re.findall(pattern, ptx))),
+        "inexact": sorted(set(re.findall(r"\b\w+\.(?:approx|full|ftz|rz)[\w.]*", ptx))),
         "async_bytes": sorted({int(size, 0) for size in sizes}),
         "sass": len(operations),
         "sass_local": sum(operation.split(".")[0] in ("LDL", "STL") for operation in operations),

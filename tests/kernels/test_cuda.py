@@ -1,6 +1,7 @@
 """The choice between the GPU's INT8 GEMMs, the library's candidate, and the registration. Needs no GPU.
 
-M rows, N columns, K summed. `torch._int_mm` also runs on a CPU, and Triton in its interpreter, so both candidates are called.
+M rows, N columns, K summed. `torch._int_mm` also runs on a CPU, and Triton in its interpreter, so both
+candidates are called.
 """
 
 import subprocess

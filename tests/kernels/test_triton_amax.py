@@ -1,4 +1,5 @@
-"""The Triton amax against plain torch, bit for bit: on the GPU if there is one, else in Triton's interpreter."""
+"""The Triton amax against plain torch, bit for bit: on the GPU if there is one, else in Triton's
+interpreter."""
 
 import pytest
 import torch
@@ -7,7 +8,7 @@ from qcompile.errors import KernelError
 
 pytest.importorskip("triton")
 
-from qcompile.kernels.triton.amax import amax, amax_reference  # noqa: E402
+from qcompile.kernels.triton.amax import amax, amax_reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 
@@ -18,9 +19,7 @@ ALL = {"tensor": True, "rows": True, "columns": True}
 
 def assert_equal(got, want):
     for name, here, there in zip(got._fields, got, want, strict=True):
-        torch.testing.assert_close(
-            here, there, rtol=0, atol=0, equal_nan=True, msg=lambda m, name=name: f"{name}: {m}"
-        )
+        torch.testing.assert_close(here, there, rtol=0, atol=0, equal_nan=True, msg=lambda m, name=name: f"{name}: {m}")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

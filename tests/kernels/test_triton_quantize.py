@@ -1,4 +1,5 @@
-"""The Triton quantize against plain torch, bit for bit: on the GPU if there is one, else in Triton's interpreter."""
+"""The Triton quantize against plain torch, bit for bit: on the GPU if there is one, else in Triton's
+interpreter."""
 
 import pytest
 import torch

@@ -1,6 +1,7 @@
 """The Triton INT8 GEMM against plain torch: on the GPU if there is one, else in Triton's interpreter.
 
-M rows, N columns, K summed. fp32 outputs are compared bit for bit, too: the kernel rounds where the formula does.
+M rows, N columns, K summed. fp32 outputs are compared bit for bit, too: the kernel rounds where the formula
+does.
 """
 
 import functools
@@ -13,8 +14,8 @@ from qcompile.errors import KernelError
 
 pytest.importorskip("triton")
 
-from qcompile.kernels.triton import tuning  # noqa: E402
-from qcompile.kernels.triton.scaled_mm import scaled_mm, scaled_mm_reference  # noqa: E402
+from qcompile.kernels.triton import tuning
+from qcompile.kernels.triton.scaled_mm import scaled_mm, scaled_mm_reference
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 
@@ -125,9 +126,7 @@ def test_a_scale_that_is_not_finite_stays_visible(value):
     a, b_t, a_scale = int8(20, 33, low=1), int8(20, 33, low=1), uniform(20, 1)
     a_scale[7] = value
     got = scaled_mm(a, b_t, a_scale, one())
-    torch.testing.assert_close(
-        got, scaled_mm_reference(a, b_t, a_scale, one()), rtol=0, atol=0, equal_nan=True
-    )
+    torch.testing.assert_close(got, scaled_mm_reference(a, b_t, a_scale, one()), rtol=0, atol=0, equal_nan=True)
     assert got[:7].isfinite().all() and got[8:].isfinite().all()
 
 
@@ -158,7 +157,8 @@ def test_empty(shape):
 
 
 def test_a_sum_beyond_int32_is_split():
-    """131,136 products of -128 * -128: 2,148,532,224, which int32 would make negative and fp32 holds exactly."""
+    """131,136 products of -128 * -128: 2,148,532,224, which int32 would make negative and fp32 holds
+    exactly."""
     k = 131_136
     a = torch.full((2, k), -128, dtype=torch.int8, device=DEVICE)
     config = tuning.MatmulConfig(16, 16, 4096, 1, 4) if DEVICE == "cpu" else None
@@ -178,10 +178,7 @@ def test_parts_are_exact_and_added_in_order(monkeypatch, k, zero_points):
     got = scaled_mm(a, b_t, a_scale, b_scale, *zeros, bias=bias)
     reference = functools.partial(scaled_mm_reference, a_scale=None, b_scale=None, out_dtype=torch.int32)
     parts = [k] if k <= 2000 else [1920] * (k // 1920) + [k % 1920]
-    sums = [
-        reference(x, y, a_zero=zeros[0], b_zero=zeros[1])
-        for x, y in zip(a.split(parts, 1), b_t.split(parts, 1), strict=True)
-    ]
+    sums = [reference(x, y, a_zero=zeros[0], b_zero=zeros[1]) for x, y in zip(a.split(parts, 1), b_t.split(parts, 1), strict=True)]
     want = functools.reduce(torch.add, [part.float() for part in sums]) * (a_scale * b_scale) + bias
     assert torch.equal(got, want)
     whole = sum(sums).float() * (a_scale * b_scale) + bias

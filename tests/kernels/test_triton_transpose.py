@@ -7,7 +7,7 @@ from qcompile.errors import KernelError
 
 pytest.importorskip("triton")
 
-from qcompile.kernels.triton.transpose import transpose, transpose_reference  # noqa: E402
+from qcompile.kernels.triton.transpose import transpose, transpose_reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

@@ -46,9 +46,7 @@ def test_few_rows_get_narrow_tiles(m, block_m):
     assert tuning.choose("sm_90", m, 4096, 4096).block_m == block_m
 
 
-@pytest.mark.parametrize(
-    "family, like", [("gfx950", "gfx942"), ("gfx90a", "gfx942"), ("sm_999", "sm_86")]
-)
+@pytest.mark.parametrize("family, like", [("gfx950", "gfx942"), ("gfx90a", "gfx942"), ("sm_999", "sm_86")])
 def test_unknown_hardware_gets_a_relative(family, like):
     assert tuning.choose(family, 4096, 4096, 4096) == tuning.MATMUL[like][0]
 

@@ -179,7 +179,7 @@ def test_several_micro_batches_before_their_backwards(interpreted):
 
     def micro_batches(wrap):
         model, (first, _) = blocks()
-        for number in range(2):
+        for _ in range(2):
             xs = [torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(s)) for s in range(3)]
             losses = [wrap(first, (1 + 5 * i) * x).square().sum() for i, x in enumerate(xs)]
             model.zero_grad()

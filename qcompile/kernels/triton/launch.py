@@ -88,9 +88,7 @@ def unavailable_reasons(
     reasons = [reason] if (reason := version_reason(_triton_version())) else []
     if device.type == "cpu":
         if not interpreting():
-            reasons.append(
-                "Triton runs on CPU tensors only in its interpreter (TRITON_INTERPRET=1, for tests)"
-            )
+            reasons.append("Triton runs on CPU tensors only in its interpreter (TRITON_INTERPRET=1, for tests)")
     elif device.type != "cuda":
         reasons.append(f"device {device} is not a CUDA or ROCm GPU")
     elif torch.version.hip is None:
@@ -98,8 +96,7 @@ def unavailable_reasons(
         needed = MINIMUM_CAPABILITY["scaled_mm" if kernel == "scaled_mm" else "quantize"]
         if capability < needed:
             reasons.append(
-                f"{kernel} in Triton needs compute capability {needed[0]}.{needed[1]}, {device} has "
-                f"{capability[0]}.{capability[1]}"
+                f"{kernel} in Triton needs compute capability {needed[0]}.{needed[1]}, {device} has {capability[0]}.{capability[1]}"
             )
     return tuple(reasons)
 

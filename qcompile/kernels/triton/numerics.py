@@ -45,8 +45,7 @@ def layout_of(op: str, name: str, values: Tensor, m: int, n: int, *allowed: Layo
             return layout
     names = ", ".join(str(list(shapes[layout])) for layout in allowed)
     raise KernelError(
-        f"{op}: {name} has shape {list(values.shape)}; allowed: {names}, or 0-d. "
-        f"Keep the reduced axes (keepdim=True)."
+        f"{op}: {name} has shape {list(values.shape)}; allowed: {names}, or 0-d. Keep the reduced axes (keepdim=True)."
     )
 
 
@@ -91,9 +90,7 @@ def to_float32(x, ASM: tl.constexpr):
         asm: tl.constexpr = "{ .reg .b16 zero; mov.b16 zero, 0; mov.b32 $0, {zero, $1}; }"
         return tl.inline_asm_elementwise(asm, "=f,h", [x], dtype=tl.float32, is_pure=True, pack=1)
     elif ASM and x.dtype == tl.float16:
-        return tl.inline_asm_elementwise(
-            "cvt.f32.f16 $0, $1;", "=f,h", [x], dtype=tl.float32, is_pure=True, pack=1
-        )
+        return tl.inline_asm_elementwise("cvt.f32.f16 $0, $1;", "=f,h", [x], dtype=tl.float32, is_pure=True, pack=1)
     else:
         return x.to(tl.float32)
 

@@ -158,13 +158,9 @@ def quantize_kernel(
             # zeros outside x.
             outside = tl.abs(v) >= QMAX + 0.5
         else:
-            nearest = (
-                v + MAGIC
-            ) - MAGIC  # beyond 2**22 no longer an integer, but still far outside; false for NaN
+            nearest = (v + MAGIC) - MAGIC  # beyond 2**22 no longer an integer, but still far outside; false for NaN
             outside = ((nearest < low) | (nearest > high)) & mask
-        tl.atomic_add(
-            saturated_ptr, tl.sum(tl.sum(outside.to(tl.int32), axis=1), axis=0).to(tl.int64), sem="relaxed"
-        )
+        tl.atomic_add(saturated_ptr, tl.sum(tl.sum(outside.to(tl.int32), axis=1), axis=0).to(tl.int64), sem="relaxed")
     if seed_ptr is not None:
         key = draw_key(tl.load(seed_ptr), salt)
         element = row[:, None] + (column * M)[None, :] if TRANSPOSED else (row * N)[:, None] + column[None, :]
@@ -241,15 +237,12 @@ def _check(x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, seed:
         )
     if scale.dtype is not torch.float32 or (zero_point is not None and zero_point.dtype is not torch.int32):
         raise KernelError(
-            f"quantize: scale is {scale.dtype}, zero_point {getattr(zero_point, 'dtype', None)}; "
-            f"allowed: float32, int32 or None."
+            f"quantize: scale is {scale.dtype}, zero_point {getattr(zero_point, 'dtype', None)}; allowed: float32, int32 or None."
         )
     if not 2 <= bits <= 8:
         raise ValueError(f"quantize: bits is {bits}; allowed: 2 to 8 (a code is one int8).")
     if seed is not None and (seed.dtype is not torch.int64 or seed.ndim != 0):
-        raise KernelError(
-            f"quantize: seed is {seed.dtype} of shape {list(seed.shape)}; allowed: int64, 0-d, or None."
-        )
+        raise KernelError(f"quantize: seed is {seed.dtype} of shape {list(seed.shape)}; allowed: int64, 0-d, or None.")
     for name, tensor in (("scale", scale), ("zero_point", zero_point), ("seed", seed)):
         if tensor is not None and tensor.device != x.device:
             raise KernelError(f"quantize: {name} is on {tensor.device} and x on {x.device}; move it.")
@@ -272,11 +265,7 @@ def _launch(
     m, n = x.shape
     shared = (Layout.TENSOR, Layout.ROW, Layout.COLUMN)
     scale_layout = layout_of("quantize", "scale", scale, m, n, *shared)
-    zero_layout = (
-        Layout.TENSOR
-        if zero_point is None
-        else layout_of("quantize", "zero_point", zero_point, m, n, *shared)
-    )
+    zero_layout = Layout.TENSOR if zero_point is None else layout_of("quantize", "zero_point", zero_point, m, n, *shared)
     outputs = Quantized(
         codes=x.new_empty((m, n), dtype=torch.int8) if codes else None,
         codes_t=x.new_empty((n, m), dtype=torch.int8) if codes_t else None,

@@ -1,7 +1,7 @@
 """INT8 matrix product with zero points, scales, bias and one rounding. M rows, N columns, K summed.
 
     acc[m, n] = sum_k (a[m, k] - a_zero[m]) * (b[k, n] - b_zero[n])                          exact, int32
-              = sum_k a b - b_zero[n] * a_sum[m] - a_zero[m] * b_sum[n] + K * a_zero[m] * b_zero[n]
+              = sum_k a b - b_zero[n] * a_sum[m] - a_zero[m] * (b_sum[n] - K * b_zero[n])
     a_sum[m]  = sum_k a[m, k],    b_sum[n] = sum_k b[k, n]
     out[m, n] = cast(float32(acc[m, n]) * (a_scale[m] * b_scale[n]) + float32(bias[m, n]))
 
@@ -131,10 +131,10 @@ def scaled_mm_kernel(
         b_zero = load_shared(b_zero_ptr, B_ZERO, rm, rn, M, N, 0)
         acc -= b_zero * load_shared(a_sum_ptr, ROW, rm, rn, M, N, 0)
     if a_zero_ptr is not None:
-        a_zero = load_shared(a_zero_ptr, A_ZERO, rm, rn, M, N, 0)
-        acc -= a_zero * load_shared(b_sum_ptr, COLUMN, rm, rn, M, N, 0)
+        b_sum = load_shared(b_sum_ptr, COLUMN, rm, rn, M, N, 0)
         if b_zero_ptr is not None:
-            acc += K * a_zero * b_zero
+            b_sum -= K * b_zero  # b_zero is shared along the rows: still one value per column
+        acc -= load_shared(a_zero_ptr, A_ZERO, rm, rn, M, N, 0) * b_sum
 
     row, column = rm.to(tl.int64), rn.to(tl.int64)
     mask = (rm < M)[:, None] & (rn < N)[None, :]
@@ -209,17 +209,13 @@ def scaled_mm(
         _launch(a, b_t, out, None, a_scale, b_scale, a_zero, b_zero, a_sum, b_sum, bias, config)
         return out
     if out_dtype is torch.int32:
-        raise KernelError(
-            f"scaled_mm: K is {k}; an int32 sum holds at most {longest} products. Ask for a float out_dtype."
-        )
+        raise KernelError(f"scaled_mm: K is {k}; an int32 sum holds at most {longest} products. Ask for a float out_dtype.")
     length = longest // CHUNK * CHUNK
     partial = None
     for start in range(0, k, length):
         parts = a[:, start : start + length], b_t[:, start : start + length]
         if start + length < k:
-            sums = (
-                a.new_empty((m, n), dtype=torch.float32) if partial is None else partial
-            )  # each tile reads and writes its own
+            sums = a.new_empty((m, n), dtype=torch.float32) if partial is None else partial  # each tile reads and writes its own
             _launch(*parts, sums, partial, None, None, a_zero, b_zero, None, None, None, config)
             partial = sums
         else:
@@ -239,27 +235,21 @@ def _check(
 ) -> None:
     for name, codes in (("a", a), ("b_t", b_t)):
         if codes.dtype is not torch.int8 or codes.ndim != 2:
-            raise KernelError(
-                f"scaled_mm: {name} is {codes.dtype} of shape {list(codes.shape)}; allowed: an int8 matrix."
-            )
+            raise KernelError(f"scaled_mm: {name} is {codes.dtype} of shape {list(codes.shape)}; allowed: an int8 matrix.")
         if codes.stride(1) != 1 and codes.shape[1] > 1:
             raise KernelError(
                 f"scaled_mm: {name} has strides {codes.stride()}; its rows (the summed axis) must be "
                 f"contiguous. Pass a transposed copy (`transpose`)."
             )
     if a.shape[1] != b_t.shape[1]:
-        raise KernelError(
-            f"scaled_mm: a is {list(a.shape)} and b_t {list(b_t.shape)}; both must have K columns."
-        )
+        raise KernelError(f"scaled_mm: a is {list(a.shape)} and b_t {list(b_t.shape)}; both must have K columns.")
     if out_dtype not in OUTPUTS:
         raise KernelError(f"scaled_mm: out_dtype is {out_dtype}; allowed: {', '.join(map(str, OUTPUTS))}.")
     if out_dtype is torch.int32:
         if a_scale is not None or b_scale is not None or bias is not None:
             raise KernelError("scaled_mm: out_dtype is int32, the bare sum; scales and bias must be None.")
     elif a_scale is None or b_scale is None:
-        raise KernelError(
-            f"scaled_mm: out_dtype is {out_dtype} and a scale is None; only int32 has no scales."
-        )
+        raise KernelError(f"scaled_mm: out_dtype is {out_dtype} and a scale is None; only int32 has no scales.")
     for name, values, dtypes in (
         ("a_scale", a_scale, (torch.float32,)),
         ("b_scale", b_scale, (torch.float32,)),
@@ -270,8 +260,7 @@ def _check(
     ):
         if values is not None and (values.dtype not in dtypes or values.device != a.device):
             raise KernelError(
-                f"scaled_mm: {name} is {values.dtype} on {values.device}; "
-                f"allowed: {', '.join(map(str, dtypes))} on {a.device}."
+                f"scaled_mm: {name} is {values.dtype} on {values.device}; allowed: {', '.join(map(str, dtypes))} on {a.device}."
             )
 
 

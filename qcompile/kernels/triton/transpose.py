@@ -47,9 +47,7 @@ def transpose(codes: Tensor) -> Tensor:
     """codes int8 [M, N], any strides -> int8 [N, M], contiguous, in memory of its own. Errors:
     `KernelError`."""
     if codes.ndim != 2 or codes.dtype is not torch.int8:
-        raise KernelError(
-            f"transpose: codes is {codes.dtype} of shape {list(codes.shape)}; allowed: an int8 matrix."
-        )
+        raise KernelError(f"transpose: codes is {codes.dtype} of shape {list(codes.shape)}; allowed: an int8 matrix.")
     m, n = codes.shape
     if codes.stride(0) == 1:
         return transpose_reference(codes)  # already lies transposed: a plain copy

@@ -129,9 +129,7 @@ _chosen: dict[tuple[str, tuple[int, int, int]], MatmulConfig] = {}
 _lock = threading.Lock()  # backward runs in autograd's threads
 
 
-def choose(
-    family: str, m: int, n: int, k: int, measure: Callable[[MatmulConfig], float] | None = None
-) -> MatmulConfig:
+def choose(family: str, m: int, n: int, k: int, measure: Callable[[MatmulConfig], float] | None = None) -> MatmulConfig:
     """The configuration for a problem: a tuned one if its bucket has been tuned, else the default.
 
     With `measure` (configuration -> time, any unit, smaller is better; `inf` for one that does not run) an

@@ -1,0 +1,140 @@
+"""What Triton makes of the kernels for GPUs that need not be here: instructions, registers, shared memory.
+
+One process compiles (see `aot`): every kernel's default configuration here, every configuration of every
+table under the marker `aot`.
+"""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+from qcompile.kernels.triton import tuning
+from tests.kernels import aot
+
+ROOT = Path(__file__).parents[2]
+NVIDIA = [family for family in aot.TARGETS if family.startswith("sm_")]
+
+
+@functools.cache
+def compiled(everything):
+    """(target, kernel, variant) -> facts."""
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, aot.__file__, *["--all"] * everything]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["cases"]
+    return {(facts["target"], facts["kernel"], facts["variant"]): facts for facts in found}
+
+
+def each(*kernels, targets=tuple(aot.TARGETS)):
+    """Parametrize over the cases of these kernels; those beyond the defaults carry the marker `aot`."""
+    cases = []
+    for family in targets:
+        defaults = {case[:2] for case in aot.cases(family, everything=False)}
+        for case in aot.cases(family, everything=True):
+            if case.kernel in kernels:
+                extra = case[:2] not in defaults
+                key = (family, *case[:2])
+                marks = [pytest.mark.aot] if extra else []
+                cases.append(pytest.param((extra, key), marks=marks, id=" ".join(key)))
+    return pytest.mark.parametrize("case", cases)
+
+
+@pytest.fixture
+def facts(case):
+    everything, key = case
+    return compiled(everything)[key]
+
+
+def number_of(facts, *prefixes):
+    return sum(n for name, n in facts["instructions"].items() if name.startswith(prefixes))
+
+
+@each("quantize", "amax", "transpose", "scaled_mm")
+def test_nothing_spills_and_shared_memory_suffices(facts):
+    assert facts["spilled"] == 0 and number_of(facts, "ld.local", "st.local", "scratch_") == 0
+    assert facts.get("sass_local", 0) == 0
+    assert facts["shared"] <= tuning.SHARED_MEMORY[facts["target"]]
+
+
+@each("scaled_mm")
+def test_int8_tensor_cores_multiply(facts):
+    tile = facts["tile"]
+    if facts["target"] == "gfx942":
+        expected = "v_mfma_i32_"
+    elif facts["target"] == "sm_90" and tile["BLOCK_M"] >= 64:
+        expected = f"wgmma.mma_async.sync.aligned.m64n{min(128, tile['BLOCK_N'])}k32.s32.s8.s8"
+    else:
+        expected = "mma.sync.aligned.m16n8k32.row.col.satfinite.s32.s8.s8.s32"
+    products = [name for name in facts["instructions"] if "mma" in name or "mfma" in name]
+    assert products and all(name.startswith(expected) for name in products)
+    if facts["target"] == "gfx942":
+        assert all(name.endswith("_i8") for name in products)
+    else:
+        unit = "IGMMA" if expected.startswith("wgmma") else "IMMA"
+        assert facts["sass_tensor"] and all(name.startswith(unit) for name in facts["sass_tensor"])
+
+
+@each("scaled_mm", targets=NVIDIA)
+def test_codes_reach_the_tensor_cores_in_16_byte_copies_and_unshuffled(facts):
+    assert facts["async_bytes"] == [16]
+    assert number_of(facts, "ld.shared.b8", "st.shared.b8", "st.shared.v4.b8", "ld.shared.v4.b8") == 0
+    assert number_of(facts, "st.global") == number_of(facts, "st.global.v4.b32") > 0
+
+
+@each("scaled_mm", targets=NVIDIA)
+def test_scaled_mm_rounds_after_every_operation(facts):
+    """Two multiplications (scale by scale, sum by scale) and an addition: no fused one, nothing
+    approximate."""
+    assert number_of(facts, "fma.") == 0 and number_of(facts, "mul.") > 0 and facts["inexact"] == []
+
+
+@each("quantize", "transpose", targets=NVIDIA)
+def test_matrices_are_read_and_written_16_bytes_at_a_time(facts):
+    tile = facts["tile"]["BLOCK_M"] * facts["tile"]["BLOCK_N"] // (32 * facts["num_warps"])  # values per thread
+    width = 4 if "fp32" in facts["variant"] else 1 if facts["kernel"] == "transpose" else 2
+    assert number_of(facts, "ld.global.v4.b32") == tile * width // 16
+    orientations = 2 if facts["kernel"] == "quantize" and "one orientation" not in facts["variant"] else 1
+    assert number_of(facts, "st.global") == number_of(facts, "st.global.v4.b32") == orientations * tile // 16
+
+
+@each("quantize", "amax", "transpose", targets=["gfx942"])
+def test_matrices_are_read_and_written_16_bytes_at_a_time_on_amd(facts):
+    assert number_of(facts, "global_load_dwordx4") > 0
+    stores = number_of(facts, "global_store")
+    assert stores == number_of(facts, "global_store_dwordx4") and (stores > 0) == (facts["kernel"] != "amax")
+
+
+@each("quantize", targets=NVIDIA)
+def test_every_value_is_quantized_once_and_exactly(facts):
+    """A multiplication by the scale for each value, in its own rounding; an addition that the draw's exact
+    product is fused into; an IEEE reciprocal. The layout change for the transposed store must come after all
+    of it."""
+    values = facts["tile"]["BLOCK_M"] * facts["tile"]["BLOCK_N"] // (32 * facts["num_warps"])
+    assert number_of(facts, "mul.f32", "mul.rn.f32") == values
+    assert number_of(facts, "fma.") == (values if "stochastic" in facts["variant"] else 0)
+    assert number_of(facts, "div.rn.f32") > 0 and facts["inexact"] == []
+
+
+@each("quantize", targets=NVIDIA)
+def test_statistics_cost_one_atomic_each(facts):
+    assert number_of(facts, "atom.global.gpu.relaxed.max.s32", "red.global.gpu.relaxed.max.s32") == 1
+    assert number_of(facts, "atom.global.gpu.relaxed.add.u64", "red.global.gpu.relaxed.add.u64") == 1
+
+
+def test_two_blocks_of_the_default_share_a_hopper_multiprocessor():
+    """What the choice of 3 stages is for: 65,536 registers and 228 KB, of which each block costs 1 KB more
+    than it uses."""
+    config = tuning.MATMUL["sm_90"][0]
+    case = aot.scaled_mm_case(config)
+    facts = compiled(False)["sm_90", case.kernel, case.variant]
+    registers = -(-facts["registers"] // 8) * 8 * 32 * config.warps
+    assert 2 * registers <= 65_536
+    assert 2 * (facts["shared"] + 1024) <= 228 * 1024

@@ -1,0 +1,82 @@
+"""canonicalize: views, transposes and aliases have one form, and values are what they were."""
+
+import torch
+
+from passes.canonicalize import canonicalize
+from passes.graph import CAST, PERMUTE, TRANSPOSES, VIEWS, aten, call
+from tests.passes.graphs import assert_same_outputs, joint_graph, linear, linear_inputs, mlp, mlp_inputs
+
+
+def test_a_traced_linear_has_one_transpose_of_its_weight():
+    joint = joint_graph(linear, *linear_inputs(2, 3), decomposed=False)
+    before = joint.run()
+    assert joint.targets()["aten.t.default"] > 1, "the test needs transposes of transposes"
+    assert joint.apply(canonicalize) > 0
+    assert_same_outputs(before, joint.run())
+    weight = joint.graph.find_nodes(op="placeholder")[1]
+    assert [n.target for n in weight.users if n.op == "call_function"].count(PERMUTE) == 1
+    outputs = next(iter(joint.graph.find_nodes(op="output"))).args[0]  # these keep their form
+    assert not [n for t in TRANSPOSES for n in joint.find(t) if n not in outputs]
+
+
+def test_a_second_run_changes_nothing():
+    for decomposed in (False, True):
+        joint = joint_graph(mlp, *mlp_inputs(2, 3), decomposed=decomposed)
+        joint.apply(canonicalize)
+        code = str(joint.graph)
+        assert joint.apply(canonicalize) == 0
+        assert str(joint.graph) == code
+
+
+def run_on(function, *inputs):
+    joint = joint_graph(function, *inputs, training=False, decomposed=False)
+    before = joint.run()
+    changes = joint.apply(canonicalize)
+    assert_same_outputs(before, joint.run())
+    return joint, changes
+
+
+def test_views_of_views_read_the_root_and_equal_views_are_one():
+    def function(x):
+        a = x.view(4, 6).view(24).view(2, 12)
+        return a.cos() + x.view(2, 12).sin()
+
+    joint, changes = run_on(function, torch.randn(2, 3, 4))
+    views = [n for n in joint.graph.nodes if n.target in VIEWS]
+    assert len(views) == 1 and views[0].args[0].op == "placeholder" and changes > 0
+
+
+def test_permutes_compose():
+    joint, _ = run_on(lambda x: x.permute(1, 2, 0).permute(1, 2, 0).cos(), torch.randn(2, 3, 4))
+    (permute,) = joint.find(PERMUTE)
+    assert permute.args[0].op == "placeholder" and list(permute.args[1]) == [2, 0, 1]
+    joint, _ = run_on(lambda x: x.permute(1, -1, 0).permute(2, 0, 1).cos(), torch.randn(2, 3, 4))
+    assert joint.count(PERMUTE) == 0
+
+
+def test_what_is_no_plain_view_is_left_alone():
+    def function(x):
+        y = x.to(torch.bfloat16).to(torch.float32)  # changes values
+        return y.unsqueeze(0).transpose(0, 2), y[:1].expand(2, 4), y.cos().t().exp().t().sin()
+
+    joint, changes = run_on(function, torch.randn(3, 4))
+    assert joint.count(CAST) + joint.targets()["aten._to_copy.default"] == 2
+    assert joint.targets()["aten.transpose.int"] == 1  # of a 3-D tensor
+    assert joint.count(PERMUTE) == 2  # t(), in its one form: between them stands an exp
+    assert changes == 2
+
+
+def test_an_alias_that_is_an_output_stays():
+    """AOTAutograd counts outputs by position, and knows which of them alias what."""
+    joint = joint_graph(lambda x: (x.cos(), x.sin()), torch.randn(3), training=False)
+    output = next(iter(joint.graph.find_nodes(op="output")))
+    with joint.graph.inserting_before(output):
+        alias = call(joint.graph, aten.alias.default, output.args[0][1], scope={})
+        unseen = call(joint.graph, aten.alias.default, alias, scope={})
+        exp = call(joint.graph, aten.exp.default, unseen, scope={})
+    output.args = ((*output.args[0][:1], alias, exp),)
+    joint.module.recompile()
+    before = joint.run()
+    assert joint.apply(canonicalize) == 1
+    assert_same_outputs(before, joint.run())
+    assert alias in output.args[0] and exp.args[0] is alias
