@@ -75,12 +75,8 @@ def updated(page: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Show what each pass does to one linear layer.")
-    parser.add_argument(
-        "--recipe", default="int8_tensorwise", help="a recipe's name or file (default: int8_tensorwise)"
-    )
-    parser.add_argument(
-        "--write", type=Path, metavar="PAGE", help="bring the listings of a page up to date instead"
-    )
+    parser.add_argument("--recipe", default="int8_tensorwise", help="a recipe's name or file (default: int8_tensorwise)")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="bring the listings of a page up to date instead")
     arguments = parser.parse_args()
     if arguments.write is not None:
         arguments.write.write_text(updated(arguments.write.read_text()))

@@ -33,9 +33,7 @@ from passes.operands import resolve_operand
 __all__ = ["site_graph"]
 
 
-def site_graph(
-    graph: fx.Graph, context: PassContext | None = None, saved: Collection[str] | None = None
-) -> nx.DiGraph:
+def site_graph(graph: fx.Graph, context: PassContext | None = None, saved: Collection[str] | None = None) -> nx.DiGraph:
     """Build it.
 
     saved  names of the nodes that the partitioner has saved for backward; None, before the cut: every forward
@@ -106,9 +104,7 @@ def _attributes(kind: str, node: fx.Node, saved: Collection[str] | None) -> dict
     if saved is not None:
         crosses = node.name in saved
     else:
-        crosses = phase != BACKWARD and any(
-            phase_of(user) == BACKWARD for user in node.users if user.op != "output"
-        )
+        crosses = phase != BACKWARD and any(phase_of(user) == BACKWARD for user in node.users if user.op != "output")
     return {
         "kind": kind,
         "phase": phase,

@@ -39,15 +39,11 @@ def _explain_arguments(parser: argparse.ArgumentParser) -> None:
 def _explain(arguments: argparse.Namespace) -> int:
     from qcompile.inspect import command_line
 
-    return command_line.main(
-        arguments.target, recipe=arguments.recipe, autocast=arguments.autocast, as_json=arguments.json
-    )
+    return command_line.main(arguments.target, recipe=arguments.recipe, autocast=arguments.autocast, as_json=arguments.json)
 
 
 COMMANDS = {
-    "doctor": Command(
-        "say what of qtrain works on this machine (status 1: no integer product)", _doctor_arguments, _doctor
-    ),
+    "doctor": Command("say what of qtrain works on this machine (status 1: no integer product)", _doctor_arguments, _doctor),
     "explain": Command(
         "say which matrix products of a model's training step are integer, and why not",
         _explain_arguments,
@@ -58,9 +54,7 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; `argv` without the program's name, or None for the command line."""
-    parser = argparse.ArgumentParser(
-        prog="python -m qcompile", description="Quantized training with torch.compile."
-    )
+    parser = argparse.ArgumentParser(prog="python -m qcompile", description="Quantized training with torch.compile.")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name, command in COMMANDS.items():
         subparser = subparsers.add_parser(name, help=command.help, description=command.help)

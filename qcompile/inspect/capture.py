@@ -74,12 +74,8 @@ class Capture:
     joint = property(lambda self: self.first.joint, doc="The joint graph after the passes.")
     forward = property(lambda self: self.first.forward, doc="The forward half after the cut.")
     backward = property(lambda self: self.first.backward, doc="The backward half after the cut, or None.")
-    forward_lowered = property(
-        lambda self: self.first.forward_lowered, doc="The forward half that Inductor gets."
-    )
-    backward_lowered = property(
-        lambda self: self.first.backward_lowered, doc="The backward half that Inductor gets."
-    )
+    forward_lowered = property(lambda self: self.first.forward_lowered, doc="The forward half that Inductor gets.")
+    backward_lowered = property(lambda self: self.first.backward_lowered, doc="The backward half that Inductor gets.")
 
     @property
     def steps(self) -> dict[str, fx.Graph]:
@@ -201,11 +197,7 @@ def _backward(outputs: Any, loss: Callable[[Any], Tensor] | None) -> None:
     if loss is not None:
         value = loss(outputs)
         if not isinstance(value, Tensor) or value.numel() != 1:
-            given = (
-                f"a tensor of shape {tuple(value.shape)}"
-                if isinstance(value, Tensor)
-                else f"a {type(value).__name__}"
-            )
+            given = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
             raise TypeError(f"loss: it returned {given}; it must return a tensor with one element")
     else:
         floats = (o for o in _tensors(outputs) if o.is_floating_point() and o.requires_grad)

@@ -191,9 +191,7 @@ class CapturedGraph:
                     continue
                 seen.add(output.storage)
                 weight = call.tensors[weights[node]] if node in weights else None
-                entries.append(
-                    SavedTensor(bytes=output.bytes, shape=output.shape, dtype=output.dtype, weight=weight)
-                )
+                entries.append(SavedTensor(bytes=output.bytes, shape=output.shape, dtype=output.dtype, weight=weight))
         return SavedBytes.of(entries)
 
     def saved_names(self) -> set[str]:
@@ -201,11 +199,7 @@ class CapturedGraph:
         if self.backward is None:
             return set()
         saved = {first_name(n) for n in self.backward.graph.find_nodes(op="placeholder")}
-        return {
-            n.name
-            for n in self.joint.graph.nodes
-            if first_name(n) in saved and "tangents" not in str(n.target)
-        }
+        return {n.name for n in self.joint.graph.nodes if first_name(n) in saved and "tangents" not in str(n.target)}
 
     def reset_state(self, modules: Sequence[fx.GraphModule] | None = None) -> None:
         """Set the buffers of range state to what they were before the first call."""
@@ -222,9 +216,7 @@ class CapturedGraph:
         lowered  run what Inductor would get: the steady form, which takes every stored range for valid
         Returns the graph's outputs, in its order, and the gradients by the name of what they belong to.
         """
-        forward, backward = (
-            (self.forward_lowered, self.backward_lowered) if lowered else (self.forward, self.backward)
-        )
+        forward, backward = (self.forward_lowered, self.backward_lowered) if lowered else (self.forward, self.backward)
         self.reset_state([m for m in (forward, backward) if m is not None])
         written = written_inputs(forward.graph)
         arguments = [a.clone() if i in written else a for i, a in enumerate(self.inputs)]
@@ -263,11 +255,6 @@ def written_inputs(graph: fx.Graph) -> set[int]:
     written = set()
     for node in graph.nodes:
         schema = getattr(node.target, "_schema", None)
-        if (
-            node.op == "call_function"
-            and schema is not None
-            and schema.is_mutable
-            and node.args[0] in positions
-        ):
+        if node.op == "call_function" and schema is not None and schema.is_mutable and node.args[0] in positions:
             written.add(positions[node.args[0]])
     return written

@@ -58,9 +58,7 @@ def _made_by(target: str) -> tuple[nn.Module, tuple[Any, ...], dict[str, Any]]:
     if not callable(factory):
         raise ValueError(f"target {target!r}: {module_name} has no function {name!r}")
     made = factory()
-    model, inputs = (
-        made if isinstance(made, tuple) and len(made) == 2 else (made, getattr(made, "example_inputs", None))
-    )
+    model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, getattr(made, "example_inputs", None))
     if not isinstance(model, nn.Module) or inputs is None:
         raise ValueError(
             f"target {target!r}: it returned a {type(made).__name__}; it must return (model, inputs), or an "

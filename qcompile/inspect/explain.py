@@ -149,8 +149,7 @@ class Report:
             "unmatched_patterns": self.unmatched,
             "outside_graphs": self.outside,
             "range_state": [
-                asdict(entry) | {"fields": list(entry.fields), "aliases": list(entry.aliases)}
-                for entry in self.range_state
+                asdict(entry) | {"fields": list(entry.fields), "aliases": list(entry.aliases)} for entry in self.range_state
             ],
         }
 
@@ -202,9 +201,7 @@ class Report:
             lines.append(f"{len(self.graphs)} graphs; integer GEMMs by graph: {counts}")
         lines += [f"graph break: {reason}" for reason in self.graph_breaks]
         if self.outside:
-            lines.append(
-                f"linear layers in no graph (not used, or run in eager mode): {', '.join(self.outside)}"
-            )
+            lines.append(f"linear layers in no graph (not used, or run in eager mode): {', '.join(self.outside)}")
         for phase in ("forward", "backward"):
             entries = [e for e in self.range_state if e.phase == phase]
             if entries:
@@ -234,11 +231,7 @@ def explain(
     Errors: those of `capture`, but for strict.
     """
     found = capture(model, *inputs, recipe=recipe, loss=loss, **kwargs)
-    hp = (
-        found
-        if quantizes_nothing(found.recipe)
-        else capture(model, *inputs, recipe="none", loss=loss, **kwargs)
-    )
+    hp = found if quantizes_nothing(found.recipe) else capture(model, *inputs, recipe="none", loss=loss, **kwargs)
     return _report(found, hp)
 
 
@@ -261,9 +254,7 @@ def _report(found: Capture, hp: Capture) -> Report:
         graph_breaks=found.graph_breaks,
         unmatched=found.recipe.unmatched_patterns(names),
         outside=_outside(found.model, sites),
-        range_state=[
-            entry for graph in found.graphs for call in _instances(graph) for entry in _entries(graph, call)
-        ],
+        range_state=[entry for graph in found.graphs for call in _instances(graph) for entry in _entries(graph, call)],
         device=str(found.graphs[0].context.device) if found.graphs else "cpu",
     )
 
@@ -305,9 +296,7 @@ def _site(site: Site, call: Call, graph: int, context: PassContext) -> SiteRepor
 def _gemm(site: str, op: str, gemm: Gemm) -> GemmReport:
     operands: dict[str, str] = {}
     if gemm.reason is None and gemm.specs is not None:
-        operands = {
-            name: _spec_text(spec) for name, spec in zip(OPERANDS[gemm.role], gemm.specs, strict=True)
-        }
+        operands = {name: _spec_text(spec) for name, spec in zip(OPERANDS[gemm.role], gemm.specs, strict=True)}
     return GemmReport(
         site=site,
         op=op,

@@ -53,9 +53,7 @@ def copy_model(model: nn.Module) -> nn.Module:
     Errors: `TypeError` for what is no module; `UnsupportedError` for one that cannot be copied.
     """
     if not isinstance(model, nn.Module):
-        raise TypeError(
-            f"model: got a {type(model).__name__}; give it the nn.Module (around a function: write a Module)"
-        )
+        raise TypeError(f"model: got a {type(model).__name__}; give it the nn.Module (around a function: write a Module)")
     model = getattr(model, "_orig_mod", model)
     try:
         return copy.deepcopy(model)
@@ -142,9 +140,7 @@ def _first_line(reason: str) -> str:
 def _cache_entries() -> list[tuple[types.CodeType, Any]]:
     """Every entry of Dynamo's cache, with the code that it hangs on."""
     codes = (reference() for reference in list(convert_frame.input_codes.seen))
-    return [
-        (code, e) for code in codes if code is not None for e in eval_frame._debug_get_cache_entry_list(code)
-    ]
+    return [(code, e) for code in codes if code is not None for e in eval_frame._debug_get_cache_entry_list(code)]
 
 
 class _Nobody:

@@ -37,25 +37,19 @@ class Recording(Compilation):
         super().__init__(*args)
         self.plain = quantizes_nothing(self.context.recipe)
         self.calls: list[Call] = []
-        self.graphs: dict[
-            str, tuple[fx.Graph, nn.Module]
-        ] = {}  # stage -> graph, and the module with what it refers to
+        self.graphs: dict[str, tuple[fx.Graph, nn.Module]] = {}  # stage -> graph, and the module with what it refers to
         self.steps_seen: dict[str, fx.Graph] = {}
         self.given: list[Any] = []  # arguments of the forward half in its first call
         self.tangents: tuple[Any, ...] = ()
         self.initial: dict[str, Tensor] = {}
         self.input_sources: dict[str, str] = {}
         self.primals: list[str] = []
-        self.shown_outputs: list[
-            int
-        ] = []  # of the forward half: all but range state on its way to the backward half
+        self.shown_outputs: list[int] = []  # of the forward half: all but range state on its way to the backward half
 
     def run(self) -> Callable[..., Any]:
         if not self.plain:
             return super().run()
-        return inductor.watch_plain(
-            self.gm, self.example_inputs, look=self.joint_pass, inner=self.compile_half, config=self.config
-        )
+        return inductor.watch_plain(self.gm, self.example_inputs, look=self.joint_pass, inner=self.compile_half, config=self.config)
 
     def _keep(self, stage: str, graph: fx.Graph) -> None:
         self.graphs[stage] = copy_graph(graph), graph.owning_module or nn.Module()
@@ -101,11 +95,7 @@ class Recording(Compilation):
         placeholders = half.graph.find_nodes(op="placeholder")
         names = [n.name for n in placeholders]
         own = [n.name for n in placeholders if "qtrain_state" not in n.meta]
-        shown = [
-            i
-            for i, o in enumerate(graph_outputs(half.graph))
-            if not (isinstance(o, fx.Node) and "qtrain_state" in o.meta)
-        ]
+        shown = [i for i, o in enumerate(graph_outputs(half.graph)) if not (isinstance(o, fx.Node) and "qtrain_state" in o.meta)]
         compiled = super().compile_half(_interpret, half, inputs, kwargs)
         self._keep(f"{phase}_lowered", half.graph)
         if phase == "backward":
@@ -114,11 +104,7 @@ class Recording(Compilation):
         return self._watch_forward(compiled, own, written_inputs(self.graphs["forward"][0]))
 
     def _call(self, names: Sequence[str], given: Sequence[Any], outputs: Sequence[Any]) -> Call:
-        found = {
-            n: self.tensor_names[id(a)]
-            for n, a in zip(names, given, strict=True)
-            if id(a) in self.tensor_names
-        }
+        found = {n: self.tensor_names[id(a)] for n, a in zip(names, given, strict=True) if id(a) in self.tensor_names}
         prefixes = {}
         for name in set(found) & set(self.context.parameters):
             module = module_path(self.context.parameters[name])
@@ -129,9 +115,7 @@ class Recording(Compilation):
         tensors = {name: names[0] for name, names in found.items()}
         return Call(tensors, prefixes, tuple(_weighed(outputs[i], self.alive) for i in self.shown_outputs))
 
-    def _watch_forward(
-        self, compiled: Callable[..., Any], names: list[str], written: set[int]
-    ) -> Callable[..., Any]:
+    def _watch_forward(self, compiled: Callable[..., Any], names: list[str], written: set[int]) -> Callable[..., Any]:
         def run(args: list[Any]) -> Any:
             given = list(args)
             if not self.calls:
@@ -161,13 +145,8 @@ class Recording(Compilation):
     def captured(self) -> CapturedGraph:
         """Everything as modules. Call it after the step."""
         tensors = self.calls[0].tensors
-        inputs = {
-            n: identifier(tensors.get(n) or _readable(source)) for n, source in self.input_sources.items()
-        }
-        modules = {
-            stage: with_buffers(graph, root, self.context.layouts, inputs)
-            for stage, (graph, root) in self.graphs.items()
-        }
+        inputs = {n: identifier(tensors.get(n) or _readable(source)) for n, source in self.input_sources.items()}
+        modules = {stage: with_buffers(graph, root, self.context.layouts, inputs) for stage, (graph, root) in self.graphs.items()}
         for graph in self.steps_seen.values():
             rename_by_label(graph, inputs)
         captured = CapturedGraph(
@@ -182,17 +161,11 @@ class Recording(Compilation):
             **modules,
         )
         if captured.backward is not None:
-            saved = [
-                n
-                for n in captured.backward.graph.find_nodes(op="placeholder")
-                if "tangents" not in str(n.target)
-            ]
+            saved = [n for n in captured.backward.graph.find_nodes(op="placeholder") if "tangents" not in str(n.target)]
             captured.n_outputs -= len(saved)
             gradients = graph_outputs(captured.backward.graph)
             fits = len(gradients) == len(captured.input_names)
-            captured.gradient_names = (
-                captured.input_names if fits else tuple(f"gradient_{i}" for i in range(len(gradients)))
-            )
+            captured.gradient_names = captured.input_names if fits else tuple(f"gradient_{i}" for i in range(len(gradients)))
         captured.reset_state()
         return captured
 
@@ -212,9 +185,7 @@ def _weighed(value: Any, alive: set[int]) -> SavedOutput | None:
     if not isinstance(value, Tensor):
         return None
     storage = storage_of(value)
-    return SavedOutput(
-        storage, value.untyped_storage().nbytes(), tuple(value.shape), value.dtype, storage in alive
-    )
+    return SavedOutput(storage, value.untyped_storage().nbytes(), tuple(value.shape), value.dtype, storage in alive)
 
 
 def _readable(source: str) -> str:

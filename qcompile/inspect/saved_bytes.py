@@ -3,8 +3,8 @@
 Saved bytes are the distinct *storages* that autograd saves: a view and its base count once, a slice counts
 with the whole storage that it keeps alive. Left out is what is alive anyway: parameters, buffers, inputs of
 the step, the outputs that the caller gets, and range state (one tensor for the whole process). Copies of
-weights in another dtype (bf16 under autocast, int8 codes) are listed apart, because they do not grow with the batch: at few tokens they hide what happens to
-activations, so compare at tokens >= 16 x width.
+weights in another dtype (bf16 under autocast, int8 codes) are listed apart, because they do not
+grow with the batch: at few tokens they hide what happens to activations, so compare at tokens >= 16 x width.
 
 It works on eager modules and on compiled ones: what torch.compile makes saves through autograd too.
 """

@@ -22,9 +22,7 @@ def test_the_script_shows_every_stage():
 )
 def test_the_page_is_up_to_date():
     page = PAGE.read_text()
-    assert show_passes.updated(page) == page, (
-        "run python examples/show_passes.py --write docs/how-it-works.md"
-    )
+    assert show_passes.updated(page) == page, "run python examples/show_passes.py --write docs/how-it-works.md"
 
 
 def test_listings_are_replaced_and_prose_stays():

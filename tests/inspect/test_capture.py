@@ -41,10 +41,7 @@ def test_a_two_layer_mlp_has_five_integer_gemms():
         "up": ["grad_weight", "output"],  # its input needs no gradient
         "down": ["grad_input", "grad_weight", "output"],
     }
-    assert (
-        count(capture.joint_before, SCALED_MM) == 0
-        and count(capture.joint_before, torch.ops.aten.mm.default) == 3
-    )
+    assert count(capture.joint_before, SCALED_MM) == 0 and count(capture.joint_before, torch.ops.aten.mm.default) == 3
     assert count(capture.joint, SCALED_MM) == 5 and count(capture.joint, DEQUANTIZE) == 0
     assert (count(capture.forward, SCALED_MM), count(capture.backward, SCALED_MM)) == (2, 3)
     assert count(capture.forward, QUANTIZE) > 0 == count(capture.forward_lowered, QUANTIZE)
@@ -73,9 +70,7 @@ def test_nodes_are_named_by_site():
         assert names[name].target is target
     assert names["_0_up_weight"].op == "placeholder" and names["input_0"].op == "placeholder"
     text = format_graph(capture.joint.graph)
-    assert (
-        "f  _0_up_input_q: i8[24, 16] = qtrain.quantize(input_0, _0_up_input_scale, None, 8, None, 0)" in text
-    )
+    assert "f  _0_up_input_q: i8[24, 16] = qtrain.quantize(input_0, _0_up_input_scale, None, 8, None, 0)" in text
     assert "b  _0_down_grad_input_int8: f32[24, 32] = qtrain.scaled_mm(_0_down_grad_output_q" in text
 
 
@@ -116,9 +111,7 @@ def test_autocast_is_the_callers():
 def test_recipe_none_shows_plain_inductor():
     capture = qcompile.capture(MLP(), torch.randn(24, 16), recipe="none")
     assert format_graph(capture.joint.graph) == format_graph(capture.joint_before.graph)
-    assert [g.reason.startswith("recipe: no spec for") for _, g in capture.first.context.gemms()] == [
-        True
-    ] * 5
+    assert [g.reason.startswith("recipe: no spec for") for _, g in capture.first.context.gemms()] == [True] * 5
 
 
 def test_graph_breaks_make_several_graphs():

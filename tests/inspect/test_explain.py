@@ -135,9 +135,7 @@ def test_a_model_without_matrix_products():
 
 def test_graph_breaks_and_what_runs_outside():
     report = qcompile.explain(Broken(), torch.randn(ROWS, 16), recipe="int8_in_hindsight")
-    assert [site.name for site in report.sites] == [
-        f"blocks.{i}.{name}" for i in range(3) for name in ("up", "down")
-    ]
+    assert [site.name for site in report.sites] == [f"blocks.{i}.{name}" for i in range(3) for name in ("up", "down")]
     assert report.outside == ["head"] and len(report.graph_breaks) == 1
     assert sum(graph["gemms"] for graph in report.graphs) == len(report.gemms) == report.integer_gemms
     assert {entry.name for entry in report.range_state} == {

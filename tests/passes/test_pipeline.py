@@ -1,0 +1,196 @@
+"""The order of the passes, how to change it, what it prints, and what identifies it."""
+
+import copy
+
+import pytest
+import torch
+
+from passes.context import PassContext
+from passes.graph import SCALED_MM, aten, call
+from passes.pipeline import Pipeline, Step, insert_after, insert_before, joint_steps, without
+from tests.compiling import AVERAGE, STOCHASTIC
+from tests.passes.graphs import ROWWISE, TENSORWISE, assert_same_outputs, copied, joint_graph, mlp, mlp_inputs
+
+NAMES = [s.name for s in joint_steps()]
+
+
+def traced(recipe=TENSORWISE, **options):
+    return joint_graph(mlp, *mlp_inputs(2, 3), recipe=recipe, parameters=(1, 2, 3), **options)
+
+
+def nothing(graph, context):
+    return 0
+
+
+@pytest.mark.parametrize("recipe", [TENSORWISE, ROWWISE, STOCHASTIC], ids=lambda r: r.name)
+def test_exact_steps_change_no_bit(recipe):
+    """The promise of `numerics="exact"`, step by step on one training step."""
+    joint, checked = traced(recipe, decomposed=False), []
+    for step in joint_steps():
+        before = copied(joint)
+        joint.apply(step.run, step.name)
+        if step.numerics == "exact":
+            assert_same_outputs(before.run(), joint.run())
+            checked.append(step.name)
+        joint.give_state()
+    assert {"canonicalize", "find_sites", "share_quantized"} <= set(checked)
+
+
+@pytest.mark.parametrize("recipe", [TENSORWISE, ROWWISE, AVERAGE, STOCHASTIC], ids=lambda r: r.name)
+def test_a_second_run_of_the_whole_pipeline_changes_nothing(recipe):
+    joint = traced(recipe, decomposed=False)
+    Pipeline(joint_steps(), joint.context).run(joint.graph)
+    code = str(joint.graph)
+    context = PassContext(recipe, parameters=joint.context.parameters)
+    Pipeline(joint_steps(), context).run(joint.graph)
+    assert str(joint.graph) == code
+    assert joint.count(SCALED_MM) == 6
+
+
+def test_steps_have_distinct_names_in_a_sensible_order():
+    assert len(set(NAMES)) == len(NAMES)
+    order = ["canonicalize", "find_sites", "insert_qdq", "share_quantized", "attach_range_state", "fuse_matmul"]
+    assert [n for n in NAMES if n in order] == order
+
+
+def test_changing_the_list():
+    steps = joint_steps()
+    mine = Step("mine", nothing)
+    before, after = insert_before(steps, "fuse_matmul", mine), insert_after(steps, "fuse_matmul", mine)
+    assert [s.name for s in before].index("mine") + 1 == [s.name for s in before].index("fuse_matmul")
+    assert [s.name for s in after].index("mine") - 1 == [s.name for s in after].index("fuse_matmul")
+    assert [s.name for s in without(steps, "share_quantized", "fuse_matmul")] == [
+        n for n in NAMES if n not in ("share_quantized", "fuse_matmul")
+    ]
+    assert [s.name for s in steps] == NAMES  # copies
+    for change in (lambda: insert_before(steps, "fuse", mine), lambda: without(steps, "fuse")):
+        with pytest.raises(ValueError, match="'fuse'.*fuse_matmul"):
+            change()
+
+
+def test_a_step_of_ones_own_sees_graph_and_context():
+    seen = []
+
+    def mine(graph, context):
+        seen.append((graph.find_nodes(op="call_function", target=SCALED_MM), [s.name for s in context.sites]))
+        return 3
+
+    joint = traced()
+    pipeline = Pipeline(insert_after(joint_steps(), "fuse_matmul", Step("mine", mine)), joint.context)
+    pipeline.run(joint.graph)
+    assert len(seen[0][0]) == 6 and len(seen[0][1]) == 2
+    assert joint.context.counts["mine"] == 3 and set(joint.context.counts) == {*NAMES, "mine"}
+    assert set(joint.context.seconds) == set(joint.context.counts)
+
+
+def test_it_is_a_pass_of_torch_fx():
+    joint = traced()
+    result = Pipeline(joint_steps(), joint.context)(joint.module)
+    assert result.modified and result.graph_module is joint.module
+    again = Pipeline([Step("nothing", nothing)], joint.context)(joint.module)
+    assert not again.modified
+
+
+def test_on_step_is_told_every_step():
+    joint, told = traced(), []
+    Pipeline(joint_steps(), joint.context, on_step=lambda name, graph: told.append((name, len(graph.nodes)))).run(joint.graph)
+    assert [name for name, _ in told] == NAMES and len({size for _, size in told}) > 3
+
+
+def test_skipping_by_environment(monkeypatch):
+    monkeypatch.setenv("QTRAIN_SKIP", "fuse_matmul,share_quantized")
+    joint = traced()
+    pipeline = Pipeline(joint_steps(), joint.context)
+    assert [s.name for s in pipeline.steps] == [s.name for s in without(joint_steps(), "fuse_matmul", "share_quantized")]
+    pipeline.run(joint.graph)
+    assert joint.count(SCALED_MM) == 0
+    monkeypatch.setenv("QTRAIN_SKIP", "fuse_matmuls")
+    with pytest.raises(ValueError, match="fuse_matmuls"):
+        Pipeline(joint_steps(), joint.context)
+
+
+def test_dumping_by_environment(monkeypatch, tmp_path):
+    monkeypatch.setenv("QTRAIN_DUMP", str(tmp_path))
+    for _ in range(2):
+        joint = traced()
+        Pipeline(joint_steps(), joint.context).run(joint.graph)
+    folders = sorted(tmp_path.iterdir())
+    assert len(folders) == 2
+    files = sorted(f.name for f in folders[0].iterdir())
+    assert files == sorted(f"{i:02d}_{name}.{when}.txt" for i, name in enumerate(NAMES) for when in ("before", "after"))
+    last = folders[0] / f"{len(NAMES) - 1:02d}_{NAMES[-1]}.after.txt"
+    assert last.read_text().count("qtrain.scaled_mm") == 6
+
+
+def test_logging_by_environment(monkeypatch, capsys):
+    joint = traced()
+    Pipeline(joint_steps(), joint.context).run(joint.graph)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setenv("QTRAIN_LOG", "1")
+    joint = traced()
+    Pipeline(joint_steps(), joint.context).run(joint.graph)
+    out = capsys.readouterr().out
+    assert "find_sites 6" in out and "fuse_matmul 6" in out and all(name in out for name in NAMES)
+
+
+def test_the_fingerprint_is_what_the_pipeline_does():
+    def of(recipe=TENSORWISE, strict=False, steps=None):
+        return Pipeline(steps or joint_steps(), PassContext(recipe, strict=strict)).fingerprint()
+
+    base = of()
+    assert of() == base and of(TENSORWISE.replace(name="another")) == base  # a name does nothing
+    others = [
+        of(ROWWISE),
+        of(strict=True),
+        of(steps=without(joint_steps(), "share_quantized")),
+        of(steps=insert_after(joint_steps(), "fuse_matmul", Step("mine", nothing))),
+        of(steps=[*reversed(joint_steps())]),
+    ]
+    assert len({base, *others}) == len(others) + 1
+
+
+def test_sources_of_steps_are_part_of_the_fingerprint(monkeypatch):
+    from passes import pipeline
+
+    context = PassContext(TENSORWISE)
+    base = Pipeline(joint_steps(), context).fingerprint()
+    monkeypatch.setattr(pipeline, "source_fingerprint", lambda: "other sources")
+    assert Pipeline(joint_steps(), context).fingerprint() != base
+
+
+def test_a_graph_without_gemms_is_left_alone():
+    joint = joint_graph(lambda x: x.cos().sum(), torch.randn(3, 4))
+    before = joint.run()
+    Pipeline(joint_steps(), joint.context).run(joint.graph)
+    assert_same_outputs(before, joint.run())
+    assert joint.context.sites == [] and joint.context.layouts == {}
+
+
+def test_products_with_a_size_of_one_are_given_back_to_inductor():
+    """restore_decompositions: what stays in hp becomes what Inductor makes of it; what is integer stays whole."""
+    inputs = torch.randn(6, 1), torch.randn(5, 1)
+    function = torch.nn.functional.linear
+    for skip, integer in (((), 3), (("*",), 0)):
+        joint = joint_graph(lambda x, w: function(x, w).cos(), *inputs, recipe=TENSORWISE.replace(skip=skip))
+        before = joint.run()
+        Pipeline(joint_steps(), joint.context).run(joint.graph)
+        assert joint.count(SCALED_MM) == integer
+        products = joint.count(aten.mm.default)
+        assert products == (0 if integer else 1)  # one has K = 6, M and N of 5 and 1: see below
+        if not integer:
+            for want, got in zip(before, joint.run(), strict=True):
+                torch.testing.assert_close(got, want)
+
+
+def test_dropped_writes_are_noticed_by_name():
+    from passes.graph import WRITE
+    from qcompile.errors import GraphError
+
+    joint = traced(AVERAGE)
+
+    def careless(graph, context):
+        graph.erase_node(graph.find_nodes(op="call_function", target=WRITE)[0])
+
+    steps = insert_after(joint_steps(), "attach_range_state", Step("careless", careless))
+    with pytest.raises(GraphError, match="after careless"):
+        Pipeline(steps, joint.context).run(joint.graph)
