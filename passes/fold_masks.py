@@ -40,13 +40,14 @@ def fold_masks(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int) -> i
         if not isinstance(mask, fx.Node) or mask.target is not aten.le.Scalar or mask.args[1] != 0:
             continue
         codes = codes_of.pop(mask.args[0], None)
-        if codes is None or mask in outputs[:num_fwd_outputs]:
+        shape = _view_shape(mask)
+        if codes is None or shape is None or mask in outputs[:num_fwd_outputs]:
             continue
         with forward.inserting_before(output):
             marked = inline(forward, _mark, codes, mask, scope=scope_of(codes, "forward"), key="mark")
         outputs[outputs.index(codes, num_fwd_outputs)] = marked
         outputs.remove(mask)
-        _unfold(backward, inputs[codes.name], inputs[mask.name])
+        _unfold(backward, inputs[codes.name], inputs[mask.name], shape)
         folded += 1
     output.args = (tuple(outputs),)
     if folded:
@@ -65,16 +66,19 @@ def _source(codes: fx.Node) -> fx.Node:
     return node.args[0] if node.target in VIEWS else node
 
 
-def _unfold(backward: fx.Graph, codes: fx.Node, mask: fx.Node) -> None:
+def _view_shape(mask: fx.Node) -> tuple[int, ...] | None:
+    """The mask's shape as an argument of `view`: one symbolic size can be -1, more cannot be told from the codes alone."""
+    shape = tuple(s if isinstance(s, int) else -1 for s in mask.meta["val"].shape)
+    return shape if shape.count(-1) <= 1 else None
+
+
+def _unfold(backward: fx.Graph, codes: fx.Node, mask: fx.Node, shape: tuple[int, ...]) -> None:
     code_users, mask_users = list(codes.users), list(mask.users)
-    shape = list(mask.meta["val"].shape)
     first = next(n for n in backward.nodes if n.op != "placeholder")
     scope = scope_of(mask, "backward")
     with backward.inserting_before(first):
-        # A symbolic size is a node of this graph; a mask of another shape than its codes only ever occurs with static ones.
-        same = [str(s) for s in shape] == [str(s) for s in codes.meta["val"].shape]
         plain = inline(backward, _plain, codes, scope=scope, key="plain")
-        masked = inline(backward, _masked if same else _masked_as, codes, *([] if same else [tuple(shape)]), scope=scope)
+        masked = inline(backward, _masked, codes, shape, scope=scope, key="masked")
     for user in code_users:
         user.replace_input_with(codes, plain)
     for user in mask_users:
@@ -93,9 +97,5 @@ def _plain(codes: Tensor) -> Tensor:
     return codes.to(torch.float32).clamp_min(0.0).to(torch.int8)
 
 
-def _masked(codes: Tensor) -> Tensor:
-    return codes.to(torch.float32) < 0
-
-
-def _masked_as(codes: Tensor, shape: tuple[int, ...]) -> Tensor:
+def _masked(codes: Tensor, shape: tuple[int, ...]) -> Tensor:
     return (codes.to(torch.float32) < 0).view(shape)

@@ -89,7 +89,8 @@ def fuse_matmul(graph: fx.Graph, context: PassContext | None = None) -> int:
 
 def _record(graph: fx.Graph, context: PassContext) -> None:
     """Note under which name each GEMM of the site table now stands in the graph."""
+    sites = {s.name: s for s in context.sites}
     for node in graph.find_nodes(op="call_function", target=SCALED_MM):
         where = node.meta.get("qtrain_gemm")
-        if where is not None:
-            context.site(where.site).gemms[where.role].node = node.name
+        if where is not None and where.site in sites:  # one fused under another context is not in the table
+            sites[where.site].gemms[where.role].node = node.name

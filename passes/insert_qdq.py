@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from passes.context import OPERANDS, Gemm, PassContext, Site
-from passes.find_sites import GemmNode, matrices
+from passes.find_sites import GEMM_TARGETS, GemmNode, matrices
 from passes.graph import (
     BACKWARD,
     DEQUANTIZE,
@@ -60,7 +60,7 @@ class RangeUse:
 def insert_qdq(graph: fx.Graph, context: PassContext) -> int:
     """Return the number of operands quantized."""
     inserted = 0
-    for node in [n for n in graph.nodes if "qtrain_gemm" in n.meta]:
+    for node in [n for n in graph.nodes if n.target in GEMM_TARGETS and "qtrain_gemm" in n.meta]:
         where: GemmNode = node.meta["qtrain_gemm"]
         site = context.site(where.site)
         gemm = site.gemms[where.role]

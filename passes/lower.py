@@ -12,8 +12,8 @@ Before                                          After
 The integer GEMM itself stays one operator, which picks its kernel by device and shape when it runs (qcompile.kernels).
 
 Numerics  exact.
-Requires  a graph after the partitioner, or an inference graph. Ensures: the only `qtrain::` operators left are integer GEMMs and
-          transposes; every matrix of an integer GEMM has the layout that the device's kernel reads without a copy.
+Requires  a graph after the partitioner, or an inference graph. Ensures: the only `qtrain::` operators left are integer GEMMs,
+          transposes and `unpack`; every matrix of an integer GEMM has the layout that the device's kernel reads without a copy.
 """
 
 from __future__ import annotations

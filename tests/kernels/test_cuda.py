@@ -14,11 +14,10 @@ from qcompile import ops
 from qcompile.errors import KernelError
 from qcompile.kernels import Launch, cuda, record_launches
 from qcompile.kernels.triton import launch, tuning
-
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+from tests.kernels.triton_device import DEVICE, QUIET
 
 GPU = torch.device("cuda")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = QUIET
 HERE = ["int_mm"] if launch.unavailable_reasons(DEVICE) else ["triton", "int_mm"]
 
 

@@ -5,14 +5,13 @@ import pytest
 import torch
 
 from qcompile.errors import KernelError
+from tests.kernels.triton_device import DEVICE, QUIET
 
 pytest.importorskip("triton")
 
 from qcompile.kernels.triton.amax import amax, amax_reference
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = QUIET
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ALL = {"tensor": True, "rows": True, "columns": True}
 

@@ -6,16 +6,14 @@ import torch
 
 from qcompile import ops
 from qcompile.errors import KernelError
+from tests.kernels.triton_device import DEVICE, QUIET
 
 triton = pytest.importorskip("triton")
 
 from qcompile.kernels.triton import tuning  # noqa: E402
 from qcompile.kernels.triton.quantize import quantize, quantize_kernel, quantize_reference  # noqa: E402
 
-# NumPy, on which the interpreter runs, warns where a GPU is silent.
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = QUIET
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ALL = {"codes": True, "codes_t": True, "amax": True, "saturated": True}
 SHAPES = [(1, 1), (3, 17), (128, 128), (129, 257), (16, 1025), (1030, 5)]
@@ -182,7 +180,8 @@ def test_only_what_is_asked_for_is_made():
 
 
 def test_offsets_beyond_32_bits():
-    """Rows 2**31 elements apart. Only the pages that are touched take memory."""
+    """Rows 2**30 elements apart. Only the pages that are touched take memory; a 32-bit offset leaves the
+    allocation."""
     m, n, pitch = 3, 40, 2**30 + 16
     try:
         x = torch.empty(pitch * (m - 1) + n, dtype=torch.bfloat16, device=DEVICE).as_strided((m, n), (pitch, 1))

@@ -11,15 +11,14 @@ import torch
 
 from qcompile import ops
 from qcompile.errors import KernelError
+from tests.kernels.triton_device import DEVICE, QUIET
 
 pytest.importorskip("triton")
 
 from qcompile.kernels.triton import tuning
 from qcompile.kernels.triton.scaled_mm import scaled_mm, scaled_mm_reference
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = QUIET
 SHAPES = [(1, 1, 1), (3, 5, 7), (64, 64, 64), (65, 130, 129), (100, 70, 33), (17, 200, 256), (200, 3, 96)]
 
 
@@ -143,6 +142,20 @@ def test_rows_may_lie_apart():
     a, b_t = int8(50, 300)[::2, 40:240], int8(30, 500)[:, 7:207]
     got = scaled_mm(a, b_t, one(), one())
     assert torch.equal(got, scaled_mm_reference(a, b_t, one(), one()))
+
+
+def test_offsets_beyond_32_bits():
+    """Rows 2**30 bytes apart. Only the pages that are touched take memory; a 32-bit offset leaves the
+    allocation."""
+    pitch = 2**30 + 16
+    try:
+        far = [torch.empty(2 * pitch + 64, dtype=torch.int8, device=DEVICE) for _ in range(2)]
+    except (RuntimeError, MemoryError) as error:
+        pytest.skip(f"not enough address space: {error}")
+    a, b_t = (memory.as_strided((3, 64), (pitch, 1)).copy_(int8(3, 64)) for memory in far)
+    assert a.stride(0) * 2 > 2**31
+    got = scaled_mm(a, b_t, None, None, out_dtype=torch.int32)
+    assert torch.equal(got, scaled_mm_reference(a, b_t, None, None, out_dtype=torch.int32))
 
 
 @pytest.mark.parametrize("shape", [(0, 4, 8), (4, 0, 8), (4, 6, 0), (0, 0, 0)], ids=str)

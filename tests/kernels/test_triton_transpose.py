@@ -4,12 +4,13 @@ import pytest
 import torch
 
 from qcompile.errors import KernelError
+from tests.kernels.triton_device import DEVICE, QUIET
 
 pytest.importorskip("triton")
 
 from qcompile.kernels.triton.transpose import transpose, transpose_reference
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = QUIET
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (3, 17), (130, 300), (5, 2100), (1030, 9), (0, 4)], ids=str)

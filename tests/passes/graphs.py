@@ -48,7 +48,7 @@ class Joint:
         with torch.no_grad():
             return list(fx.Interpreter(self.module).run(*values))
 
-    def give_state(self, values: dict[str, Tensor] | None = None) -> None:
+    def give_state(self) -> None:
         """Fill the inputs that attach_range_state has added: an arena of zeros, its elements in order."""
         start = 0
         arena = torch.zeros(64)
@@ -97,15 +97,17 @@ def joint_graph(
     modules: dict[str, str] | None = None,
     training: bool = True,
     decomposed: bool = True,
+    kept_whole: Sequence[Any] = KEPT_WHOLE,
 ) -> Joint:
     """The joint graph of a function of tensors.
 
     parameters  positions of the inputs that stand for Parameters
     modules     node name -> path of the linear layer that it belongs to; others belong to the root
-    decomposed  as the backend has it, with Inductor's decompositions; False: as AOTAutograd traces it
+    decomposed  as the backend has it, with Inductor's decompositions but for `kept_whole`; False: as AOTAutograd
+                traces it
     """
     inputs = tuple(t.requires_grad_(training and t.is_floating_point()) for t in inputs)
-    table = {op: fn for op, fn in select_decomp_table().items() if op not in KEPT_WHOLE} if decomposed else None
+    table = {op: fn for op, fn in select_decomp_table().items() if op not in kept_whole} if decomposed else None
 
     def outputs(*args: Tensor) -> tuple[Tensor, ...]:
         result = function(*args)
@@ -135,7 +137,10 @@ def _outputs_of(function: Callable[..., Any], inputs: Sequence[Tensor]) -> Seque
 
 def copied(joint: Joint) -> Joint:
     """A copy that a pass may change."""
-    return Joint(copy.deepcopy(joint.module), joint.inputs, copy.deepcopy(joint.context), dict(joint.state))
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(joint.graph, {}))
+    state = copy.deepcopy(joint.state)  # one arena stays one
+    return Joint(fx.GraphModule(joint.module, graph), joint.inputs, copy.deepcopy(joint.context), state)
 
 
 # ---- functions to trace

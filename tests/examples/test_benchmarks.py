@@ -1,0 +1,22 @@
+"""The benchmark scripts run at toy size and report what they claim to."""
+
+import pytest
+from benchmarks import compile_time, mlp
+
+
+def test_mlp_times_integer_gemms_against_bf16(capsys):
+    baseline, ours = mlp.main("--width 32 --tokens 64 --blocks 1 --rounds 2 --variants bf16,int8_in_hindsight".split())
+    assert (baseline.integer_gemms, ours.integer_gemms) == (0, 6)
+    assert len(ours.times) == 2 and min(ours.times) > 0
+    assert 20 < ours.gradient_snr_db < 60  # quantized for real
+    assert 0 < ours.saved < baseline.saved
+    printed = capsys.readouterr().out
+    assert "torch 2." in printed and "int8_in_hindsight" in printed
+
+
+@pytest.mark.slow
+def test_compile_time_counts_the_passes(capsys):
+    (row,) = compile_time.main(["--layers", "1"])
+    assert row.nodes == 15  # five linear layers with three GEMMs each
+    assert 0 < row.passes < row.qtrain
+    assert "passes" in capsys.readouterr().out
