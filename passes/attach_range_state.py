@@ -56,6 +56,7 @@ from passes.graph import (
     is_joint,
     phase_of,
     replace,
+    start_of,
 )
 from passes.insert_qdq import RangeUse
 from qcompile.errors import GraphError
@@ -121,7 +122,7 @@ def _attach_phase(
     if is_joint(graph):
         pinned = {"partitioner_tag": f"must_be_in_{phase}", "recompute": CheckpointPolicy.MUST_SAVE}
     state, index = _add_inputs(graph, layout)
-    with graph.inserting_before(next(n for n in graph.nodes if n.op != "placeholder")):
+    with graph.inserting_before(start_of(graph, phase)):
         old = call(graph, READ, state, index, scope=pinned, name=f"qtrain_{phase}_ranges")
         blocks = {b: call(graph, aten.slice.Tensor, old, 0, b.start, b.start + b.size, scope=scope) for b in layout.blocks}
         pieces = _unpack(graph, layout, blocks, scope)
@@ -325,10 +326,10 @@ def _write_back(
     scope: dict[str, object],
     pinned: dict[str, object],
 ) -> None:
-    output = next(iter(graph.find_nodes(op="output")))
+    end = start_of(graph, BACKWARD) if layout.phase == FORWARD else next(iter(graph.find_nodes(op="output")))
     by_entry = {item.entry: item for item in stateful}
     new: list[fx.Node] = []
-    with graph.inserting_before(output):
+    with graph.inserting_before(end):
         for entries in layout.groups:
             if entries[0].spec is None:
                 continue

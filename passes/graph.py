@@ -167,12 +167,20 @@ def replace(node: fx.Node, by: fx.Node) -> None:
     node.graph.erase_node(node)
 
 
+def start_of(graph: fx.Graph, phase: str) -> fx.Node:
+    """The first operation of a half of the graph; the output if the half has none."""
+    nodes = (n for n in graph.nodes if n.op != "placeholder")
+    return next(n for n in nodes if phase == FORWARD or n.op == "output" or phase_of(n) == phase)
+
+
 @contextlib.contextmanager
 def after(graph: fx.Graph, node: fx.Node) -> Iterator[None]:
-    """Insert directly after `node`; after a placeholder: before the first operation of the graph."""
+    """Insert directly after `node`; after a placeholder: before the first operation of its half.
+
+    The halves stay apart: there are partitioners that go by the order of the nodes.
+    """
     if node.op == "placeholder":
-        first = next(n for n in graph.nodes if n.op != "placeholder")
-        with graph.inserting_before(first):
+        with graph.inserting_before(start_of(graph, phase_of(node))):
             yield
         return
     with graph.inserting_before(node.next):

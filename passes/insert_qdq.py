@@ -81,7 +81,17 @@ def insert_qdq(graph: fx.Graph, context: PassContext) -> int:
                 _set_matrix(node, matrix, _quantize(graph, node, operand, name, specs[name], dims, where))
                 inserted += 1
             gemm.specs = tuple(specs[name] for name in OPERANDS[where.role])  # type: ignore[assignment]
+    _prefer_choices(context)
     return inserted
+
+
+def _prefer_choices(context: PassContext) -> None:
+    """Where the recipe leaves a GEMM out, that is the reason; not that it could not be integer anyway."""
+    for site, gemm in context.gemms():
+        if gemm.reason is not None:
+            resolved = context.recipe.resolve(site.name)
+            role = gemm.role if gemm.role in OPERANDS else "output"
+            gemm.reason = resolved.reason(role) or gemm.reason
 
 
 def _specs(site: Site, gemm: Gemm, context: PassContext) -> dict[str, QuantSpec] | None:

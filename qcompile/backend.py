@@ -248,6 +248,8 @@ class Compilation:
         compiled = compile_inner(half, inputs, **kwargs)
         if not ours:
             return compiled
+        if until_valid is not None:
+            inductor.draw_as_generated_code_does(until_valid, compile_inner)
         dynamic = None if until_valid is None else _Interpreted(until_valid, self.context, inductor.output_strides(compiled))
         if backward:
             return _backward(compiled, dynamic, ours)

@@ -8,11 +8,12 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
@@ -129,6 +130,62 @@ def compile_with_inductor(
     # AOTAutograd's cache would skip the joint pass and our wrapper, and cannot store the wrapper: off for this compile only.
     with functorch_config.patch(enable_autograd_cache=False):
         return compile_fx(gm, example_inputs, inner_compile=_hooked(inner), config_patches=patches, decompositions=table)
+
+
+_RANDOM = frozenset(
+    getattr(torch.ops.prims, name).default
+    for name in ("inductor_seed", "inductor_seeds", "inductor_lookup_seed", "inductor_random", "inductor_randint")
+)
+
+
+def draw_as_generated_code_does(half: fx.GraphModule, compile_inner: InnerCompile) -> None:
+    """Edit a half that is to run operator by operator: its random numbers come from generated code of their own.
+
+    Run as operators, Inductor's random primitives draw other numbers than in generated code: a user's dropout would depend on
+    how a step is run.
+    """
+    random = [n for n in half.graph.nodes if n.op == "call_function" and n.target in _RANDOM]
+    if not random:
+        return
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    inputs: list[fx.Node] = []
+
+    def copy_of(node: fx.Node) -> fx.Node:
+        if node not in copies:  # seeds of the other half, or a symbolic size
+            inputs.append(node)
+            copies[node] = graph.placeholder(node.name)
+            copies[node].meta = dict(node.meta)
+        return copies[node]
+
+    for node in random:
+        copies[node] = graph.node_copy(node, copy_of)
+    read = [n for n in random if any(user not in copies for user in n.users)]
+    graph.output(tuple(copies[n] for n in read))
+    compiled = compile_inner(fx.GraphModule({}, graph), [n.meta["val"] for n in inputs], is_inference=True)
+    half.add_submodule("random_numbers", _Boxed(compiled))
+    start = max(inputs).next if inputs else next(iter(half.graph.nodes))
+    while start.op == "placeholder":
+        start = start.next
+    with half.graph.inserting_before(start):
+        drawn = half.graph.call_module("random_numbers", tuple(inputs))
+        for i, node in enumerate(read):
+            item = half.graph.call_function(operator.getitem, (drawn, i))
+            item.meta = dict(node.meta)
+            node.replace_all_uses_with(item)
+    for node in reversed(random):
+        half.graph.erase_node(node)
+
+
+class _Boxed(nn.Module):
+    """A compiled graph, which takes a list and empties it, as a module."""
+
+    def __init__(self, compiled: Callable[..., Any]) -> None:
+        super().__init__()
+        self.compiled = compiled
+
+    def forward(self, *args: Any) -> tuple[Any, ...]:
+        return tuple(self.compiled(list(args)))
 
 
 def mode_options(mode: str | None) -> dict[str, Any]:

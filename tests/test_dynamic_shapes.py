@@ -15,7 +15,7 @@ def test_ranges_and_integer_gemms_survive_new_batch_sizes():
     model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32))
     step = compiled(model, STOCHASTIC)
     counters.clear()
-    for number, batch in enumerate((8, 12, 20, 9), start=1):
+    for number, batch in enumerate((32, 40, 48, 36), start=1):
         x = torch.randn(batch, 6, 32, requires_grad=True)
         with record_launches() as launches:
             y = step(x)
@@ -24,7 +24,8 @@ def test_ranges_and_integer_gemms_survive_new_batch_sizes():
         want = model(x)
         assert 1e-3 < ((y - want).norm() / want.norm()).item() < 0.05
         assert range_state(step)["0.input"]["steps"].item() == number
-    assert counters["stats"]["unique_graphs"] == 2  # the first size, then every size
+    # The first size, then every size. (Inductor adds guards of its own below 4,096 elements to sum up.)
+    assert counters["stats"]["unique_graphs"] == 2
 
 
 def test_an_empty_batch_leaves_the_ranges_alone():

@@ -7,7 +7,7 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy
 
 from passes.attach_range_state import attach_range_state
-from passes.graph import DEQUANTIZE, QUANTIZE, RANGE, READ, SEED, SELECT, WRITE
+from passes.graph import DEQUANTIZE, QUANTIZE, RANGE, READ, SEED, SELECT, WRITE, phase_of
 from qcompile.errors import GraphError
 from qcompile.specs import GemmSpec, PerRow, PerTensor, QuantSpec
 from tests.compiling import AVERAGE, MOMENTUM, STOCHASTIC, hindsight
@@ -60,10 +60,9 @@ def test_a_second_run_changes_nothing():
 
 def test_each_half_reads_once_at_its_start_and_writes_once_at_its_end():
     joint = before_attaching(AVERAGE, function=mlp, inputs=mlp_inputs(), parameters=(1, 2, 3))
-    original = {n.name for n in joint.graph.nodes if n.op == "call_function"}
+    original = [n for n in joint.graph.nodes if n.op == "call_function" and n.target not in (RANGE, operator.getitem)]
     joint.apply(attach_range_state)
-    order = list(joint.graph.nodes)
-    last = max(i for i, n in enumerate(order) if n.name in original)
+    order = {n: i for i, n in enumerate(joint.graph.nodes)}
     for phase in ("forward", "backward"):
         (read,), (write,) = joint.find(READ, phase), joint.find(WRITE, phase)
         for node in (read, write):
@@ -71,8 +70,17 @@ def test_each_half_reads_once_at_its_start_and_writes_once_at_its_end():
             assert node.meta["recompute"] is CheckpointPolicy.MUST_SAVE
         assert [n.name for n in read.args] == [f"primals_qtrain_{phase}_state", f"primals_qtrain_{phase}_index"]
         assert write.args[:2] == read.args
-        assert order.index(write) > last
+        assert order[write] > max(order[n] for n in original if n.meta["partitioner_tag"] == f"is_{phase}")
+        assert order[write] > max(order[n] for n in read.users)
     assert joint.count(SELECT) == 8  # low and high of four operands
+
+
+@pytest.mark.parametrize("recipe", [TENSORWISE, ROWWISE, AVERAGE, STOCHASTIC], ids=lambda r: r.name)
+def test_the_halves_stay_apart(recipe):
+    """Partitioners that go by the order of the nodes take everything up to the last forward one as forward."""
+    joint = attached(recipe, function=mlp, inputs=mlp_inputs(2, 3), parameters=(1, 2, 3))
+    phases = [phase_of(n) for n in joint.graph.nodes if n.op == "call_function"]
+    assert phases == sorted(phases, reverse=True) and set(phases) == {"forward", "backward"}
 
 
 def test_state_enters_behind_the_last_input_and_before_the_gradients():
