@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,7 +23,14 @@ from torch._inductor.decomposition import select_decomp_table
 from passes.partition import min_cut_partition
 from passes.restore_decompositions import KEPT_WHOLE
 
-__all__ = ["compile_plain", "compile_with_inductor", "mode_options", "output_strides", "watch_plain"]
+__all__ = [
+    "compile_plain",
+    "compile_with_inductor",
+    "draw_as_generated_code_does",
+    "mode_options",
+    "output_strides",
+    "watch_plain",
+]
 
 InnerCompile = Callable[..., Callable[..., Any]]
 InnerHook = Callable[[InnerCompile, fx.GraphModule, list[Any], dict[str, Any]], Callable[..., Any]]
@@ -162,7 +169,8 @@ def draw_as_generated_code_does(half: fx.GraphModule, compile_inner: InnerCompil
         copies[node] = graph.node_copy(node, copy_of)
     read = [n for n in random if any(user not in copies for user in n.users)]
     graph.output(tuple(copies[n] for n in read))
-    compiled = compile_inner(fx.GraphModule({}, graph), [n.meta["val"] for n in inputs], is_inference=True)
+    with _as_no_half():
+        compiled = compile_inner(fx.GraphModule({}, graph), [n.meta["val"] for n in inputs], is_inference=True)
     half.add_submodule("random_numbers", _Boxed(compiled))
     start = max(inputs).next if inputs else next(iter(half.graph.nodes))
     while start.op == "placeholder":
@@ -175,6 +183,20 @@ def draw_as_generated_code_does(half: fx.GraphModule, compile_inner: InnerCompil
             node.replace_all_uses_with(item)
     for node in reversed(random):
         half.graph.erase_node(node)
+
+
+@contextlib.contextmanager
+def _as_no_half() -> Iterator[None]:
+    """AOTAutograd waits for the output strides of the half that is being compiled: nobody else may report any."""
+    context = torch._guards.TracingContext.try_get()
+    if context is None:
+        yield
+        return
+    strides, context.output_strides = context.output_strides, None
+    try:
+        yield
+    finally:
+        context.output_strides = strides
 
 
 class _Boxed(nn.Module):

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 import qcompile
 from passes.graph import DEQUANTIZE, QUANTIZE, SCALED_MM
@@ -566,9 +567,9 @@ def test_options_of_inductor_reach_it(interpreted, monkeypatch):
 
 
 def test_hooks_of_the_user_are_chained(interpreted):
+    from torch._functorch.partitioners import default_partition
     from torch._inductor import config
     from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn
-    from torch._functorch.partitioners import default_partition
 
     order = []
 
@@ -676,9 +677,15 @@ def test_dropout_does_not_depend_on_the_recipe():
     assert not all_equal(masks("int8", seed=6), want)
 
 
-def test_gradients_use_the_mask_of_their_forward():
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_gradients_use_the_mask_of_their_forward(checkpointed):
+    """Also where the backward half draws it again."""
     model = Dropping()
-    run = compiled(model)
+
+    def step(x):
+        return checkpoint(model, x, use_reentrant=False) if checkpointed else model(x)
+
+    run = compiled(step)
     for _ in range(3):
         model.zero_grad()
         x = torch.randn(64, WIDTH)

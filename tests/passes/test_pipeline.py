@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from passes.context import PassContext
-from passes.graph import SCALED_MM, aten, call
+from passes.graph import SCALED_MM, aten
 from passes.pipeline import Pipeline, Step, insert_after, insert_before, joint_steps, without
 from passes.restore_decompositions import restore_decompositions
 from tests.compiling import AVERAGE, STOCHASTIC
