@@ -327,6 +327,11 @@ def _write_back(
     pinned: dict[str, object],
 ) -> None:
     end = start_of(graph, BACKWARD) if layout.phase == FORWARD else next(iter(graph.find_nodes(op="output")))
+    # With symbolic sizes some operations of the backward half stand among those of the forward half.
+    place = {n: i for i, n in enumerate(graph.nodes)}
+    latest = max((s for item in stateful for s in item.stats.values()), key=place.__getitem__, default=end)
+    if place[latest] >= place[end] and latest is not end:
+        end = latest.next
     by_entry = {item.entry: item for item in stateful}
     new: list[fx.Node] = []
     with graph.inserting_before(end):

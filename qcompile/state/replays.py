@@ -4,9 +4,8 @@ The second run must see the state that the first one saw, or it computes other c
 it must not count as a step. So the first run leaves a snapshot with its checkpoint frame, and the replay gets that in a state
 tensor that is thrown away.
 
-Checkpoints nest: the replay of an outer one runs the inner ones anew, as first runs in frames of their own, and these are replayed
-in turn. Hence the rule: a call under a replaying frame takes that frame's snapshot, and leaves it with every frame that runs for
-the first time.
+Checkpoints nest. The replay of an outer one runs the inner ones anew, as first runs in frames of their own: hence every frame around a
+call is looked at, and if one of them replays, the call does.
 
 The reentrant kind needs none of this: its first run is without grad, which updates nothing.
 
@@ -70,20 +69,16 @@ class Replays:
     def view(self, binding: Binding) -> View:
         """The state that a training call of a forward graph is to use."""
         frames = _checkpoint_frames()
-        if not frames:
-            return View(binding.tensor, binding.steady())
-        snapshot = next((s for f in frames if f.replaying and (s := self._next(f.frame, binding))), None)
-        if snapshot is None:
-            view = View(binding.tensor, binding.steady())
-        else:
-            throw_away = torch.empty_like(binding.tensor)
-            throw_away[binding.index] = snapshot.values
-            view = View(throw_away, snapshot.steady)
-        first_runs = [f.frame for f in frames if not f.replaying]
-        if first_runs:
-            snapshot = snapshot or _Snapshot(binding.tensor[binding.index], view.steady)
-            for frame in first_runs:
-                self._taken.setdefault(frame, {}).setdefault(binding, []).append(snapshot)
+        for frame in frames:
+            if frame.replaying and (snapshot := self._next(frame.frame, binding)) is not None:
+                throw_away = torch.empty_like(binding.tensor)
+                throw_away[binding.index] = snapshot.values
+                return View(throw_away, snapshot.steady)
+        view = View(binding.tensor, binding.steady())
+        if frames:
+            snapshot = _Snapshot(binding.tensor[binding.index], view.steady)
+            for frame in frames:
+                self._taken.setdefault(frame.frame, {}).setdefault(binding, []).append(snapshot)
         return view
 
     def _next(self, frame: Any, binding: Binding) -> _Snapshot | None:

@@ -101,6 +101,21 @@ def test_scales_are_saved_and_not_recomputed():
             assert scale.meta["recompute"] is CheckpointPolicy.MUST_SAVE, node.format_node()
 
 
+def test_codes_of_a_static_range_wait_for_no_reduction():
+    """Behind `select_range`, which is compiled away, the present tensor has no part in the scale of a quantize."""
+    joint = attached(AVERAGE, function=mlp, inputs=mlp_inputs(), parameters=(1, 2, 3))
+    static = [n for n in joint.find(QUANTIZE) if n.args[0].name not in ("primals_2", "primals_4")]
+    assert len(static) == 4
+    for node in static:
+        pending, seen = [node.args[1]], set()
+        while pending:
+            n = pending.pop()
+            seen.add(n)
+            pending += [n.args[0]] if n.target is SELECT else n.all_input_nodes
+        assert joint.graph.find_nodes(op="placeholder")[0] not in seen - {node}
+        assert not any("amax" in str(n.target) for n in seen), node.format_node()
+
+
 def test_steps_by_hand():
     """First the present range, then the average of the past."""
     joint = attached(AVERAGE)

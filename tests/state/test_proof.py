@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from qcompile import range_state
+from qcompile import backend, range_state
 from qcompile.kernels import record_launches
 from tests.compiling import AVERAGE, JUMPING, MOMENTUM, amax, compiled, linear_step, poke
 
@@ -84,6 +84,22 @@ def test_a_step_on_8x_uses_the_old_range_and_learns_by_the_formula(engine, layer
         want = average(old[name], tensor.abs().max())
         torch.testing.assert_close(ranges_of(layer)[name], want, rtol=1e-6, atol=0, msg=name)
     assert range_state(layer)["input"]["steps"].item() == 5
+
+
+def test_only_the_first_step_runs_operator_by_operator(interpreted, layer, monkeypatch):
+    """From then on both halves are the compiled ones, which read what is stored and wait for no reduction."""
+    slow = []
+    call = backend._Interpreted.__call__
+    monkeypatch.setattr(backend._Interpreted, "__call__", lambda self, args: slow.append(self) or call(self, args))
+    run = compiled(layer, AVERAGE)
+    counts = []
+    for _ in range(3):
+        step(layer, run, torch.randn(M, K), torch.randn(M, N))
+        counts.append(len(slow))
+    assert counts == [2, 2, 2]
+    range_state(layer).reset()
+    step(layer, run, torch.randn(M, K), torch.randn(M, N))
+    assert len(slow) == 4
 
 
 def test_a_range_that_clips_too_much_gives_way_to_the_present_one(interpreted, layer):

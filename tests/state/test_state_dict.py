@@ -233,17 +233,36 @@ def test_state_of_another_instance_loads_by_name(interpreted):
     assert same(range_state(wrapped).state_dict(), saved)
 
 
-def test_reset_starts_anew(interpreted):
-    model, run = trained()
+def forget_by_reset(model):
     range_state(model).reset()
-    assert {v.item() for k, v in range_state(model).state_dict().items()} == {0}
-    x = batch(5) * 10
-    run(x).sum().backward()
-    assert amax(model, "body.0.input") == x.abs().max()
 
+
+def forget_by_loading(model):
+    range_state(model).load_state_dict({k: torch.zeros(1) for k in range_state(model).state_dict()})
+
+
+@pytest.mark.parametrize("forget", [forget_by_reset, forget_by_loading])
+def test_without_memory_a_step_is_a_first_step_again(interpreted, forget):
+    model = nn.Linear(WIDTH, WIDTH)
+    run = compiled(model)
+    for number in range(2):
+        run(batch(number)).sum().backward()
+    forget(model)
+    assert {v.item() for v in range_state(model).state_dict().values()} == {0}
+    x, one = batch(5) * 10, torch.tensor(1.0)
+    want = linear_step(
+        x, model.weight, model.bias, torch.ones(ROWS, WIDTH), input_amax=x.abs().max(), grad_amax=one
+    )
+    y = run(x)
+    torch.testing.assert_close(y, want["output"], rtol=1e-6, atol=1e-6)
+    assert amax(model, "input") == x.abs().max()
+
+
+def test_reset_forgets_what_was_loaded_and_not_claimed():
     fresh = Net()
     range_state(fresh).load_state_dict({"body.0.input.amax": torch.ones(1)})
-    range_state(fresh).reset()  # what was loaded and not yet claimed, too
+    assert len(range_state(fresh).state_dict()) == 1
+    range_state(fresh).reset()
     assert range_state(fresh).state_dict() == {}
 
 
@@ -385,6 +404,7 @@ def test_state_follows_the_parameter_to_another_arena():
     small, large = (Binder(layout(n), torch.device("cpu"), store) for n in (64, 128))
     first = [small.bind([p])["forward"] for p in owners]
     assert first[0].arena is first[1].arena and not torch.equal(first[0].index, first[1].index)
+    assert [small.bind([p])["forward"] for p in owners] == first, "found once, and then remembered"
     for number, binding in enumerate(first):
         binding.tensor[binding.index] = torch.tensor([5.0 + number, 1.0])
     moved = [large.bind([p])["forward"] for p in owners]
