@@ -4,8 +4,8 @@ The second run must see the state that the first one saw, or it computes other c
 it must not count as a step. So the first run leaves a snapshot with its checkpoint frame, and the replay gets that in a state
 tensor that is thrown away.
 
-Checkpoints nest. The replay of an outer one runs the inner ones anew, as first runs in frames of their own: hence every frame around a
-call is looked at, and if one of them replays, the call does.
+Checkpoints nest. The replay of an outer one runs the inner ones anew, as first runs in frames of their own: hence every frame
+around a call is looked at, and if one of them replays, the call does.
 
 The reentrant kind needs none of this: its first run is without grad, which updates nothing.
 
