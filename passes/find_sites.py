@@ -33,7 +33,7 @@ from passes.gemms import BATCHED, CONVOLUTION, CONVOLUTIONS, GEMMS, geometry, op
 from passes.graph import BACKWARD, CONV_GRAD_INPUT, CONV_GRAD_WEIGHT, phase_of
 from passes.operands import Operand, resolve_operand
 
-__all__ = ["GemmNode", "find_sites", "module_path"]
+__all__ = ["GemmNode", "enclosing_module", "find_sites", "module_path"]
 
 FUSED_ATTENTION = "recipe: fused attention stays in high precision; ops=(..., 'bmm') takes it apart into products and quantizes them"
 
@@ -261,6 +261,11 @@ def module_path(source: str) -> str:
     path = re.sub(r"\.?_modules\[(['\"])([^'\"]*)\1\]", r".\2", path)
     path = re.sub(r"\[(['\"]?)([^'\"\]]*)\1\]", r".\2", path)
     return ".".join(p for p in path.split(".") if p and p not in _WRAPPERS)
+
+
+def enclosing_module(node: fx.Node) -> str:
+    """The path of the innermost module that a node belongs to; "" for the root."""
+    return _module_of(node)[0]
 
 
 def _module_of(node: fx.Node) -> tuple[str, bool]:

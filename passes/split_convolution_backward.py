@@ -22,7 +22,7 @@ from torch import fx
 
 from passes.context import PassContext
 from passes.graph import CONV_GRAD_INPUT, CONV_GRAD_WEIGHT, DEQUANTIZE, args_by_name, aten, call, inline, replace
-from qcompile.ops.geometry import Geometry
+from qcompile.geometry import Geometry
 
 __all__ = ["Part", "restore_convolution_backward", "split_convolution_backward"]
 

@@ -22,6 +22,7 @@ from passes.gemms import INTEGER
 from passes.graph import BACKWARD, FORWARD, SELECT
 from passes.lower import lower
 from passes.pipeline import Pipeline, Step, joint_steps
+from passes.unfuse_attention import unfuse_attention
 from passes.verify import count_writes, verify
 from qcompile import inductor
 from qcompile.errors import QtrainWarning, UnsupportedError
@@ -159,6 +160,8 @@ class Compilation:
 
     def run(self) -> Callable[..., Any]:
         start = time.perf_counter()
+        if "bmm" in self.context.recipe.ops:
+            unfuse_attention(self.gm, self.context.recipe)
         compiled = inductor.compile_with_inductor(
             self.gm,
             self.example_inputs,

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from qcompile.kernels import note_launch
-from qcompile.ops.geometry import Geometry
+from qcompile.geometry import Geometry
 
 __all__ = ["Product", "correlate", "gather", "operators", "spread", "weight_grad"]
 

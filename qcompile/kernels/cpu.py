@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from qcompile.errors import KernelError
 from qcompile.kernels import note_launch
+from qcompile.kernels.convolution import operators
 
 __all__ = [
     "CANDIDATES",
@@ -381,8 +382,6 @@ def scaled_bmm(
 
 def convolutions() -> dict[str, Callable[..., Tensor]]:
     """`qtrain::scaled_conv` and its gradients for checked operands, by name: products of gathered codes."""
-    from qcompile.kernels.convolution import operators  # it needs the operators' geometry, and they need this module
-
     return operators(_gathered_product, kernel_name)
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from qcompile.ops._library import define
-from qcompile.ops.geometry import GEOMETRY
+from qcompile.geometry import GEOMETRY
 
 __all__ = ["channels_last", "conv_grad_input", "conv_grad_weight"]
 

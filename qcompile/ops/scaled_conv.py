@@ -10,7 +10,7 @@ nothing, which is to say: the padding holds the *code of zero*, the zero point. 
 `grad_input`. Groups are products side by side.
 
 A scale can be taken out of a sum if it is constant over it, so an operand's scales lie on the one axis that its GEMM does not sum over:
-the batch or the channels, never the spatial axes. Tensors, weights and geometry as in `qcompile.ops.geometry`.
+the batch or the channels, never the spatial axes. Tensors, weights and geometry as in `qcompile.geometry`.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from qcompile.kernels import cpu
 from qcompile.ops._checks import FLOATS, OUTPUTS, check_dtype, check_shared
 from qcompile.ops._library import LIBRARY, define
 from qcompile.ops.convolution import channels_last
-from qcompile.ops.geometry import GEOMETRY, Geometry
+from qcompile.geometry import GEOMETRY, Geometry
 
 __all__ = [
     "CHECKS",

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from qcompile import ops
 from qcompile.errors import KernelError
 from qcompile.kernels import record_launches
-from qcompile.ops.geometry import Geometry
+from qcompile.geometry import Geometry
 
 aten = torch.ops.aten
 SCALE = torch.tensor(0.015625)

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from qcompile._sizes import same_size
 from qcompile.errors import KernelError
-from qcompile.ops._checks import same_size
 
 __all__ = ["GEOMETRY", "Geometry"]
 
