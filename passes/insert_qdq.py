@@ -66,11 +66,15 @@ class RangeUse:
 def insert_qdq(graph: fx.Graph, context: PassContext) -> int:
     """Return the number of operands quantized."""
     inserted = 0
+    ends = _ends(context) if context.recipe.skip_first_last else ()
     for node in [n for n in graph.nodes if n.target in GEMMS and "qtrain_gemm" in n.meta]:
         where: GemmNode = node.meta["qtrain_gemm"]
         site = context.site(where.site)
         gemm = site.gemms[where.role]
         specs = _specs(site, gemm, context)
+        if specs is not None and site.name in ends:
+            gemm.reason = f"recipe: skip_first_last, this is the {'first' if site.name == ends[0] else 'last'} layer"
+            continue
         if specs is None or any(m.target is DEQUANTIZE for m in operands(node)):  # hp, or done already
             continue
         plans = []
@@ -92,10 +96,16 @@ def insert_qdq(graph: fx.Graph, context: PassContext) -> int:
     return inserted
 
 
+def _ends(context: PassContext) -> tuple[str, ...]:
+    """The first and the last layer of the graph, in forward order: linears and convolutions count."""
+    layers = [s.name for s in context.sites if s.kind in ("linear", "conv")]
+    return (layers[0], layers[-1]) if layers else ()
+
+
 def _prefer_choices(context: PassContext) -> None:
     """Where the recipe leaves a GEMM out, that is the reason; not that it could not be integer anyway."""
     for site, gemm in context.gemms():
-        if gemm.reason is not None:
+        if gemm.reason is not None and not gemm.reason.startswith("recipe:"):
             resolved = context.recipe.resolve(site.name, site.kind)
             role = gemm.role if gemm.role in OPERANDS else "output"
             gemm.reason = resolved.reason(role) or gemm.reason

@@ -116,6 +116,8 @@ qtrain.reset = _reset  # type: ignore[attr-defined]  # torch.compiler.reset() ca
 
 def quantizes_nothing(recipe: Recipe) -> bool:
     """Whether the recipe is "none" in all but name: then no pass runs."""
+    if not recipe.ops:
+        return True
     return recipe.input is recipe.weight is recipe.grad_output is None and not recipe.overrides and all(
         getattr(recipe, g) is None or not hasattr(getattr(recipe, g), "input") for g in ("output", "grad_input", "grad_weight")
     )

@@ -24,8 +24,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from qcompile.kernels import note_launch
 from qcompile.geometry import Geometry
+from qcompile.kernels import note_launch
 
 __all__ = ["Product", "correlate", "gather", "operators", "spread", "weight_grad"]
 

@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from qcompile.errors import KernelError
+from qcompile.geometry import GEOMETRY, Geometry
 from qcompile.kernels import cpu
 from qcompile.ops._checks import FLOATS, OUTPUTS, check_dtype, check_shared
 from qcompile.ops._library import LIBRARY, define
 from qcompile.ops.convolution import channels_last
-from qcompile.geometry import GEOMETRY, Geometry
 
 __all__ = [
     "CHECKS",

@@ -1,6 +1,5 @@
 """`scaled_conv` and its gradients against fp64 arithmetic on the same codes: equal bit for bit, whatever the geometry."""
 
-import math
 
 import pytest
 import torch
@@ -8,9 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qcompile import ops
-from qcompile.errors import KernelError
-from qcompile.kernels import record_launches
 from qcompile.geometry import Geometry
+from qcompile.kernels import record_launches
 
 aten = torch.ops.aten
 SCALE = torch.tensor(0.015625)
