@@ -165,7 +165,7 @@ def _entry(node: fx.Node, use: RangeUse, context: PassContext, labels: set[str])
     fields = dict(use.spec.estimator.state_fields(use.spec.symmetric)) | BOOKKEEPING
     return Entry(
         owner=site.weight or _first_owner(context),
-        key=f"{site.op}#{site.weight_use}.{operand}" if site.weight else label,
+        key=f"{'layer' if site.is_layer else site.op}#{site.weight_use}.{operand}" if site.weight else label,
         fields=tuple(fields),
         initial=tuple(fields.values()),
         size=size,
