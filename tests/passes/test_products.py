@@ -12,7 +12,6 @@ from qcompile.kernels import record_launches
 from qcompile.recipe import GEMM_OPERANDS, Recipe
 from qcompile.specs import PerChannel, PerTensor, QuantSpec
 from tests.passes.graphs import ROWWISE, TENSORWISE, assert_same_outputs, joint_graph
-from tests.passes.test_convolution import quantized
 
 BMM, BADDBMM, MM = aten.bmm.default, aten.baddbmm.default, aten.mm.default
 ALL = ("linear", "conv", "bmm")
@@ -66,7 +65,7 @@ def test_a_step_equals_the_one_by_hand(recipe):
     assert joint.count(SCALED_BMM) == 3 and joint.count(DEQUANTIZE) == 0
     with record_launches() as launches:
         got = joint.run()
-    assert [(launch.op, launch.count) for launch in launches] == [("bmm", 3)] * 3
+    assert [(launch.op, launch.batch) for launch in launches] == [("bmm", 3)] * 3
 
     def by_hand(left, right):
         """Per row: one scale for each row of each left matrix, each column of each right one."""
@@ -205,7 +204,8 @@ def test_attention_taken_apart_is_attention(options):
             options["attn_mask"] = mask
         case "float":
             options["attn_mask"] = torch.randn(5, 7)
-    torch.testing.assert_close(attention(query, key, value, **options), F.scaled_dot_product_attention(query, key, value, **options))
+    want = F.scaled_dot_product_attention(query, key, value, **options)
+    torch.testing.assert_close(attention(query, key, value, **options), want)
 
 
 def test_dropout_in_attention_taken_apart():
