@@ -22,12 +22,13 @@ from measure import count_eager
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from qcompile import Recipe
 from qcompile.kernels import record_launches
 
 LAST = 20  # steps whose mean is a run's training loss
 
-Probe = Callable[[int, nn.Module, nn.Module, Method, Callable[[nn.Module], Tensor]], list[Reading]]
-"""(step, model, compiled, method, model -> loss of the coming batch) -> what was measured, with nothing changed."""
+Probe = Callable[[int, nn.Module, nn.Module, Recipe, Callable[[nn.Module], Tensor]], list[Reading]]
+"""(step, model, compiled, recipe, model -> loss of the coming batch) -> what was measured, with nothing changed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,11 +102,11 @@ class _Run:
         ).to(config.device)
         if config.device.startswith("cuda"):
             self.model.to(memory_format=torch.channels_last)
-        recipe = method.resolve(config.skip)
-        if recipe is None:
+        self.recipe = method.resolve(config.skip)
+        if self.recipe is None:
             self.compiled = torch.compile(self.model, backend=config.hp_backend)
         else:
-            self.compiled = torch.compile(self.model, backend="qtrain", options={"recipe": recipe})
+            self.compiled = torch.compile(self.model, backend="qtrain", options={"recipe": self.recipe})
         self.optimizer = torch.optim.SGD(
             self.model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
         )
@@ -126,7 +127,7 @@ class _Run:
         gemms = self.count_gemms()
         with tqdm(total=steps, desc=f"{self.method}, seed {self.seed}", leave=False, disable=not progress) as bar:
             for step in range(steps):
-                if self.config.probe_every and self.task.probe and step % self.config.probe_every == 0:
+                if self.config.probe_every and step % self.config.probe_every == 0:
                     self.probe(step)
                 with record_launches() as launches:
                     self.step(step)
@@ -176,11 +177,12 @@ class _Run:
         return count_eager(lambda: F.cross_entropy(model(x[:2]), y[:2]).backward()).gemms
 
     def probe(self, step: int) -> None:
-        assert self.task.probe is not None
+        if self.task.probe is None or self.recipe is None:
+            return
         x, y = self.batch(step)
 
         def loss(model: nn.Module) -> Tensor:
             with self.autocast():
                 return F.cross_entropy(model(x).float(), y)
 
-        self.readings += self.task.probe(step, self.model, self.compiled, self.method, loss)
+        self.readings += self.task.probe(step, self.model, self.compiled, self.recipe, loss)
