@@ -115,23 +115,30 @@ def draw_errors(traces: Traces, path: Path) -> None:
 
 
 def draw_ranges(traces: Traces, path: Path) -> None:
-    """A panel for each method and field of its gradients' and inputs' state, a curve for each site (mean over seeds)."""
-    panels = list(dict.fromkeys((row.method, r.quantity) for row, r in traces if r.quantity.startswith("state")))
-    if not panels:
+    """A row for each method, a column for each field of gradients' and inputs' state, a curve for each site (mean over seeds)."""
+    curves: dict[tuple[str, str], list[Reading]] = defaultdict(list)
+    for row, reading in traces:
+        if reading.quantity.startswith("state"):
+            curves[row.method, reading.quantity].append(reading)
+    methods = list(dict.fromkeys(method for method, _ in curves))
+    quantities = list(dict.fromkeys(quantity for _, quantity in curves))
+    if not curves:
         return
-    drawn, axes = figure(len(panels), 1, width=8, height=2.6 * len(panels))
-    for (method, quantity), axis in zip(panels, axes[:, 0], strict=True):
-        mine = [r for row, r in traces if (row.method, r.quantity) == (method, quantity)]
-        sites = list(dict.fromkeys(r.site for r in mine))
+    drawn, axes = figure(len(methods), len(quantities), width=4 * len(quantities), height=3 * len(methods))
+    for (method, quantity), readings in curves.items():
+        axis = axes[methods.index(method), quantities.index(quantity)]
+        sites = list(dict.fromkeys(r.site for r in readings))
         for site in sites[:: max(1, -(-len(sites) // SITES))]:
-            curve = _mean_by_step(r for r in mine if r.site == site)
+            curve = _mean_by_step(r for r in readings if r.site == site)
             axis.plot(list(curve), list(curve.values()), label=site, alpha=0.8)
-        operand, _, name = quantity.removeprefix("state").partition(".")
-        operand = "input" if operand else "grad_output"
-        scale = "linear" if name in ("gamma", "clipped") or any(r.value <= 0 for r in mine) else "log"
-        axis.set(xlabel="step", ylabel=name, title=f"{method}: {operand}", yscale=scale)
+        operand, _, name = quantity.partition(".")
+        whose = "input" if operand == "state_input" else "grad_output"
+        scale = "linear" if name in ("gamma", "clipped") or any(r.value <= 0 for r in readings) else "log"
+        axis.set(xlabel="step", title=f"{method}: {whose}.{name}", yscale=scale)
         axis.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize=7, ncols=2)
+    for axis in axes.flat:
+        axis.set_visible(axis.has_data())
+    axes[0, 0].legend(fontsize=7)
     save(drawn, path)
 
 

@@ -55,19 +55,23 @@ def config_from(args: argparse.Namespace) -> CNNConfig:
     )
 
 
-def main(argv: list[str] | None = None) -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     known = ", ".join(["fp32", "bf16", *qcompile.list_recipes()])
     parser.add_argument("--recipes", type=names, default=["fp32", "int8"], help=f"the first is the baseline; of {known}")
     parser.add_argument("--seeds", type=numbers, default=[0, 1, 2], help="such as 0,1,2 or 0-4")
     parser.add_argument("--out", type=Path, default=Path("train_out/cnn"), help="directory of results.csv and the plot")
     add_arguments(parser)
-    args = parser.parse_args(argv)
+    return parser
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parser().parse_args(argv)
     try:
         methods = methods_of(args.recipes)
         task = CNNTask(config_from(args), image_data.load(args.data, args.data_dir))
     except (ValueError, FileNotFoundError) as error:
-        parser.error(str(error))
+        parser().error(str(error))
     print(
         f"{task.name}, {len(task.images.train_x)} images, {task.steps} steps a run, "
         f"{machine(task.device)}, torch {torch.__version__}"
