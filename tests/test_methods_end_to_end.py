@@ -24,6 +24,7 @@ from qcompile.estimators import (
 )
 from qcompile.estimators.step import reductions
 from qcompile.kernels import record_launches
+from qcompile.ops import quantize, scaled_mm_reference
 from qcompile.recipes import get_recipe, list_recipes
 from qcompile.specs import GemmSpec, PerBlock, PerChannel, PerRow
 from tests.compiling import compiled
@@ -74,7 +75,7 @@ def test_dai8_quantizes_the_gradient_twice_and_per_channel_for_the_weight(interp
         (RunningMinMax(), "amax"),
         (InHindsightMax(4), "amax_3"),
         (DistributionAdaptive(), "bound"),
-        (IntervalUpdate(), "gamma"),
+        (IntervalUpdate(alpha=0.5), "gamma"),
         (IntervalUpdate(small="pool", init="release"), "share"),
         (DirectionSensitive(), "deviation"),
         (Sigma(), "bound"),
@@ -100,27 +101,36 @@ def test_compiled_state_is_that_of_the_estimator_alone(estimator, field, interpr
     assert entry[field].item() != spec.estimator.state_fields(True)[field]
 
 
-def test_generated_code_agrees_with_running_by_operator(engine):
-    """Interval update in 4 bits beside DAI8's channels: the same state from Inductor's code."""
-    spec = QuantSpec(bits=4, estimator=IntervalUpdate())
+def test_generated_code_remembers_what_the_estimators_alone_do(engine):
+    """Searches, samples and sorts through Inductor; DAI8's two ranges of one gradient."""
+    spec = QuantSpec(bits=4, estimator=IntervalUpdate(alpha=0.2))
     channel = QuantSpec(granularity=PerRow(), estimator=DistributionAdaptive())
     recipe = Recipe(
-        input=QuantSpec(estimator=Percentile()),
+        input=QuantSpec(estimator=Percentile(sample=512)),
         weight=QuantSpec(estimator=LeastSquaredError()),
         grad_output=spec,
         grad_weight=GemmSpec(grad_output=channel),
     )
-    made, launched, _ = train(nn.Sequential(nn.Tanh(), nn.Linear(24, 16, bias=False)), recipe, steps=3)
-    assert launched == [2] * 3
-    torch.manual_seed(0)
-    nn.Linear(24, 16, bias=False)
-    alone, columns = EagerRange(spec), EagerRange(channel, dims=[0])
-    torch.manual_seed(0)
-    made2, _, (_, _, gradient) = train(nn.Sequential(nn.Linear(24, 16, bias=False)), recipe, steps=1)
-    columns.step(gradient)
-    got = range_state(made2)["0.grad_output@grad_weight"]["bound"]
-    torch.testing.assert_close(got, columns.state["bound"].squeeze())
-    assert alone.state == {}
+    layer = nn.Linear(24, 16, bias=False)
+    made, alone, channels = compiled(layer, recipe, strict=True), EagerRange(spec), EagerRange(channel, dims=[0])
+    for size in (1.0, 0.1, 3.0):
+        x, gradient = torch.randn(64, 24, requires_grad=True), torch.randn(64, 16) ** 3 * size
+        layer.zero_grad()
+        with record_launches() as launches:
+            y = made(x)
+            y.backward(gradient)
+        alone.step(gradient)
+        by_channel, _ = channels.step(gradient)
+        assert len(launches) == 3
+    state = range_state(made)
+    torch.testing.assert_close(state["grad_output"]["gamma"].squeeze(), alone.state["gamma"])
+    torch.testing.assert_close(state["grad_output@grad_weight"]["bound"], channels.state["bound"].squeeze())
+    assert 0.1 < alone.state["gamma"] < 0.95
+    assert 28 < row_snr_db(want=x.detach() @ layer.weight.detach().T, got=y.detach()).median() < 45
+    by_tensor, _ = EagerRange(recipe.input).step(x.detach())
+    codes = quantize(gradient, by_channel, None, 8, None, 0), quantize(x.detach(), by_tensor, None, 8, None, 0)
+    want = scaled_mm_reference(codes[0].T, codes[1], by_channel.T, by_tensor, None, None, None, torch.float32)
+    torch.testing.assert_close(layer.weight.grad, want, rtol=1e-5, atol=1e-5)
 
 
 @register_estimator
@@ -186,15 +196,13 @@ def ancestors(node, *, steady):
     return seen
 
 
-REDUCTIONS = ("amax", "amin", "sum", "mean", "var", "sort", "argmin")
+REDUCTIONS = tuple(f"aten.{name}." for name in ("amax", "amin", "sum", "mean", "var", "sort", "argmin"))
 
 
 def waits_for_a_reduction(joint, quantize):
     """Whether the scale of a quantize follows from a reduction of the tensor that it reads."""
-    x = quantize.args[0]
-    before_x = ancestors(x, steady=True)
-    own = ancestors(quantize.args[1], steady=True) - before_x
-    return any(str(n.target).split(".")[1] in REDUCTIONS for n in own if n.op == "call_function")
+    reductions = [n for n in ancestors(quantize.args[1], steady=True) if str(n.target).startswith(REDUCTIONS)]
+    return any(quantize.args[0] in ancestors(n, steady=True) for n in reductions)
 
 
 STATIC = {"in hindsight": InHindsight(), "history": InHindsightMax(4), "sigma": Sigma(), "own": LargestOfMost()}
@@ -232,7 +240,7 @@ def test_what_only_the_first_step_needs_is_compiled_away():
     from passes.lower import lower
 
     for init in ("quantile", "release"):
-        spec = QuantSpec(estimator=IntervalUpdate(init=init))
+        spec = QuantSpec(estimator=IntervalUpdate(init=init, small="pool"))
         joint = joint_graph(mlp, *mlp_inputs(), recipe=Recipe(input=spec, weight=spec), parameters=(1, 2, 3))
         joint.through("attach_range_state")
         assert "sort" in str(joint.targets())

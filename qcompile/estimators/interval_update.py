@@ -139,4 +139,4 @@ class IntervalUpdate(RangeEstimator):
         average = (1 - _KEPT) * weight * torch.cumsum(shares / weight, -1)
         stops = average > target.to(torch.float64).reshape(*sizes.shape[:-1], 1)
         last = stops.to(torch.int8).argmax(-1)  # the first turn with Rbar > T, in which gamma went up again
-        return (gammas[last] + step).to(torch.float32).reshape(amax.shape)
+        return (1.0 - step * last.to(torch.float64) + step).to(torch.float32).reshape(amax.shape)
