@@ -17,10 +17,12 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from passes.context import PassContext
-from passes.graph import BACKWARD, FORWARD, SCALED_MM, SELECT
+from passes.context import EMULATED, PassContext
+from passes.gemms import INTEGER
+from passes.graph import BACKWARD, FORWARD, SELECT
 from passes.lower import lower
 from passes.pipeline import Pipeline, Step, joint_steps
+from passes.unfuse_attention import unfuse_attention
 from passes.verify import count_writes, verify
 from qcompile import inductor
 from qcompile.errors import QtrainWarning, UnsupportedError
@@ -114,6 +116,8 @@ qtrain.reset = _reset  # type: ignore[attr-defined]  # torch.compiler.reset() ca
 
 def quantizes_nothing(recipe: Recipe) -> bool:
     """Whether the recipe is "none" in all but name: then no pass runs."""
+    if not recipe.ops:
+        return True
     return recipe.input is recipe.weight is recipe.grad_output is None and not recipe.overrides and all(
         getattr(recipe, g) is None or not hasattr(getattr(recipe, g), "input") for g in ("output", "grad_input", "grad_weight")
     )
@@ -158,6 +162,8 @@ class Compilation:
 
     def run(self) -> Callable[..., Any]:
         start = time.perf_counter()
+        if "bmm" in self.context.recipe.ops:
+            unfuse_attention(self.gm, self.context.recipe)
         compiled = inductor.compile_with_inductor(
             self.gm,
             self.example_inputs,
@@ -260,8 +266,8 @@ class Compilation:
         return _forward(compiled, dynamic, ours, self.binder, owner_positions, training)
 
     def _record_kernels(self, graph: fx.Graph) -> None:
-        for node in graph.find_nodes(op="call_function", target=SCALED_MM):
-            where = node.meta.get("qtrain_gemm")
+        for node in graph.nodes:
+            where = node.meta.get("qtrain_gemm") if node.op == "call_function" and node.target in INTEGER else None
             if where is not None:
                 zero_points = node.args[4] is not None or node.args[5] is not None
                 gemm = self.context.site(where.site).gemms[where.role]
@@ -397,11 +403,11 @@ def _source_name(placeholder: fx.Node) -> str:
     return str(name() if callable(name) else name) if source is not None else placeholder.name
 
 
-_CHOICES = ("skipped by", "recipe:", "override")
+_CHOICES = ("skipped by", "recipe:", "override", EMULATED)
 
 
 def _by_choice(reason: str) -> bool:
-    """Whether a GEMM is in high precision because the recipe says so."""
+    """Whether a GEMM is in high precision because the recipe says so, or because nothing would be gained (depthwise)."""
     return reason.startswith(_CHOICES)
 
 
