@@ -23,12 +23,12 @@ from typing import Any
 import cnn_models
 import torch
 from experiments import names
-from measure import count_eager
+from measure import KINDS, count_eager
 from tabulate import tabulate
 from torch import Tensor, nn
 
 import qcompile
-from qcompile.inspect import Report
+from qcompile.inspect import GemmReport, Report
 
 BLOCK = re.compile(r"(<!-- coverage (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
@@ -171,14 +171,22 @@ class Coverage:
     name: str
     report: Report
     parameters: int
-    sites: Counter[str]  # by kind: "linear", "conv", "bmm"
-    fused_attention: int
+    sites: Counter[str]  # by kind: "linear", "conv", "bmm", "attention"
     problems: list[str]
+
+    @property
+    def gemms(self) -> list[GemmReport]:
+        """All but fused attention, whose products are no GEMMs of their own."""
+        return [gemm for gemm in self.report.gemms if kind_of(gemm.op) != "attention"]
+
+    @property
+    def integer(self) -> int:
+        return sum(gemm.integer for gemm in self.gemms)
 
     @property
     def reasons(self) -> Counter[str]:
         """Reason -> GEMMs that stay in high precision for it."""
-        return Counter(gemm.reason for gemm in self.report.gemms if gemm.reason is not None)
+        return Counter(gemm.reason for gemm in self.gemms if gemm.reason is not None)
 
 
 def measure(name: str, subject: Subject, recipe: str = "int8") -> Coverage:
@@ -188,15 +196,16 @@ def measure(name: str, subject: Subject, recipe: str = "int8") -> Coverage:
     eager = count_eager(lambda: _loss(model(*subject.inputs, **subject.kwargs)).backward())
     model.zero_grad()
     sites = Counter(kind_of(site.op) for site in report.sites)
-    problems = [
+    found = Coverage(name, report, cnn_models.count_parameters(model), sites, [])
+    found.problems = [
         f"{kind}: {sites[kind]} sites, but an eager step has {eager.sites[kind]} such products"
         for kind in sorted(sites.keys() | eager.sites.keys())
         if sites[kind] != eager.sites[kind]
     ]
-    if len(report.gemms) != eager.gemms:
-        problems.append(f"{len(report.gemms)} GEMMs, but an eager step has {eager.gemms}")
-    problems += [f"{layer} owns a weight and is no site" for layer in layers_without_site(model, report)]
-    return Coverage(name, report, cnn_models.count_parameters(model), sites, eager.fused_attention, problems)
+    if len(found.gemms) != eager.gemms:
+        found.problems.append(f"{len(found.gemms)} GEMMs, but an eager step has {eager.gemms}")
+    found.problems += [f"{layer} owns a weight and is no site" for layer in layers_without_site(model, report)]
+    return found
 
 
 def _loss(outputs: Any) -> Tensor:
@@ -207,10 +216,10 @@ def _loss(outputs: Any) -> Tensor:
 
 
 def kind_of(op: str) -> str:
-    """The kind of a site by its operator's name: "linear", "conv", "bmm"."""
+    """The kind of a site by its operator's name, as `measure.count_eager` has it."""
     if "conv" in op:
         return "conv"
-    return "bmm" if "bmm" in op else "linear"
+    return "attention" if "attention" in op else KINDS.get(op, "linear")
 
 
 def layers_without_site(model: nn.Module, report: Report) -> list[str]:
@@ -229,21 +238,22 @@ def table(found: Iterable[Coverage], skipped: dict[str, str] | None = None) -> s
     """Markdown: a row for each model; below it the reasons, each once."""
     found = list(found)
     numbers: dict[str, int] = {}
+
+    def number(reason: str | None) -> str:
+        return f"[{numbers.setdefault(reason or '', len(numbers) + 1)}]"
+
     rows = []
     for coverage in found:
-        report = coverage.report
-        hp = [f"{count} [{numbers.setdefault(reason, len(numbers) + 1)}]" for reason, count in coverage.reasons.most_common()]
+        fused = [gemm.reason for gemm in coverage.report.gemms if kind_of(gemm.op) == "attention"]
         rows.append(
             {
                 "model": coverage.name,
                 "parameters": f"{coverage.parameters / 1e6:.2f} M",
-                "linear": coverage.sites["linear"],
-                "conv": coverage.sites["conv"],
-                "bmm": coverage.sites["bmm"],
-                "GEMMs": len(report.gemms),
-                "integer": report.integer_gemms,
-                "hp [reason]": ", ".join(hp),
-                "fused attention": coverage.fused_attention or "",
+                **{kind: coverage.sites[kind] or "" for kind in ("linear", "conv", "bmm")},
+                "GEMMs": len(coverage.gemms),
+                "integer": coverage.integer,
+                "hp [reason]": ", ".join(f"{count} {number(reason)}" for reason, count in coverage.reasons.most_common()),
+                "fused attention": f"{len(fused)} {number(fused[0])}" if fused else "",
             }
         )
     lines = [tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True), ""]

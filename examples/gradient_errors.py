@@ -30,8 +30,8 @@ from torch import Tensor, nn
 
 import qcompile
 from qcompile import PerBlock, PerChannel, PerRow, QuantSpec, Recipe
-from qcompile.estimators.base import scale_and_zero_point
 from qcompile.estimators.statistics import statistics
+from qcompile.estimators.step import EagerRange
 from qcompile.ops.quantize import dequantize_reference, quantize_reference
 
 LARGE = 1e-3
@@ -107,9 +107,11 @@ def errors(gradient: Tensor, spec: QuantSpec, gemm: str, state: State, *, seed: 
     largest = gradient.abs().max()
     if dims is None or largest == 0:
         return {}
-    stats = statistics(gradient, dims, spec.estimator.statistics_for(spec.symmetric))
-    low, high = _range(spec, stats, state)
-    scale, zero_point = scale_and_zero_point(low, high, spec)
+    past = EagerRange(spec, dims)
+    if state:
+        shape = statistics(gradient, dims, ["count"])["count"].shape
+        past.state = {name: value.reshape(shape) for name, value in state.items()}
+    scale, zero_point = past.step(gradient)
     draws = torch.tensor(seed) if spec.rounding == "stochastic" else None
     codes = quantize_reference(gradient, scale, zero_point, spec.bits, draws, 0)
     error = (dequantize_reference(codes, scale, zero_point, torch.float32) - gradient).abs() / largest
@@ -118,16 +120,8 @@ def errors(gradient: Tensor, spec: QuantSpec, gemm: str, state: State, *, seed: 
     return {
         "error_all": error.mean().item(),
         "error_large": error.flatten()[large].mean().item(),
-        "clipped": ((gradient < low) | (gradient > high)).float().mean().item(),
+        "clipped": ((gradient < past.low) | (gradient > past.high)).float().mean().item(),
     }
-
-
-def _range(spec: QuantSpec, stats: Mapping[str, Tensor], state: State) -> tuple[Tensor, Tensor]:
-    if "steps" not in state or not bool((state["steps"] > 0).all()):
-        return spec.estimator.first_range(stats)
-    shape = next(iter(stats.values())).shape
-    fields = {name: value.reshape(shape) if value.numel() > 1 else value.reshape(()) for name, value in state.items()}
-    return spec.estimator.range({} if spec.estimator.static else stats, fields)
 
 
 def _scale_dims(spec: QuantSpec, gemm: str) -> list[int] | None:

@@ -79,16 +79,13 @@ KINDS = {
 class EagerCount:
     """Matrix products of a step in eager mode.
 
-    sites            kind ("linear", "conv", "bmm", "vector": with a vector) -> products in the forward pass
-    gemms            all products, those of gradients too
-    fused_attention  calls of a fused attention operator in the forward pass, which has products of its own
-    other            calls of operators that hold products of their own: fused recurrent cells
+    sites  kind -> products in the forward pass: "linear", "conv", "bmm", "vector" (with a vector), "attention" and "recurrent"
+           (one fused operator with products of its own)
+    gemms  all products, those of gradients too; without those inside of a fused operator
     """
 
     sites: Counter[str] = field(default_factory=Counter)
     gemms: int = 0
-    fused_attention: int = 0
-    other: Counter[str] = field(default_factory=Counter)
 
 
 class _Counting(TorchDispatchMode):
@@ -105,9 +102,9 @@ class _Counting(TorchDispatchMode):
         elif name == "convolution_backward":  # one operator, as many GEMMs as gradients that somebody needs
             self.count.gemms += sum(args[-1][:2])
         elif name.startswith("_scaled_dot_product_") and forward:
-            self.count.fused_attention += 1
+            self.count.sites["attention"] += 1
         elif name.startswith(("mkldnn_rnn", "_thnn_fused_", "_cudnn_rnn")) and forward:
-            self.count.other[name] += 1
+            self.count.sites["recurrent"] += 1
         return func(*args, **(kwargs or {}))
 
 

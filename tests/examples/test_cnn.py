@@ -135,7 +135,7 @@ def test_an_eager_step_is_counted_with_its_gradients():
     assert count_eager(lambda: model(x).sum().backward()).gemms == 6
     q = torch.randn(1, 2, 4, 8, requires_grad=True)
     fused = count_eager(lambda: nn.functional.scaled_dot_product_attention(q, q, q).sum().backward())
-    assert fused.fused_attention == 1 and fused.gemms == 0
+    assert fused.sites == {"attention": 1} and fused.gemms == 0
 
 
 # Training
