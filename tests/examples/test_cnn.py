@@ -172,8 +172,8 @@ def test_skipped_sites_stay_in_high_precision():
     assert hp == ["stem.0", "stages.0.0.conv1", "head"] and recipe.input.bits == 4
 
 
-def test_train_cnn_prints_a_comparison(tmp_path, capsys, interpreted):
-    arguments = [*TOY_ARGUMENTS, "--recipes", "fp32,int8", "--seeds", "0,1", "--out", str(tmp_path)]
+def test_train_cnn_prints_a_comparison(tmp_path, capsys):
+    arguments = [*TOY_ARGUMENTS, "--recipes", "fp32,bf16", "--seeds", "0,1", "--out", str(tmp_path)]
     train_cnn.main(arguments)
     out = capsys.readouterr().out
     assert "minus fp32" in out and len((tmp_path / "results.csv").read_text().splitlines()) == 5
