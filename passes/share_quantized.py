@@ -49,7 +49,7 @@ def share_quantized(graph: fx.Graph, context: PassContext | None = None) -> int:
 
 
 def _merged(a: RangeUse, b: RangeUse, order: dict[str, int]) -> RangeUse:
-    """All uses of both, named by the first site: where a range stands depends on which gradients a graph has, its owner must not."""
+    """All uses of both, named by the first site. Where a range stands depends on a graph's gradients; its owner must not."""
     uses = [use for r in (a, b) for use in ((r.site, r.operand, r.gemm), *r.aliases)]
     (site, operand, gemm), *others = sorted(uses, key=lambda use: (order.get(use[0], 0), use[2] != "output"))
     return replace_fields(a, site=site, operand=operand, gemm=gemm, aliases=tuple(others))
