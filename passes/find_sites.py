@@ -8,11 +8,12 @@ Before                                          After
   conv_grad_input(g, w, ...)                      ... "grad_input", ("grad_output", "weight")
   bmm(a, b)                                       ... "output", ("input", "other")
 
-A site is of the kind "linear" (one operand is a weight: a Parameter or computed from Parameters alone, or, for matrices, an input of the
-graph), "conv", or "bmm", a product of two activations. A forward GEMM names its site by its module. A backward GEMM belongs to the
-forward GEMM with the same autograd sequence number (`seq_nr`) with which it shares an operand: the shared operand tells its role. Of
-a product of activations the second operand is `other`, and its gradient has the role "grad_weight". A GEMM that no rule explains is
-recorded with the reason, never dropped, and so are fused operations that contain GEMMs: what stays in high precision is reported.
+A site is of the kind "linear" (one operand is a weight: a Parameter or computed from Parameters alone, or, for matrices, an input
+of the graph), "conv", or "bmm", a product of two activations. A forward GEMM names its site by its module. A backward GEMM belongs to
+the forward GEMM with the same autograd sequence number (`seq_nr`) with which it shares an operand: the shared operand tells its
+role. Of a product of activations the second operand is `other`, and its gradient has the role "grad_weight". A GEMM that no rule
+explains is recorded with the reason, never dropped, and so are fused operations that contain GEMMs: what stays in high precision is
+reported.
 
 Numerics  exact: only metadata is written.
 Requires  a canonical graph without `convolution_backward`. Ensures: every GEMM node has meta["qtrain_gemm"] or is listed in
@@ -35,7 +36,7 @@ from passes.operands import Operand, resolve_operand
 
 __all__ = ["GemmNode", "enclosing_module", "find_sites", "module_path"]
 
-FUSED_ATTENTION = "recipe: fused attention stays in high precision; ops=(..., 'bmm') takes it apart into products and quantizes them"
+FUSED_ATTENTION = "recipe: fused attention stays in high precision; with 'bmm' among ops it is taken apart and quantized"
 
 # Operations with GEMMs inside that no pass takes apart: reported, never silent. Overload packet -> reason.
 _FUSED = {
@@ -184,7 +185,8 @@ def _assign_backward(node: fx.Node, candidates: list[_Forward], context: PassCon
             return
     module, _ = _module_of(node)
     op = _packet(node)
-    site = Site(_unique(f"{module}:{node.name}" if module else node.name, names, functional=True), op, kind="unknown", module=module)
+    name = _unique(f"{module}:{node.name}" if module else node.name, names, functional=True)
+    site = Site(name, op, kind="unknown", module=module)
     site.gemms["unknown"] = Gemm("unknown", node=node.name, shape=product_shape(node))
     site.gemms["unknown"].reason = "not recognised as the gradient of a forward GEMM of this graph"
     context.sites.append(site)

@@ -8,9 +8,9 @@ Before                                          After
                                                   mm(a, b)
 
 A batch of matrices and a convolution's tensors are treated alike, with the axes that their GEMM sums over (`passes.gemms`). PerRow
-is one scale for each index of the axis that is left: of a convolution's `output` a scale for each sample of the input and each output
-channel of the weight; of its `grad_weight` one for each channel of either. A depthwise convolution is quantized too and computed in
-high precision: an int8 kernel would have one product per number to read.
+is one scale for each index of the axis that is left: of a convolution's `output` a scale for each sample of the input and each
+output channel of the weight; of its `grad_weight` one for each channel of either. A depthwise convolution is quantized too and
+computed in high precision: an int8 kernel would have one product for each number to read.
 
 The quantize sits directly behind the tensor that it reads, so a quantize of a forward tensor runs in the forward half even if
 only a backward GEMM reads the codes; transposes move behind it, casts are skipped.

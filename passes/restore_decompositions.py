@@ -1,9 +1,9 @@
 """restore_decompositions: a matmul that stayed in high precision becomes what Inductor would have made of it.
 
 Inductor decomposes matmuls with a size of 1 into products and sums before the joint graph exists, which would hide them from the
-recipe. So `decompositions` keeps matmuls whole until the passes have run, and products that have operators of their own (a matrix by a
-vector, two vectors' outer product, a sum of products) it makes of the ordinary ones. This pass applies Inductor's decomposition to
-what the others left:
+recipe. So `decompositions` keeps matmuls whole until the passes have run, and products that have operators of their own (a matrix
+by a vector, two vectors' outer product, a sum of products) it makes of the ordinary ones. This pass applies Inductor's
+decomposition to what the others left:
 
 Before                                          After
   mm(a: f32[8, 1], b: f32[1, 4])                  mul(a, b)

@@ -3,9 +3,9 @@
 Before                                          After
   scaled_dot_product_attention(q, k, v, ...)      attention(q, k, v, ...)        # traced: matmul, softmax, matmul
 
-AOTAutograd would make one fused operator of it, forward and backward, with no product left to quantize. So where the recipe quantizes
-products of activations (`ops` has "bmm"), it is taken apart before the joint graph is traced. The price is the fused kernel's: the
-matrix of attention weights is written to memory.
+AOTAutograd would make one fused operator of it, forward and backward, with no product left to quantize. So where the recipe
+quantizes products of activations (`ops` has "bmm"), it is taken apart before the joint graph is traced. The price is the fused
+kernel's gain: the matrix of attention weights is written to memory.
 
 Numerics  the fused kernel's but for the order of its sums; dropout draws other numbers.
 Requires  a graph from Dynamo. Ensures: no `scaled_dot_product_attention` is left in a module whose products the recipe quantizes.
@@ -59,9 +59,9 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """What `torch.nn.functional.scaled_dot_product_attention` computes, by its documentation: [..., L, E], [..., S, E], [..., S, V].
+    """What `torch.nn.functional.scaled_dot_product_attention` computes, by its documentation.
 
-    A row whose every place is masked gives 0, as there.
+    query [..., L, E], key [..., S, E], value [..., S, V]; a row whose every place is masked gives 0, as there.
     """
     if enable_gqa:
         key = key.repeat_interleave(query.size(-3) // key.size(-3), -3)

@@ -115,7 +115,11 @@ FLOAT_PRODUCTS = ("onednn",)
 
 
 def _dense(codes: Tensor) -> Tensor:
-    return codes if codes.is_contiguous() or codes.t().is_contiguous() else codes.contiguous()
+    """The matrix row-major or column-major, with the strides that go with it: those of an axis of size 1 may be any number,
+    and libraries read them."""
+    if codes.t().is_contiguous() and not codes.is_contiguous():
+        return codes.t().reshape(-1).view(codes.shape[1], codes.shape[0]).t()
+    return codes.reshape(-1).view(codes.shape)
 
 
 @functools.lru_cache(maxsize=64)
@@ -363,7 +367,7 @@ def scaled_bmm(
 ) -> Tensor:
     """`qtrain::scaled_bmm` of checked operands; `qcompile.ops.scaled_bmm` has their shapes and dtypes.
 
-    Matrix by matrix: no library has a batched int8 product that hands out its sums, and one is worth its call from about 64 x 64 x 64.
+    Matrix by matrix: no library has a batched int8 product that hands out its sums.
     """
     (batch, m, k), n = a.shape, b.shape[2]
     zero_points = a_zero is not None or b_zero is not None

@@ -9,8 +9,8 @@
 nothing, which is to say: the padding holds the *code of zero*, the zero point. A transposed convolution exchanges `output` and
 `grad_input`. Groups are products side by side.
 
-A scale can be taken out of a sum if it is constant over it, so an operand's scales lie on the one axis that its GEMM does not sum over:
-the batch or the channels, never the spatial axes. Tensors, weights and geometry as in `qcompile.geometry`.
+A scale can be taken out of a sum if it is constant over it, so an operand's scales lie on the one axis that its GEMM does not sum
+over: the batch or the channels, never the spatial axes. Tensors, weights and geometry as in `qcompile.geometry`.
 """
 
 from __future__ import annotations
