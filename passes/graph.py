@@ -23,6 +23,7 @@ prims = torch.ops.prims
 
 RANGE, SEED = ops.range_, ops.seed_
 QUANTIZE, DEQUANTIZE = ops.quantize, ops.dequantize
+SCALED_MM_REQUANTIZE = ops.scaled_mm_requantize
 SCALED_MM, TRANSPOSE = ops.scaled_mm, ops.transpose_codes
 READ, WRITE, SELECT, UNPACK = ops.read_state, ops.write_state_, ops.select_range, ops.unpack
 

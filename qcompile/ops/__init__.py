@@ -9,6 +9,7 @@ from qcompile.ops.quantize import code_range, dequantize, dequantize_reference, 
 from qcompile.ops.random import draw_key, uniform_draws
 from qcompile.ops.range_state import range_, read_state, seed_, select_range, unpack, write_state_
 from qcompile.ops.scaled_mm import scaled_mm, scaled_mm_reference
+from qcompile.ops.scaled_mm_requantize import scaled_mm_requantize, scaled_mm_requantize_reference
 from qcompile.ops.transpose import transpose_codes, transpose_codes_reference
 
 __all__ = [
@@ -22,6 +23,8 @@ __all__ = [
     "read_state",
     "scaled_mm",
     "scaled_mm_reference",
+    "scaled_mm_requantize",
+    "scaled_mm_requantize_reference",
     "seed_",
     "select_range",
     "transpose_codes",
