@@ -4,7 +4,7 @@
     x      = relu(x)                                   with `relu`
     x      = where(gate < 0, 0, x)                     with `gate`: the backward of a ReLU whose mask rides in the sign of codes
     codes  = quantize(x, scale, zero_point, bits)      to nearest
-    marked = where(x <= 0, -1, codes)                  with `mark`: that mask, for codes that have no sign of their own
+    marked = where(x > 0, codes, -1)                   with `mark`: that mask, for codes that have no sign of their own
     statistics = [max|x|, min x, max x, share of x outside [low, high] (of |x| above high, if low is None)]
 
 The range is known before the product, from past steps; the statistics are of the values before quantization. Nothing but codes and
@@ -53,7 +53,7 @@ def scaled_mm_requantize_reference(
     if gate is not None:
         x = torch.where(gate < 0, 0.0, x)
     codes = quantize_reference(x, scale, zero_point, bits, None, 0)
-    marked = torch.where(x <= 0, -1, codes) if mark else codes.new_empty(0)
+    marked = torch.where(x > 0, codes, -1) if mark else codes.new_empty(0)
     wide = x.to(torch.float32)
     share = clipped_share(wide, [0, 1], low, high).reshape([])
     return codes, marked, torch.stack([wide.abs().amax(), wide.amin(), wide.amax(), share])
