@@ -30,6 +30,7 @@ SCALED_CONV, SCALED_CONV_GRAD_INPUT, SCALED_CONV_GRAD_WEIGHT = (
     ops.scaled_conv_grad_weight,
 )
 CONV_GRAD_INPUT, CONV_GRAD_WEIGHT = ops.conv_grad_input, ops.conv_grad_weight
+SCALED_MM_REQUANTIZE = ops.scaled_mm_requantize
 READ, WRITE, SELECT, UNPACK = ops.read_state, ops.write_state_, ops.select_range, ops.unpack
 
 PERMUTE, EXPAND = aten.permute.default, aten.expand.default

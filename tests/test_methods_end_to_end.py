@@ -1,6 +1,7 @@
 """The papers' recipes and estimators of one's own through the whole compiler."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -337,3 +338,16 @@ def test_learning_rates_answer_the_deviation(interpreted):
     optimizer.step()
     for p, old, rate in zip(model.parameters(), before, (0.2, 0.2, 0.1, 0.1), strict=True):
         torch.testing.assert_close(p.detach(), old - rate * p.grad)
+
+
+def test_the_estimator_in_the_documentation_runs():
+    page = (Path(__file__).parents[1] / "docs" / "methods.md").read_text()
+    code = next(part.split("```")[0] for part in page.split("```python")[1:] if "class ShareOutside" in part)
+    assert len(code.split("@register_estimator")[1].strip().splitlines()) < 30
+    namespace = {"__name__": __name__}
+    exec(code, namespace)
+    past = EagerRange(QuantSpec(estimator=namespace["ShareOutside"]()))
+    assert past.spec.estimator.static
+    for _ in range(40):
+        past.step(torch.randn(20_000))
+    assert past.state["bound"].item() == pytest.approx(2.576, rel=0.12)  # 1 % of a normal lies outside

@@ -88,19 +88,33 @@ def _onednn(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor | None, out_dtype:
     own copies are slow: a b that is a transposed view (the weight of a linear) is transposed on the way into
     the opaque one. K = 0 crashes the process: the caller keeps it out.
     """
+    return _onednn_run(a, onednn_weight(b), scale, bias, out_dtype)
+
+
+def onednn_weight(b: Tensor) -> Tensor:
+    """oneDNN's opaque copy of b int8 [K, N]."""
     b_t = b.t()
     if b_t.is_contiguous() and not b.is_contiguous():
-        weight = torch._mkldnn_transpose(b_t.to_mkldnn(), 0, 1)
-    else:
-        weight = b.contiguous().to_mkldnn()
+        return torch._mkldnn_transpose(b_t.to_mkldnn(), 0, 1)
+    return b.contiguous().to_mkldnn()
+
+
+def _onednn_run(
+    a: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
     return torch.ops.onednn.qlinear_pointwise.default(
-        a.contiguous(), 1.0, 0, weight, scale, _zeros(b.shape[1]), bias, 1.0, 0, out_dtype, "none", [], ""
+        a.contiguous(), 1.0, 0, weight, scale, _zeros(scale.shape[0]), bias, 1.0, 0, out_dtype, "none", [], ""
     )
 
 
 def _onednn_product(a: Tensor, b: Tensor) -> Tensor:
     """The exact product rounded once to fp32: all that oneDNN hands out of its int32 accumulator."""
-    return _onednn(a, b, _ones(b.shape[1]), None, torch.float32)
+    return onednn_product(a, b, onednn_weight(b))
+
+
+def onednn_product(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+    """The same with the copy of b made before."""
+    return _onednn_run(a, weight, _ones(b.shape[1]), None, torch.float32)
 
 
 CANDIDATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

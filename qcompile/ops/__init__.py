@@ -19,6 +19,7 @@ from qcompile.ops.scaled_conv import (
     scaled_conv_reference,
 )
 from qcompile.ops.scaled_mm import scaled_mm, scaled_mm_reference
+from qcompile.ops.scaled_mm_requantize import scaled_mm_requantize, scaled_mm_requantize_reference
 from qcompile.ops.transpose import transpose_codes, transpose_codes_reference
 
 __all__ = [
@@ -42,6 +43,8 @@ __all__ = [
     "scaled_conv_reference",
     "scaled_mm",
     "scaled_mm_reference",
+    "scaled_mm_requantize",
+    "scaled_mm_requantize_reference",
     "seed_",
     "select_range",
     "transpose_codes",
