@@ -228,6 +228,7 @@ def _add_inputs(graph: fx.Graph, layout: StateLayout) -> tuple[fx.Node, fx.Node]
         node.meta["val"] = value
         node.meta["tensor_meta"] = fx.passes.shape_prop._extract_tensor_metadata(value)
         node.meta["qtrain_state"] = (layout.phase, what)
+        node.meta["qtrain_layout"] = layout
         if is_joint(graph):
             node.meta["partitioner_tag"] = "is_forward"
         nodes.append(node)

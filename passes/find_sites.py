@@ -105,7 +105,9 @@ def _forward_site(node: fx.Node, context: PassContext, names: Counter[str]) -> _
     weight_name = context.parameters.get(weight.name)
     module, leaf = _module_of(node)
     own = module_path(weight_name) if weight_name else None
-    if leaf or (own is not None and own == module):
+    if own is not None and "_parameters[" in weight_name and not _has_modules(node):
+        base, op = own or "self", "linear"  # a graph without modules: its Parameters' names are all there is
+    elif leaf or (own is not None and own == module):
         base, op = module or "self", "linear"
     else:
         op = str(node.target._overloadpacket.__name__)
@@ -200,6 +202,10 @@ def _module_of(node: fx.Node) -> tuple[str, bool]:
     if isinstance(cls, str):
         return module_path(path), cls.rsplit(".", 1)[-1] in ("Linear", "Conv1D")
     return module_path(path), issubclass(cls, torch.nn.Linear) or cls.__name__ == "Conv1D"
+
+
+def _has_modules(node: fx.Node) -> bool:
+    return bool(node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack"))
 
 
 def _unique(base: str, names: Counter[str], *, functional: bool) -> str:

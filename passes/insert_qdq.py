@@ -72,6 +72,8 @@ def insert_qdq(graph: fx.Graph, context: PassContext) -> int:
             operand = resolve_operand(matrix)
             contracted = (1 if side == 0 else 0) ^ operand.transposed
             dims = _scale_dims(specs[name], contracted, name)
+            if isinstance(dims, list) and (why := _changes_size(specs[name], name, where.role, dims)):
+                dims = why
             if isinstance(dims, str):
                 gemm.reason = dims
                 break
@@ -119,6 +121,20 @@ def _scale_dims(spec: QuantSpec, contracted: int, operand: str) -> list[int] | s
             return f"{operand}: PerBlock has no integer kernel yet; use PerRow() or PerTensor()"
         case other:
             return f"{operand}: no integer kernel for granularity {other}"
+
+
+_ROWS_ARE_TOKENS = {("input", "output"), ("grad_output", "grad_input")}
+"""(operand, GEMM) for which the axis that the GEMM does not sum over is the batch's."""
+
+
+def _changes_size(spec: QuantSpec, operand: str, role: str, dims: list[int]) -> str | None:
+    """Why an estimator cannot remember one range for each scale: the next batch may have another number of tokens."""
+    if len(dims) == 2 or (operand, role) not in _ROWS_ARE_TOKENS or not spec.estimator.state_fields(spec.symmetric):
+        return None
+    return (
+        f"{operand}: {type(spec.estimator).__name__} remembers a range for each scale, and {spec.granularity} has a scale for each "
+        "token here, whose number and meaning change with the batch; use PerTensor(), or an estimator without memory (MinMax())"
+    )
 
 
 def _quantize(

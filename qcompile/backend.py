@@ -15,13 +15,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from passes.context import PassContext
+from passes.dynamo_inputs import DynamoInputs
 from passes.graph import BACKWARD, FORWARD, SCALED_MM, SELECT
 from passes.lower import lower
-from passes.pipeline import Pipeline, Step, joint_steps
-from passes.verify import count_writes, verify
+from passes.pipeline import Pipeline, Step, joint_steps, lower_half
+from passes.report import tell_what_stays_hp
+from passes.verify import count_writes
 from qcompile import inductor
 from qcompile.errors import QtrainWarning, UnsupportedError
 from qcompile.kernels.select import gemm_kernel, unsupported_device
@@ -148,8 +150,7 @@ class Compilation:
     ) -> None:
         self.gm, self.example_inputs, self.config = gm, example_inputs, config
         self.steps = list(steps)
-        self.sources = [_source_name(n) for n in gm.graph.nodes if n.op == "placeholder"]
-        self.is_parameter = [isinstance(e, nn.Parameter) for e in example_inputs]
+        self.inputs = DynamoInputs.of(gm, example_inputs)
         self.context = PassContext(recipe=recipe, strict=strict)
         self.identity = Pipeline(self.steps, self.context).fingerprint()
         self.record = CompiledGraph(self.context, recipe)
@@ -188,34 +189,10 @@ class Compilation:
 
     def _parameters(self, graph: fx.Graph) -> dict[str, str]:
         """The graph's inputs that are Parameters: name -> Dynamo's source name."""
-        found = {}
-        primals = [n for n in graph.nodes if n.op == "placeholder" and "tangents" not in str(n.target)]
-        for position, node in enumerate(primals):
-            index = getattr(node.meta.get("desc"), "idx", position)  # AOTAutograd may have dropped or added inputs
-            if index < len(self.is_parameter) and self.is_parameter[index]:
-                found[node.name] = self.sources[index]
-        return found
+        return self.inputs.parameters(graph)
 
     def _report_what_stays_hp(self) -> None:
-        context = self.context
-        unmatched = context.recipe.unmatched_patterns([s.name for s in context.sites])
-        if unmatched and context.sites:
-            _warn(f"recipe {context.recipe.name!r}: no site matches {', '.join(map(repr, unmatched))}")
-        stuck = [(s, g) for s, g in context.gemms() if g.reason is not None and not _by_choice(g.reason)]
-        if not stuck:
-            return
-        lines = [f"{s.name}.{g.role}: {g.reason}" for s, g in stuck]
-        if context.strict:
-            raise UnsupportedError(
-                f"strict: {len(stuck)} GEMM(s) that recipe {context.recipe.name!r} asks for cannot run on an integer kernel:\n  "
-                + "\n  ".join(lines[:20])
-                + "\nLeave them out with skip=(...) or drop strict=True."
-            )
-        total = sum(1 for _ in context.gemms())
-        _warn(
-            f"{len(stuck)} of {total} GEMMs stay in high precision, first {lines[0]}. "
-            "qcompile.explain(model, ...) lists them all; strict=True raises."
-        )
+        tell_what_stays_hp(self.context)
 
     # ---- the halves
 
@@ -232,15 +209,13 @@ class Compilation:
             fakes = [n.meta["val"] for n in half.graph.find_nodes(op="placeholder")]
             for position in added:
                 inputs.insert(position, fakes[position])
-            kwargs["static_input_idxs"] = _shifted(kwargs.get("static_input_idxs", ()), added)
+            kwargs["static_input_idxs"] = shifted(kwargs.get("static_input_idxs", ()), added)
         until_valid = None
         if any(n.op == "call_function" and n.target is SELECT for n in half.graph.nodes):
             until_valid = _copy(half)
         phase = BACKWARD if backward else FORWARD
         writes = Counter({phase: self.writes[phase]})
-        verify(half.graph, after="the partitioner", writes=writes)
-        lower(half.graph, self.context, steady=True)
-        verify(half.graph, after="lower", writes=writes)
+        lower_half(half.graph, self.context, phase=phase, steady=True, writes=writes)
         half.recompile()
         self._record_kernels(half.graph)
         self.record.seconds["passes"] = self.record.seconds.get("passes", 0.0) + time.perf_counter() - start
@@ -252,12 +227,12 @@ class Compilation:
             inductor.draw_as_generated_code_does(until_valid, compile_inner)
         dynamic = None if until_valid is None else _Interpreted(until_valid, self.context, inductor.output_strides(compiled))
         if backward:
-            return _backward(compiled, dynamic, ours)
+            return backward_with_state(compiled, dynamic, ours)
         if self.binder is None:
             self.binder = Binder(self.context.layouts, self.context.device, self.store)
         owner_positions = [names.index(o) - sum(p < names.index(o) for p in ours.values()) for o in self.binder.owners]
         training = is_training(kwargs)
-        return _forward(compiled, dynamic, ours, self.binder, owner_positions, training)
+        return forward_with_state(compiled, dynamic, ours, self.binder, owner_positions, training)
 
     def _record_kernels(self, graph: fx.Graph) -> None:
         for node in graph.find_nodes(op="call_function", target=SCALED_MM):
@@ -274,7 +249,7 @@ def is_training(kwargs: Mapping[str, Any]) -> bool:
     return not kwargs.get("is_inference", False)
 
 
-def _forward(
+def forward_with_state(
     compiled: Callable[..., Any],
     dynamic: _Interpreted | None,
     ours: dict[tuple[str, str], int],
@@ -310,7 +285,7 @@ def _forward(
     return run
 
 
-def _backward(
+def backward_with_state(
     compiled: Callable[..., Any], dynamic: _Interpreted | None, ours: dict[tuple[str, str], int]
 ) -> Callable[..., Any]:
     """The backward half: which state it uses, its saved index says."""
@@ -373,7 +348,7 @@ def _copy(half: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(half, graph)
 
 
-def _shifted(indices: Sequence[int], added: list[int]) -> list[int]:
+def shifted(indices: Sequence[int], added: list[int]) -> list[int]:
     """Static input positions after inserting inputs at `added`, the added ones included."""
     moved = list(indices)
     for position in added:
@@ -387,22 +362,6 @@ def _device(graph: fx.Graph) -> torch.device:
         if node.op == "placeholder" and isinstance(value, Tensor) and value.ndim > 0:
             return value.device
     return torch.device("cpu")
-
-
-def _source_name(placeholder: fx.Node) -> str:
-    """Where Dynamo found an input: "L['self']._modules['up']._parameters['weight']"."""
-    argument = placeholder.meta.get("grapharg")
-    source = getattr(argument, "source", None)
-    name = getattr(source, "name", None)
-    return str(name() if callable(name) else name) if source is not None else placeholder.name
-
-
-_CHOICES = ("skipped by", "recipe:", "override")
-
-
-def _by_choice(reason: str) -> bool:
-    """Whether a GEMM is in high precision because the recipe says so."""
-    return reason.startswith(_CHOICES)
 
 
 def _warn(message: str) -> None:

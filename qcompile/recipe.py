@@ -17,6 +17,7 @@ from qcompile import recipe_files
 from qcompile._checks import check_instance, check_keys, refuse
 from qcompile._patterns import matches
 from qcompile.errors import RecipeError
+from qcompile.estimators.base import RangeEstimator
 from qcompile.site_recipe import (
     ALIASES,
     GEMM_OPERANDS,
@@ -139,6 +140,13 @@ class Recipe:
         if "name" in changes or changed == self or self.name == "custom" or self.name.endswith("*"):
             return changed
         return replace(changed, name=f"{self.name}*")
+
+    def estimators(self) -> set[RangeEstimator]:
+        """Every range estimator that it names."""
+        tables = (self._site_fields(), *(changes for _, changes in self.overrides))
+        choices = [value for table in tables for value in table.values()]
+        choices += [getattr(c, operand) for c in choices if isinstance(c, GemmSpec) for operand in OPERANDS]
+        return {c.estimator for c in choices if isinstance(c, QuantSpec)}
 
     def fingerprint(self) -> str:
         """sha256 (hex) of everything but the name; equal recipes have equal ones.

@@ -59,9 +59,10 @@ class Recording(Compilation):
     def joint_pass(self, graph: fx.Graph) -> None:
         self._keep("joint_before", graph)
         primals = [n for n in graph.find_nodes(op="placeholder") if "tangents" not in str(n.target)]
+        sources = self.inputs.sources
         for position, node in enumerate(primals):
             index = getattr(node.meta.get("desc"), "idx", position)
-            self.input_sources[node.name] = self.sources[index] if index < len(self.sources) else node.name
+            self.input_sources[node.name] = sources[index] if index < len(sources) else node.name
         if self.plain:
             self._find_sites(copy_graph(graph))
         else:
@@ -146,7 +147,7 @@ class Recording(Compilation):
         """Everything as modules. Call it after the step."""
         tensors = self.calls[0].tensors
         inputs = {n: identifier(tensors.get(n) or _readable(source)) for n, source in self.input_sources.items()}
-        modules = {stage: with_buffers(graph, root, self.context.layouts, inputs) for stage, (graph, root) in self.graphs.items()}
+        modules = {stage: with_buffers(graph, root, inputs) for stage, (graph, root) in self.graphs.items()}
         for graph in self.steps_seen.values():
             rename_by_label(graph, inputs)
         captured = CapturedGraph(

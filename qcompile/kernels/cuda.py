@@ -24,6 +24,7 @@ from torch.nn.functional import pad
 
 from qcompile.errors import KernelError
 from qcompile.kernels import note_launch
+from qcompile.kernels.registry import find_kernel
 from qcompile.kernels.triton.launch import unavailable_reasons
 from qcompile.kernels.triton.tuning import max_k
 
@@ -147,6 +148,10 @@ def scaled_mm_cuda(
     if m == 0 or n == 0 or k == 0:
         out = a.new_zeros((m, n), dtype=torch.float32) * (a_scale * b_scale)
         return (out if bias is None else out + bias.to(torch.float32)).to(out_dtype)
+    users = find_kernel("cuda", m, n, k, zero_points=a_zero is not None or b_zero is not None)
+    if users is not None:
+        note_launch(users.name, m, n, k)
+        return users.run(a, b, a_scale, b_scale, a_zero, b_zero, bias, out_dtype)
     name = _kernel_for(a.device, os.environ.get("QTRAIN_CUDA_GEMM"))
     note_launch(name, m, n, k)
     product = CANDIDATES[name]
