@@ -235,13 +235,17 @@ class Compilation:
         return forward_with_state(compiled, dynamic, ours, self.binder, owner_positions, training)
 
     def _record_kernels(self, graph: fx.Graph) -> None:
-        for node in graph.find_nodes(op="call_function", target=SCALED_MM):
+        for node in graph.nodes:
             where = node.meta.get("qtrain_gemm")
-            if where is not None:
-                zero_points = node.args[4] is not None or node.args[5] is not None
-                gemm = self.context.site(where.site).gemms[where.role]
-                m, n, k = (s if isinstance(s, int) else 4096 for s in gemm.shape)  # a symbolic size counts as large
-                gemm.kernel = gemm_kernel(self.context.device, m, n, k, zero_points=zero_points)
+            if where is None or (node.target is not SCALED_MM and "qtrain_kernel" not in node.meta):
+                continue
+            gemm = self.context.site(where.site).gemms[where.role]
+            if "qtrain_kernel" in node.meta:  # a user's kernel for a pattern
+                gemm.kernel = node.meta["qtrain_kernel"]
+                continue
+            zero_points = node.args[4] is not None or node.args[5] is not None
+            m, n, k = (s if isinstance(s, int) else 4096 for s in gemm.shape)  # a symbolic size counts as large
+            gemm.kernel = gemm_kernel(self.context.device, m, n, k, zero_points=zero_points)
 
 
 def is_training(kwargs: Mapping[str, Any]) -> bool:

@@ -9,7 +9,7 @@ report.to_dict()                   # the same for programs; JSON can hold it
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from passes.context import OPERANDS, Gemm, PassContext, Site
+from passes.pipeline import Step
 from qcompile.backend import quantizes_nothing
 from qcompile.inspect.capture import Capture, capture
 from qcompile.inspect.captured_graph import Call, CapturedGraph
@@ -218,19 +219,21 @@ def explain(
     *inputs: Any,
     recipe: str | Recipe | Mapping[str, Any] = "int8",
     loss: Callable[[Any], Tensor] | None = None,
+    passes: Sequence[Step] | None = None,
     **kwargs: Any,
 ) -> Report:
     """What the backend makes of a training step of `model(*inputs, **kwargs)` under a recipe.
 
-    loss  outputs -> scalar; default as in `capture`, and so is everything else: caller's autocast, all on
-          copies.
+    loss    outputs -> scalar; default as in `capture`, and so is everything else: caller's autocast, all on
+            copies.
+    passes  steps in place of the default pipeline
 
     It goes through the compiler twice, up to code generation: under the recipe, and as plain Inductor, for
     what that saves.
 
     Errors: those of `capture`, but for strict.
     """
-    found = capture(model, *inputs, recipe=recipe, loss=loss, **kwargs)
+    found = capture(model, *inputs, recipe=recipe, loss=loss, passes=passes, **kwargs)
     hp = found if quantizes_nothing(found.recipe) else capture(model, *inputs, recipe="none", loss=loss, **kwargs)
     return _report(found, hp)
 

@@ -106,7 +106,7 @@ def check_kernel(kernel: Kernel, m: int, n: int, k: int) -> None:
     for extra in (None, bias.to(kernel.device)):
         for dtype in (torch.float32, torch.bfloat16):
             got = kernel.run(*operands, None, None, extra, dtype)
-            want = scaled_mm_reference(*operands, None, None, extra, dtype)
+            want = scaled_mm_reference(operands[0], operands[1], operands[2], operands[3], None, None, extra, dtype)
             alike = got.shape == want.shape and got.dtype is want.dtype
             if not alike or not torch.equal(got, want):
                 raise KernelError(
