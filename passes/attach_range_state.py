@@ -187,7 +187,7 @@ def _is_main_use(use: RangeUse, context: PassContext) -> bool:
     main = _MAIN_GEMM[use.operand]
     if main in (use.gemm, *(gemm for _, operand, gemm in use.aliases if operand == use.operand)):
         return True
-    specs = dict(zip(OPERANDS[main], context.recipe.resolve(use.site).gemm(main) or (), strict=False))
+    specs = dict(zip(OPERANDS[main], context.resolve(context.site(use.site)).gemm(main) or (), strict=False))
     return not isinstance(use.spec.granularity, PerRow) and specs.get(use.operand) == use.spec
 
 

@@ -85,7 +85,8 @@ def _as_buffer(graph: fx.Graph, node: fx.Node, name: str) -> fx.Node:
 def state_of(module: fx.GraphModule) -> dict[str, dict[str, Tensor]]:
     """The range state in a module's buffers: "up.input" -> field -> copy, fp32 [size]. Seeds are left out."""
     found: dict[str, dict[str, Tensor]] = {}
-    for node in module.graph.find_nodes(op="get_attr"):
+    attributes = module.graph.find_nodes(op="get_attr")
+    for node in sorted(attributes, key=lambda n: str(n.target), reverse=True):  # forward, then backward
         if node.meta.get("qtrain_state", ("", ""))[1] != "state":
             continue
         layout: StateLayout = node.meta["qtrain_layout"]

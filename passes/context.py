@@ -14,10 +14,10 @@ from torch import fx
 
 from qcompile.errors import GraphError
 from qcompile.recipe import GEMM_OPERANDS as OPERANDS
-from qcompile.recipe import Recipe
+from qcompile.recipe import Recipe, SiteRecipe
 from qcompile.specs import QuantSpec
 
-__all__ = ["Block", "Entry", "Gemm", "OPERANDS", "PassContext", "Site", "StateLayout", "parameter_source"]
+__all__ = ["Block", "Entry", "Gemm", "OPERANDS", "PassContext", "Site", "StateLayout", "full_name", "parameter_source"]
 
 
 
@@ -139,6 +139,8 @@ class PassContext:
     layouts: dict[str, StateLayout] = field(default_factory=dict)  # phase -> layout
     counts: dict[str, int] = field(default_factory=dict)  # step -> number of changes
     seconds: dict[str, float] = field(default_factory=dict)  # step -> time taken
+    prefixes: tuple[str, ...] = ("",)  # of the compiled frame in the model, and in the module that was compiled: "blocks.3."
+    layers: tuple[str, ...] = ()  # of the whole model, where it is known and the graph may be a part
     number: int | None = None  # of the joint graph, in dumps
     frame: str = ""  # what Dynamo calls the compiled frame, for reports
 
@@ -170,10 +172,25 @@ class PassContext:
     def site(self, name: str) -> Site:
         return next(s for s in self.sites if s.name == name)
 
+    def names(self, site: Site) -> list[str]:
+        """What the recipe may call a site: its name in the whole model, and in the module that was compiled."""
+        return list(dict.fromkeys(full_name(prefix, site) for prefix in self.prefixes))
+
+    def resolve(self, site: Site) -> SiteRecipe:
+        """What the recipe says about a site."""
+        return self.recipe.resolve(*self.names(site))
+
     def gemms(self) -> Iterator[tuple[Site, Gemm]]:
         for site in self.sites:
             for gemm in site.gemms.values():
                 yield site, gemm
+
+
+def full_name(prefix: str, site: Site) -> str:
+    """A site's name in a module in which the compiled frame's own module has the `prefix` ("blocks.3.", or "" for itself)."""
+    if not prefix or site.module:
+        return prefix + site.name
+    return prefix.removesuffix(".") + (site.name.removeprefix("self") if site.op == "linear" else f":{site.name}")
 
 
 def _parameter_name(node: fx.Node) -> str | None:

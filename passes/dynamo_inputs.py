@@ -25,12 +25,16 @@ class DynamoInputs:
 
     def parameters(self, graph: fx.Graph) -> dict[str, str]:
         """The inputs of AOTAutograd's graph that are Parameters: placeholder -> Dynamo's source name."""
+        return {name: self.sources[index] for name, index in self.positions(graph).items()}
+
+    def positions(self, graph: fx.Graph) -> dict[str, int]:
+        """Placeholder -> which of Dynamo's inputs it is, for those that are Parameters."""
         found = {}
         primals = [n for n in graph.nodes if n.op == "placeholder" and "tangents" not in str(n.target)]
         for position, node in enumerate(primals):
             index = getattr(node.meta.get("desc"), "idx", position)  # AOTAutograd may have dropped or added inputs
             if index < len(self.is_parameter) and self.is_parameter[index]:
-                found[node.name] = self.sources[index]
+                found[node.name] = index
         return found
 
 

@@ -11,6 +11,7 @@ Forward only: there is no backward half, so ranges with memory are read and neve
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -45,7 +46,9 @@ def forward_graph(program: ExportedProgram | nn.Module, *inputs: Any) -> fx.Grap
     ours = {op: fn for op, fn in select_decomp_table().items() if op not in KEPT_WHOLE}
     for op in KEPT_WHOLE:
         table.pop(op, None)
-    program = program.run_decompositions({**table.materialize(), **ours} if hasattr(table, "materialize") else {**table, **ours})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*LeafSpec", FutureWarning)  # torch 2.13 about its own copying
+        program = program.run_decompositions({**table.materialize(), **ours})
     signature = program.graph_signature
     written = [s for s in signature.output_specs if s.kind is not OutputKind.USER_OUTPUT]
     if written:

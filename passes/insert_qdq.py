@@ -91,14 +91,14 @@ def _prefer_choices(context: PassContext) -> None:
     """Where the recipe leaves a GEMM out, that is the reason; not that it could not be integer anyway."""
     for site, gemm in context.gemms():
         if gemm.reason is not None:
-            resolved = context.recipe.resolve(site.name)
+            resolved = context.resolve(site)
             role = gemm.role if gemm.role in OPERANDS else "output"
             gemm.reason = resolved.reason(role) or gemm.reason
 
 
 def _specs(site: Site, gemm: Gemm, context: PassContext) -> dict[str, QuantSpec] | None:
     """The operand specs of a GEMM, or None with the reason recorded."""
-    resolved = context.recipe.resolve(site.name)
+    resolved = context.resolve(site)
     pair = resolved.gemm(gemm.role)
     if pair is None:
         gemm.reason = resolved.reason(gemm.role)

@@ -17,7 +17,8 @@ def tell_what_stays_hp(context: PassContext) -> None:
 
     Errors: `UnsupportedError` for such a GEMM under `context.strict`.
     """
-    unmatched = context.recipe.unmatched_patterns([s.name for s in context.sites])
+    names = [name for s in context.sites for name in context.names(s)]
+    unmatched = context.recipe.unmatched_patterns([*names, *context.layers])
     if unmatched and context.sites:
         _warn(f"recipe {context.recipe.name!r}: no site matches {', '.join(map(repr, unmatched))}")
     stuck = [(s, g) for s, g in context.gemms() if g.reason is not None and not _by_choice(g.reason)]

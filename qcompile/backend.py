@@ -11,11 +11,11 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from passes.context import PassContext
 from passes.dynamo_inputs import DynamoInputs
@@ -25,6 +25,7 @@ from passes.pipeline import Pipeline, Step, joint_steps, lower_half
 from passes.report import tell_what_stays_hp
 from passes.verify import count_writes
 from qcompile import inductor
+from qcompile.enclosing import layers_around, prefixes
 from qcompile.errors import QtrainWarning, UnsupportedError
 from qcompile.kernels.select import gemm_kernel, unsupported_device
 from qcompile.recipe import Recipe
@@ -178,6 +179,8 @@ class Compilation:
         context.sites.clear()
         context.layouts.clear()
         context.parameters = self._parameters(graph)
+        parameters = self._own_parameters(graph)
+        context.prefixes, context.layers = prefixes(parameters), tuple(layers_around(parameters))
         context.device = _device(graph)
         Pipeline(self.steps, context, on_step=self.on_step).run(graph)
         self.writes = count_writes(graph)
@@ -190,6 +193,11 @@ class Compilation:
     def _parameters(self, graph: fx.Graph) -> dict[str, str]:
         """The graph's inputs that are Parameters: name -> Dynamo's source name."""
         return self.inputs.parameters(graph)
+
+    def _own_parameters(self, graph: fx.Graph) -> dict[str, tuple[str, nn.Parameter]]:
+        """Placeholder -> (Dynamo's source name, Parameter)."""
+        positions = self.inputs.positions(graph)
+        return {name: (self.inputs.sources[i], self.example_inputs[i]) for name, i in positions.items()}
 
     def _report_what_stays_hp(self) -> None:
         tell_what_stays_hp(self.context)
@@ -222,7 +230,7 @@ class Compilation:
         self.record.halves.append(phase)
         compiled = compile_inner(half, inputs, **kwargs)
         if not ours:
-            return compiled
+            return compiled if backward else self._watch_names(compiled, names)
         if until_valid is not None:
             inductor.draw_as_generated_code_does(until_valid, compile_inner)
         dynamic = None if until_valid is None else _Interpreted(until_valid, self.context, inductor.output_strides(compiled))
@@ -232,7 +240,38 @@ class Compilation:
             self.binder = Binder(self.context.layouts, self.context.device, self.store)
         owner_positions = [names.index(o) - sum(p < names.index(o) for p in ours.values()) for o in self.binder.owners]
         training = is_training(kwargs)
-        return forward_with_state(compiled, dynamic, ours, self.binder, owner_positions, training)
+        run = forward_with_state(compiled, dynamic, ours, self.binder, owner_positions, training)
+        return self._watch_names(run, [n.name for n in inputs_here if "qtrain_state" not in n.meta])
+
+    def _watch_names(self, compiled: Callable[..., Any], names: list[str]) -> Callable[..., Any]:
+        """Dynamo runs one graph for equal modules: say so where the recipe means another of them to be compiled otherwise.
+
+        names  the function's arguments
+        """
+        context, recipe = self.context, self.context.recipe
+        positions = {name: names.index(name) for name in context.parameters if name in names}
+        if not (recipe.skip or recipe.overrides) or context.prefixes == ("",) or not positions:
+            return compiled
+        first = next(iter(positions.values()))
+        known: set[int] = set()
+
+        def run(args: list[Any]) -> Any:
+            if id(args[first]) not in known:
+                known.add(id(args[first]))
+                here = prefixes({name: (context.parameters[name], args[i]) for name, i in positions.items()})
+                other = replace(context, prefixes=here)
+                for site in context.sites:
+                    if replace(other.resolve(site), site="") != replace(context.resolve(site), site=""):
+                        _warn(
+                            f"recipe {recipe.name!r} treats {other.names(site)[0]} and {context.names(site)[0]} differently, but "
+                            "Dynamo runs one compiled graph for both: the latter's holds. Remove the graph break, or compile the "
+                            "whole model, or use patterns that treat equal modules alike"
+                        )
+                        break
+            return compiled(args)
+
+        run._boxed_call = True  # type: ignore[attr-defined]
+        return run
 
     def _record_kernels(self, graph: fx.Graph) -> None:
         for node in graph.nodes:

@@ -103,20 +103,21 @@ class Recipe:
 
     # ---- what it says
 
-    def resolve(self, site: str) -> SiteRecipe:
-        """What the recipe says about the site of that name.
+    def resolve(self, site: str, *others: str) -> SiteRecipe:
+        """What the recipe says about the site of that name; a pattern may match one of its other names as well.
 
         Errors: `RecipeError` if overrides that are right one by one add up to a scale on a contracted axis.
         """
+        names = (site, *others)
         for pattern in self.skip:
-            if matches(pattern, site):
+            if any(matches(pattern, name) for name in names):
                 why = f"skipped by {pattern!r}"
                 hp = dict.fromkeys(GEMM_OPERANDS)
                 return SiteRecipe(site=site, **hp, reasons=tuple((gemm, why) for gemm in GEMM_OPERANDS))
         values = self._site_fields()
         origin = dict.fromkeys(SITE_FIELDS, "recipe")
         for pattern, changes in self.overrides:
-            if matches(pattern, site):
+            if any(matches(pattern, name) for name in names):
                 values.update(changes)
                 origin.update(dict.fromkeys(changes, f"override {pattern!r}"))
         check_contracted_axes(f"overrides at {site}", values)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from passes.buffers import bind_state
-from passes.context import Entry, PassContext, Site, StateLayout
+from passes.context import Entry, PassContext, Site, StateLayout, full_name
 from qcompile.inspect.labels import LABEL, first_name, rename_by_label
 from qcompile.inspect.saved_bytes import SavedBytes, SavedTensor
 
@@ -85,10 +85,14 @@ class Call:
 
     def site_name(self, site: Site) -> str:
         """The site's name in the whole model."""
+        return full_name(self.prefix_of(site), site)
+
+    def prefix_of(self, site: Site) -> str:
+        """Where in the whole model the compiled frame's module is."""
         if site.weight in self.prefixes:
-            return self.prefixes[site.weight] + site.name
+            return self.prefixes[site.weight]
         common = Counter(self.prefixes.values()).most_common(1)
-        return (common[0][0] if common else "") + site.name
+        return common[0][0] if common else ""
 
 
 @dataclass

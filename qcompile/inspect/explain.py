@@ -247,7 +247,7 @@ def _report(found: Capture, hp: Capture) -> Report:
     ]
     position = {name: i for i, (name, _) in enumerate(found.model.named_modules())}
     sites.sort(key=lambda s: position.get(_module(s.name), len(position)))
-    names = [name for graph in found.graphs for name in (s.name for s in graph.sites)]
+    names = [s.name for s in sites]
     return Report(
         recipe=found.recipe,
         sites=sites,
@@ -316,9 +316,9 @@ def _entries(graph: CapturedGraph, call: Call) -> Iterator[Entry]:
     for layout in graph.layouts.values():
         for e in layout.entries:
             site = by_name.get(e.site)
-            prefix = call.site_name(site).removesuffix(site.name) if site is not None else ""
+            prefix = call.prefix_of(site) if site is not None else ""
             yield Entry(
-                name=f"{prefix}{e.site}.{e.operand}" if e.site else e.operand,
+                name=f"{call.site_name(site)}.{e.operand}" if site is not None else e.operand,
                 phase=layout.phase,
                 fields=e.fields,
                 size=e.size,
