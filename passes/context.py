@@ -141,7 +141,6 @@ class PassContext:
     seconds: dict[str, float] = field(default_factory=dict)  # step -> time taken
     prefixes: tuple[str, ...] = ("",)  # of the compiled frame in the model, and in the module that was compiled: "blocks.3."
     layers: tuple[str, ...] = ()  # of the whole model, where it is known and the graph may be a part
-    number: int | None = None  # of the joint graph, in dumps
     frame: str = ""  # what Dynamo calls the compiled frame, for reports
 
     @classmethod

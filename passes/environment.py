@@ -22,11 +22,14 @@ def skipped() -> tuple[str, ...]:
     return tuple(name for name in os.environ.get("QTRAIN_SKIP", "").split(",") if name)
 
 
-def number_of(graph: fx.Graph, same_as: fx.Graph | None = None) -> int:
-    """A graph's number in this process; a half of a graph gets that of the whole, `same_as`."""
-    if same_as is not None:
-        graph.__dict__["_qtrain_number"] = number_of(same_as)
-    return graph.__dict__.setdefault("_qtrain_number", next(_numbers))
+def number_of(graph: fx.Graph) -> int:
+    """A graph's number in this process. Copies and halves of the graph have it too: its inputs carry it."""
+    inputs = graph.find_nodes(op="placeholder")
+    known = next((n.meta["qtrain_graph"] for n in inputs if "qtrain_graph" in n.meta), None)
+    number = next(_numbers) if known is None else known
+    for node in inputs:
+        node.meta["qtrain_graph"] = number
+    return number
 
 
 def dump(graph: fx.Graph, position: int, name: str, when: str) -> None:

@@ -59,7 +59,7 @@ def min_cut_partition(
 
     with unittest.mock.patch.object(partitioners, "get_default_op_list", with_ours):
         forward, backward = partitioner(joint, joint_inputs, **kwargs)
-    if run_cut_steps(forward.graph, backward.graph, kwargs["num_fwd_outputs"], joint.graph):
+    if run_cut_steps(forward.graph, backward.graph, kwargs["num_fwd_outputs"]):
         forward.recompile()
         backward.recompile()
     return forward, backward

@@ -192,7 +192,7 @@ class Pipeline(PassBase):
     def run(self, graph: fx.Graph) -> int:
         """Run every step; return the number of changes. Errors: `GraphError` names the step that broke the graph."""
         total = 0
-        self.context.number = number_of(graph)
+        number_of(graph)
         for number, step in enumerate(self.steps):
             writes = count_writes(graph)
             dump(graph, number, step.name, "before")
@@ -226,12 +226,10 @@ class Pipeline(PassBase):
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def run_cut_steps(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int, joint: fx.Graph) -> int:
-    """Run `cut_steps` on the two halves of `joint`; return the number of changes."""
+def run_cut_steps(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int) -> int:
+    """Run `cut_steps` on the two halves of a joint graph; return the number of changes."""
     names = skipped()
     changes, position = 0, len(joint_steps())
-    for half in (forward, backward):
-        number_of(half, same_as=joint)
     for number, step in enumerate(cut_steps(), start=position):
         if step.name in names:
             continue
@@ -254,8 +252,6 @@ def lower_half(
     if "lower" in skipped():
         return 0
     position = len(joint_steps()) + len(cut_steps())
-    if context.number is not None:
-        graph.__dict__["_qtrain_number"] = context.number
     dump(graph, position, "lower", f"{phase}.before")
     changes = lower(graph, context, steady=steady)
     verify(graph, after="lower", writes=writes)
