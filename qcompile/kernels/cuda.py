@@ -26,6 +26,7 @@ from qcompile.errors import KernelError
 from qcompile.kernels import note_launch
 from qcompile.kernels.convolution import operators
 from qcompile.kernels.cpu import of_batch
+from qcompile.kernels.registry import find_kernel
 from qcompile.kernels.triton.launch import unavailable_reasons
 from qcompile.kernels.triton.tuning import max_k
 
@@ -146,6 +147,10 @@ def scaled_mm_cuda(
     Errors: `KernelError` where no int8 kernel can run.
     """
     (m, k), n = a.shape, b.shape[1]
+    users = find_kernel("cuda", m, n, k, zero_points=a_zero is not None or b_zero is not None)
+    if users is not None:
+        note_launch(users.name, m, n, k)
+        return users.run(a, b, a_scale, b_scale, a_zero, b_zero, bias, out_dtype)
     if 0 not in (m, n, k):
         note_launch(_kernel_for(a.device, os.environ.get("QTRAIN_CUDA_GEMM")), m, n, k)
     return product(a, b, a_scale, b_scale, a_zero, b_zero, bias, out_dtype)
