@@ -24,6 +24,7 @@ prims = torch.ops.prims
 RANGE, SEED = ops.range_, ops.seed_
 QUANTIZE, DEQUANTIZE = ops.quantize, ops.dequantize
 SCALED_MM, TRANSPOSE = ops.scaled_mm, ops.transpose_codes
+QUANTIZE_TRANSPOSED = ops.quantize_transposed
 READ, WRITE, SELECT, UNPACK = ops.read_state, ops.write_state_, ops.select_range, ops.unpack
 
 PERMUTE = aten.permute.default
@@ -37,6 +38,9 @@ TRANSPOSES = (aten.t.default, aten.transpose.int)
 _SCOPE_KEYS = ("nn_module_stack", "fwd_nn_module_stack", "seq_nr", "stack_trace", "custom", "recompute", "ac_graph_id")
 
 FORWARD, BACKWARD = "forward", "backward"
+
+GPUS = ("cuda",)
+"""Types of devices for which graphs are lowered as for a GPU (torch calls AMD's "cuda" too)."""
 
 
 def args_by_name(node: fx.Node) -> dict[str, Any]:
@@ -165,6 +169,11 @@ def replace(node: fx.Node, by: fx.Node) -> None:
     """Let every user of `node` read `by`, and erase `node`."""
     node.replace_all_uses_with(by)
     node.graph.erase_node(node)
+
+
+def on_gpu(node: fx.Node) -> bool:
+    """Whether a node's value is on a GPU."""
+    return node.meta["val"].device.type in GPUS
 
 
 def start_of(graph: fx.Graph, phase: str) -> fx.Node:

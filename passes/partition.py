@@ -4,7 +4,8 @@ Quantization is in the joint graph, so the cut weighs tensors of one byte. Unkno
 for not recomputable and not fusible, and codes are saved *beside* their source. So for the time of the call quantize, dequantize
 and the range operators join its lists of recomputable and fusible operators.
 
-Private API (`torch._functorch.partitioners.get_default_op_list`), used here only; checked on torch 2.11 and 2.13.
+Private API (`torch._functorch.partitioners.get_default_op_list`), used here and in
+`passes.in_memory`; checked on torch 2.11 and 2.13.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import fx
 from torch._functorch import partitioners
 
 from passes.fold_masks import fold_masks
+from passes.save_transposed import save_transposed
 from passes.store_masks import store_masks
 
 __all__ = ["min_cut_partition"]
@@ -46,7 +48,8 @@ def min_cut_partition(
         forward, backward = partitioner(joint, joint_inputs, **kwargs)
     num_outputs = kwargs["num_fwd_outputs"]
     folded = fold_masks(forward.graph, backward.graph, num_outputs)
-    if folded + store_masks(forward.graph, backward.graph, num_outputs):
+    transposed = save_transposed(forward.graph, backward.graph, num_outputs)
+    if folded + transposed + store_masks(forward.graph, backward.graph, num_outputs):
         forward.recompile()
         backward.recompile()
     return forward, backward

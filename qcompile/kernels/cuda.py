@@ -1,4 +1,4 @@
-"""INT8 GEMM and transpose on NVIDIA and AMD GPUs. M rows, N columns, K summed.
+"""INT8 GEMM, quantize with a transposed copy, and transpose on NVIDIA and AMD GPUs. M rows, N columns, K summed.
 
     triton    a kernel of ours: any shape; zero points, scales, bias, cast fused; capability 8.0 or newer
     int_mm    torch._int_mm (cuBLASLt, hipBLASLt): int32 out, the rest in passes of its own; 7.5 or newer
@@ -27,7 +27,14 @@ from qcompile.kernels import note_launch
 from qcompile.kernels.triton.launch import unavailable_reasons
 from qcompile.kernels.triton.tuning import max_k
 
-__all__ = ["CANDIDATES", "kernel_for", "register_cuda_kernels", "scaled_mm_cuda", "transpose_codes_cuda"]
+__all__ = [
+    "CANDIDATES",
+    "kernel_for",
+    "quantize_transposed_cuda",
+    "register_cuda_kernels",
+    "scaled_mm_cuda",
+    "transpose_codes_cuda",
+]
 
 INT8_TENSOR_CORES = (7, 5)
 """The first compute capability with int8 tensor cores (Turing), and the first that `torch._int_mm`
@@ -164,6 +171,30 @@ def transpose_codes_cuda(codes: Tensor) -> Tensor:
     return transpose(codes)
 
 
+def quantize_transposed_cuda(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bits: int,
+    seed: Tensor | None,
+    salt: int,
+    codes: bool,
+    amax: bool,
+    bound: Tensor | None,
+) -> list[Tensor]:
+    """`qtrain::quantize_transposed` of checked operands; `qcompile.ops.quantize_transposed` has their shapes and dtypes."""
+    if x.dtype is torch.float64 or unavailable_reasons(x.device, "quantize"):
+        from qcompile.ops.quantize_transposed import quantize_transposed_reference
+
+        return quantize_transposed_reference(x, scale, zero_point, bits, seed, salt, codes, amax, bound)
+    from qcompile.kernels.triton.quantize import quantize
+
+    made = quantize(
+        x, scale, zero_point, bits=bits, seed=seed, salt=salt, codes=codes, codes_t=True, amax=amax, bound=bound
+    )
+    return [output for output in (made.codes, made.codes_t, made.amax, made.outside) if output is not None]
+
+
 def _rows_contiguous(codes: Tensor) -> Tensor:
     if codes.stride(1) == 1:
         return codes
@@ -172,14 +203,15 @@ def _rows_contiguous(codes: Tensor) -> Tensor:
 
 @functools.cache
 def register_cuda_kernels() -> None:
-    """Make these the CUDA kernels of `qtrain::scaled_mm` and `qtrain::transpose_codes`, behind the operators'
-    own checks.
+    """Make these the CUDA kernels of `qtrain::scaled_mm`, `qtrain::quantize_transposed` and
+    `qtrain::transpose_codes`, behind the operators' own checks.
 
     Called once the operators exist. Needs neither a GPU nor Triton: the choice is made when a kernel is
     called.
     """
     from qcompile.ops._checks import check_matrix
     from qcompile.ops._library import LIBRARY
+    from qcompile.ops.quantize_transposed import check_quantize_transposed
     from qcompile.ops.scaled_mm import check_scaled_mm
 
     def scaled_mm(*operands: Any) -> Tensor:
@@ -190,5 +222,10 @@ def register_cuda_kernels() -> None:
         check_matrix("transpose_codes", "codes", codes)
         return transpose_codes_cuda(codes)
 
+    def quantize_transposed(*operands: Any) -> list[Tensor]:
+        check_quantize_transposed(*operands)
+        return quantize_transposed_cuda(*operands)
+
     LIBRARY.impl("scaled_mm", scaled_mm, "CUDA")
+    LIBRARY.impl("quantize_transposed", quantize_transposed, "CUDA")
     LIBRARY.impl("transpose_codes", transpose_codes, "CUDA")

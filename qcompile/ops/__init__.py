@@ -6,6 +6,7 @@ aten and says what the operator means; kernels agree with it bit for bit whereve
 
 from qcompile.kernels.cuda import register_cuda_kernels
 from qcompile.ops.quantize import code_range, dequantize, dequantize_reference, quantize, quantize_reference
+from qcompile.ops.quantize_transposed import quantize_transposed, quantize_transposed_reference
 from qcompile.ops.random import draw_key, uniform_draws
 from qcompile.ops.range_state import range_, read_state, seed_, select_range, unpack, write_state_
 from qcompile.ops.scaled_mm import scaled_mm, scaled_mm_reference
@@ -18,6 +19,8 @@ __all__ = [
     "draw_key",
     "quantize",
     "quantize_reference",
+    "quantize_transposed",
+    "quantize_transposed_reference",
     "range_",
     "read_state",
     "scaled_mm",
