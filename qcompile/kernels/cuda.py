@@ -7,6 +7,8 @@ Both read a [M, K] and b as b_t [N, K] with contiguous rows. Another layout is c
 capability 9.0 cuBLASLt has no tensor-core kernel for a row-major b (about 8 times slower), and one copy of
 1-byte codes is far cheaper.
 
+The default is Triton where it can run. Under `mode="max-autotune"` `int_mm` and every configuration of the
+Triton table are measured, and the fastest is taken for the bucket of sizes (`qcompile.kernels.autotune`).
 `QTRAIN_CUDA_GEMM=triton|int_mm` overrides the choice. The integer sum is exact in both up to K = 131,071
 (less with zero points, `max_k`); longer sums are added up in fp32, part by part.
 """
@@ -24,16 +26,20 @@ from torch.nn.functional import pad
 
 from qcompile.errors import KernelError
 from qcompile.kernels import note_launch
-from qcompile.kernels.triton.launch import unavailable_reasons
-from qcompile.kernels.triton.tuning import max_k
+from qcompile.kernels.triton.launch import MINIMUM_CAPABILITY, unavailable_reasons
+from qcompile.kernels.triton.tuning import bucket, max_k
 
 __all__ = [
     "CANDIDATES",
+    "fallback_reason",
+    "gemm_for",
     "kernel_for",
     "quantize_transposed_cuda",
     "register_cuda_kernels",
+    "remember",
     "scaled_mm_cuda",
     "transpose_codes_cuda",
+    "tuned",
 ]
 
 INT8_TENSOR_CORES = (7, 5)
@@ -80,6 +86,43 @@ def _kernel_for(device: torch.device, wanted: str | None) -> str:
     return kernel_for(device)
 
 
+_tuned: dict[tuple[torch.device, tuple[int, int, int]], str] = {}
+
+
+def gemm_for(device: torch.device, m: int, n: int, k: int) -> str:
+    """The candidate for a product of M x N x K: what `QTRAIN_CUDA_GEMM` asks for, what measured fastest, or the default.
+
+    Errors: those of `kernel_for`.
+    """
+    wanted = os.environ.get("QTRAIN_CUDA_GEMM")
+    return (tuned(device, m, n, k) if wanted is None else None) or _kernel_for(device, wanted)
+
+
+def tuned(device: torch.device, m: int, n: int, k: int) -> str | None:
+    """The candidate that measured fastest for this bucket of sizes, if it was measured."""
+    return _tuned.get((device, bucket(m, n, k)))
+
+
+def remember(device: torch.device, m: int, n: int, k: int, name: str) -> None:
+    """Use a candidate for this bucket of sizes from now on."""
+    _tuned[device, bucket(m, n, k)] = name
+
+
+def fallback_reason(device: torch.device) -> str | None:
+    """Why the library does the work of a Triton kernel that this GPU could run, or None.
+
+    On capability 7.5 the library is what there is, and `QTRAIN_CUDA_GEMM` is a choice.
+    """
+    if "QTRAIN_CUDA_GEMM" in os.environ or kernel_for(device) == "triton":
+        return None
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < MINIMUM_CAPABILITY["scaled_mm"]:
+        return None
+    return (
+        f"the Triton kernels cannot be used on {device}: {'; '.join(unavailable_reasons(device))}. Integer GEMMs run as "
+        "torch._int_mm, which does less in one kernel"
+    )
+
+
 # --- Candidates ---------------------------------------------------------------------------------------------
 
 
@@ -119,8 +162,8 @@ def _int_sum(a: Tensor, b_t: Tensor, a_zero: Tensor | None, b_zero: Tensor | Non
     the sum fits."""
     (m, k), n = a.shape, b_t.shape[0]
     padding = (-k % INT_MM_MULTIPLE, -n % INT_MM_MULTIPLE, max(0, INT_MM_ROWS - m))
-    padded_a = pad(a, (0, padding[0], 0, padding[2])) if padding[0] or padding[2] else a.contiguous()
-    padded_b = pad(b_t, (0, padding[0], 0, padding[1])) if padding[0] or padding[1] else b_t.contiguous()
+    padded_a = pad(a, (0, padding[0], 0, padding[2])) if padding[0] or padding[2] else _aligned(a)
+    padded_b = pad(b_t, (0, padding[0], 0, padding[1])) if padding[0] or padding[1] else _aligned(b_t)
     acc = torch._int_mm(padded_a, padded_b.t())[:m, :n]
     if a_zero is not None:
         column_sums = b_t.sum(1, dtype=torch.int32)
@@ -128,6 +171,12 @@ def _int_sum(a: Tensor, b_t: Tensor, a_zero: Tensor | None, b_zero: Tensor | Non
     if b_zero is not None:
         acc = acc - b_zero * a.sum(1, dtype=torch.int32, keepdim=True)
     return acc
+
+
+def _aligned(codes: Tensor) -> Tensor:
+    """Contiguous from a 16-byte boundary on, as cuBLASLt's int8 kernels want it; a view into a larger tensor may be neither."""
+    codes = codes.contiguous()
+    return codes if codes.data_ptr() % 16 == 0 else codes.clone()
 
 
 CANDIDATES: dict[str, Callable[..., Tensor]] = {"triton": _triton, "int_mm": _int_mm}
@@ -154,7 +203,7 @@ def scaled_mm_cuda(
     if m == 0 or n == 0 or k == 0:
         out = a.new_zeros((m, n), dtype=torch.float32) * (a_scale * b_scale)
         return (out if bias is None else out + bias.to(torch.float32)).to(out_dtype)
-    name = _kernel_for(a.device, os.environ.get("QTRAIN_CUDA_GEMM"))
+    name = gemm_for(a.device, m, n, k)
     note_launch(name, m, n, k)
     product = CANDIDATES[name]
     return product(

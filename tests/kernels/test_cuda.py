@@ -14,7 +14,7 @@ from qcompile import ops
 from qcompile.errors import KernelError
 from qcompile.kernels import Launch, cuda, record_launches
 from qcompile.kernels.triton import launch, tuning
-from tests.kernels.triton_device import DEVICE, QUIET
+from tests.kernels.triton_device import DEVICE, QUIET, misaligned
 
 GPU = torch.device("cuda")
 pytestmark = QUIET
@@ -150,6 +150,17 @@ def test_zero_points(candidate, a_zero, b_zero, out_dtype):
     scale = torch.full((), 1e-3, device=DEVICE)
     operands = (int8(20, 50), int8(50, 24), scale, scale, *zeros, uniform(20, 24), out_dtype)
     assert torch.equal(cuda.scaled_mm_cuda(*operands), ops.scaled_mm_reference(*operands))
+
+
+def test_any_alignment(candidate, monkeypatch):
+    """cuBLASLt's int8 products want 16 bytes; a view may begin anywhere."""
+    reached = []
+    int_mm = torch._int_mm
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: reached.append((a, b)) or int_mm(a, b))
+    a, b_t = misaligned(int8(32, 64)), misaligned(int8(40, 64))
+    operands = (a, b_t.t(), misaligned(uniform(32, 1)), misaligned(uniform(1, 40)), None, None, misaligned(uniform(40)), torch.float32)
+    assert torch.equal(cuda.scaled_mm_cuda(*operands), ops.scaled_mm_reference(*operands))
+    assert len(reached) == (candidate == "int_mm") and all(m.data_ptr() % 16 == 0 for pair in reached for m in pair)
 
 
 def test_int_mm_splits_a_long_sum(monkeypatch):

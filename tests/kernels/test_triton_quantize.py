@@ -6,7 +6,7 @@ import torch
 
 from qcompile import ops
 from qcompile.errors import KernelError
-from tests.kernels.triton_device import DEVICE, QUIET
+from tests.kernels.triton_device import DEVICE, QUIET, misaligned
 
 triton = pytest.importorskip("triton")
 
@@ -191,6 +191,12 @@ def test_only_what_is_asked_for_is_made():
     assert [v is not None for v in quantize(x, scale, codes=False, amax=True)] == [False, False, True, False, False]
     got = quantize(x.t(), scale, codes=False, codes_t=True, saturated=True)
     assert torch.equal(got.codes_t, quantize_reference(x, scale).codes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_alignment(dtype):
+    x, scale = misaligned(normal(60, 48, dtype=dtype)), misaligned(scales(60, 48)["column"])
+    assert_equal(quantize(x, scale, **ALL), quantize_reference(x, scale))
 
 
 def test_offsets_beyond_32_bits():
