@@ -158,7 +158,8 @@ def test_any_alignment(candidate, monkeypatch):
     int_mm = torch._int_mm
     monkeypatch.setattr(torch, "_int_mm", lambda a, b: reached.append((a, b)) or int_mm(a, b))
     a, b_t = misaligned(int8(32, 64)), misaligned(int8(40, 64))
-    operands = (a, b_t.t(), misaligned(uniform(32, 1)), misaligned(uniform(1, 40)), None, None, misaligned(uniform(40)), torch.float32)
+    scales, bias = (misaligned(uniform(32, 1)), misaligned(uniform(1, 40))), misaligned(uniform(40))
+    operands = (a, b_t.t(), *scales, None, None, bias, torch.float32)
     assert torch.equal(cuda.scaled_mm_cuda(*operands), ops.scaled_mm_reference(*operands))
     assert len(reached) == (candidate == "int_mm") and all(m.data_ptr() % 16 == 0 for pair in reached for m in pair)
 
