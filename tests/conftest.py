@@ -66,8 +66,11 @@ def default_device():
 
 def pytest_collection_modifyitems(items):
     if torch.cuda.is_available() or CHOSEN == "cpu":
+        for item in items:
+            if CHOSEN == "cuda" and item.get_closest_marker("cpu") is not None:
+                item.add_marker(pytest.mark.skip(reason="the suite is run for a GPU"))
         return
     skip = pytest.mark.skip(reason="needs a CUDA device; torch.cuda.is_available() is False")
     for item in items:
-        if item.get_closest_marker("gpu") is not None:  # keywords hold the names of folders too
+        if CHOSEN == "cuda" or item.get_closest_marker("gpu") is not None:  # keywords name folders too
             item.add_marker(skip)

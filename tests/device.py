@@ -14,3 +14,8 @@ CHOSEN = os.environ.get("QTRAIN_TEST_DEVICE")
 DEVICE = CHOSEN or ("cuda" if torch.cuda.is_available() else "cpu")
 
 needs_cuda = pytest.mark.skipif(DEVICE != "cuda", reason="about CUDA itself")
+
+
+def seeded(*shape: int, seed: int) -> torch.Tensor:
+    """Normal values that follow from the seed alone, on any device."""
+    return torch.randn(shape, generator=torch.Generator("cpu").manual_seed(seed), device="cpu").to(DEVICE)

@@ -25,7 +25,7 @@ from qcompile.kernels import cuda
 from qcompile.kernels.triton import tuning
 from qcompile.kernels.triton.launch import family, unavailable_reasons
 
-__all__ = ["Candidate", "Timer", "candidates", "tune"]
+__all__ = ["Candidate", "Timer", "bench_on_gpu", "candidates", "measure", "tune"]
 
 Timer = Callable[[Callable[[], object]], float]
 """A function -> its time, any unit."""
@@ -68,7 +68,7 @@ def tune(device: torch.device, m: int, n: int, k: int, out_dtype: torch.dtype, t
     if 0 in (m, n, k) or len(found) < 2:
         return None
     with unset_fake_temporarily(), _disable_current_modes(), torch.no_grad():
-        times = _measure(found, device, (m, n, k), out_dtype, timer or _do_bench)
+        times = measure(found, device, (m, n, k), out_dtype, timer or bench_on_gpu)
     if not times:
         return None
     best = min(times, key=times.__getitem__)  # the first of equals
@@ -78,9 +78,10 @@ def tune(device: torch.device, m: int, n: int, k: int, out_dtype: torch.dtype, t
     return best
 
 
-def _measure(
+def measure(
     found: list[Candidate], device: torch.device, sizes: tuple[int, int, int], out_dtype: torch.dtype, timer: Timer
 ) -> dict[Candidate, float]:
+    """Candidate -> its time for a product of M x N x K, of those that run."""
     m, n, k = sizes
     try:
         draws = torch.Generator(device).manual_seed(0)  # the user's random numbers stay as they are
@@ -107,7 +108,8 @@ def _run(candidate: Candidate, a: Tensor, b_t: Tensor, a_scale: Tensor, b_scale:
     return scaled_mm(*operands, config=candidate.config)
 
 
-def _do_bench(run: Callable[[], object]) -> float:
+def bench_on_gpu(run: Callable[[], object]) -> float:
+    """The median in ms."""
     from triton.testing import do_bench
 
     return do_bench(run, return_mode="median")

@@ -81,12 +81,13 @@ class Binding:
         if self.arena.tensor.device.type != "cuda":
             valid = bool((self.arena.tensor[self._steps] > 0).all())
         else:
-            valid = self._answered()
-            if valid is False:
+            answer = self._answered()
+            valid = answer is True
+            if answer is False:
                 self._ask()
         if valid:
             self._steady_since = epoch
-        return bool(valid)
+        return valid
 
     def _ask(self) -> None:
         """Have the GPU look whether every range is valid, behind the work that it has been given."""

@@ -17,6 +17,8 @@ import pytest
 pytest.importorskip("triton")
 import torch
 
+pytestmark = pytest.mark.cpu
+
 ROOT = Path(__file__).parents[2]
 CASES = [(m, r, p) for m in ("linear", "mlp") for r in ("int8_in_hindsight", "int8_tensorwise") for p in ("forward", "backward")]
 

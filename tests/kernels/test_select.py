@@ -12,6 +12,8 @@ from qcompile.kernels import cuda
 from qcompile.kernels.select import fallback_reason, gemm_kernel, unsupported_device
 from qcompile.kernels.triton import launch
 
+pytestmark = pytest.mark.cpu
+
 
 def identity() -> fx.GraphModule:
     graph = fx.Graph()
