@@ -57,11 +57,11 @@ def make_step(variant: str, layer: nn.Linear, x: Tensor, grad: Tensor) -> Step:
     if variant == "bf16":
         compiled = torch.compile(layer)
     elif variant == "torchao":
-        from torchao.prototype.quantized_training import int8_mixed_precision_training
+        from torchao.prototype.quantized_training import Int8MixedPrecisionTrainingConfig
         from torchao.quantization import quantize_
 
         holder = nn.Sequential(layer)
-        quantize_(holder, int8_mixed_precision_training(module_swap=True))
+        quantize_(holder, Int8MixedPrecisionTrainingConfig(module_swap=True))
         layer = holder[0]
         compiled = torch.compile(layer)
     else:
