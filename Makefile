@@ -61,8 +61,8 @@ test-slow: $(READY)
 	$(RUN) $(PYTEST) -m "slow and not gpu" $(ARGS)
 
 test-gpu: $(READY)
-	$(RUN) $(PYTEST) -m gpu $(ARGS)
-	QTRAIN_TEST_DEVICE=cuda $(RUN) $(PYTEST) -m "not gpu and not slow and not aot" $(ON_ANY_DEVICE) $(ARGS)
+	$(RUN) $(PYTEST) -m gpu tests/gpu $(ARGS)
+	QTRAIN_TEST_DEVICE=cuda $(RUN) $(PYTEST) -m "not gpu and not slow and not aot" --continue-on-collection-errors $(ON_ANY_DEVICE) $(ARGS)
 
 bench-gpu: $(READY)
 	$(RUN) examples/benchmarks/linear.py --device cuda

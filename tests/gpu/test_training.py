@@ -146,7 +146,7 @@ def test_nor_do_the_first_steps_once_they_are_compiled(model):
 # ---- modes
 
 
-@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune"])
+@pytest.mark.parametrize("mode", ["reduce-overhead", pytest.param("max-autotune", marks=needs_cuda)])
 def test_a_mode_changes_neither_losses_nor_ranges(model, mode, monkeypatch):
     """Over replays of CUDA graphs too: a step updates every range once, and in the place where the next one reads it."""
     monkeypatch.setattr(cuda, "_tuned", {})
