@@ -136,6 +136,7 @@ def capture(
     strict: bool = False,
     loss: Callable[[Any], Tensor] | None = None,
     passes: Sequence[Step] | None = None,
+    ranges: Mapping[str, Tensor] | None = None,
     **kwargs: Any,
 ) -> Capture:
     """Compile `model(*inputs, **kwargs)` up to code generation, run that step, and keep every stage.
@@ -144,6 +145,8 @@ def capture(
     loss    outputs -> scalar, to drive the backward pass; default: the mean square of every floating-point
             output, added up. It must depend on the outputs alone. It decides about values only, not about
             graphs.
+    ranges  what `range_state(model).state_dict()` returned: the step starts with these ranges, where the
+            recipe keeps such. Default: it is a first step, with dynamic ranges
 
     Autocast and grad mode are the caller's: under `torch.no_grad()` there are inference graphs and no
     backward half. All of it happens on copies: the model, its gradients and ranges, random generators and
@@ -159,6 +162,8 @@ def capture(
     names = _names(copied)
     alive = {storage_of(t) for t in [*copied.parameters(), *copied.buffers(), *_tensors((inputs, kwargs))]}
     store = RangeStore()
+    if ranges:
+        RangeState(copied, store).load_state_dict(ranges, strict=False)
     recordings: list[Recording] = []
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
