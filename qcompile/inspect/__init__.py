@@ -2,6 +2,7 @@
 
 from qcompile.inspect.capture import Capture, capture
 from qcompile.inspect.captured_graph import CapturedGraph
+from qcompile.inspect.compare import Comparison, GemmNumerics, compare
 from qcompile.inspect.explain import GemmReport, Report, SiteReport, explain
 from qcompile.inspect.listing import format_graph
 from qcompile.inspect.saved_bytes import SavedBytes, SavedTensor, saved_bytes
@@ -9,12 +10,15 @@ from qcompile.inspect.saved_bytes import SavedBytes, SavedTensor, saved_bytes
 __all__ = [
     "Capture",
     "CapturedGraph",
+    "Comparison",
+    "GemmNumerics",
     "GemmReport",
     "Report",
     "SavedBytes",
     "SavedTensor",
     "SiteReport",
     "capture",
+    "compare",
     "explain",
     "format_graph",
     "saved_bytes",
