@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -107,9 +108,32 @@ class Capture:
 
     def to_networkx(self) -> networkx.DiGraph:
         """The first graph's sites as a graph of tensors, quantizes and GEMMs: see `passes.site_graph`."""
-        from passes.site_graph import site_graph
+        return self.first.to_networkx()
 
-        return site_graph(self.joint.graph, self.first.context, saved=self.first.saved_names())
+    def diff(self, step: str, *, site: str | None = None) -> str:
+        """What a pass did to the first graph, as lines removed (-) and added (+); of one site alone, if named.
+
+        Errors: `ValueError` for a pass that did not run, or an unknown site.
+        """
+        from qcompile.inspect.diff import diff
+
+        return diff(self.first, step, site=site)
+
+    def draw(
+        self, path: str | Path, *, expand: Sequence[str] = (), step: str | None = None, site: str | None = None
+    ) -> Path:
+        """Draw it into a file; the ending says what.
+
+        .svg   the model by layer, with the rows named in `expand` node by node below; with `step`, one site
+               (default: the first) before and after that pass
+        .html  all of it in one page: rows open on a click, every pass can be chosen
+        .dot   tensors, quantizes and GEMMs, a cluster for each layer, for Graphviz
+
+        Errors: `ValueError` for another ending, and for an unknown row, pass or site.
+        """
+        from qcompile.inspect.drawing import draw
+
+        return draw(self, Path(path), expand=expand, step=step, site=site)
 
     def __str__(self) -> str:
         lines = [f"{len(self.graphs)} graph(s) of {type(self.model).__name__}, recipe {self.recipe.name}"]

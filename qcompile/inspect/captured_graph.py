@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
@@ -18,6 +18,9 @@ from passes.context import Entry, PassContext, Site, StateLayout
 from passes.graph import WRITE, aten, fake_mode
 from qcompile.inspect.labels import LABEL, first_name, rename_by_label
 from qcompile.inspect.saved_bytes import SavedBytes, SavedTensor
+
+if TYPE_CHECKING:
+    import networkx
 
 __all__ = [
     "Call",
@@ -171,6 +174,15 @@ class CapturedGraph:
                 found.setdefault(alias, entry)
         return found
 
+    def around(self, step: str) -> tuple[fx.Graph, fx.Graph]:
+        """The joint graph before and after a pass. Errors: `ValueError` for a pass that did not run."""
+        names = list(self.steps)
+        if step not in self.steps:
+            raise ValueError(f"no pass called {step!r} ran; those that did: {', '.join(names) or 'none'}")
+        position = names.index(step)
+        before = self.steps[names[position - 1]] if position else self.joint_before.graph
+        return before, self.steps[step]
+
     def saved_bytes(self, seen: set[int] | None = None) -> SavedBytes:
         """What all calls of the graph keep for backward.
 
@@ -180,6 +192,10 @@ class CapturedGraph:
 
         seen  storages that other graphs have kept; those of this graph are added
         """
+        return SavedBytes.of(entry for _, entry in self.saved_tensors(seen))
+
+    def saved_tensors(self, seen: set[int] | None = None) -> list[tuple[fx.Node, SavedTensor]]:
+        """What `saved_bytes` counts, each with the node of `forward` that made it."""
         seen = set() if seen is None else seen
         outputs = graph_outputs(self.forward.graph)
         weights = _weights_alone(self.forward.graph, self.context.parameters)
@@ -191,8 +207,15 @@ class CapturedGraph:
                     continue
                 seen.add(output.storage)
                 weight = call.tensors[weights[node]] if node in weights else None
-                entries.append(SavedTensor(bytes=output.bytes, shape=output.shape, dtype=output.dtype, weight=weight))
-        return SavedBytes.of(entries)
+                entry = SavedTensor(bytes=output.bytes, shape=output.shape, dtype=output.dtype, weight=weight)
+                entries.append((node, entry))
+        return entries
+
+    def to_networkx(self) -> networkx.DiGraph:
+        """The sites as a graph of tensors, quantizes and GEMMs: see `passes.site_graph`."""
+        from passes.site_graph import site_graph
+
+        return site_graph(self.joint.graph, self.context, saved=self.saved_names())
 
     def saved_names(self) -> set[str]:
         """The nodes of `joint` whose values cross the cut from forward to backward."""
