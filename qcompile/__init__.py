@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from qcompile.backend import compiled_graphs, qtrain
     from qcompile.errors import GraphError, KernelError, QtrainWarning, RecipeError, StateError, UnsupportedError
     from qcompile.estimators import InHindsight, MinMax, RangeEstimator, register_estimator
-    from qcompile.inspect import capture, compare, explain, saved_bytes  # type: ignore[no-redef]
+    from qcompile.inspect import capture, compare, explain, monitor, saved_bytes  # type: ignore[no-redef]
     from qcompile.recipe import Recipe
     from qcompile.recipes import get_recipe, list_recipes, register_recipe
     from qcompile.specs import SAME, GemmSpec, PerBlock, PerChannel, PerRow, PerTensor, QuantSpec
@@ -27,7 +27,7 @@ _HOME = {
     "qcompile.backend": ("compiled_graphs", "qtrain"),
     "qcompile.errors": ("GraphError", "KernelError", "QtrainWarning", "RecipeError", "StateError", "UnsupportedError"),
     "qcompile.estimators": ("InHindsight", "MinMax", "RangeEstimator", "register_estimator"),
-    "qcompile.inspect": ("capture", "compare", "explain", "saved_bytes"),
+    "qcompile.inspect": ("capture", "compare", "explain", "monitor", "saved_bytes"),
     "qcompile.recipe": ("Recipe",),
     "qcompile.recipes": ("get_recipe", "list_recipes", "register_recipe"),
     "qcompile.specs": ("SAME", "GemmSpec", "PerBlock", "PerChannel", "PerRow", "PerTensor", "QuantSpec"),

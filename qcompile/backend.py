@@ -31,7 +31,7 @@ from qcompile.state.binding import Binder, binding_of
 from qcompile.state.replays import REPLAYS
 from qcompile.state.store import STORE, RangeStore
 
-__all__ = ["CompiledGraph", "compiled_graphs", "qtrain"]
+__all__ = ["CompiledGraph", "by_choice", "compiled_graphs", "qtrain"]
 
 OPTIONS = ("recipe", "strict", "mode", "passes")
 
@@ -201,7 +201,7 @@ class Compilation:
         unmatched = context.recipe.unmatched_patterns([s.name for s in context.sites])
         if unmatched and context.sites:
             _warn(f"recipe {context.recipe.name!r}: no site matches {', '.join(map(repr, unmatched))}")
-        stuck = [(s, g) for s, g in context.gemms() if g.reason is not None and not _by_choice(g.reason)]
+        stuck = [(s, g) for s, g in context.gemms() if g.reason is not None and not by_choice(g.reason)]
         if not stuck:
             return
         lines = [f"{s.name}.{g.role}: {g.reason}" for s, g in stuck]
@@ -400,7 +400,7 @@ def _source_name(placeholder: fx.Node) -> str:
 _CHOICES = ("skipped by", "recipe:", "override")
 
 
-def _by_choice(reason: str) -> bool:
+def by_choice(reason: str) -> bool:
     """Whether a GEMM is in high precision because the recipe says so."""
     return reason.startswith(_CHOICES)
 

@@ -5,6 +5,7 @@ from qcompile.inspect.captured_graph import CapturedGraph
 from qcompile.inspect.compare import Comparison, GemmNumerics, compare
 from qcompile.inspect.explain import GemmReport, Report, SiteReport, explain
 from qcompile.inspect.listing import format_graph
+from qcompile.inspect.monitor import Monitor, monitor
 from qcompile.inspect.saved_bytes import SavedBytes, SavedTensor, saved_bytes
 
 __all__ = [
@@ -13,6 +14,7 @@ __all__ = [
     "Comparison",
     "GemmNumerics",
     "GemmReport",
+    "Monitor",
     "Report",
     "SavedBytes",
     "SavedTensor",
@@ -21,5 +23,6 @@ __all__ = [
     "compare",
     "explain",
     "format_graph",
+    "monitor",
     "saved_bytes",
 ]

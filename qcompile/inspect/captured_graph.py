@@ -18,6 +18,7 @@ from passes.context import Entry, PassContext, Site, StateLayout
 from passes.graph import WRITE, aten, fake_mode
 from qcompile.inspect.labels import LABEL, first_name, rename_by_label
 from qcompile.inspect.saved_bytes import SavedBytes, SavedTensor
+from qcompile.state.binding import Binding
 
 if TYPE_CHECKING:
     import networkx
@@ -135,6 +136,7 @@ class CapturedGraph:
     tangents                 the gradients of the outputs that `backward` got, likewise
     calls                    the calls of the graph: a block's graph may serve many blocks
     initial_state            phase -> values of the range state before the first call
+    bindings                 phase -> where the first call found its range state
     """
 
     context: PassContext
@@ -149,6 +151,7 @@ class CapturedGraph:
     tangents: tuple[Any, ...] = ()
     calls: list[Call] = field(default_factory=list)
     initial_state: dict[str, Tensor] = field(default_factory=dict)
+    bindings: dict[str, Binding] = field(default_factory=dict)
     n_outputs: int = 0
     input_names: tuple[str, ...] = ()  # as `forward` shows them
     gradient_names: tuple[str | None, ...] = ()  # what each output of `backward` is the gradient of
@@ -231,6 +234,23 @@ class CapturedGraph:
             for phase, values in self.initial_state.items():
                 if module is not None and hasattr(module, f"{phase}_ranges"):
                     getattr(module, f"{phase}_ranges").copy_(values)
+
+    def refresh(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take on other values of the model's tensors, by name, and of the range state that `bindings` refer to.
+
+        Inputs of the step and output gradients stay what they were.
+        """
+        names = [self.calls[0].tensors.get(first_name(n)) for n in self.forward.graph.find_nodes(op="placeholder")]
+        self.inputs = tuple(tensors.get(n, a) if n is not None else a for n, a in zip(names, self.inputs, strict=True))
+        self.initial_state = {phase: b.tensor[b.index].clone() for phase, b in self.bindings.items()}
+        self.reset_state()
+
+    @torch.no_grad()
+    def run_forward(self) -> tuple[Any, ...]:
+        """The graph's outputs alone, with range state as before the first step."""
+        self.reset_state([self.forward])
+        written = written_inputs(self.forward.graph)
+        return tuple(self.forward(*(a.clone() if i in written else a for i, a in enumerate(self.inputs)))[: self.n_outputs])
 
     @torch.no_grad()
     def run(self, *, lowered: bool = False) -> tuple[tuple[Any, ...], dict[str, Tensor]]:

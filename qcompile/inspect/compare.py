@@ -24,7 +24,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from tabulate import tabulate
 from torch import Tensor, fx, nn
 
@@ -33,15 +32,15 @@ from passes.find_sites import GemmNode
 from passes.graph import DEQUANTIZE, QUANTIZE
 from qcompile.errors import GraphError
 from qcompile.inspect.capture import Capture, capture
-from qcompile.inspect.captured_graph import CapturedGraph, with_buffers, written_inputs
+from qcompile.inspect.captured_graph import CapturedGraph
 from qcompile.inspect.numerics import Agreement, Rounding, agreement, rounding
+from qcompile.inspect.replay import Replay, joint_at, shared_random_numbers
 from qcompile.kernels import record_launches
 from qcompile.recipe import Recipe
 from qcompile.state.handle import range_state
 
 __all__ = ["Comparison", "GemmNumerics", "OperandNumerics", "TensorNumerics", "compare", "compare_captured"]
 
-_SEED = 0  # of the random numbers that the three runs share
 _LISTED = 12
 
 
@@ -252,18 +251,18 @@ def compare_captured(found: Capture) -> Comparison:
 
 def _compare_graph(graph: CapturedGraph, result: Comparison, prefix: str) -> None:
     names = list(graph.steps)
-    hp = fx.GraphModule(graph.joint_before, _without_state(graph, names[names.index("insert_qdq") - 1]).graph)
-    with _shared_random_numbers(graph):
+    hp = joint_at(graph, names[names.index("insert_qdq") - 1])
+    with shared_random_numbers(graph):
         reference = _Reference(hp)
         want = reference.step(graph)
-    quantized = _without_state(graph, names[names.index("fuse_matmul") - 1] if "fuse_matmul" in names else names[-1])
-    with _shared_random_numbers(graph):
+    quantized = joint_at(graph, names[names.index("fuse_matmul") - 1] if "fuse_matmul" in names else names[-1])
+    with shared_random_numbers(graph):
         measured = _Measuring(quantized, reference.products)
         measured.step(graph)
     del reference
-    with _shared_random_numbers(graph), record_launches() as launches:
+    with shared_random_numbers(graph), record_launches() as launches:
         graph.reset_state([graph.joint])
-        got = _Plain(graph.joint).step(graph)
+        got = Replay(graph.joint).step(graph)
     call = graph.calls[0]
     full = {site.name: call.site_name(site) for site in graph.sites}
     for site in graph.sites:
@@ -286,39 +285,7 @@ def _comparable(value: Any, reference: Any) -> bool:
     return both and value.is_floating_point() and value.shape == reference.shape
 
 
-def _without_state(graph: CapturedGraph, step: str) -> fx.GraphModule:
-    """The joint graph behind a step, with range state in buffers that hold the values before the step."""
-    module = with_buffers(graph.steps[step], graph.joint, graph.layouts, {})
-    graph.reset_state([module])
-    return module
-
-
-class _shared_random_numbers:
-    """Every run draws what the others draw; the generators are as before when it ends."""
-
-    def __init__(self, graph: CapturedGraph) -> None:
-        devices = sorted({t.get_device() for t in graph.inputs if isinstance(t, Tensor) and t.is_cuda})
-        self._fork = torch.random.fork_rng(devices=devices)
-
-    def __enter__(self) -> None:
-        self._fork.__enter__()
-        torch.manual_seed(_SEED)
-
-    def __exit__(self, *error: Any) -> None:
-        self._fork.__exit__(*error)
-
-
-class _Plain(fx.Interpreter):
-    """Runs a joint graph on what was captured."""
-
-    def step(self, graph: CapturedGraph) -> Sequence[Any]:
-        written = written_inputs(self.module.graph)
-        inputs = [a.clone() if i in written else a for i, a in enumerate(graph.inputs)]
-        with torch.no_grad():
-            return self.run(*inputs, *graph.tangents)
-
-
-class _Reference(_Plain):
+class _Reference(Replay):
     """Keeps the result of every GEMM, by site and role."""
 
     def __init__(self, module: fx.GraphModule) -> None:
@@ -333,7 +300,7 @@ class _Reference(_Plain):
         return value
 
 
-class _Measuring(_Plain):
+class _Measuring(Replay):
     """Measures every GEMM while it runs.
 
     What a quantize reads is kept until the last GEMM that multiplies its codes has run.

@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 import networkx as nx
 from torch import fx
 
-from passes.context import Site
 from passes.find_sites import module_path
 from qcompile.inspect.captured_graph import CapturedGraph
 from qcompile.inspect.labels import first_name
@@ -37,7 +36,7 @@ class Row:
 
 def module_of_site(site: str) -> str:
     """The module of a site, by its name: "attn" for "attn:bmm_1", "proj" for "proj#1", "" for the model itself."""
-    name = site.split("#")[0].split(":")[0] if ":" in site or "#" in site else site
+    name = site.split("#")[0].split(":")[0]
     return "" if name == "self" else name
 
 
@@ -108,8 +107,3 @@ def module_of_node(node: fx.Node) -> str:
     """The path of the innermost module that a node belongs to."""
     stack: Mapping[str, tuple[str, object]] = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
     return module_path(list(stack.values())[-1][0]) if stack else ""
-
-
-def full_names(graph: CapturedGraph, sites: Iterable[Site]) -> dict[str, str]:
-    """Site's name in the compiled frame -> its name in the whole model, for the graph's first call."""
-    return {site.name: graph.calls[0].site_name(site) if graph.calls else site.name for site in sites}

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 import networkx as nx
 import torch
 from torch import Tensor, fx
 
-from passes.graph import ALIASES, BACKWARD, CASTS, PERMUTE, TRANSPOSES, VIEWS, phase_of
+from passes.graph import ALIASES, BACKWARD, CASTS, PERMUTE, TRANSPOSES, VIEWS
 from qcompile.inspect.captured_graph import CapturedGraph
 from qcompile.inspect.drawing.layered import layered
 from qcompile.inspect.drawing.svg import COLOURS, Canvas, shortened, text_width
@@ -86,17 +87,17 @@ def _around(graph: nx.DiGraph, row: Row) -> list[str]:
     return [n for n in graph.nodes if n in inside]
 
 
-def _labels(name: str, node: Mapping[str, object], row: Row) -> list[str]:
+def _labels(name: str, node: Mapping[str, Any], row: Row) -> list[str]:
     if node["kind"] == "gemm":
         site, role = str(node["site"]), str(node["role"])
         first = f"{row.leaf(site)} {role}"
     else:
         prefix = row.name.replace(".", "_")
         first = name.removeprefix(f"{prefix}_") if prefix else name
-    return [shortened(first, 26), f"{short_type(node['dtype'])}[{', '.join(map(str, node['shape']))}]"]  # type: ignore[arg-type]
+    return [shortened(first, 26), f"{short_type(node['dtype'])}[{', '.join(map(str, node['shape']))}]"]
 
 
-def _node(canvas: Canvas, x: float, y: float, width: float, lines: list[str], node: Mapping[str, object], name: str) -> None:
+def _node(canvas: Canvas, x: float, y: float, width: float, lines: list[str], node: Mapping[str, Any], name: str) -> None:
     kind = str(node["kind"])
     fill, ink = COLOURS.get(kind, "#ffffff"), COLOURS["ink"]
     if kind == "gemm":
@@ -202,5 +203,6 @@ def _operation(node: fx.Node) -> str:
     if node.op != "call_function":
         return f"input {kind}".strip()
     target = node.target
-    name = str(target).removesuffix(".default") if isinstance(target, torch._ops.OpOverload) else getattr(target, "__name__", str(target))
+    is_operator = isinstance(target, torch._ops.OpOverload)
+    name = str(target).removesuffix(".default") if is_operator else getattr(target, "__name__", str(target))
     return f"{name.removeprefix('prims.').removeprefix('aten.')} {kind}".strip()

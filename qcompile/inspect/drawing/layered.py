@@ -74,7 +74,11 @@ def _ranks(graph: nx.DiGraph) -> dict[Hashable, int]:
             single.add(node)
     for node in reversed(order):
         if node in single and graph.out_degree(node) > 0:
-            rank[node] = min(rank[s] for s in graph.successors(node)) - 1
+            ends = {s for s in graph.successors(node) if s in single and graph.out_degree(s) == 0}
+            rank[node] = min(rank[s] for s in set(graph.successors(node)) - ends or ends) - 1
+    for node in order:  # and ends of such chains stand beside what goes on
+        if node in single and graph.out_degree(node) == 0 and graph.in_degree(node) == 1:
+            rank[node] = rank[next(graph.predecessors(node))] + 1
     lowest = min(rank.values(), default=0)
     return {node: r - lowest for node, r in rank.items()}
 

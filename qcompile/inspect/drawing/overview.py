@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import networkx as nx
 
 from passes.context import Gemm, Site
+from qcompile.backend import by_choice
 from qcompile.inspect.captured_graph import CapturedGraph
 from qcompile.inspect.drawing.svg import COLOURS, Canvas, shortened, text_width
 from qcompile.inspect.modules import Row, rows_of, saved_by_row, site_flow
@@ -20,9 +21,8 @@ from qcompile.inspect.modules import Row, rows_of, saved_by_row, site_flow
 __all__ = ["Overview", "draw_overview"]
 
 CELLS = {"output": "y", "grad_input": "dx", "grad_weight": "dw"}
-CHOICES = ("skipped by", "recipe:", "override")
 _CHIP_HEIGHT, _CHIP_GAP, _COLUMN_GAP, _ROW_GAP = 34.0, 6.0, 30.0, 18.0
-_LEFT, _TOP = 190.0, 74.0
+_LEFT = 190.0
 _SAVED_WIDTH = 170.0
 
 
@@ -39,7 +39,7 @@ def kind_of(gemm: Gemm) -> str:
     """What a GEMM runs in, as a key of `COLOURS`."""
     if gemm.reason is None:
         return "integer"
-    return "choice" if gemm.reason.startswith(CHOICES) else "hp"
+    return "choice" if by_choice(gemm.reason) else "hp"
 
 
 def draw_overview(graph: CapturedGraph, title: str) -> Overview:
@@ -51,13 +51,12 @@ def draw_overview(graph: CapturedGraph, title: str) -> Overview:
     chip = {row.name: _chip_width(row) for row in rows}
     grid = max((chip[r.name] * len(columns[r.name]) + _COLUMN_GAP * (len(columns[r.name]) - 1) for r in rows), default=200.0)
     saved = saved_by_row(graph, rows) if graph.backward is not None else {}
-    most = max((sum(sizes.values()) for name, sizes in saved.items() if name), default=0)
+    most = max((sum(saved.get(row.name, {}).values()) for row in rows), default=0)
     training = graph.backward is not None
     width = _LEFT + grid + 40 + (_SAVED_WIDTH + 40 if training else 0)
     canvas = Canvas(width, 0)
     result = Overview(canvas, rows)
-    _header(canvas, title, training, saved.get("", {}) if len(rows) > 1 or rows[:1] != [""] else {})
-    y = _TOP
+    y = _header(canvas, title, training, saved.get("", {}) if "" not in columns else {})
     centres: dict[str, tuple[float, float]] = {}
     for row in rows:
         stacked = max(len(column) for column in columns[row.name])
@@ -105,7 +104,7 @@ def _chip(canvas: Canvas, x: float, y: float, width: float, leaf: str, site: Sit
         gemm = site.gemms.get(role) or (site.gemms.get("unknown") if role == "output" else None)
         left, top = x + 4 + i * (cell + 2), y + 18
         if gemm is None:
-            canvas.rect(left, top, cell, 13, "none", stroke="#dfe4ea", radius=2, title=f"{role}: nobody needs it, or it has no GEMM")
+            canvas.rect(left, top, cell, 13, "none", stroke="#dfe4ea", radius=2, title=f"{role}: no GEMM")
             continue
         kind = kind_of(gemm)
         size = " x ".join(map(str, gemm.shape))
@@ -128,7 +127,7 @@ def _edges_between(
     edges = {(row_of[a], row_of[b]) for a, b in flow.edges if row_of[a] != row_of[b]}
     order = [row.name for row in rows]
     for a, b in sorted(edges, key=lambda e: order.index(e[0])):
-        (top, bottom), (below, _) = places[a], places[b]
+        bottom, below = places[a][1], places[b][0]
         distance = order.index(b) - order.index(a)
         title = f"{a or 'model'} to {b or 'model'}"
         if distance == 1:
@@ -148,7 +147,8 @@ def _saved(canvas: Canvas, x: float, y: float, height: float, sizes: dict[str, i
     left = x
     for dtype, size in sorted(sizes.items(), key=lambda item: -item[1]):
         width = max(1.0, _SAVED_WIDTH * size / most)
-        canvas.rect(left, middle - 13, width, 10, _dtype_colour(dtype), radius=1, title=f"{dtype}: {size:,} bytes saved for backward")
+        title = f"{dtype}: {size:,} bytes saved for backward"
+        canvas.rect(left, middle - 13, width, 10, _dtype_colour(dtype), radius=1, title=title)
         left += width
     text = ", ".join(f"{human(size)} {short(dtype)}" for dtype, size in sorted(sizes.items(), key=lambda item: -item[1]))
     canvas.text(x, middle + 10, shortened(text, 34), size=10, fill=COLOURS["faint"])
@@ -173,15 +173,20 @@ def human(count: int) -> str:
     return f"{count} B"
 
 
-def _header(canvas: Canvas, title: str, training: bool, rest: dict[str, int]) -> None:
-    canvas.text(12, 22, title, size=14, bold=True)
+def _header(canvas: Canvas, title: str, training: bool, rest: dict[str, int]) -> float:
+    """Title and legend; returns where the rows start."""
+    y = 14.0
+    if title:
+        canvas.text(12, 22, title, size=14, bold=True)
+        y = 46.0
     x = 12.0
     legend = [("integer", "integer GEMM"), ("choice", "hp, the recipe's choice"), ("hp", "hp, no integer kernel")]
     for key, text in legend:
-        canvas.rect(x, 36, 12, 12, COLOURS[key], radius=2)
-        canvas.text(x + 17, 46, text, size=10.5, fill=COLOURS["faint"])
-        x += 32 + text_width(text, 10)
-    canvas.text(12, 64, "y output   dx grad_input   dw grad_weight", size=10.5, fill=COLOURS["faint"])
+        canvas.rect(x, y - 10, 12, 12, COLOURS[key], radius=2)
+        canvas.text(x + 17, y, text, size=10.5, fill=COLOURS["faint"])
+        x += 36 + text_width(text, 10)
+    canvas.text(12, y + 18, "y output, dx grad_input, dw grad_weight", size=10.5, fill=COLOURS["faint"])
     if training:
         more = f" ({human(sum(rest.values()))} more outside the rows)" if rest else ""
-        canvas.text(300, 64, f"bars: saved for backward, by dtype{more}; dashed: gradients", size=10.5, fill=COLOURS["faint"])
+        canvas.text(250, y + 18, f"bars: saved for backward, by dtype{more}; dashed: gradients", size=10.5, fill=COLOURS["faint"])
+    return y + 28

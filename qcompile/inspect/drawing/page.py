@@ -55,7 +55,9 @@ def _graph(graph: CapturedGraph, title: str) -> dict[str, Any]:
         "steps": list(graph.steps),
         "sites": sites,
         "passes": [
-            {"step": step, "site": site, "svg": Markup(draw_pass(graph, step, site).to_svg())} for step in graph.steps for site in sites
+            {"step": step, "site": site, "svg": Markup(draw_pass(graph, step, site).to_svg())}
+            for step in graph.steps
+            for site in sites
         ],
     }
 

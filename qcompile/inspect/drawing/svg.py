@@ -68,7 +68,15 @@ class Canvas:
         return shape
 
     def text(
-        self, x: float, y: float, text: str, *, size: float = 11, fill: str = COLOURS["ink"], anchor: str = "start", bold: bool = False
+        self,
+        x: float,
+        y: float,
+        text: str,
+        *,
+        size: float = 11,
+        fill: str = COLOURS["ink"],
+        anchor: str = "start",
+        bold: bool = False,
     ) -> None:
         element = ET.SubElement(
             self.root,
