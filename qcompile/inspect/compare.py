@@ -27,7 +27,6 @@ from typing import Any
 from tabulate import tabulate
 from torch import Tensor, fx, nn
 
-from passes.context import OPERANDS
 from passes.find_sites import GemmNode
 from passes.graph import DEQUANTIZE, QUANTIZE
 from qcompile.errors import GraphError
@@ -356,7 +355,7 @@ class _Measuring(Replay):
             self._uses[way[0]] -= 1
             if not self._uses[way[0]]:
                 del self._quantized[way[0]]
-        return own, {name: operands[name] for name in OPERANDS.get(where.role, where.operands) if name in operands}
+        return own, operands
 
 
 def _operands(gemm: fx.Node) -> list[tuple[int, list[fx.Node]]]:
