@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from passes.context import OPERANDS
+from qcompile.inspect.modules import rows_of
 
 if TYPE_CHECKING:
     from qcompile.inspect.compare import Comparison
 
-__all__ = ["heatmap", "plot_history", "split_layer"]
+__all__ = ["heatmap", "plot_history"]
 
+_EXACT = 99.0  # what an infinite SNR is shown as
 _SHORT = {"output": "out", "grad_input": "dx", "grad_weight": "dw"}
 
 
@@ -26,25 +27,17 @@ def _pyplot() -> Any:
     return Figure
 
 
-def split_layer(site: str) -> tuple[str, str]:
-    """("blocks.3", "mlp.up") of "blocks.3.mlp.up"; ("", "head") of what is in no numbered layer.
-
-    The layer ends at the last number in the name that a module stands behind.
-    """
-    match = re.match(r"(.*\.\d+|\d+)\.(?=[^.])(.+)$", site) if site else None
-    return (match.group(1), match.group(2)) if match else ("", site)
-
-
 def heatmap(comparison: Comparison, path: str | Path | None = None, *, total: bool = False) -> Any:
     """SNR in dB: a row for each layer, a column for each GEMM in a layer."""
     figure_class = _pyplot()
+    layers = rows_of(dict.fromkeys(g.site for g in comparison.gemms))
+    places = {s: ("others", s) if r.name == s else (r.name or "model", r.leaf(s)) for r in layers for s in r.sites}
     values: dict[tuple[str, str], float] = {}
     for gemm in comparison.gemms:
         measured = gemm.total if total else gemm.own
         if measured is not None:
-            layer, leaf = split_layer(gemm.site)
-            row, column = (layer, leaf) if layer else ("others", leaf)
-            values[row, f"{column} {_SHORT.get(gemm.role, gemm.role)}"] = min(measured.snr_db, 99.0)
+            layer, leaf = places[gemm.site]
+            values[layer, f"{leaf} {_SHORT.get(gemm.role, gemm.role)}"] = min(measured.snr_db, _EXACT)
     rows = list(dict.fromkeys(row for row, _ in values))
     order = {role: i for i, role in enumerate(_SHORT[r] for r in OPERANDS if r in _SHORT)}
     columns = list(dict.fromkeys(column for _, column in values))
