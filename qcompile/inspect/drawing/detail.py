@@ -35,7 +35,7 @@ def draw_row(graph: nx.DiGraph, row: Row, title: str = "") -> Canvas:
     part = graph.subgraph(inside)
     halves = [part.subgraph([n for n in inside if (graph.nodes[n]["phase"] == BACKWARD) is back]) for back in (False, True)]
     labels = {n: _labels(n, graph.nodes[n], row) for n in inside}
-    widths = {n: max(70.0, *(text_width(line, 10) + 12 for line in labels[n])) for n in inside}
+    widths = {n: max(70.0, text_width(labels[n][0], 11) + 14, text_width(labels[n][1], 9) + 12) for n in inside}
     placed = [layered(half, {n: widths[n] for n in half}, rank_height=58, gap=12) for half in halves]
     height = max(p.height for p in placed)
     shift = placed[0].width + 110
@@ -43,7 +43,7 @@ def draw_row(graph: nx.DiGraph, row: Row, title: str = "") -> Canvas:
     scale = height / placed[1].height if placed[1].height else 1.0  # both halves as high as each other
     centre |= {n: (x + shift, height - y * scale) for n, (x, y) in placed[1].centre.items()}
     top = 50.0 if title else 26.0
-    canvas = Canvas(shift + placed[1].width + 32, height + top + 8)
+    canvas = Canvas(shift + max(placed[1].width, 320.0) + 32, height + top + 8)
     drawing = Canvas()
     for a, b in part.edges:
         (x, y), (u, v) = centre[a], centre[b]
@@ -73,7 +73,7 @@ def draw_row(graph: nx.DiGraph, row: Row, title: str = "") -> Canvas:
         canvas.text(16, 18, title, size=13, bold=True)
     canvas.text(16, top - 10, "forward, downwards", size=10, fill=COLOURS["faint"])
     if placed[1].width:
-        canvas.text(16 + shift, top - 10, "backward, upwards; blue: saved for it; dashed: computed again, or from what is saved", size=10, fill=COLOURS["faint"])
+        canvas.text(16 + shift, top - 10, "backward, upwards; blue: saved for it, dashed: made again", size=10, fill=COLOURS["faint"])
     return canvas
 
 
