@@ -31,6 +31,7 @@ from passes.graph import (
     QUANTIZE,
     READ,
     SCALED_MM,
+    SCALED_MM_REQUANTIZE,
     SELECT,
     TRANSPOSE,
     WRITE,
@@ -43,7 +44,7 @@ from passes.graph import (
 )
 from qcompile import ops
 
-__all__ = ["lower"]
+__all__ = ["assume_valid", "lower"]
 
 
 def lower(graph: fx.Graph, context: PassContext | None = None, *, steady: bool = False) -> int:
@@ -53,13 +54,22 @@ def lower(graph: fx.Graph, context: PassContext | None = None, *, steady: bool =
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
-        if node.target is SCALED_MM:
+        if node.target in (SCALED_MM, SCALED_MM_REQUANTIZE):
             lowered += _lay_out(graph, node, transposed)
         elif node.target in _LOWERINGS:
             _LOWERINGS[node.target](graph, node, steady)
             lowered += 1
     erase_unused(graph)
     return lowered
+
+
+def assume_valid(graph: fx.Graph) -> int:
+    """Take every stored range for valid: the part of the steady form that other passes may need before. Return the number."""
+    selects = graph.find_nodes(op="call_function", target=SELECT)
+    for node in selects:
+        replace(node, node.args[0])
+    erase_unused(graph)
+    return len(selects)
 
 
 def _quantize(graph: fx.Graph, node: fx.Node, steady: bool) -> None:
@@ -118,7 +128,7 @@ def _lay_out(graph: fx.Graph, gemm: fx.Node, transposed: dict[fx.Node, fx.Node])
     contiguous in both, the only layout of int8 `wgmma`: the left matrix row-major, the right one column-major.
     """
     changes = 0
-    on_gpu = gemm.meta["val"].device.type == "cuda"
+    on_gpu = gemm.args[0].meta["val"].device.type == "cuda"
     for side, wants_transposed in ((0, False), (1, True)) if on_gpu else ((0, False),):
         matrix = gemm.args[side]
         is_transposed = matrix.target is PERMUTE

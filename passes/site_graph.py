@@ -26,8 +26,9 @@ import networkx as nx
 from torch import fx
 
 from passes.context import PassContext
-from passes.find_sites import GemmNode, matrices
-from passes.graph import BACKWARD, DEQUANTIZE, PERMUTE, QUANTIZE, SCALED_MM, phase_of
+from passes.find_sites import GemmNode
+from passes.gemms import INTEGER, operands
+from passes.graph import BACKWARD, DEQUANTIZE, PERMUTE, QUANTIZE, phase_of
 from passes.operands import resolve_operand
 
 __all__ = ["site_graph"]
@@ -40,7 +41,7 @@ def site_graph(graph: fx.Graph, context: PassContext | None = None, saved: Colle
            node with a user in backward counts as crossing
     """
     result = nx.DiGraph()
-    read = {_source(m) for node in graph.nodes if _gemm_of(node) is not None for m in _operands(node)}
+    read = {_source(m) for node in graph.nodes if _gemm_of(node) is not None for m in operands(node)}
     # Node -> GEMMs and tensors that it is computed from with none in between: the keys, in order.
     nearest: dict[fx.Node, dict[fx.Node, None]] = {}
     for node in graph.nodes:
@@ -52,9 +53,9 @@ def site_graph(graph: fx.Graph, context: PassContext | None = None, saved: Colle
             result.add_node(node.name, **_attributes("tensor", node, saved))
             result.add_edges_from((source.name, node.name) for source in sources)
         if where is not None:
-            for matrix, operand in zip(_operands(node), where.operands, strict=True):
+            for matrix, operand in zip(operands(node), where.operands, strict=True):
                 _add_operand(result, node, matrix, operand, saved)
-            kind = "integer" if node.target is SCALED_MM else "hp"
+            kind = "integer" if node.target in INTEGER else "hp"
             result.add_node(
                 node.name,
                 site=where.site,
@@ -67,19 +68,13 @@ def site_graph(graph: fx.Graph, context: PassContext | None = None, saved: Colle
 
 
 def _gemm_of(node: fx.Node) -> GemmNode | None:
-    """What a GEMM's node computes, if it multiplies two matrices that can be told."""
-    where = node.meta.get("qtrain_gemm") if node.op == "call_function" else None
-    return where if where is not None and len(_operands(node)) == 2 else None
+    return node.meta.get("qtrain_gemm") if node.op == "call_function" else None
 
 
 def _source(matrix: fx.Node) -> fx.Node:
     """The tensor that a GEMM's matrix is made of."""
     quantize = _quantize_of(matrix)
     return resolve_operand(matrix if quantize is None else quantize.args[0]).source
-
-
-def _operands(node: fx.Node) -> tuple[fx.Node, ...]:
-    return tuple(node.args[:2]) if node.target is SCALED_MM else tuple(matrices(node))
 
 
 def _add_operand(result: nx.DiGraph, gemm: fx.Node, matrix: fx.Node, operand: str, saved: Collection[str] | None) -> None:

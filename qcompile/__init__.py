@@ -14,7 +14,23 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qcompile.backend import compiled_graphs, qtrain
     from qcompile.errors import GraphError, KernelError, QtrainWarning, RecipeError, StateError, UnsupportedError
-    from qcompile.estimators import InHindsight, MinMax, RangeEstimator, register_estimator
+    from qcompile.estimators import (
+        DirectionSensitive,
+        DistributionAdaptive,
+        EagerRange,
+        InHindsight,
+        InHindsightMax,
+        IntervalUpdate,
+        LeastSquaredError,
+        MinMax,
+        Percentile,
+        RangeEstimator,
+        RunningMinMax,
+        Sigma,
+        learning_rate_factors,
+        register_estimator,
+        scale_learning_rates,
+    )
     from qcompile.inspect import capture, compare, explain, monitor, saved_bytes  # type: ignore[no-redef]
     from qcompile.recipe import Recipe
     from qcompile.recipes import get_recipe, list_recipes, register_recipe
@@ -26,7 +42,23 @@ __version__ = "0.1.0"
 _HOME = {
     "qcompile.backend": ("compiled_graphs", "qtrain"),
     "qcompile.errors": ("GraphError", "KernelError", "QtrainWarning", "RecipeError", "StateError", "UnsupportedError"),
-    "qcompile.estimators": ("InHindsight", "MinMax", "RangeEstimator", "register_estimator"),
+    "qcompile.estimators": (
+        "DirectionSensitive",
+        "DistributionAdaptive",
+        "EagerRange",
+        "InHindsight",
+        "InHindsightMax",
+        "IntervalUpdate",
+        "LeastSquaredError",
+        "MinMax",
+        "Percentile",
+        "RangeEstimator",
+        "RunningMinMax",
+        "Sigma",
+        "learning_rate_factors",
+        "register_estimator",
+        "scale_learning_rates",
+    ),
     "qcompile.inspect": ("capture", "compare", "explain", "monitor", "saved_bytes"),
     "qcompile.recipe": ("Recipe",),
     "qcompile.recipes": ("get_recipe", "list_recipes", "register_recipe"),

@@ -17,10 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from passes.context import PassContext
-from passes.graph import BACKWARD, FORWARD, SCALED_MM, SELECT
+from passes.context import EMULATED, PassContext
+from passes.fuse_requantize import fuse_requantize
+from passes.gemms import INTEGER
+from passes.graph import BACKWARD, FORWARD, SCALED_MM_REQUANTIZE, SELECT
 from passes.lower import lower
 from passes.pipeline import Pipeline, Step, joint_steps
+from passes.unfuse_attention import unfuse_attention
 from passes.verify import count_writes, verify
 from qcompile import inductor
 from qcompile.errors import QtrainWarning, UnsupportedError
@@ -33,7 +36,7 @@ from qcompile.state.store import STORE, RangeStore
 
 __all__ = ["CompiledGraph", "by_choice", "compiled_graphs", "qtrain"]
 
-OPTIONS = ("recipe", "strict", "mode", "passes")
+OPTIONS = ("recipe", "strict", "mode", "passes", "requantize")
 
 
 @dataclass
@@ -78,6 +81,7 @@ def qtrain(
              strict   True: raise where a GEMM that the recipe asks for cannot run on an integer kernel
              mode     what torch.compile's `mode=` takes
              passes   a list of steps in place of the default pipeline
+             requantize  True: a GEMM whose result only the next GEMM reads, through nothing or a ReLU, writes codes (static ranges)
              and every option of Inductor
     Errors: `RecipeError`, `ValueError` for an unknown option, `UnsupportedError` under `strict`.
     """
@@ -87,6 +91,9 @@ def qtrain(
     if not isinstance(strict, bool):
         raise ValueError(f"strict: got {strict!r}; allowed: True or False")
     steps = options.pop("passes", None)
+    requantize = options.pop("requantize", False)
+    if not isinstance(requantize, bool):
+        raise ValueError(f"requantize: got {requantize!r}; allowed: True or False")
     config = inductor.mode_options(options.pop("mode", mode)) | _inductor_options(options)
     if quantizes_nothing(recipe):
         return inductor.compile_plain(gm, example_inputs, config)
@@ -96,7 +103,7 @@ def qtrain(
         _warn(f"recipe {recipe.name!r} changes nothing in this graph: {reason}")
         return inductor.compile_plain(gm, example_inputs, config)
     steps = joint_steps() if steps is None else steps
-    compilation = Compilation(gm, example_inputs, recipe, strict, config, steps)
+    compilation = Compilation(gm, example_inputs, recipe, strict, config, steps, requantize)
     compiled = compilation.run()
     with _COMPILED_LOCK:
         _COMPILED.append(compilation.record)
@@ -114,6 +121,8 @@ qtrain.reset = _reset  # type: ignore[attr-defined]  # torch.compiler.reset() ca
 
 def quantizes_nothing(recipe: Recipe) -> bool:
     """Whether the recipe is "none" in all but name: then no pass runs."""
+    if not recipe.ops:
+        return True
     return recipe.input is recipe.weight is recipe.grad_output is None and not recipe.overrides and all(
         getattr(recipe, g) is None or not hasattr(getattr(recipe, g), "input") for g in ("output", "grad_input", "grad_weight")
     )
@@ -145,19 +154,23 @@ class Compilation:
         strict: bool,
         config: dict[str, Any],
         steps: Sequence[Step],
+        requantize: bool = False,
     ) -> None:
+        self.requantize = requantize
         self.gm, self.example_inputs, self.config = gm, example_inputs, config
         self.steps = list(steps)
         self.sources = [_source_name(n) for n in gm.graph.nodes if n.op == "placeholder"]
         self.is_parameter = [isinstance(e, nn.Parameter) for e in example_inputs]
         self.context = PassContext(recipe=recipe, strict=strict)
-        self.identity = Pipeline(self.steps, self.context).fingerprint()
+        self.identity = f"{Pipeline(self.steps, self.context).fingerprint()} {requantize}"
         self.record = CompiledGraph(self.context, recipe)
         self.binder: Binder | None = None
         self.writes: Counter[str] = Counter()  # of range state in the joint graph, by half
 
     def run(self) -> Callable[..., Any]:
         start = time.perf_counter()
+        if "bmm" in self.context.recipe.ops:
+            unfuse_attention(self.gm, self.context.recipe)
         compiled = inductor.compile_with_inductor(
             self.gm,
             self.example_inputs,
@@ -239,6 +252,8 @@ class Compilation:
         phase = BACKWARD if backward else FORWARD
         writes = Counter({phase: self.writes[phase]})
         verify(half.graph, after="the partitioner", writes=writes)
+        if self.requantize:
+            self.context.counts["fuse_requantize"] = self.context.counts.get("fuse_requantize", 0) + fuse_requantize(half.graph)
         lower(half.graph, self.context, steady=True)
         verify(half.graph, after="lower", writes=writes)
         half.recompile()
@@ -260,8 +275,9 @@ class Compilation:
         return _forward(compiled, dynamic, ours, self.binder, owner_positions, training)
 
     def _record_kernels(self, graph: fx.Graph) -> None:
-        for node in graph.find_nodes(op="call_function", target=SCALED_MM):
-            where = node.meta.get("qtrain_gemm")
+        for node in graph.nodes:
+            integer = node.op == "call_function" and node.target in (*INTEGER, SCALED_MM_REQUANTIZE)
+            where = node.meta.get("qtrain_gemm") if integer else None
             if where is not None:
                 zero_points = node.args[4] is not None or node.args[5] is not None
                 gemm = self.context.site(where.site).gemms[where.role]
@@ -397,11 +413,11 @@ def _source_name(placeholder: fx.Node) -> str:
     return str(name() if callable(name) else name) if source is not None else placeholder.name
 
 
-_CHOICES = ("skipped by", "recipe:", "override")
+_CHOICES = ("skipped by", "recipe:", "override", EMULATED)
 
 
 def by_choice(reason: str) -> bool:
-    """Whether a GEMM is in high precision because the recipe says so."""
+    """Whether a GEMM is in high precision because the recipe says so, or because nothing would be gained (depthwise)."""
     return reason.startswith(_CHOICES)
 
 
