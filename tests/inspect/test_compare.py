@@ -153,6 +153,25 @@ def test_under_autocast_the_reference_is_the_autocast_step():
     assert all(25 < gemm.own.snr_db < 60 for gemm in found.gemms)
 
 
+def test_convolutions_and_products_of_activations():
+    class Scores(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.q = nn.Conv2d(4, 8, 3, padding=1), nn.Linear(8, 8)
+
+        def forward(self, x):
+            x = self.conv(x).flatten(2).mT
+            return torch.bmm(self.q(x), x.mT)
+
+    recipe = qcompile.get_recipe("int8_tensorwise").replace(ops=("linear", "conv", "bmm"))
+    found = qcompile.compare(Scores(), torch.randn(2, 4, 6, 6), recipe=recipe)
+    by_name = {gemm.name: gemm for gemm in found.gemms}
+    assert {"conv.output", "conv.grad_weight", "q.output", "bmm.output", "bmm.grad_input"} <= set(by_name)
+    assert set(by_name["bmm.output"].operands) == {"input", "other"}
+    assert all(25 < gemm.own.snr_db < 60 for gemm in found.gemms)
+    assert found.integer_launches >= len(found.gemms) == 8
+
+
 def test_graph_breaks_are_named():
     found = qcompile.compare(Broken(), torch.randn(ROWS, 16), recipe="int8_tensorwise")
     assert found.gemms and any("graphs: each ran on the inputs" in note for note in found.notes)

@@ -73,7 +73,8 @@ def draw_row(graph: nx.DiGraph, row: Row, title: str = "") -> Canvas:
         canvas.text(16, 18, title, size=13, bold=True)
     canvas.text(16, top - 10, "forward, downwards", size=10, fill=COLOURS["faint"])
     if placed[1].width:
-        canvas.text(16 + shift, top - 10, "backward, upwards; blue: saved for it, dashed: made again", size=10, fill=COLOURS["faint"])
+        text = "backward, upwards; blue: saved for it, dashed: made again"
+        canvas.text(16 + shift, top - 10, text, size=10, fill=COLOURS["faint"])
     return canvas
 
 
