@@ -276,9 +276,8 @@ def explain(
     loss    outputs -> scalar; default as in `capture`, and so is everything else: caller's autocast, all on
             copies.
     passes  steps in place of the default pipeline
-
-    timed  also measure each GEMM, integer and in high precision, and read its scales: six more steps, operator
-           by operator
+    timed   also measure each GEMM, integer and in high precision, and read its scales: six more steps, operator
+            by operator
 
     It goes through the compiler twice, up to code generation: under the recipe, and as plain Inductor, for
     what that saves.
