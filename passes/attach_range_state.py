@@ -164,7 +164,7 @@ def _entry(node: fx.Node, use: RangeUse, context: PassContext, labels: set[str])
     fields = initial_state(use.spec.estimator, use.spec.symmetric)
     return Entry(
         owner=site.weight or _first_owner(context),
-        key=f"{'conv' if site.kind == 'conv' else site.op}#{site.weight_use}.{operand}" if site.weight else label,
+        key=f"{'layer' if site.is_layer else site.op}#{site.weight_use}.{operand}" if site.weight else label,
         fields=tuple(fields),
         initial=tuple(fields.values()),
         size=size,

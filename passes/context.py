@@ -48,6 +48,7 @@ class Site:
     op: str  # "linear", "conv2d" and the like, or the aten operator's name
     kind: str = "linear"  # or "conv", or "bmm": a product of two activations
     module: str = ""
+    is_layer: bool = False  # named by its module, whose weight it multiplies with
     weight: str | None = None  # placeholder of the Parameter, if the weight is one
     weight_name: str | None = None  # as Dynamo names it, relative to the compiled frame
     gemms: dict[str, Gemm] = field(default_factory=dict)

@@ -133,17 +133,16 @@ def _forward_site(node: fx.Node, context: PassContext, names: Counter[str], weig
     op = _op_name(node)
     own = module_path(weight_name) if weight_name else None
     is_layer = kind == "conv" or (kind == "linear" and node.target not in BATCHED)
-    if is_layer and own is not None and "_parameters[" in str(weight_name) and not _has_modules(node):
-        base = own or "self"  # a graph without modules: its Parameters' names are all there is
-        op = "linear" if kind == "linear" else op
-        name = _unique(base, names, functional=False)
-    elif is_layer and ((in_linear and kind == "linear") or (own is not None and own == module)):
-        base = module or "self"
+    nameless = is_layer and own is not None and "_parameters[" in str(weight_name) and not _has_modules(node)
+    is_layer = is_layer and (nameless or (in_linear and kind == "linear") or (own is not None and own == module))
+    if is_layer:
+        base = (own if nameless else module) or "self"  # a graph without modules has its Parameters' names
         op = "linear" if kind == "linear" else op
         name = _unique(base, names, functional=False)
     else:
         name = _unique(f"{module}:{op}" if module else op, names, functional=True)
-    site = Site(name, op, kind=kind, module=module, weight=weight.name if is_parameter else None, weight_name=weight_name)  # type: ignore[union-attr]
+    site = Site(name, op, kind=kind, module=module, is_layer=is_layer, weight_name=weight_name)
+    site.weight = weight.name if weight is not None and is_parameter else None
     context.sites.append(site)
     _add_gemm(site, "output", node, names_of)
     return _Forward(site, node, found)

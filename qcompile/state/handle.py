@@ -20,7 +20,7 @@ from qcompile.state.store import STORE, RangeStore, Slot
 __all__ = ["LoadResult", "RangeState", "range_state"]
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module")
-_LAYERS = ("linear#", "conv#")
+_LAYER = "layer#"
 
 
 class LoadResult(NamedTuple):
@@ -191,10 +191,10 @@ def clean_name(name: str) -> str:
 
 
 def _slot_name(key: str, names: list[str], site: str) -> str:
-    """`module.operand` for the entry of a linear layer's or a convolution's weight; `parameter:key` for everything else."""
-    if not key.startswith(_LAYERS):
+    """`module.operand` for the entry of a layer's own weight; `parameter:key` for everything else."""
+    if not key.startswith(_LAYER):
         return f"{names[0]}:{key}"
-    use, _, operand = key.partition("#")[2].partition(".")
+    use, _, operand = key.removeprefix(_LAYER).partition(".")
     modules = [n.rpartition(".")[0] for n in names]
     base = site.split("#")[0]
     module = next((m for m in modules if m == base or m.endswith(f".{base}")), modules[0])
@@ -219,10 +219,7 @@ def _place(name: str, parameters: dict[str, tuple[nn.Parameter, list[str]]]) -> 
     module, _, operand = name.rpartition(".")
     module, _, use = module.partition("#")
     weight = f"{module}.weight".removeprefix(".")
-    if weight not in parameters:
-        return None
-    parameter = parameters[weight][0]
-    return parameter, f"{_LAYERS[parameter.ndim > 2]}{use or 0}.{operand}"
+    return (parameters[weight][0], f"{_LAYER}{use or 0}.{operand}") if weight in parameters else None
 
 
 def _check_fields(name: str, fields: Mapping[str, Tensor], slot: Slot) -> None:

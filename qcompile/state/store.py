@@ -1,7 +1,7 @@
 """Where range state lives: arenas and the table of who owns what.
 
 An arena is one flat fp32 tensor on one device. A slot is a run of its elements that belongs to one owner (a Parameter, by
-identity) and one key ("linear#0.input"). Addresses never change: loading and resetting write in place, an arena never moves. So a
+identity) and one key ("layer#0.input"). Addresses never change: loading and resetting write in place, an arena never moves. So a
 compiled graph keeps the arena and an index of its slots, CUDA graphs stay valid, and state outlives recompilation.
 
 Compiled code writes in place while other threads compile; the table has a lock, owners are held weakly, and the slots of an owner

@@ -399,7 +399,7 @@ def test_state_follows_the_parameter_to_another_arena():
 
     def layout(capacity):
         made = StateLayout("forward", capacity=capacity)
-        made.add([Entry("w", "linear#0.input", ("amax", "steps"), (0.0, 0.0), 1, "fc", "input")])
+        made.add([Entry("w", "layer#0.input", ("amax", "steps"), (0.0, 0.0), 1, "fc", "input")])
         return {"forward": made}
 
     store = RangeStore()
