@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from passes.context import OPERANDS, Block, Entry, PassContext, StateLayout
+from passes.context import Block, Entry, PassContext, StateLayout
 from passes.graph import (
     BACKWARD,
     FORWARD,
@@ -164,7 +164,7 @@ def _entry(node: fx.Node, use: RangeUse, context: PassContext, labels: set[str])
     fields = initial_state(use.spec.estimator, use.spec.symmetric)
     return Entry(
         owner=site.weight or _first_owner(context),
-        key=f"{site.op}#{site.weight_use}.{operand}" if site.weight else label,
+        key=f"{'conv' if site.kind == 'conv' else site.op}#{site.weight_use}.{operand}" if site.weight else label,
         fields=tuple(fields),
         initial=tuple(fields.values()),
         size=size,
@@ -175,7 +175,7 @@ def _entry(node: fx.Node, use: RangeUse, context: PassContext, labels: set[str])
     )
 
 
-_MAIN_GEMM = {"input": "output", "weight": "output", "grad_output": "grad_input"}
+_MAIN_GEMM = {"input": "output", "weight": "output", "other": "output", "grad_output": "grad_input"}
 
 
 def _is_main_use(use: RangeUse, context: PassContext) -> bool:
@@ -186,7 +186,8 @@ def _is_main_use(use: RangeUse, context: PassContext) -> bool:
     main = _MAIN_GEMM[use.operand]
     if main in (use.gemm, *(gemm for _, operand, gemm in use.aliases if operand == use.operand)):
         return True
-    specs = dict(zip(OPERANDS[main], context.recipe.resolve(use.site).gemm(main) or (), strict=False))
+    site = context.site(use.site)
+    specs = dict(zip(site.operands(main), context.resolve(site).gemm(main) or (), strict=False))
     return not isinstance(use.spec.granularity, PerRow) and specs.get(use.operand) == use.spec
 
 
@@ -227,6 +228,7 @@ def _add_inputs(graph: fx.Graph, layout: StateLayout) -> tuple[fx.Node, fx.Node]
         node.meta["val"] = value
         node.meta["tensor_meta"] = fx.passes.shape_prop._extract_tensor_metadata(value)
         node.meta["qtrain_state"] = (layout.phase, what)
+        node.meta["qtrain_layout"] = layout
         if is_joint(graph):
             node.meta["partitioner_tag"] = "is_forward"
         nodes.append(node)
