@@ -42,6 +42,7 @@ from passes.insert_qdq import insert_qdq
 from passes.lower import lower
 from passes.matching import Row, rewrite
 from passes.restore_decompositions import restore_decompositions
+from passes.save_transposed import save_transposed
 from passes.share_quantized import share_quantized
 from passes.split_convolution_backward import restore_convolution_backward, split_convolution_backward
 from passes.store_masks import store_masks
@@ -104,7 +105,11 @@ class CutStep:
 
 def cut_steps() -> list[CutStep]:
     """The passes over the two halves behind the partitioner, in order."""
-    return [CutStep("fold_masks", fold_masks), CutStep("store_masks", store_masks)]
+    return [
+        CutStep("fold_masks", fold_masks),
+        CutStep("save_transposed", save_transposed),
+        CutStep("store_masks", store_masks),
+    ]
 
 
 def pattern_step(name: str, rows: Sequence[Row], numerics: Literal["exact", "changes"] = "changes") -> Step:

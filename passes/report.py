@@ -7,7 +7,7 @@ import warnings
 from passes.context import EMULATED, PassContext
 from qcompile.errors import QtrainWarning, UnsupportedError
 
-__all__ = ["tell_what_stays_hp"]
+__all__ = ["by_choice", "tell_what_stays_hp"]
 
 _CHOICES = ("skipped by", "recipe:", "override", EMULATED)
 
@@ -21,7 +21,7 @@ def tell_what_stays_hp(context: PassContext) -> None:
     unmatched = context.recipe.unmatched_patterns([*names, *context.layers])
     if unmatched and context.sites:
         _warn(f"recipe {context.recipe.name!r}: no site matches {', '.join(map(repr, unmatched))}")
-    stuck = [(s, g) for s, g in context.gemms() if g.reason is not None and not _by_choice(g.reason)]
+    stuck = [(s, g) for s, g in context.gemms() if g.reason is not None and not by_choice(g.reason)]
     if not stuck:
         return
     lines = [f"{s.name}.{g.role}: {g.reason}" for s, g in stuck]
@@ -38,7 +38,7 @@ def tell_what_stays_hp(context: PassContext) -> None:
     )
 
 
-def _by_choice(reason: str) -> bool:
+def by_choice(reason: str) -> bool:
     """Whether a GEMM is in high precision because the recipe says so, or because nothing would be gained (depthwise)."""
     return reason.startswith(_CHOICES)
 

@@ -30,7 +30,8 @@ from passes.verify import count_writes
 from qcompile import inductor
 from qcompile.enclosing import layers_around, prefixes
 from qcompile.errors import QtrainWarning, UnsupportedError
-from qcompile.kernels.select import gemm_kernel, unsupported_device
+from qcompile.kernels.autotune import tune
+from qcompile.kernels.select import fallback_reason, gemm_kernel, unsupported_device
 from qcompile.recipe import Recipe
 from qcompile.recipes import get_recipe
 from qcompile.state.binding import Binder, binding_of
@@ -105,6 +106,7 @@ def qtrain(
             raise UnsupportedError(f"strict: {reason}")
         _warn(f"recipe {recipe.name!r} changes nothing in this graph: {reason}")
         return inductor.compile_plain(gm, example_inputs, config)
+    _check_fallback(example_inputs, strict)
     steps = joint_steps() if steps is None else steps
     compilation = Compilation(gm, example_inputs, recipe, strict, config, steps, requantize)
     compiled = compilation.run()
@@ -112,6 +114,21 @@ def qtrain(
         _COMPILED.append(compilation.record)
         del _COMPILED[:-256]
     return compiled
+
+
+_told: set[str] = set()
+
+
+def _check_fallback(example_inputs: Sequence[Any], strict: bool) -> None:
+    """Say once that integer GEMMs run on another kernel than they should; under `strict` refuse."""
+    reason = fallback_reason({e.device for e in example_inputs if isinstance(e, Tensor)})
+    if reason is None:
+        return
+    if strict:
+        raise UnsupportedError(f"strict: {reason}. Drop strict=True, or ask for it: QTRAIN_CUDA_GEMM=int_mm")
+    if reason not in _told:
+        _told.add(reason)
+        _warn(reason)
 
 
 def _reset() -> None:
@@ -300,6 +317,8 @@ class Compilation:
                 continue
             zero_points = node.args[4] is not None or node.args[5] is not None
             m, n, k = (s if isinstance(s, int) else 4096 for s in gemm.shape)  # a symbolic size counts as large
+            if self.context.device.type == "cuda" and inductor.tunes_gemms() and all(isinstance(s, int) for s in gemm.shape):
+                tune(self.context.device, m, n, k, node.args[-1])  # before the report asks what was chosen
             gemm.kernel = gemm_kernel(self.context.device, m, n, k, zero_points=zero_points)
 
 

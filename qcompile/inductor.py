@@ -29,6 +29,7 @@ __all__ = [
     "draw_as_generated_code_does",
     "mode_options",
     "output_strides",
+    "tunes_gemms",
     "watch_plain",
 ]
 
@@ -255,6 +256,11 @@ def mode_options(mode: str | None) -> dict[str, Any]:
     if mode not in known:
         raise ValueError(f"mode: got {mode!r}; allowed: {', '.join(sorted(known))}")
     return dict(known[mode])
+
+
+def tunes_gemms() -> bool:
+    """Whether GEMMs are to be measured: `mode="max-autotune"`, or Inductor's options for it, of the compilation under way."""
+    return bool(inductor_config.max_autotune or inductor_config.max_autotune_gemm)
 
 
 def output_strides(compiled: Any) -> list[tuple[int, ...] | None] | None:

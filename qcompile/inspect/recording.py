@@ -24,6 +24,7 @@ from qcompile.inspect.captured_graph import (
     written_inputs,
 )
 from qcompile.inspect.labels import identifier, label_nodes, rename_by_label
+from qcompile.state.binding import Binding
 
 __all__ = ["Recording", "storage_of"]
 
@@ -43,6 +44,7 @@ class Recording(Compilation):
         self.given: list[Any] = []  # arguments of the forward half in its first call
         self.tangents: tuple[Any, ...] = ()
         self.initial: dict[str, Tensor] = {}
+        self.bindings: dict[str, Binding] = {}
         self.input_sources: dict[str, str] = {}
         self.primals: list[str] = []
         self.shown_outputs: list[int] = []  # of the forward half: all but range state on its way to the backward half
@@ -125,8 +127,8 @@ class Recording(Compilation):
                 self.given = [a.clone() if i in written else a for i, a in enumerate(given)]
                 self.primals = names
                 if self.binder is not None:
-                    bindings = self.binder.bind([given[names.index(o)] for o in self.binder.owners])
-                    self.initial = {phase: b.tensor[b.index].clone() for phase, b in bindings.items()}
+                    self.bindings = self.binder.bind([given[names.index(o)] for o in self.binder.owners])
+                    self.initial = {phase: b.tensor[b.index].clone() for phase, b in self.bindings.items()}
             outputs = compiled(args)
             self.calls.append(self._call(names, given, outputs))
             return outputs
@@ -159,6 +161,7 @@ class Recording(Compilation):
             tangents=self.tangents,
             calls=self.calls,
             initial_state=self.initial,
+            bindings=self.bindings,
             n_outputs=len(graph_outputs(modules["forward"].graph)),
             input_names=tuple(tensors.get(n, inputs.get(n, n)) for n in self.primals),
             **modules,

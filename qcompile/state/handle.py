@@ -68,6 +68,19 @@ class RangeState:
             raise KeyError(f"no range state is called {name!r}. {suggestion(name, list(slots))}")
         return {f: slot.read(f) for f in slot.fields}
 
+    def snapshot(self) -> dict[str, dict[str, Tensor]]:
+        """Every entry with its fields, on the CPU: one copy for each device, so cheap enough to watch a run with."""
+        copies: dict[int, Tensor] = {}
+        found = {}
+        for name, slot in self._slots():
+            arena = slot.arena
+            if id(arena) not in copies:
+                copies[id(arena)] = arena.tensor[: arena.used].detach().to("cpu", copy=True)
+            values = copies[id(arena)]
+            starts = {f: slot.field_offset(f) for f in slot.fields}
+            found[name] = {f: values[start : start + slot.size] for f, start in starts.items()}
+        return found
+
     def __len__(self) -> int:
         return len(self.names())
 

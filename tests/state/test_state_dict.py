@@ -10,6 +10,7 @@ from torch import nn
 from qcompile import QtrainWarning, Recipe, StateError, compiled_graphs, range_state
 from qcompile.specs import GemmSpec, PerRow, PerTensor, QuantSpec
 from tests.compiling import AVERAGE, STOCHASTIC, all_equal, amax, compiled, gradients, hindsight, linear_step, poke
+from tests.device import seeded
 
 WIDTH, ROWS = 16, 12
 
@@ -26,7 +27,7 @@ class Net(nn.Module):
 
 
 def batch(number, rows=ROWS, width=WIDTH):
-    return torch.randn(rows, width, generator=torch.Generator().manual_seed(number))
+    return seeded(rows, width, seed=number)
 
 
 def train(model, run, numbers):
