@@ -7,6 +7,11 @@ Before                                          After
                                                   b = dequantize(permute(q_w), permute(s_w))
                                                   mm(a, b)
 
+A batch of matrices and a convolution's tensors are treated alike, with the axes that their GEMM sums over (`passes.gemms`). PerRow
+is one scale for each index of the axis that is left: of a convolution's `output` a scale for each sample of the input and each
+output channel of the weight; of its `grad_weight` one for each channel of either. A depthwise convolution is quantized too and
+computed in high precision: an int8 kernel would have one product for each number to read.
+
 The quantize sits directly behind the tensor that it reads, so a quantize of a forward tensor runs in the forward half even if
 only a backward GEMM reads the codes; transposes move behind it, casts are skipped.
 
@@ -24,8 +29,9 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from passes.context import OPERANDS, Gemm, PassContext, Site
-from passes.find_sites import GEMM_TARGETS, GemmNode, matrices
+from passes.context import EMULATED, OPERANDS, Gemm, PassContext, Site
+from passes.find_sites import GemmNode
+from passes.gemms import BATCHED, GEMMS, is_depthwise, kept_axis, operands, shared_axes
 from passes.graph import (
     BACKWARD,
     DEQUANTIZE,
@@ -60,65 +66,101 @@ class RangeUse:
 def insert_qdq(graph: fx.Graph, context: PassContext) -> int:
     """Return the number of operands quantized."""
     inserted = 0
-    for node in [n for n in graph.nodes if n.target in GEMM_TARGETS and "qtrain_gemm" in n.meta]:
+    ends = _ends(context) if context.recipe.skip_first_last else ()
+    for node in [n for n in graph.nodes if n.target in GEMMS and "qtrain_gemm" in n.meta]:
         where: GemmNode = node.meta["qtrain_gemm"]
         site = context.site(where.site)
         gemm = site.gemms[where.role]
         specs = _specs(site, gemm, context)
-        if specs is None or any(m.target is DEQUANTIZE for m in matrices(node)):  # hp, or done already
+        if specs is not None and site.name in ends:
+            gemm.reason = f"recipe: skip_first_last, this is the {'first' if site.name == ends[0] else 'last'} layer"
+            continue
+        if specs is None or any(m.target is DEQUANTIZE for m in operands(node)):  # hp, or done already
             continue
         plans = []
-        for side, (matrix, name) in enumerate(zip(matrices(node), where.operands, strict=True)):
+        for side, (matrix, name) in enumerate(zip(operands(node), where.operands, strict=True)):
             operand = resolve_operand(matrix)
-            contracted = (1 if side == 0 else 0) ^ operand.transposed
-            dims = _scale_dims(specs[name], contracted, name)
+            dims = _scale_dims(specs[name], node, side, operand, name)
+            if isinstance(dims, list) and (why := _changes_size(specs[name], name, where.role)):
+                dims = why
             if isinstance(dims, str):
                 gemm.reason = dims
                 break
             plans.append((matrix, operand, name, dims))
         else:
             for matrix, operand, name, dims in plans:
-                _set_matrix(node, matrix, _quantize(graph, node, operand, name, specs[name], dims, where))
+                _set_operand(node, matrix, _quantize(graph, node, operand, name, specs[name], dims, where))
                 inserted += 1
-            gemm.specs = tuple(specs[name] for name in OPERANDS[where.role])  # type: ignore[assignment]
+            gemm.specs = tuple(specs[name] for name in site.operands(where.role))  # type: ignore[assignment]
+            if is_depthwise(node):
+                gemm.reason = f"{EMULATED}: depthwise, where an int8 kernel does not pay"
     _prefer_choices(context)
     return inserted
+
+
+def _ends(context: PassContext) -> tuple[str, ...]:
+    """The first and the last layer of the graph, in forward order: linears and convolutions count."""
+    layers = [s.name for s in context.sites if s.kind in ("linear", "conv")]
+    return (layers[0], layers[-1]) if layers else ()
 
 
 def _prefer_choices(context: PassContext) -> None:
     """Where the recipe leaves a GEMM out, that is the reason; not that it could not be integer anyway."""
     for site, gemm in context.gemms():
-        if gemm.reason is not None:
-            resolved = context.recipe.resolve(site.name)
+        if gemm.reason is not None and not gemm.reason.startswith("recipe:"):
+            resolved = context.resolve(site)
             role = gemm.role if gemm.role in OPERANDS else "output"
             gemm.reason = resolved.reason(role) or gemm.reason
 
 
 def _specs(site: Site, gemm: Gemm, context: PassContext) -> dict[str, QuantSpec] | None:
     """The operand specs of a GEMM, or None with the reason recorded."""
-    resolved = context.recipe.resolve(site.name)
+    resolved = context.resolve(site)
     pair = resolved.gemm(gemm.role)
     if pair is None:
         gemm.reason = resolved.reason(gemm.role)
         return None
-    return dict(zip(OPERANDS[gemm.role], pair, strict=True))
+    return dict(zip(site.operands(gemm.role), pair, strict=True))
 
 
-def _scale_dims(spec: QuantSpec, contracted: int, operand: str) -> list[int] | str:
-    """The axes of the 2-D operand that share a scale, or why the granularity cannot be had."""
+def _scale_dims(spec: QuantSpec, node: fx.Node, side: int, operand: Operand, name: str) -> list[int] | str:
+    """The axes of what is quantized that share a scale, or why the granularity cannot be had.
+
+    PerChannel counts the axes of a matrix (rows 0, columns 1), and of a convolution's tensor batch or output 0, channels 1.
+    """
+    ndim = operands(node)[side].meta["val"].ndim
+    base = 1 if node.target in BATCHED else 0
+    shared, kept = shared_axes(node, side), kept_axis(node, side) - base
+    if operand.transposed:
+        shared = [axis if axis < ndim - 2 else 2 * ndim - 3 - axis for axis in shared]
+        kept = 1 - kept
     match spec.granularity:
         case PerTensor():
-            return [0, 1]
+            return list(range(ndim))
         case PerRow():
-            return [contracted]
-        case PerChannel(axis=axis) if axis % 2 != contracted:
-            return [contracted]
+            return shared
+        case PerChannel(axis=axis) if axis % 2 == kept:
+            return shared
         case PerChannel(axis=axis):
-            return f"{operand}: PerChannel({axis}) puts a scale on the contracted axis; use PerRow()"
+            return f"{name}: PerChannel({axis}) puts a scale on the contracted axis; use PerRow()"
         case PerBlock():
-            return f"{operand}: PerBlock has no integer kernel yet; use PerRow() or PerTensor()"
+            return f"{name}: PerBlock has no integer kernel yet; use PerRow() or PerTensor()"
         case other:
-            return f"{operand}: no integer kernel for granularity {other}"
+            return f"{name}: no integer kernel for granularity {other}"
+
+
+_ROWS_ARE_TOKENS = {("input", "output"), ("grad_output", "grad_input")}
+"""(operand, GEMM) for which the axis that the GEMM does not sum over is the batch's."""
+
+
+def _changes_size(spec: QuantSpec, operand: str, role: str) -> str | None:
+    """Why an estimator cannot remember one range for each scale: the next batch may have another number of tokens."""
+    if isinstance(spec.granularity, PerTensor) or (operand, role) not in _ROWS_ARE_TOKENS or not spec.estimator.state_fields(spec.symmetric):
+        return None
+    return (
+        f"{operand}: {type(spec.estimator).__name__} remembers a range for each scale, and {spec.granularity} has a scale for each "
+        "token here, whose number and meaning change with the batch; use PerTensor(), or an estimator without memory (MinMax())"
+    )
 
 
 def _quantize(
@@ -147,18 +189,20 @@ def _quantize(
     with graph.inserting_before(gemm):
         if operand.transposed:
             codes, scale, zero = (_transposed(graph, n, scope) for n in (codes, scale, zero))
-        dtype = matrices(gemm)[0].meta["val"].dtype
+        dtype = operands(gemm)[0].meta["val"].dtype
         return call(graph, DEQUANTIZE, codes, scale, zero, dtype, scope=scope)
 
 
-def _set_matrix(gemm: fx.Node, old: fx.Node, new: fx.Node) -> None:
-    """Replace a matrix of a GEMM, and only that: the bias of an addmm may be the same node."""
-    first = len(gemm.args) - 2
-    position = next(i for i in range(first, len(gemm.args)) if gemm.args[i] is old)
+def _set_operand(gemm: fx.Node, old: fx.Node, new: fx.Node) -> None:
+    """Replace an operand of a GEMM, and only that: the bias of an addmm may be the same node."""
+    first = GEMMS[gemm.target].first
+    position = next(i for i in (first, first + 1) if gemm.args[i] is old)
     gemm.update_arg(position, new)
 
 
 def _transposed(graph: fx.Graph, node: fx.Node | None, scope: dict[str, object]) -> fx.Node | None:
-    if node is None or node.meta["val"].ndim != 2:  # one scale for all: nothing to transpose
+    if node is None or node.meta["val"].ndim < 2:  # one scale for all: nothing to transpose
         return node
-    return call(graph, PERMUTE, node, [1, 0], scope=scope)
+    order = list(range(node.meta["val"].ndim))
+    order[-2:] = order[-1], order[-2]
+    return call(graph, PERMUTE, node, order, scope=scope)

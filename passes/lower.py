@@ -34,6 +34,7 @@ from passes.graph import (
     QUANTIZE,
     READ,
     SCALED_MM,
+    SCALED_MM_REQUANTIZE,
     SELECT,
     TRANSPOSE,
     WRITE,
@@ -47,14 +48,14 @@ from passes.graph import (
 )
 from qcompile import ops
 
-__all__ = ["lower"]
+__all__ = ["assume_valid", "lower"]
 
 
 def lower(graph: fx.Graph, context: PassContext | None = None, *, steady: bool = False) -> int:
     """Return the number of nodes lowered. `steady`: compile for the case that every stored range is valid."""
     lowered = 0
     transposed: dict[fx.Node, fx.Node] = {}
-    for node in graph.find_nodes(op="call_function", target=SCALED_MM):
+    for node in [n for n in graph.nodes if n.target in (SCALED_MM, SCALED_MM_REQUANTIZE)]:
         lowered += _lay_out(graph, node, transposed)
     lowered += _apply(_STATE, graph, steady)  # first: what a scale depends on decides what can be fused
     lowered += fuse_quantize(graph)
@@ -68,6 +69,15 @@ def _apply(lowerings: dict[Any, Callable[[fx.Graph, fx.Node, bool], None]], grap
         lowerings[node.target](graph, node, steady)
     erase_unused(graph)
     return len(nodes)
+
+
+def assume_valid(graph: fx.Graph) -> int:
+    """Take every stored range for valid: the part of the steady form that other passes may need before. Return the number."""
+    selects = graph.find_nodes(op="call_function", target=SELECT)
+    for node in selects:
+        replace(node, node.args[0])
+    erase_unused(graph)
+    return len(selects)
 
 
 def _quantize(graph: fx.Graph, node: fx.Node, steady: bool) -> None:
@@ -121,7 +131,7 @@ def _lay_out(graph: fx.Graph, gemm: fx.Node, transposed: dict[fx.Node, fx.Node])
     contiguous in both, the only layout of int8 `wgmma`: the left matrix row-major, the right one column-major.
     """
     changes = 0
-    for side, wants_transposed in ((0, False), (1, True)) if on_gpu(gemm) else ((0, False),):
+    for side, wants_transposed in ((0, False), (1, True)) if on_gpu(gemm.args[0]) else ((0, False),):
         matrix = gemm.args[side]
         is_transposed = matrix.target is PERMUTE
         if is_transposed == wants_transposed:

@@ -42,6 +42,17 @@ def _explain(arguments: argparse.Namespace) -> int:
     return command_line.main(arguments.target, recipe=arguments.recipe, autocast=arguments.autocast, as_json=arguments.json)
 
 
+def _passes_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("name", nargs="?", help="show the whole contract of this pass")
+    parser.add_argument("--json", action="store_true", help="print the list as JSON")
+
+
+def _passes(arguments: argparse.Namespace) -> int:
+    from qcompile.inspect import passes_list
+
+    return passes_list.main(arguments.name, as_json=arguments.json)
+
+
 COMMANDS = {
     "doctor": Command("say what of qtrain works on this machine (status 1: no integer product)", _doctor_arguments, _doctor),
     "explain": Command(
@@ -49,6 +60,7 @@ COMMANDS = {
         _explain_arguments,
         _explain,
     ),
+    "passes": Command("list the compiler's passes, in order, or show the contract of one", _passes_arguments, _passes),
 }
 
 

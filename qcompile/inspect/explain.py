@@ -9,7 +9,8 @@ report.to_dict()                   # the same for programs; JSON can hold it
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from passes.context import OPERANDS, Gemm, PassContext, Site
+from passes.pipeline import Step
 from qcompile.backend import quantizes_nothing
 from qcompile.inspect.capture import Capture, capture
 from qcompile.inspect.captured_graph import Call, CapturedGraph
@@ -83,8 +85,9 @@ class Report:
 
     hp_saved   what plain Inductor saves for the same step
     unmatched  patterns of the recipe that mean no site
-    outside    linear layers that are in no graph: the step does not use them, or runs them in eager mode
-               around a graph break
+    outside    layers with matrix products that are in no graph: the step does not use them, or runs them in eager
+               mode around a graph break, as Dynamo does with nn.LSTM, nn.GRU and nn.RNN
+    others     class -> number of the layers with parameters that have no matrix product: embeddings, norms
     """
 
     recipe: Recipe
@@ -95,6 +98,7 @@ class Report:
     graph_breaks: list[str] = field(default_factory=list)
     unmatched: list[str] = field(default_factory=list)
     outside: list[str] = field(default_factory=list)
+    others: dict[str, int] = field(default_factory=dict)
     range_state: list[Entry] = field(default_factory=list)
     device: str = "cpu"
     torch_version: str = torch.__version__
@@ -148,6 +152,7 @@ class Report:
             "graph_breaks": self.graph_breaks,
             "unmatched_patterns": self.unmatched,
             "outside_graphs": self.outside,
+            "without_products": self.others,
             "range_state": [
                 asdict(entry) | {"fields": list(entry.fields), "aliases": list(entry.aliases)} for entry in self.range_state
             ],
@@ -201,7 +206,10 @@ class Report:
             lines.append(f"{len(self.graphs)} graphs; integer GEMMs by graph: {counts}")
         lines += [f"graph break: {reason}" for reason in self.graph_breaks]
         if self.outside:
-            lines.append(f"linear layers in no graph (not used, or run in eager mode): {', '.join(self.outside)}")
+            lines.append(f"layers in no graph (not used, or run in eager mode): {', '.join(self.outside)}")
+        if self.others:
+            counts = ", ".join(f"{count} {name}" for name, count in self.others.items())
+            lines.append(f"layers without a matrix product: {counts}")
         for phase in ("forward", "backward"):
             entries = [e for e in self.range_state if e.phase == phase]
             if entries:
@@ -218,19 +226,21 @@ def explain(
     *inputs: Any,
     recipe: str | Recipe | Mapping[str, Any] = "int8",
     loss: Callable[[Any], Tensor] | None = None,
+    passes: Sequence[Step] | None = None,
     **kwargs: Any,
 ) -> Report:
     """What the backend makes of a training step of `model(*inputs, **kwargs)` under a recipe.
 
-    loss  outputs -> scalar; default as in `capture`, and so is everything else: caller's autocast, all on
-          copies.
+    loss    outputs -> scalar; default as in `capture`, and so is everything else: caller's autocast, all on
+            copies.
+    passes  steps in place of the default pipeline
 
     It goes through the compiler twice, up to code generation: under the recipe, and as plain Inductor, for
     what that saves.
 
     Errors: those of `capture`, but for strict.
     """
-    found = capture(model, *inputs, recipe=recipe, loss=loss, **kwargs)
+    found = capture(model, *inputs, recipe=recipe, loss=loss, passes=passes, **kwargs)
     hp = found if quantizes_nothing(found.recipe) else capture(model, *inputs, recipe="none", loss=loss, **kwargs)
     return _report(found, hp)
 
@@ -244,7 +254,7 @@ def _report(found: Capture, hp: Capture) -> Report:
     ]
     position = {name: i for i, (name, _) in enumerate(found.model.named_modules())}
     sites.sort(key=lambda s: position.get(_module(s.name), len(position)))
-    names = [name for graph in found.graphs for name in (s.name for s in graph.sites)]
+    names = [s.name for s in sites]
     return Report(
         recipe=found.recipe,
         sites=sites,
@@ -254,6 +264,7 @@ def _report(found: Capture, hp: Capture) -> Report:
         graph_breaks=found.graph_breaks,
         unmatched=found.recipe.unmatched_patterns(names),
         outside=_outside(found.model, sites),
+        others=_others(found.model, sites),
         range_state=[entry for graph in found.graphs for call in _instances(graph) for entry in _entries(graph, call)],
         device=str(found.graphs[0].context.device) if found.graphs else "cpu",
     )
@@ -270,11 +281,31 @@ def _module(site: str) -> str:
     return "" if name == "self" else name
 
 
+_WITH_PRODUCTS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
+
+
 def _outside(model: nn.Module, sites: list[SiteReport]) -> list[str]:
     modules = dict(model.named_modules(remove_duplicate=False))
-    inside = {id(modules.get(_module(site.name))) for site in sites}
-    linear = {id(m): name for name, m in reversed(modules.items()) if isinstance(m, nn.Linear)}
-    return [name for key, name in reversed(linear.items()) if key not in inside]
+    inside = _modules_with_sites(modules, sites)
+    layers = {id(m): name or type(m).__name__ for name, m in reversed(modules.items()) if isinstance(m, _WITH_PRODUCTS)}
+    kinds = {id(m): type(m).__name__ for m in modules.values() if isinstance(m, nn.RNNBase)}
+    left = [(key, name) for key, name in reversed(layers.items()) if key not in inside]
+    return [f"{name} ({kinds[key]})" if key in kinds and name != kinds[key] else name for key, name in left]
+
+
+def _others(model: nn.Module, sites: list[SiteReport]) -> dict[str, int]:
+    inside = _modules_with_sites(dict(model.named_modules(remove_duplicate=False)), sites)
+    others = (m for m in model.modules() if any(True for _ in m.parameters(recurse=False)))
+    return dict(Counter(type(m).__name__ for m in others if id(m) not in inside and not isinstance(m, _WITH_PRODUCTS)))
+
+
+def _modules_with_sites(modules: dict[str, nn.Module], sites: list[SiteReport]) -> set[int]:
+    """Identities of the modules that sites are named by; of the modules inside of one, too: attention's projections have no own."""
+    inside = {id(modules.get(_module(site.name), modules[""])) for site in sites}
+    for name, module in modules.items():
+        if isinstance(module, nn.MultiheadAttention) and any(_module(site.name) == name for site in sites):
+            inside |= {id(m) for m in module.modules()}
+    return inside
 
 
 def _coverage(number: int, sites: list[SiteReport]) -> dict[str, int]:
@@ -289,17 +320,17 @@ def _site(site: Site, call: Call, graph: int, context: PassContext) -> SiteRepor
         name=name,
         op=site.op,
         graph=graph,
-        gemms={role: _gemm(name, site.op, gemm) for role, gemm in site.gemms.items()},
+        gemms={role: _gemm(name, site, gemm) for role, gemm in site.gemms.items()},
     )
 
 
-def _gemm(site: str, op: str, gemm: Gemm) -> GemmReport:
+def _gemm(name: str, site: Site, gemm: Gemm) -> GemmReport:
     operands: dict[str, str] = {}
-    if gemm.reason is None and gemm.specs is not None:
-        operands = {name: _spec_text(spec) for name, spec in zip(OPERANDS[gemm.role], gemm.specs, strict=True)}
+    if gemm.specs is not None:
+        operands = {operand: _spec_text(spec) for operand, spec in zip(site.operands(gemm.role), gemm.specs, strict=True)}
     return GemmReport(
-        site=site,
-        op=op,
+        site=name,
+        op=site.op,
         role=gemm.role,
         shape=tuple(size if isinstance(size, int) else str(size) for size in gemm.shape),
         kernel=None if gemm.reason is not None else gemm.kernel or "integer",
@@ -313,9 +344,9 @@ def _entries(graph: CapturedGraph, call: Call) -> Iterator[Entry]:
     for layout in graph.layouts.values():
         for e in layout.entries:
             site = by_name.get(e.site)
-            prefix = call.site_name(site).removesuffix(site.name) if site is not None else ""
+            prefix = call.prefix_of(site) if site is not None else ""
             yield Entry(
-                name=f"{prefix}{e.site}.{e.operand}" if e.site else e.operand,
+                name=f"{call.site_name(site)}.{e.operand}" if site is not None else e.operand,
                 phase=layout.phase,
                 fields=e.fields,
                 size=e.size,

@@ -26,6 +26,9 @@ from torch.nn.functional import pad
 
 from qcompile.errors import KernelError
 from qcompile.kernels import note_launch
+from qcompile.kernels.convolution import operators
+from qcompile.kernels.cpu import of_batch
+from qcompile.kernels.registry import find_kernel
 from qcompile.kernels.triton.launch import MINIMUM_CAPABILITY, unavailable_reasons
 from qcompile.kernels.triton.tuning import bucket, max_k
 
@@ -37,6 +40,7 @@ __all__ = [
     "quantize_transposed_cuda",
     "register_cuda_kernels",
     "remember",
+    "scaled_bmm_cuda",
     "scaled_mm_cuda",
     "transpose_codes_cuda",
     "tuned",
@@ -200,15 +204,56 @@ def scaled_mm_cuda(
     Errors: `KernelError` where no int8 kernel can run.
     """
     (m, k), n = a.shape, b.shape[1]
+    users = find_kernel("cuda", m, n, k, zero_points=a_zero is not None or b_zero is not None)
+    if users is not None:
+        note_launch(users.name, m, n, k)
+        return users.run(a, b, a_scale, b_scale, a_zero, b_zero, bias, out_dtype)
+    if 0 not in (m, n, k):
+        note_launch(gemm_for(a.device, m, n, k), m, n, k)
+    return product(a, b, a_scale, b_scale, a_zero, b_zero, bias, out_dtype)
+
+
+def product(
+    a: Tensor,
+    b: Tensor,
+    a_scale: Tensor,
+    b_scale: Tensor,
+    a_zero: Tensor | None,
+    b_zero: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """`scaled_mm_cuda` as a part of another operator, which notes the launch."""
+    (m, k), n = a.shape, b.shape[1]
     if m == 0 or n == 0 or k == 0:
         out = a.new_zeros((m, n), dtype=torch.float32) * (a_scale * b_scale)
         return (out if bias is None else out + bias.to(torch.float32)).to(out_dtype)
-    name = gemm_for(a.device, m, n, k)
-    note_launch(name, m, n, k)
-    product = CANDIDATES[name]
-    return product(
+    run = CANDIDATES[gemm_for(a.device, m, n, k)]
+    return run(
         _rows_contiguous(a), _rows_contiguous(b.t()), a_scale, b_scale, a_zero, b_zero, bias, out_dtype
     )
+
+
+def scaled_bmm_cuda(
+    a: Tensor,
+    b: Tensor,
+    a_scale: Tensor,
+    b_scale: Tensor,
+    a_zero: Tensor | None,
+    b_zero: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """`qtrain::scaled_bmm` of checked operands, matrix by matrix."""
+    (batch, m, k), n = a.shape, b.shape[2]
+    out = a.new_empty((batch, m, n), dtype=out_dtype)
+    if batch and 0 not in (m, n, k):
+        note_launch(_kernel_for(a.device, os.environ.get("QTRAIN_CUDA_GEMM")), m, n, k, "bmm", batch)
+    bias = None if bias is None else bias.reshape((1,) * (3 - bias.ndim) + tuple(bias.shape))
+    for i in range(batch):
+        parts = (of_batch(v, i) for v in (a_scale, b_scale, a_zero, b_zero, bias))
+        out[i] = product(a[i], b[i], *parts, out_dtype)  # type: ignore[arg-type]
+    return out
 
 
 def transpose_codes_cuda(codes: Tensor) -> Tensor:
@@ -252,7 +297,7 @@ def _rows_contiguous(codes: Tensor) -> Tensor:
 
 @functools.cache
 def register_cuda_kernels() -> None:
-    """Make these the CUDA kernels of `qtrain::scaled_mm`, `qtrain::quantize_transposed` and
+    """Make these the CUDA kernels of the integer GEMMs, of `qtrain::quantize_transposed` and of
     `qtrain::transpose_codes`, behind the operators' own checks.
 
     Called once the operators exist. Needs neither a GPU nor Triton: the choice is made when a kernel is
@@ -261,20 +306,20 @@ def register_cuda_kernels() -> None:
     from qcompile.ops._checks import check_matrix
     from qcompile.ops._library import LIBRARY
     from qcompile.ops.quantize_transposed import check_quantize_transposed
+    from qcompile.ops.scaled_bmm import check_scaled_bmm
+    from qcompile.ops.scaled_conv import CHECKS, checked
     from qcompile.ops.scaled_mm import check_scaled_mm
-
-    def scaled_mm(*operands: Any) -> Tensor:
-        check_scaled_mm(*operands)
-        return scaled_mm_cuda(*operands)
 
     def transpose_codes(codes: Tensor) -> Tensor:
         check_matrix("transpose_codes", "codes", codes)
         return transpose_codes_cuda(codes)
 
-    def quantize_transposed(*operands: Any) -> list[Tensor]:
-        check_quantize_transposed(*operands)
-        return quantize_transposed_cuda(*operands)
+    def name_of(m: int, n: int, k: int, *, zero_points: bool = False) -> str:
+        return "none" if 0 in (m, n, k) else _kernel_for(torch.device("cuda"), os.environ.get("QTRAIN_CUDA_GEMM"))
 
-    LIBRARY.impl("scaled_mm", scaled_mm, "CUDA")
-    LIBRARY.impl("quantize_transposed", quantize_transposed, "CUDA")
+    LIBRARY.impl("scaled_mm", checked(check_scaled_mm, scaled_mm_cuda), "CUDA")
+    LIBRARY.impl("scaled_bmm", checked(check_scaled_bmm, scaled_bmm_cuda), "CUDA")
+    for name, implementation in operators(product, name_of).items():
+        LIBRARY.impl(name, checked(CHECKS[name], implementation), "CUDA")
+    LIBRARY.impl("quantize_transposed", checked(check_quantize_transposed, quantize_transposed_cuda), "CUDA")
     LIBRARY.impl("transpose_codes", transpose_codes, "CUDA")

@@ -8,6 +8,7 @@ import torch
 
 from qcompile.errors import KernelError
 from qcompile.kernels import cpu, cuda
+from qcompile.kernels.registry import find_kernel
 
 __all__ = ["fallback_reason", "gemm_kernel", "unsupported_device"]
 
@@ -35,6 +36,9 @@ def fallback_reason(devices: Iterable[torch.device]) -> str | None:
 
 def gemm_kernel(device: torch.device, m: int, n: int, k: int, *, zero_points: bool = False) -> str:
     """The name of the kernel that a GEMM of M x N x K runs on. Errors: `KernelError` where there is none."""
+    users = find_kernel(device.type, m, n, k, zero_points=zero_points)
+    if users is not None:
+        return users.name
     if device.type == "cpu":
         return cpu.kernel_name(m, n, k, zero_points=zero_points)
     if device.type == "cuda":
