@@ -156,4 +156,5 @@ def _fuse(graph: fx.Graph, node: fx.Node, statistics: _Statistics) -> None:
 
 
 def _share(count: Tensor, x: Tensor) -> Tensor:
-    return count.to(torch.float32) / max(x.numel(), 1)
+    size = x.numel()
+    return count.to(torch.float32) / (1 if isinstance(size, int) and size == 0 else size)  # a symbolic size is not asked

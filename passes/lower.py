@@ -55,9 +55,8 @@ def lower(graph: fx.Graph, context: PassContext | None = None, *, steady: bool =
     """Return the number of nodes lowered. `steady`: compile for the case that every stored range is valid."""
     lowered = 0
     transposed: dict[fx.Node, fx.Node] = {}
-    for target in (SCALED_MM, SCALED_MM_REQUANTIZE):
-        for node in graph.find_nodes(op="call_function", target=target):
-            lowered += _lay_out(graph, node, transposed)
+    for node in [n for n in graph.nodes if n.target in (SCALED_MM, SCALED_MM_REQUANTIZE)]:
+        lowered += _lay_out(graph, node, transposed)
     lowered += _apply(_STATE, graph, steady)  # first: what a scale depends on decides what can be fused
     lowered += fuse_quantize(graph)
     lowered += _apply(_ELEMENTWISE, graph, steady)
@@ -132,7 +131,7 @@ def _lay_out(graph: fx.Graph, gemm: fx.Node, transposed: dict[fx.Node, fx.Node])
     contiguous in both, the only layout of int8 `wgmma`: the left matrix row-major, the right one column-major.
     """
     changes = 0
-    for side, wants_transposed in ((0, False), (1, True)) if on_gpu(gemm) else ((0, False),):
+    for side, wants_transposed in ((0, False), (1, True)) if on_gpu(gemm.args[0]) else ((0, False),):
         matrix = gemm.args[side]
         is_transposed = matrix.target is PERMUTE
         if is_transposed == wants_transposed:

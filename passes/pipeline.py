@@ -107,7 +107,7 @@ def cut_steps() -> list[CutStep]:
     """The passes over the two halves behind the partitioner, in order."""
     return [
         CutStep("fold_masks", fold_masks),
-        CutStep("save_transposed", save_transposed),
+        CutStep("save_transposed", save_transposed),  # not codes that a mask has been folded into
         CutStep("store_masks", store_masks),
     ]
 

@@ -21,7 +21,7 @@ from passes.context import PassContext
 from passes.dynamo_inputs import DynamoInputs
 from passes.fuse_requantize import fuse_requantize
 from passes.gemms import INTEGER
-from passes.graph import BACKWARD, FORWARD, SCALED_MM_REQUANTIZE, SELECT
+from passes.graph import BACKWARD, FORWARD, SCALED_MM, SCALED_MM_REQUANTIZE, SELECT
 from passes.lower import lower
 from passes.pipeline import Pipeline, Step, joint_steps, lower_half
 from passes.report import tell_what_stays_hp
@@ -317,8 +317,9 @@ class Compilation:
                 continue
             zero_points = node.args[4] is not None or node.args[5] is not None
             m, n, k = (s if isinstance(s, int) else 4096 for s in gemm.shape)  # a symbolic size counts as large
-            if self.context.device.type == "cuda" and inductor.tunes_gemms() and all(isinstance(s, int) for s in gemm.shape):
-                tune(self.context.device, m, n, k, node.args[-1])  # before the report asks what was chosen
+            tunes = node.target is SCALED_MM and self.context.device.type == "cuda" and inductor.tunes_gemms()
+            if tunes and all(isinstance(s, int) for s in gemm.shape):
+                tune(self.context.device, m, n, k, node.meta["val"].dtype)  # before the report asks what was chosen
             gemm.kernel = gemm_kernel(self.context.device, m, n, k, zero_points=zero_points)
 
 

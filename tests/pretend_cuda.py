@@ -42,7 +42,7 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
 from passes import graph as graph_helpers
-from passes import partition
+from passes import pipeline
 from qcompile import backend, inductor
 from qcompile.kernels.select import gemm_kernel
 
@@ -93,7 +93,7 @@ def lowered_halves(model: str, recipe: str) -> tuple[dict[str, fx.GraphModule], 
     with contextlib.ExitStack() as stack:
         for owner, name, value in (
             (graph_helpers, "GPUS", ("cuda", "cpu")),
-            (partition, "store_masks", lambda *_: 0),  # for CPUs only
+            (pipeline, "store_masks", lambda *_: 0),  # for CPUs only
             (inductor, "compile_fx_inner", run_by_operator),
             (backend, "gemm_kernel", kernel_on_the_gpu),
             (torch.cuda, "get_device_capability", lambda *_: CAPABILITY),

@@ -296,8 +296,8 @@ def _rows_contiguous(codes: Tensor) -> Tensor:
 
 
 def register_cuda_kernels() -> None:
-    """Make these the CUDA kernels of the integer GEMMs, of `qtrain::quantize_transposed` and of `qtrain::transpose_codes`, behind the
-    operators' own checks.
+    """Make these the CUDA kernels of the integer GEMMs, of `qtrain::quantize_transposed` and of
+    `qtrain::transpose_codes`, behind the operators' own checks.
 
     Called once the operators exist. Needs neither a GPU nor Triton: the choice is made when a kernel is
     called.

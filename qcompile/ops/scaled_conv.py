@@ -235,7 +235,7 @@ def check_scaled_conv_grad_weight(
 def checked(check: Callable[..., Any], compute: Callable[..., Any]) -> Callable[..., Any]:
     """`compute` behind the operator's own check."""
 
-    def call(*operands: Any) -> Tensor:
+    def call(*operands: Any) -> Any:
         check(*operands)
         return compute(*operands)
 

@@ -1,15 +1,20 @@
 """fuse_quantize and save_transposed: graphs lowered as for a GPU, run on the CPU, where their operators are the references."""
 
+import copy
+import sys
+
 import pytest
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from passes import graph as graph_helpers
+from passes.fuse_quantize import fuse_quantize
 from passes.graph import PERMUTE, QUANTIZE, QUANTIZE_TRANSPOSED, SCALED_MM, TRANSPOSE, args_by_name, aten, call
 from passes.lower import lower
 from passes.partition import min_cut_partition
 from passes.save_transposed import save_transposed
+from qcompile.backend import qtrain
 from qcompile.estimators import InHindsight
 from qcompile.recipe import Recipe
 from qcompile.recipes import get_recipe
@@ -20,6 +25,9 @@ from tests.passes.graphs import ROWWISE, TENSORWISE, Joint, assert_same_outputs,
 ASYMMETRIC = TENSORWISE.replace(input=QuantSpec(symmetric=False))
 STATIC = QuantSpec(estimator=InHindsight())
 STATIC_WEIGHTS_TOO = Recipe(input=STATIC, weight=STATIC, grad_output=STATIC, name="static")
+
+
+lowering = sys.modules["passes.lower"]
 
 
 @pytest.fixture
@@ -245,3 +253,26 @@ def test_codes_that_are_read_otherwise_stay_as_they_lie(use, as_gpu):
     backward.output(tuple(made))
     assert save_transposed(forward, backward, 0) == 0
     assert outputs_of_graph(forward) == (codes,) and there.meta["val"] is codes.meta["val"]
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static shapes", "dynamic shapes"])
+def test_training_steps_of_a_model_are_the_same(dynamic, interpreted, monkeypatch):
+    """Through the backend, with range state: gradients of steps on batches of several sizes, bit for bit."""
+    torch.manual_seed(0)
+    start = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8, bias=False))
+    batches = [torch.randn(n, 8) for n in ((6, 6, 6) if not dynamic else (6, 10, 14))]
+    found, fused = [], []
+    monkeypatch.setattr(lowering, "fuse_quantize", lambda graph: fused.append(fuse_quantize(graph)) or fused[-1])
+    for devices in (("cuda",), ("cuda", "cpu")):
+        monkeypatch.setattr(graph_helpers, "GPUS", devices)
+        torch._dynamo.reset()
+        model = copy.deepcopy(start)
+        run = torch.compile(model, backend=qtrain, options={"recipe": "int8_in_hindsight"}, dynamic=dynamic)
+        for x in batches:
+            model.zero_grad()
+            run(x).square().sum().backward()
+            found.append([p.grad.clone() for p in model.parameters()])
+    assert sum(fused) >= 4, "weights, the input, the gradient of the output"
+    half = len(found) // 2
+    for want, got in zip(found[:half], found[half:], strict=True):
+        assert_same_outputs(want, got)
