@@ -133,7 +133,11 @@ def _forward_site(node: fx.Node, context: PassContext, names: Counter[str], weig
     op = _op_name(node)
     own = module_path(weight_name) if weight_name else None
     is_layer = kind == "conv" or (kind == "linear" and node.target not in BATCHED)
-    if is_layer and ((in_linear and kind == "linear") or (own is not None and own == module)):
+    if is_layer and own is not None and "_parameters[" in str(weight_name) and not _has_modules(node):
+        base = own or "self"  # a graph without modules: its Parameters' names are all there is
+        op = "linear" if kind == "linear" else op
+        name = _unique(base, names, functional=False)
+    elif is_layer and ((in_linear and kind == "linear") or (own is not None and own == module)):
         base = module or "self"
         op = "linear" if kind == "linear" else op
         name = _unique(base, names, functional=False)
@@ -279,6 +283,10 @@ def _module_of(node: fx.Node) -> tuple[str, bool]:
     if isinstance(cls, str):
         return module_path(path), cls.rsplit(".", 1)[-1] in ("Linear", "Conv1D")
     return module_path(path), issubclass(cls, torch.nn.Linear) or cls.__name__ == "Conv1D"
+
+
+def _has_modules(node: fx.Node) -> bool:
+    return bool(node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack"))
 
 
 def _unique(base: str, names: Counter[str], *, functional: bool) -> str:

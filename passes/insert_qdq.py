@@ -81,6 +81,8 @@ def insert_qdq(graph: fx.Graph, context: PassContext) -> int:
         for side, (matrix, name) in enumerate(zip(operands(node), where.operands, strict=True)):
             operand = resolve_operand(matrix)
             dims = _scale_dims(specs[name], node, side, operand, name)
+            if isinstance(dims, list) and (why := _changes_size(specs[name], name, where.role)):
+                dims = why
             if isinstance(dims, str):
                 gemm.reason = dims
                 break
@@ -106,14 +108,14 @@ def _prefer_choices(context: PassContext) -> None:
     """Where the recipe leaves a GEMM out, that is the reason; not that it could not be integer anyway."""
     for site, gemm in context.gemms():
         if gemm.reason is not None and not gemm.reason.startswith("recipe:"):
-            resolved = context.recipe.resolve(site.name, site.kind)
+            resolved = context.resolve(site)
             role = gemm.role if gemm.role in OPERANDS else "output"
             gemm.reason = resolved.reason(role) or gemm.reason
 
 
 def _specs(site: Site, gemm: Gemm, context: PassContext) -> dict[str, QuantSpec] | None:
     """The operand specs of a GEMM, or None with the reason recorded."""
-    resolved = context.recipe.resolve(site.name, site.kind)
+    resolved = context.resolve(site)
     pair = resolved.gemm(gemm.role)
     if pair is None:
         gemm.reason = resolved.reason(gemm.role)
@@ -145,6 +147,20 @@ def _scale_dims(spec: QuantSpec, node: fx.Node, side: int, operand: Operand, nam
             return f"{name}: PerBlock has no integer kernel yet; use PerRow() or PerTensor()"
         case other:
             return f"{name}: no integer kernel for granularity {other}"
+
+
+_ROWS_ARE_TOKENS = {("input", "output"), ("grad_output", "grad_input")}
+"""(operand, GEMM) for which the axis that the GEMM does not sum over is the batch's."""
+
+
+def _changes_size(spec: QuantSpec, operand: str, role: str) -> str | None:
+    """Why an estimator cannot remember one range for each scale: the next batch may have another number of tokens."""
+    if isinstance(spec.granularity, PerTensor) or (operand, role) not in _ROWS_ARE_TOKENS or not spec.estimator.state_fields(spec.symmetric):
+        return None
+    return (
+        f"{operand}: {type(spec.estimator).__name__} remembers a range for each scale, and {spec.granularity} has a scale for each "
+        "token here, whose number and meaning change with the batch; use PerTensor(), or an estimator without memory (MinMax())"
+    )
 
 
 def _quantize(

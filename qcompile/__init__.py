@@ -31,7 +31,9 @@ if TYPE_CHECKING:
         register_estimator,
         scale_learning_rates,
     )
+    from qcompile.hooks import inductor_hooks, with_range_state
     from qcompile.inspect import capture, compare, explain, monitor, saved_bytes  # type: ignore[no-redef]
+    from qcompile.kernels.registry import GemmShape, check_kernel, register_kernel, unregister_kernel
     from qcompile.recipe import Recipe
     from qcompile.recipes import get_recipe, list_recipes, register_recipe
     from qcompile.specs import SAME, GemmSpec, PerBlock, PerChannel, PerRow, PerTensor, QuantSpec
@@ -59,7 +61,9 @@ _HOME = {
         "register_estimator",
         "scale_learning_rates",
     ),
+    "qcompile.hooks": ("inductor_hooks", "with_range_state"),
     "qcompile.inspect": ("capture", "compare", "explain", "monitor", "saved_bytes"),
+    "qcompile.kernels.registry": ("GemmShape", "check_kernel", "register_kernel", "unregister_kernel"),
     "qcompile.recipe": ("Recipe",),
     "qcompile.recipes": ("get_recipe", "list_recipes", "register_recipe"),
     "qcompile.specs": ("SAME", "GemmSpec", "PerBlock", "PerChannel", "PerRow", "PerTensor", "QuantSpec"),

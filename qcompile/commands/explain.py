@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from qcompile.backend import by_choice
+    from passes.report import by_choice
     from qcompile.inspect import capture, explain
 
     made = target.load(arguments)

@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from passes.context import Entry, PassContext, Site, StateLayout
-from passes.graph import WRITE, aten, fake_mode
+from passes.buffers import bind_state
+from passes.context import Entry, PassContext, Site, StateLayout, full_name
 from qcompile.inspect.labels import LABEL, first_name, rename_by_label
 from qcompile.inspect.saved_bytes import SavedBytes, SavedTensor
 from qcompile.state.binding import Binding
@@ -45,43 +45,17 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     return copied
 
 
-def with_buffers(
-    graph: fx.Graph, root: torch.nn.Module, layouts: Mapping[str, StateLayout], inputs: Mapping[str, str]
-) -> fx.GraphModule:
+def with_buffers(graph: fx.Graph, root: torch.nn.Module, inputs: Mapping[str, str]) -> fx.GraphModule:
     """A module that runs a copy of the graph, with range state in buffers and nodes named by site.
 
     inputs  names to show for the graph's inputs
     """
     module = fx.GraphModule(root, copy_graph(graph))
     copied = module.graph
-    dropped: set[fx.Node] = set()
-    for node in copied.find_nodes(op="placeholder"):
-        if "qtrain_state" not in node.meta:
-            continue
-        phase, what = node.meta["qtrain_state"]
-        size = layouts[phase].numel
-        value = torch.zeros(size) if what == "state" else torch.arange(size)
-        name = f"{phase}_ranges" if what == "state" else f"{phase}_ranges_index"
-        module.register_buffer(name, value.to(node.meta["val"].device))
-        first = next(n for n in copied.nodes if n.op != "placeholder")
-        with copied.inserting_before(first):
-            attribute = copied.create_node("get_attr", name)
-        with fake_mode(copied):
-            attribute.meta = {"val": torch.empty(size, dtype=value.dtype, device=node.meta["val"].device)}
-        attribute.meta[LABEL] = f"{name}_buffer"
-        for user in node.users:
-            if user.target in (WRITE, aten.index_put_.default) and user.args[0] is node:
-                user.meta["val"] = attribute.meta["val"]
-        node.replace_all_uses_with(attribute)
-        copied.erase_node(node)
-        dropped.add(attribute)
-    output = next(iter(copied.find_nodes(op="output")))
-    if isinstance(output.args[0], tuple | list):
-        # State on its way to the other half, which has it as buffers too.
-        output.args = (tuple(o for o in output.args[0] if o not in dropped),)
-    for attribute in dropped:
-        if not attribute.users:
-            copied.erase_node(attribute)
+    bind_state(module)
+    for attribute in copied.find_nodes(op="get_attr"):
+        if "qtrain_state" in attribute.meta:
+            attribute.meta[LABEL] = f"{attribute.target}_buffer"
     rename_by_label(copied, inputs)
     copied.lint()
     module.recompile()
@@ -115,10 +89,14 @@ class Call:
 
     def site_name(self, site: Site) -> str:
         """The site's name in the whole model."""
+        return full_name(self.prefix_of(site), site)
+
+    def prefix_of(self, site: Site) -> str:
+        """Where in the whole model the compiled frame's module is."""
         if site.weight in self.prefixes:
-            return self.prefixes[site.weight] + site.name
+            return self.prefixes[site.weight]
         common = Counter(self.prefixes.values()).most_common(1)
-        return (common[0][0] if common else "") + site.name
+        return common[0][0] if common else ""
 
 
 @dataclass

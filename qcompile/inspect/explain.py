@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from passes.context import OPERANDS, Gemm, Site
+from passes.pipeline import Step
 from qcompile.backend import quantizes_nothing
 from qcompile.inspect.capture import Capture, capture
 from qcompile.inspect.captured_graph import Call, CapturedGraph
@@ -266,13 +267,15 @@ def explain(
     *inputs: Any,
     recipe: str | Recipe | Mapping[str, Any] = "int8",
     loss: Callable[[Any], Tensor] | None = None,
+    passes: Sequence[Step] | None = None,
     timed: bool = False,
     **kwargs: Any,
 ) -> Report:
     """What the backend makes of a training step of `model(*inputs, **kwargs)` under a recipe.
 
-    loss  outputs -> scalar; default as in `capture`, and so is everything else: caller's autocast, all on
-          copies.
+    loss    outputs -> scalar; default as in `capture`, and so is everything else: caller's autocast, all on
+            copies.
+    passes  steps in place of the default pipeline
 
     timed  also measure each GEMM, integer and in high precision, and read its scales: six more steps, operator
            by operator
@@ -282,7 +285,7 @@ def explain(
 
     Errors: those of `capture`, but for strict.
     """
-    found = capture(model, *inputs, recipe=recipe, loss=loss, **kwargs)
+    found = capture(model, *inputs, recipe=recipe, loss=loss, passes=passes, **kwargs)
     hp = found if quantizes_nothing(found.recipe) else capture(model, *inputs, recipe="none", loss=loss, **kwargs)
     times = [measure(graph) if timed else {} for graph in found.graphs]
     return _report(found, hp, times)
@@ -297,7 +300,7 @@ def _report(found: Capture, hp: Capture, times: list[dict[tuple[str, str], Measu
     ]
     position = {name: i for i, (name, _) in enumerate(found.model.named_modules())}
     sites.sort(key=lambda s: position.get(module_of_site(s.name), len(position)))
-    names = [name for graph in found.graphs for name in (s.name for s in graph.sites)]
+    names = [s.name for s in sites]
     return Report(
         recipe=found.recipe,
         sites=sites,
@@ -390,9 +393,9 @@ def _entries(graph: CapturedGraph, call: Call) -> Iterator[Entry]:
     for layout in graph.layouts.values():
         for e in layout.entries:
             site = by_name.get(e.site)
-            prefix = call.site_name(site).removesuffix(site.name) if site is not None else ""
+            prefix = call.prefix_of(site) if site is not None else ""
             yield Entry(
-                name=f"{prefix}{e.site}.{e.operand}" if e.site else e.operand,
+                name=f"{call.site_name(site)}.{e.operand}" if site is not None else e.operand,
                 phase=layout.phase,
                 fields=e.fields,
                 size=e.size,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from passes.context import OPERANDS
-from qcompile.backend import by_choice
+from passes.report import by_choice
 from qcompile.inspect.modules import module_of_site
 from qcompile.inspect.page import render
 

@@ -29,6 +29,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from qcompile.errors import KernelError
 from qcompile.kernels import note_launch
 from qcompile.kernels.convolution import operators
+from qcompile.kernels.registry import find_kernel
 
 __all__ = [
     "CANDIDATES",
@@ -258,6 +259,10 @@ def scaled_mm(
 ) -> Tensor:
     """`qtrain::scaled_mm` of checked operands; `qcompile.ops.scaled_mm` has their shapes and dtypes."""
     (m, k), n = a.shape, b.shape[1]
+    users = find_kernel("cpu", m, n, k, zero_points=a_zero is not None or b_zero is not None)
+    if users is not None:
+        note_launch(users.name, m, n, k)
+        return users.run(a, b, a_scale, b_scale, a_zero, b_zero, bias, out_dtype)
     name = kernel_name(m, n, k, zero_points=a_zero is not None or b_zero is not None)
     if name != "none":
         note_launch(name, m, n, k)

@@ -12,7 +12,6 @@ from qcompile.kernels import record_launches
 from qcompile.recipe import GEMM_OPERANDS, Recipe
 from qcompile.specs import PerChannel, PerTensor, QuantSpec
 from tests.passes.graphs import ROWWISE, TENSORWISE, assert_same_outputs, joint_graph
-from tests.passes.test_convolution import quantized
 
 BMM, BADDBMM, MM = aten.bmm.default, aten.baddbmm.default, aten.mm.default
 ALL = ("linear", "conv", "bmm")

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import networkx as nx
 
 from passes.context import Gemm, Site
-from qcompile.backend import by_choice
+from passes.report import by_choice
 from qcompile.inspect.captured_graph import CapturedGraph
 from qcompile.inspect.drawing.svg import COLOURS, Canvas, shortened, text_width
 from qcompile.inspect.modules import Row, rows_of, saved_by_row, site_flow
