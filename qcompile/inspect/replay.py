@@ -17,7 +17,7 @@ _SEED = 0  # of the random numbers that runs share
 
 def joint_at(graph: CapturedGraph, step: str) -> fx.GraphModule:
     """The joint graph behind a step, with range state in buffers that hold the values before the step."""
-    module = with_buffers(graph.steps[step], graph.joint, graph.layouts, {})
+    module = with_buffers(graph.steps[step], graph.joint, {})
     graph.reset_state([module])
     return module
 
