@@ -133,9 +133,10 @@ def _forward_site(node: fx.Node, context: PassContext, names: Counter[str], weig
     op = _op_name(node)
     own = module_path(weight_name) if weight_name else None
     is_layer = kind == "conv" or (kind == "linear" and node.target not in BATCHED)
-    is_layer = is_layer and ((in_linear and kind == "linear") or (own is not None and own == module))
+    nameless = is_layer and own is not None and "_parameters[" in str(weight_name) and not _has_modules(node)
+    is_layer = is_layer and (nameless or (in_linear and kind == "linear") or (own is not None and own == module))
     if is_layer:
-        base = module or "self"
+        base = (own if nameless else module) or "self"  # a graph without modules has its Parameters' names
         op = "linear" if kind == "linear" else op
         name = _unique(base, names, functional=False)
     else:
@@ -281,6 +282,10 @@ def _module_of(node: fx.Node) -> tuple[str, bool]:
     if isinstance(cls, str):
         return module_path(path), cls.rsplit(".", 1)[-1] in ("Linear", "Conv1D")
     return module_path(path), issubclass(cls, torch.nn.Linear) or cls.__name__ == "Conv1D"
+
+
+def _has_modules(node: fx.Node) -> bool:
+    return bool(node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack"))
 
 
 def _unique(base: str, names: Counter[str], *, functional: bool) -> str:

@@ -17,6 +17,7 @@ from qcompile import recipe_files
 from qcompile._checks import check_instance, check_keys, refuse
 from qcompile._patterns import KIND_PATTERNS, OP_KINDS, matches
 from qcompile.errors import RecipeError
+from qcompile.estimators.base import RangeEstimator
 from qcompile.site_recipe import (
     ALIASES,
     GEMM_OPERANDS,
@@ -110,13 +111,16 @@ class Recipe:
 
     # ---- what it says
 
-    def resolve(self, site: str, kind: str = "linear") -> SiteRecipe:
+    def resolve(self, site: str, *others: str, kind: str = "linear") -> SiteRecipe:
         """What the recipe says about the site of that name and kind ("linear", "conv" or "bmm").
+
+        A pattern may match one of its other names as well.
 
         The second operand of a product of activations, kind "bmm", is an activation too: it takes the spec of `input`.
         Errors: `RecipeError` if overrides that are right one by one add up to a scale on a contracted axis.
         """
-        why = next((f"skipped by {pattern!r}" for pattern in self.skip if matches(pattern, site, kind)), None)
+        names = (site, *others)
+        why = next((f"skipped by {p!r}" for p in self.skip if any(matches(p, name, kind) for name in names)), None)
         if why is None and kind not in (*self.ops, "unknown"):
             why = f"recipe: {kind!r} is not among its ops"
         if why is not None:
@@ -125,7 +129,7 @@ class Recipe:
         values = self._site_fields()
         origin = dict.fromkeys(SITE_FIELDS, "recipe")
         for pattern, changes in self.overrides:
-            if matches(pattern, site, kind):
+            if any(matches(pattern, name, kind) for name in names):
                 values.update(changes)
                 origin.update(dict.fromkeys(changes, f"override {pattern!r}"))
         check_contracted_axes(f"overrides at {site}", values)
@@ -152,6 +156,13 @@ class Recipe:
         if "name" in changes or changed == self or self.name == "custom" or self.name.endswith("*"):
             return changed
         return replace(changed, name=f"{self.name}*")
+
+    def estimators(self) -> set[RangeEstimator]:
+        """Every range estimator that it names."""
+        tables = (self._site_fields(), *(changes for _, changes in self.overrides))
+        choices = [value for table in tables for value in table.values()]
+        choices += [getattr(c, operand) for c in choices if isinstance(c, GemmSpec) for operand in OPERANDS]
+        return {c.estimator for c in choices if isinstance(c, QuantSpec)}
 
     def fingerprint(self) -> str:
         """sha256 (hex) of everything but the name; equal recipes have equal ones.

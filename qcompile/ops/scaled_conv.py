@@ -232,10 +232,10 @@ def check_scaled_conv_grad_weight(
     _check_operands(op, operands, rest[-1])
 
 
-def checked(check: Callable[..., None], compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def checked(check: Callable[..., Any], compute: Callable[..., Any]) -> Callable[..., Any]:
     """`compute` behind the operator's own check."""
 
-    def call(*operands: Any) -> Tensor:
+    def call(*operands: Any) -> Any:
         check(*operands)
         return compute(*operands)
 

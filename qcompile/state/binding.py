@@ -58,8 +58,9 @@ class Binding:
             order.extend(range(start, start + entry.size))
             if name == "steps" and "seed_low" not in entry.fields:
                 steps.extend(range(start, start + entry.size))
-        self.index = torch.tensor(order, dtype=torch.int64).to(device)
-        self._steps = torch.tensor(steps, dtype=torch.int64).to(device)
+        # The host does not wait for the copies, here or anywhere in a step.
+        self.index = torch.tensor(order, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
+        self._steps = torch.tensor(steps, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
         self._steady_since: int | None = None if steps else -1  # epoch at which all ranges were found valid; -1: always
         self._answer: tuple[Tensor, torch.cuda.Event, int] | None = None
 
@@ -80,20 +81,30 @@ class Binding:
         if self.arena.tensor.device.type != "cuda":
             valid = bool((self.arena.tensor[self._steps] > 0).all())
         else:
-            if self._answer is None:
-                flag = (self.arena.tensor[self._steps] > 0).all().to(device="cpu", non_blocking=True)
-                event = torch.cuda.Event()
-                event.record()
-                self._answer = (flag, event, epoch)
-                return False
-            flag, event, epoch = self._answer
-            if not event.query():
-                return False
-            self._answer = None
-            valid = bool(flag) and epoch == self.store.epoch
+            answer = self._answered()
+            valid = answer is True
+            if answer is False:
+                self._ask()
         if valid:
             self._steady_since = epoch
         return valid
+
+    def _ask(self) -> None:
+        """Have the GPU look whether every range is valid, behind the work that it has been given."""
+        flag = (self.arena.tensor[self._steps] > 0).all().to(device="cpu", non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._answer = (flag, event, self.store.epoch)
+
+    def _answered(self) -> bool | None:
+        """The answer about the present epoch; False too if nothing was asked, None while there is no answer."""
+        if self._answer is None:
+            return False
+        flag, event, epoch = self._answer
+        if not event.query():
+            return None
+        self._answer = None
+        return bool(flag) and epoch == self.store.epoch
 
 
 def _fingerprint(owners: Iterable[object]) -> str:

@@ -1,7 +1,7 @@
 """`qcompile.range_state(model)`: read, save, load, freeze and reset the range state of a model.
 
 State is found by the identity of the model's Parameters and named as people name modules: `blocks.0.mlp.up.input.amax` is the
-field `amax` of the operand `input` of the site `blocks.0.mlp.up`. What belongs to no linear weight is named by its owner and key,
+field `amax` of the operand `input` of the site `blocks.0.mlp.up`. What belongs to no layer's weight is named by its owner and key,
 `embed.weight:seed.forward.seed_low`.
 """
 
@@ -67,6 +67,19 @@ class RangeState:
         if slot is None:
             raise KeyError(f"no range state is called {name!r}. {suggestion(name, list(slots))}")
         return {f: slot.read(f) for f in slot.fields}
+
+    def snapshot(self) -> dict[str, dict[str, Tensor]]:
+        """Every entry with its fields, on the CPU: one copy for each device, so cheap enough to watch a run with."""
+        copies: dict[int, Tensor] = {}
+        found = {}
+        for name, slot in self._slots():
+            arena = slot.arena
+            if id(arena) not in copies:
+                copies[id(arena)] = arena.tensor[: arena.used].detach().to("cpu", copy=True)
+            values = copies[id(arena)]
+            starts = {f: slot.field_offset(f) for f in slot.fields}
+            found[name] = {f: values[start : start + slot.size] for f, start in starts.items()}
+        return found
 
     def __len__(self) -> int:
         return len(self.names())
