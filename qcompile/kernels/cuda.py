@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from qcompile.errors import KernelError
-from qcompile.kernels import note_launch
+from qcompile.kernels import cuda_conv, note_launch
 from qcompile.kernels.convolution import operators
 from qcompile.kernels.cpu import of_batch
 from qcompile.kernels.registry import find_kernel
@@ -321,7 +321,10 @@ def register_cuda_kernels() -> None:
         return  # the imports above may have called this function
     LIBRARY.impl("scaled_mm", checked(check_scaled_mm, scaled_mm_cuda), "CUDA")
     LIBRARY.impl("scaled_bmm", checked(check_scaled_bmm, scaled_bmm_cuda), "CUDA")
-    for name, implementation in operators(product, name_of).items():
+    def uses_triton(device: torch.device) -> bool:
+        return _kernel_for(device, os.environ.get("QTRAIN_CUDA_GEMM")) == "triton"
+
+    for name, implementation in cuda_conv.operators(operators(product, name_of), uses_triton).items():
         LIBRARY.impl(name, checked(CHECKS[name], implementation), "CUDA")
     LIBRARY.impl("quantize_transposed", checked(check_quantize_transposed, quantize_transposed_cuda), "CUDA")
     LIBRARY.impl("transpose_codes", transpose_codes, "CUDA")
