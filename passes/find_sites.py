@@ -9,8 +9,8 @@ Before                                          After
   bmm(a, b)                                       ... "output", ("input", "other")
 
 A site is of the kind "linear" (one operand is a weight: a Parameter or computed from Parameters alone, or, for matrices, an input
-of the graph), "conv", or "bmm", a product of two activations. A forward GEMM names its site by its module. A backward GEMM belongs to
-the forward GEMM with the same autograd sequence number (`seq_nr`) with which it shares an operand: the shared operand tells its
+of the graph), "conv", or "bmm", a product of two activations. A forward GEMM names its site by its module. A backward GEMM belongs
+to the forward GEMM with the same autograd sequence number (`seq_nr`) with which it shares an operand: the shared operand tells its
 role. Of a product of activations the second operand is `other`, and its gradient has the role "grad_weight". A GEMM that no rule
 explains is recorded with the reason, never dropped, and so are fused operations that contain GEMMs: what stays in high precision is
 reported.
@@ -123,7 +123,7 @@ def _weights(graph: fx.Graph, context: PassContext) -> set[fx.Node]:
 
 
 def _forward_site(node: fx.Node, context: PassContext, names: Counter[str], weights: set[fx.Node]) -> _Forward:
-    left, right = (resolve_operand(o) for o in operands(node))
+    left, right = (resolve_operand(o, batched=node.target in BATCHED) for o in operands(node))
     module, in_linear = _module_of(node)
     kind, names_of = _kind(node, left, right, in_linear, context, weights)
     found = dict(zip(names_of, (left, right), strict=True))
@@ -178,7 +178,7 @@ def _packet(node: fx.Node) -> str:
 
 
 def _assign_backward(node: fx.Node, candidates: list[_Forward], context: PassContext, names: Counter[str]) -> None:
-    sides = [resolve_operand(o) for o in operands(node)]
+    sides = [resolve_operand(o, batched=node.target in BATCHED) for o in operands(node)]
     for f in candidates:
         if (node.target in CONVOLUTIONS) != (f.site.kind == "conv"):
             continue

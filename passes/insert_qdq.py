@@ -84,7 +84,7 @@ def insert_qdq(graph: fx.Graph, context: PassContext) -> int:
             continue
         plans = []
         for side, (matrix, name) in enumerate(zip(operands(node), where.operands, strict=True)):
-            operand = resolve_operand(matrix)
+            operand = resolve_operand(matrix, batched=node.target in BATCHED)
             dims = _scale_dims(specs[name], node, side, operand, name)
             if isinstance(dims, list) and (why := _changes_size(specs[name], name, where.role)):
                 dims = why

@@ -191,7 +191,7 @@ def test_attention_is_quantized_in_both_directions_where_the_recipe_asks(interpr
     model, x = Attention(fused), torch.randn(3, 6, 16)
     want, full, _ = step(model, model, x)
     got, quantized, launches = step(compiled(model, EVERYTHING), model, x)
-    assert counts(launches) == {"bmm": 6, "mm": 5} and all(launch.count == 6 for launch in launches if launch.op == "bmm")
+    assert counts(launches) == {"bmm": 6, "mm": 5} and all(launch.batch == 6 for launch in launches if launch.op == "bmm")
     assert 1e-3 < distance(got, want) < 0.05
     assert all(distance(g, f) < 0.1 for g, f in zip(quantized, full, strict=True) if f.ndim > 1)
 

@@ -21,6 +21,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -398,8 +399,9 @@ def scaled_bmm(
         note_launch(name, m, n, k, "bmm", batch)
     bias = None if bias is None else bias.reshape((1,) * (3 - bias.ndim) + tuple(bias.shape))
     for i in range(batch):
-        parts = (of_batch(v, i) for v in (a_scale, b_scale, a_zero, b_zero, bias))
-        out[i] = product(a[i], b[i], *parts, out_dtype)  # type: ignore[arg-type]
+        scales = of_batch(a_scale, i), of_batch(b_scale, i)
+        zeros = of_batch(a_zero, i), of_batch(b_zero, i)
+        out[i] = product(a[i], b[i], *scales, *zeros, of_batch(bias, i), out_dtype)
     return out
 
 
@@ -415,6 +417,12 @@ def _gathered_product(a: Tensor, b: Tensor, *rest: Tensor | torch.dtype | None) 
     return product(a, b, *rest)  # type: ignore[arg-type]
 
 
+@overload
+def of_batch(values: Tensor, i: int) -> Tensor: ...
+@overload
+def of_batch(values: None, i: int) -> None: ...
+@overload
+def of_batch(values: Tensor | None, i: int) -> Tensor | None: ...
 def of_batch(values: Tensor | None, i: int) -> Tensor | None:
     """Scales, zero points or a bias of one matrix of a batch."""
     if values is None or values.ndim == 0:

@@ -251,8 +251,9 @@ def scaled_bmm_cuda(
         note_launch(gemm_for(a.device, m, n, k), m, n, k, "bmm", batch)
     bias = None if bias is None else bias.reshape((1,) * (3 - bias.ndim) + tuple(bias.shape))
     for i in range(batch):
-        parts = (of_batch(v, i) for v in (a_scale, b_scale, a_zero, b_zero, bias))
-        out[i] = product(a[i], b[i], *parts, out_dtype)  # type: ignore[arg-type]
+        scales = of_batch(a_scale, i), of_batch(b_scale, i)
+        zeros = of_batch(a_zero, i), of_batch(b_zero, i)
+        out[i] = product(a[i], b[i], *scales, *zeros, of_batch(bias, i), out_dtype)
     return out
 
 

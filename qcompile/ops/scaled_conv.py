@@ -298,7 +298,7 @@ scaled_conv_grad_weight = define(
     input_scale, input_zero  0-d, or [1, C_in, 1, ...]
 """
 
-CHECKS = {
+CHECKS: dict[str, Callable[..., None]] = {
     "scaled_conv": check_scaled_conv,
     "scaled_conv_grad_input": check_scaled_conv_grad_input,
     "scaled_conv_grad_weight": check_scaled_conv_grad_weight,
