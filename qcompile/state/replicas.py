@@ -1,9 +1,9 @@
 """Replicas agree on their ranges: one collective at the end of each backward pass.
 
 Under data parallelism every rank sees other samples, so its statistics differ, and without this so would its ranges, its codes
-and in the end what the replicas compute. Each rank's state is gathered in one flat tensor and brought together field by field, by what its
-estimator declares (`RangeEstimator.reductions`): "max" is right for a bound that grows with the tensor's, since the ranks started
-from equal bounds; others take the mean or the minimum. Counters of random draws stay each rank's own.
+and in the end what the replicas compute. Each rank's state is gathered in one flat tensor and brought together field by field, as
+its estimator declares (`RangeEstimator.reductions`): "max" is right for a bound that grows with the tensor's, since the ranks
+started from equal bounds; others take the mean or the minimum. Counters of random draws stay each rank's own.
 
 Where    in a callback of the autograd engine, as DDP does its own work: after the last gradient, on whatever thread that is.
 Who      the default process group, or that of `set_range_group`. Recipes with `ranges="local"` take no part.
