@@ -36,6 +36,7 @@ from qcompile.recipe import Recipe
 from qcompile.recipes import get_recipe
 from qcompile.state.binding import Binder, binding_of
 from qcompile.state.replays import REPLAYS
+from qcompile.state.replicas import REPLICAS
 from qcompile.state.store import STORE, RangeStore
 
 __all__ = ["CompiledGraph", "compiled_graphs", "qtrain"]
@@ -261,18 +262,22 @@ class Compilation:
         self.record.seconds["passes"] = self.record.seconds.get("passes", 0.0) + time.perf_counter() - start
         self.record.halves.append(phase)
         compiled = compile_inner(half, inputs, **kwargs)
+        replicated = self.context.recipe.ranges == "replicated" and bool(self.context.layouts)
         if not ours:
-            return compiled if backward else self._watch_names(compiled, names)
+            if not backward:
+                return self._watch_names(compiled, names)
+            return _agreeing(compiled) if replicated else compiled
         if until_valid is not None:
             inductor.draw_as_generated_code_does(until_valid, compile_inner)
         dynamic = None if until_valid is None else _Interpreted(until_valid, self.context, inductor.output_strides(compiled))
         if backward:
-            return backward_with_state(compiled, dynamic, ours)
+            run = backward_with_state(compiled, dynamic, ours)
+            return _agreeing(run) if replicated else run
         if self.binder is None:
             self.binder = Binder(self.context.layouts, self.context.device, self.store)
         owner_positions = [names.index(o) - sum(p < names.index(o) for p in ours.values()) for o in self.binder.owners]
         training = is_training(kwargs)
-        run = forward_with_state(compiled, dynamic, ours, self.binder, owner_positions, training)
+        run = forward_with_state(compiled, dynamic, ours, self.binder, owner_positions, training, replicated)
         return self._watch_names(run, [n.name for n in inputs_here if "qtrain_state" not in n.meta])
 
     def _watch_names(self, compiled: Callable[..., Any], names: list[str]) -> Callable[..., Any]:
@@ -335,6 +340,7 @@ def forward_with_state(
     binder: Binder,
     owner_positions: list[int],
     training: bool,
+    replicated: bool = False,
 ) -> Callable[..., Any]:
     """The forward half, called with the user's arguments: adds the state of the instance they belong to."""
     places = sorted((position, phase, what) for (phase, what), position in ours.items())
@@ -342,6 +348,8 @@ def forward_with_state(
     def run(args: list[Any]) -> Any:
         bindings = binder.bind([args[i] for i in owner_positions])
         state = {phase: b.tensor for phase, b in bindings.items()}
+        if training and replicated and REPLICAS.active():
+            REPLICAS.touch(bindings.values())
         steady = True
         if (forward := bindings.get("forward")) is not None:
             if training:
@@ -381,6 +389,17 @@ def backward_with_state(
         if dynamic is None or (binding is not None and binding.steady()):
             return compiled(args)
         return dynamic(args)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
+
+
+def _agreeing(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward half after which data-parallel ranks bring their ranges together."""
+
+    def run(args: list[Any]) -> Any:
+        REPLICAS.at_end_of_backward()
+        return backward(args)
 
     run._boxed_call = True  # type: ignore[attr-defined]
     return run

@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qcompile import recipe_files
 from qcompile._checks import check_instance, check_keys, refuse
@@ -69,6 +69,8 @@ class Recipe:
     overrides                        (pattern, {field: value}) pairs: other values of the six fields above for
                                      the sites that match; where several match, the later one wins field by
                                      field. `skip` wins over all.
+    ranges                           under data parallelism: "replicated", the ranks agree on the memory of their
+                                     estimators after each backward pass; "local", each keeps its own.
     name                             for people; no part of the fingerprint.
 
     A pattern is matched, shell style, against the site's name and the names of the modules around it:
@@ -89,11 +91,14 @@ class Recipe:
     skip: tuple[str, ...] = ()
     skip_first_last: bool = False
     overrides: tuple[tuple[str, Mapping[str, QuantSpec | GemmSpec | Same | None]], ...] = ()
+    ranges: Literal["replicated", "local"] = "replicated"
     name: str = "custom"
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             refuse("Recipe.name", self.name, "a string that is not empty")
+        if self.ranges not in ("replicated", "local"):
+            refuse("Recipe.ranges", self.ranges, "'replicated' or 'local'")
         own = self._site_fields()
         _check_site_fields("Recipe", own)
         check_contracted_axes("Recipe", own)
@@ -187,6 +192,7 @@ class Recipe:
                 {"pattern": pattern, **{field: _choice_to_dict(value) for field, value in changes.items()}}
                 for pattern, changes in self.overrides
             ],
+            "ranges": self.ranges,
         }
 
     @classmethod

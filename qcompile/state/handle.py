@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from qcompile._checks import suggestion
 from qcompile.errors import StateError
+from qcompile.state.fsdp import gather_once, gathered_parameters
 from qcompile.state.store import STORE, RangeStore, Slot
 
 __all__ = ["LoadResult", "RangeState", "range_state"]
@@ -39,14 +40,15 @@ class RangeState:
     # ---- names
 
     def _parameters(self) -> Iterator[tuple[list[str], nn.Parameter]]:
-        """(every name, Parameter); a tied Parameter has several names."""
+        """(every name, Parameter as graphs see it); a tied Parameter has several names."""
         names: dict[int, list[str]] = {}
         parameters: dict[int, nn.Parameter] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             names.setdefault(id(parameter), []).append(clean_name(name))
             parameters[id(parameter)] = parameter
+        gathered = gathered_parameters(self.model)
         for key, parameter in parameters.items():
-            yield names[key], parameter
+            yield names[key], gathered.get(key, parameter)
 
     def _slots(self) -> Iterator[tuple[str, Slot]]:
         for names, parameter in self._parameters():
@@ -105,7 +107,9 @@ class RangeState:
 
         Errors: `StateError`, before anything is changed, for a value that is no tensor or has another size; with `strict` also
         for names that fit no Parameter of this model, and for claimed entries without a value.
+        Under FSDP2, before the first step: gathers the Parameters once, so all ranks must call it.
         """
+        gather_once(self.model)
         entries = self._grouped(state)
         slots = dict(self._slots())
         by_alias = _by_alias(slots)
