@@ -50,7 +50,7 @@ def resolve_operand(node: fx.Node, *, batched: bool = False) -> Operand:
             transposed = not transposed
         elif node.target in VIEWS:
             # The first view met is the GEMM's matrix; views below it only fold the same elements otherwise.
-            view = view if view is not None else tuple(node.args[1])
+            view = view if view is not None else _sizes(node)
             if source.meta["val"].ndim == 2 and _same_shape(source.meta["val"].shape, node.meta["val"].shape):
                 view = None
         elif not (node.target in ALIASES or (node.target in CASTS and _is_widening_or_autocast(source, node))):
@@ -59,6 +59,14 @@ def resolve_operand(node: fx.Node, *, batched: bool = False) -> Operand:
     if view is not None and node.meta["val"].ndim == 2 and _same_shape(node.meta["val"].shape, view):
         view = None
     return Operand(node, view, transposed)
+
+
+def _sizes(view: fx.Node) -> tuple[object, ...]:
+    """The sizes that a view asks for; what it leaves open (-1) filled in where it is a number."""
+    value = view.meta["val"]
+    return tuple(
+        actual if asked == -1 and isinstance(actual, int) else asked for asked, actual in zip(view.args[1], value.shape, strict=True)
+    )
 
 
 def _resolve_tensor(node: fx.Node) -> Operand:
