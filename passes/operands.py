@@ -64,9 +64,8 @@ def resolve_operand(node: fx.Node, *, batched: bool = False) -> Operand:
 def _sizes(view: fx.Node) -> tuple[object, ...]:
     """The sizes that a view asks for; what it leaves open (-1) filled in where it is a number."""
     value = view.meta["val"]
-    return tuple(
-        actual if asked == -1 and isinstance(actual, int) else asked for asked, actual in zip(view.args[1], value.shape, strict=True)
-    )
+    sizes = zip(view.args[1], value.shape, strict=True)
+    return tuple(actual if asked == -1 and isinstance(actual, int) else asked for asked, actual in sizes)
 
 
 def _resolve_tensor(node: fx.Node) -> Operand:
