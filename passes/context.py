@@ -16,7 +16,7 @@ from qcompile.recipe import GEMM_OPERANDS as OPERANDS
 from qcompile.recipe import Recipe
 from qcompile.specs import QuantSpec
 
-__all__ = ["Block", "Entry", "Gemm", "OPERANDS", "PassContext", "Site", "StateLayout"]
+__all__ = ["Block", "Crossing", "Entry", "Gemm", "OPERANDS", "PassContext", "Site", "StateLayout"]
 
 
 
@@ -126,6 +126,17 @@ class StateLayout:
                 yield entry, block.field
 
 
+@dataclass(frozen=True)
+class Crossing:
+    """A tensor that was to be saved in few bits. `reason` says why it stayed as it was; None: it is stored in `bits` bits."""
+
+    node: str
+    bits: int
+    bytes: int | None  # before; None where sizes are symbolic
+    stored: int | None  # after
+    reason: str | None = None
+
+
 @dataclass
 class PassContext:
     """The recipe, names of the graph's inputs, and what the passes found."""
@@ -138,6 +149,7 @@ class PassContext:
     layouts: dict[str, StateLayout] = field(default_factory=dict)  # phase -> layout
     counts: dict[str, int] = field(default_factory=dict)  # step -> number of changes
     seconds: dict[str, float] = field(default_factory=dict)  # step -> time taken
+    crossings: list[Crossing] = field(default_factory=list)  # filled by compress_saved
     frame: str = ""  # what Dynamo calls the compiled frame, for reports
 
     def site(self, name: str) -> Site:

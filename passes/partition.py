@@ -17,8 +17,13 @@ import torch
 from torch import fx
 from torch._functorch import partitioners
 
+from passes.compress_saved import compress_saved, save_codes
+from passes.context import PassContext
 from passes.fold_masks import fold_masks
+from passes.pack_codes import pack_codes
+from passes.pack_masks import pack_masks
 from passes.store_masks import store_masks
+from qcompile.specs import SavedSpec
 
 __all__ = ["min_cut_partition"]
 
@@ -30,9 +35,14 @@ def min_cut_partition(
     joint_inputs: Sequence[object],
     *,
     partitioner: Callable[..., Any] = partitioners.min_cut_rematerialization_partition,
+    context: PassContext | None = None,
     **kwargs: Any,
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """Split a joint graph; the arguments are those of PyTorch's partitioners."""
+    """Split a joint graph; the arguments are those of PyTorch's partitioners.
+
+    context  its recipe says whether saved tensors are compressed
+    """
+    spec = None if context is None else context.recipe.compress_saved
     own_list = partitioners.get_default_op_list
 
     def with_ours() -> Any:
@@ -45,8 +55,13 @@ def min_cut_partition(
     with unittest.mock.patch.object(partitioners, "get_default_op_list", with_ours):
         forward, backward = partitioner(joint, joint_inputs, **kwargs)
     num_outputs = kwargs["num_fwd_outputs"]
-    folded = fold_masks(forward.graph, backward.graph, num_outputs)
-    if folded + store_masks(forward.graph, backward.graph, num_outputs):
+    cut = forward.graph, backward.graph, num_outputs
+    edits = save_codes(*cut) if isinstance(spec, SavedSpec) else 0
+    edits += fold_masks(*cut)
+    if context is not None and isinstance(spec, SavedSpec):
+        edits += compress_saved(*cut, spec, context) + pack_masks(*cut)
+    edits += pack_codes(*cut) + store_masks(*cut)
+    if edits:
         forward.recompile()
         backward.recompile()
     return forward, backward

@@ -114,6 +114,8 @@ qtrain.reset = _reset  # type: ignore[attr-defined]  # torch.compiler.reset() ca
 
 def quantizes_nothing(recipe: Recipe) -> bool:
     """Whether the recipe is "none" in all but name: then no pass runs."""
+    if recipe.compress_saved is not None:
+        return False
     return recipe.input is recipe.weight is recipe.grad_output is None and not recipe.overrides and all(
         getattr(recipe, g) is None or not hasattr(getattr(recipe, g), "input") for g in ("output", "grad_input", "grad_weight")
     )
@@ -165,6 +167,7 @@ class Compilation:
             identity=self.identity,
             inner=self.compile_half,
             config=self.config,
+            context=self.context,
         )
         self.record.seconds["compile"] = time.perf_counter() - start
         return compiled

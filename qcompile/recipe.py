@@ -26,7 +26,7 @@ from qcompile.site_recipe import (
     operand_pair,
     why_hp,
 )
-from qcompile.specs import OPERANDS, SAME, GemmSpec, QuantSpec, Same, operand_from_dict
+from qcompile.specs import OPERANDS, SAME, GemmSpec, QuantSpec, Same, SavedSpec, operand_from_dict
 
 __all__ = ["GEMM_OPERANDS", "OverrideFields", "Recipe", "SiteRecipe"]
 
@@ -66,6 +66,8 @@ class Recipe:
     overrides                        (pattern, {field: value}) pairs: other values of the six fields above for
                                      the sites that match; where several match, the later one wins field by
                                      field. `skip` wins over all.
+    compress_saved                   what tensors that no integer GEMM reads are stored in between forward and backward: 8 or 4
+                                     bits, a `SavedSpec`, or None (hp, the default).
     name                             for people; no part of the fingerprint.
 
     A pattern is matched, shell style, against the site's name and the names of the modules around it:
@@ -83,6 +85,7 @@ class Recipe:
     grad_weight: GemmSpec | Same | None = SAME
     skip: tuple[str, ...] = ()
     overrides: tuple[tuple[str, Mapping[str, QuantSpec | GemmSpec | Same | None]], ...] = ()
+    compress_saved: SavedSpec | int | None = None
     name: str = "custom"
 
     def __post_init__(self) -> None:
@@ -92,6 +95,7 @@ class Recipe:
         _check_site_fields("Recipe", own)
         check_contracted_axes("Recipe", own)
         # Lists and dicts are taken too, and stored as what can be hashed.
+        object.__setattr__(self, "compress_saved", SavedSpec.of(self.compress_saved, "Recipe.compress_saved"))
         object.__setattr__(self, "skip", _checked_skip(self.skip))
         object.__setattr__(self, "overrides", _checked_overrides(self.overrides))
         for pattern, changes in self.overrides:
@@ -161,6 +165,7 @@ class Recipe:
                 {"pattern": pattern, **{field: _choice_to_dict(value) for field, value in changes.items()}}
                 for pattern, changes in self.overrides
             ],
+            "compress_saved": SavedSpec.to_dict(self.compress_saved) if isinstance(self.compress_saved, SavedSpec) else None,
         }
 
     @classmethod
@@ -212,6 +217,8 @@ class Recipe:
         for pattern, changes in self.overrides:
             settings = "; ".join(f"{field} = {value or 'hp'}" for field, value in changes.items())
             rows.append(("override", f"{pattern}: {settings}"))
+        if self.compress_saved is not None:
+            rows.append(("saved", str(self.compress_saved)))
         return "\n".join([f"recipe {self.name}", *(f"  {label:<12} {text}" for label, text in rows)])
 
 

@@ -58,6 +58,7 @@ class Capture:
     graphs: list[CapturedGraph]
     graph_breaks: list[str] = field(default_factory=list)
     range_state: RangeState | None = None
+    gradients: dict[str, Tensor] = field(default_factory=dict)  # of the Parameters, by name, in the captured step
     seconds: float = 0.0
 
     @property
@@ -176,10 +177,11 @@ def capture(
                 raise error.inner_exception from None
             raise
         _backward(outputs, loss)
+    gradients = {clean_name(n): p.grad.detach().clone() for n, p in copied.named_parameters() if p.grad is not None}
     copied.zero_grad()
     graphs = [r.captured() for r in recordings if r.calls]
     state = RangeState(copied, store)
-    return Capture(copied, recipe, graphs, notes.graph_breaks, state, time.perf_counter() - start)
+    return Capture(copied, recipe, graphs, notes.graph_breaks, state, gradients, time.perf_counter() - start)
 
 
 def _names(model: nn.Module) -> dict[int, list[str]]:

@@ -5,6 +5,13 @@ aten and says what the operator means; kernels agree with it bit for bit whereve
 """
 
 from qcompile.kernels.cuda import register_cuda_kernels
+from qcompile.ops.pack_codes import (
+    codes_per_byte,
+    pack_codes,
+    pack_codes_reference,
+    unpack_codes,
+    unpack_codes_reference,
+)
 from qcompile.ops.quantize import code_range, dequantize, dequantize_reference, quantize, quantize_reference
 from qcompile.ops.random import draw_key, uniform_draws
 from qcompile.ops.range_state import range_, read_state, seed_, select_range, unpack, write_state_
@@ -13,9 +20,12 @@ from qcompile.ops.transpose import transpose_codes, transpose_codes_reference
 
 __all__ = [
     "code_range",
+    "codes_per_byte",
     "dequantize",
     "dequantize_reference",
     "draw_key",
+    "pack_codes",
+    "pack_codes_reference",
     "quantize",
     "quantize_reference",
     "range_",
@@ -28,6 +38,8 @@ __all__ = [
     "transpose_codes_reference",
     "uniform_draws",
     "unpack",
+    "unpack_codes",
+    "unpack_codes_reference",
     "write_state_",
 ]
 
