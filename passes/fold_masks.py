@@ -45,6 +45,7 @@ def fold_masks(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int) -> i
             continue
         with forward.inserting_before(output):
             marked = inline(forward, _mark, codes, mask, scope=scope_of(codes, "forward"), key="mark")
+        marked.meta["qtrain_bits"] = codes.args[3]
         outputs[outputs.index(codes, num_fwd_outputs)] = marked
         outputs.remove(mask)
         _unfold(backward, inputs[codes.name], inputs[mask.name], shape)

@@ -24,7 +24,7 @@ prims = torch.ops.prims
 RANGE, SEED = ops.range_, ops.seed_
 QUANTIZE, DEQUANTIZE = ops.quantize, ops.dequantize
 SCALED_MM, TRANSPOSE = ops.scaled_mm, ops.transpose_codes
-PACK_CODES, UNPACK_CODES = ops.pack_codes, ops.unpack_codes
+PACK_CODES, UNPACK_CODES, SCALED_MM_PACKED = ops.pack_codes, ops.unpack_codes, ops.scaled_mm_packed
 READ, WRITE, SELECT, UNPACK = ops.read_state, ops.write_state_, ops.select_range, ops.unpack
 
 PERMUTE = aten.permute.default

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from passes.context import PassContext
-from passes.graph import BACKWARD, FORWARD, SCALED_MM, SELECT
+from passes.graph import BACKWARD, FORWARD, SCALED_MM, SCALED_MM_PACKED, SELECT
 from passes.lower import lower
 from passes.pipeline import Pipeline, Step, joint_steps
 from passes.verify import count_writes, verify
@@ -263,7 +263,7 @@ class Compilation:
         return _forward(compiled, dynamic, ours, self.binder, owner_positions, training)
 
     def _record_kernels(self, graph: fx.Graph) -> None:
-        for node in graph.find_nodes(op="call_function", target=SCALED_MM):
+        for node in (n for n in graph.nodes if n.target in (SCALED_MM, SCALED_MM_PACKED)):
             where = node.meta.get("qtrain_gemm")
             if where is not None:
                 zero_points = node.args[4] is not None or node.args[5] is not None

@@ -1,7 +1,7 @@
 """How one operand is quantized: bits, granularity, range estimator, rounding.
 
-Every class is a frozen value, complete and checked when it is made. What no kernel can run yet (fewer bits,
-PerBlock) is a legal value all the same: the compiler reports it for the site and the device at hand.
+Every class is a frozen value, complete and checked when it is made. What no kernel can run yet (PerBlock) is
+a legal value all the same: the compiler reports it for the site and the device at hand.
 """
 
 from __future__ import annotations

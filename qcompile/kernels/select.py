@@ -9,7 +9,7 @@ import torch
 from qcompile.errors import KernelError
 from qcompile.kernels import cpu, cuda
 
-__all__ = ["gemm_kernel", "unsupported_device"]
+__all__ = ["gemm_kernel", "reads_packed", "unsupported_device"]
 
 SUPPORTED = ("cpu", "cuda")
 
@@ -25,6 +25,11 @@ def unsupported_device(devices: Iterable[torch.device]) -> str | None:
             except KernelError as error:
                 return str(error)
     return None
+
+
+def reads_packed(device: torch.device) -> bool:
+    """Whether a GEMM on this device is to read packed codes as they are; else they are unpacked before it."""
+    return device.type == "cuda"
 
 
 def gemm_kernel(device: torch.device, m: int, n: int, k: int, *, zero_points: bool = False) -> str:

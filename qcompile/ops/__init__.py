@@ -16,6 +16,7 @@ from qcompile.ops.quantize import code_range, dequantize, dequantize_reference, 
 from qcompile.ops.random import draw_key, uniform_draws
 from qcompile.ops.range_state import range_, read_state, seed_, select_range, unpack, write_state_
 from qcompile.ops.scaled_mm import scaled_mm, scaled_mm_reference
+from qcompile.ops.scaled_mm_packed import scaled_mm_packed, scaled_mm_packed_reference
 from qcompile.ops.transpose import transpose_codes, transpose_codes_reference
 
 __all__ = [
@@ -31,6 +32,8 @@ __all__ = [
     "range_",
     "read_state",
     "scaled_mm",
+    "scaled_mm_packed",
+    "scaled_mm_packed_reference",
     "scaled_mm_reference",
     "seed_",
     "select_range",

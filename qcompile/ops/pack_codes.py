@@ -37,7 +37,7 @@ def pack_codes_reference(codes: Tensor, bits: int, axis: int) -> Tensor:
     if fields == 1:
         return codes.clone(memory_format=torch.contiguous_format)
     width, part = 8 // fields, -(-size // fields)
-    if isinstance(size, int) and part * fields > size:
+    if not isinstance(size, int) or part * fields > size:
         fill = [*codes.shape]
         fill[axis] = part * fields - size
         codes = torch.cat([codes, codes.new_zeros(fill)], axis)
@@ -45,7 +45,7 @@ def pack_codes_reference(codes: Tensor, bits: int, axis: int) -> Tensor:
     for j in range(1, fields):
         field = codes.narrow(axis, j * part, part) & (2**width - 1)
         packed = packed | (field << (j * width))
-    return packed
+    return packed.contiguous()
 
 
 def unpack_codes_reference(packed: Tensor, bits: int, axis: int, size: int) -> Tensor:
@@ -53,9 +53,17 @@ def unpack_codes_reference(packed: Tensor, bits: int, axis: int, size: int) -> T
     fields = codes_per_byte(bits)
     if fields == 1:
         return packed.clone(memory_format=torch.contiguous_format)
-    width = 8 // fields
-    parts = [(packed << (8 - (j + 1) * width)) >> (8 - width) for j in range(fields)]  # arithmetic: the sign comes back
-    return torch.cat(parts, axis).narrow(axis, 0, size)
+    width, part = 8 // fields, packed.shape[axis]
+    if not isinstance(size, int) or not isinstance(part, int):
+        fields_of = [(packed << (8 - (j + 1) * width)) >> (8 - width) for j in range(fields)]
+        return torch.cat(fields_of, axis).narrow(axis, 0, size).clone(memory_format=torch.contiguous_format)
+    parts = []
+    for j in range(fields):
+        codes = packed
+        if size < (j + 1) * part:  # what fills up the last bytes
+            codes = packed.narrow(axis, 0, max(0, size - j * part))
+        parts.append((codes << (8 - (j + 1) * width)) >> (8 - width))  # arithmetic: the sign comes back
+    return torch.cat(parts, axis)
 
 
 def _check(op: str, name: str, codes: Tensor, bits: int, axis: int) -> None:
@@ -86,7 +94,7 @@ pack_codes = define("pack_codes(Tensor codes, int bits, int axis) -> Tensor", _p
 Codes out of range lose their upper bits. Errors: `KernelError`.
 """
 unpack_codes = define("unpack_codes(Tensor packed, int bits, int axis, SymInt size) -> Tensor", _unpack, fake=_unpack)
-"""What `pack_codes` made of codes with `size` along `axis` -> these codes, contiguous but for a cut tail.
+"""What `pack_codes` made of codes with `size` along `axis` -> these codes, contiguous.
 
 Errors: `KernelError`, also where `size` and the packed size do not fit.
 """

@@ -133,7 +133,11 @@ def scaled_mm_case(
     even_k: bool = True,
     bias: bool = True,
     zero_points: bool = False,
+    packed: tuple[bool, bool] = (False, False),
+    fields: int = 2,
 ) -> Case:
+    if any(packed):
+        config = tuning.for_packed(config, fields)
     arguments = {
         "a_ptr": "*i8",
         "b_ptr": "*i8",
@@ -149,6 +153,7 @@ def scaled_mm_case(
         "M": I32_16,
         "N": I32_16,
         "K": I32_16,
+        "PART": I32_16,
         "stride_a": I32_16,
         "stride_b": I32_16,
         "stride_o": I32_16,
@@ -159,6 +164,9 @@ def scaled_mm_case(
         "A_ZERO": int(Layout.ROW),
         "B_ZERO": int(Layout.COLUMN),
         "BIAS": int(Layout.COLUMN),
+        "A_PACKED": packed[0],
+        "B_PACKED": packed[1],
+        "FIELDS": fields if any(packed) else 1,
         "EVEN_K": even_k,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
@@ -169,6 +177,9 @@ def scaled_mm_case(
     tile = f"{config.block_m}x{config.block_n}x{config.block_k}"
     variant = f"{tile}, {config.stages} stages, {config.warps} warps, {extras}"
     options = {"num_warps": config.warps, "num_stages": config.stages}
+    if any(packed):
+        sides = " and ".join(side for side, is_packed in zip("ab", packed, strict=True) if is_packed)
+        return Case("scaled_mm packed", f"{variant}, {sides} packed, {fields} a byte", scaled_mm_kernel, arguments, options)
     return Case("scaled_mm", variant, scaled_mm_kernel, arguments, options)
 
 
@@ -180,6 +191,8 @@ def cases(family: str, *, everything: bool) -> list[Case]:
         transpose_case(),
         scaled_mm_case(tuning.candidates(family, 4096)[0]),
         scaled_mm_case(tuning.candidates(family, 16)[0]),
+        scaled_mm_case(tuning.candidates(family, 4096)[0], packed=(True, True)),
+        scaled_mm_case(tuning.candidates(family, 4096)[0], packed=(False, True)),
     ]
     if everything:
         found += [
@@ -198,6 +211,9 @@ def cases(family: str, *, everything: bool) -> list[Case]:
             scaled_mm_case(first, dtype="fp32", bias=False),
             scaled_mm_case(first, even_k=False),
             scaled_mm_case(first, zero_points=True),
+            scaled_mm_case(first, packed=(True, False), zero_points=True),
+            scaled_mm_case(first, packed=(True, True), even_k=False),
+            scaled_mm_case(first, packed=(True, True), fields=4),
         ]
     return list({(case.kernel, case.variant): case for case in found}.values())
 

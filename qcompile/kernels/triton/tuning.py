@@ -21,6 +21,7 @@ __all__ = [
     "bucket",
     "candidates",
     "choose",
+    "for_packed",
     "forget",
     "max_k",
     "tile_config",
@@ -151,6 +152,11 @@ def forget() -> None:
     """Forget what was tuned."""
     with _lock:
         _chosen.clear()
+
+
+def for_packed(config: MatmulConfig, fields: int) -> MatmulConfig:
+    """A configuration of as many codes a step for packed operands: fewer bytes along K."""
+    return config._replace(block_k=max(32, config.block_k // fields))
 
 
 def max_k(zero_points: int) -> int:
