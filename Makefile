@@ -74,7 +74,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 10) or sys.exit(f"qtrain needs Python 3.10 or later, but $(PYTHON) is {v[0]}.{v[1]}; say make PYTHON=python3.12, for example")'
 	$(PYTHON) -m venv $(VENV)
 ifdef TORCH
-	grep -v -E '^(torch|triton|numpy)==' constraints.txt > $(VENV)/constraints.txt
+	grep -v -E '^(torch|triton|numpy|setuptools)==' constraints.txt > $(VENV)/constraints.txt
 	echo 'numpy<2.4' >> $(VENV)/constraints.txt  # Triton 3.6's interpreter cannot run loops with a newer one
 	echo 'torch==$(TORCH)' >> $(VENV)/constraints.txt
 	$(if $(TRITON),echo 'triton==$(TRITON)' >> $(VENV)/constraints.txt)

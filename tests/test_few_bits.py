@@ -1,11 +1,10 @@
 """Formats of fewer bits than 8, mixed and not: as precise as their bits say, integer in every GEMM, and trainable."""
 
 import math
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from gpt import GPT, GPTConfig
 from torch import nn
 
 from qcompile import InHindsight, PerRow, QuantSpec, RecipeError, StateError, capture, get_recipe, range_state
@@ -14,8 +13,6 @@ from qcompile.ops import quantize, scaled_mm
 from qcompile.recipe import Recipe
 from tests.compiling import all_equal, compiled, gradients
 from tests.numerics import row_snr_db
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
 
 INT8_DB = 40.2  # median row SNR of an int8 GEMM with K = 256 on normal data, a scale a row (tests/ops/test_scaled_mm.py)
 
@@ -146,8 +143,6 @@ def test_stochastic_rounding_in_4_bits_repeats_with_the_seed_and_is_unbiased(int
 
 @pytest.mark.parametrize("recipe", [get_recipe("w4a8"), widths(4, 4, 8)], ids=lambda r: r.name)
 def test_a_gpt_trains(recipe, interpreted):
-    from gpt import GPT, GPTConfig
-
     torch.manual_seed(0)
     model = GPT(GPTConfig(width=32, layers=1, heads=2, context=16))
     step = compiled(model, recipe.replace(compress_saved=8), strict=True)

@@ -2,6 +2,7 @@
 
     python examples/benchmarks/mlp.py                         # d = 2048, 2048 tokens, 2 blocks
     python examples/benchmarks/mlp.py --width 1024 --act gelu
+    python examples/benchmarks/mlp.py --breakdown             # and where each variant's time goes
 
 One step is zero_grad, forward (all but fp32 under bf16 autocast), mean of squares, backward. The variants take turns in one
 process; the table gives medians, the ratio of medians to bf16's and the spread of that ratio over rounds.
@@ -53,12 +54,12 @@ class Result:
     gradient_snr_db: float
 
 
-def make_step(variant: str, model: nn.Module, x: Tensor) -> Callable[[], Tensor]:
-    """A function that runs one training step of a compiled copy and returns its output."""
+def make_step(variant: str, model: nn.Module, x: Tensor, options: dict[str, object] | None = None) -> Callable[[], Tensor]:
+    """A function that runs one training step of a compiled copy and returns its output; `options` are Inductor's."""
     if variant in ("fp32", "bf16"):
-        compiled = torch.compile(model, backend="inductor")
+        compiled = torch.compile(model, backend="inductor", options=options)
     else:
-        compiled = torch.compile(model, backend="qtrain", options={"recipe": variant})
+        compiled = torch.compile(model, backend="qtrain", options={"recipe": variant, **(options or {})})
     device = x.device.type
 
     def precision() -> contextlib.AbstractContextManager[object]:
@@ -114,6 +115,56 @@ def measure(
     return list(results.values())
 
 
+# What a profiled event counts as: its own name's first match, else what its caller counts as.
+CATEGORIES = {
+    "transposes of codes": ("qtrain::transpose_codes",),
+    "integer GEMMs": ("onednn::qlinear_pointwise", "aten::_int_mm"),
+    "operand layout of the GEMMs": ("qtrain::scaled_mm",),
+    "hp GEMMs": ("aten::mm", "aten::addmm", "aten::bmm", "mkldnn::_linear_pointwise"),
+    "fused kernels": ("graph_", "triton_"),
+}
+REST = "loss, wrappers, allocation"
+
+
+def breakdown(
+    variants: list[str], width: int, tokens: int, blocks: int, activation: str, steps: int = 3, device: str = "cpu"
+) -> dict[str, dict[str, float]]:
+    """Variant -> category -> ms of one step in the profiler (which slows small steps down)."""
+    x = torch.randn(tokens, width, device=device)
+    found = {}
+    for name in variants:
+        torch._dynamo.reset()
+        model = nn.Sequential(*(Block(width, activation) for _ in range(blocks))).to(device)
+        step = make_step(name, model, x, {"cpp.enable_kernel_profile": True})
+        for _ in range(3):
+            step()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            for _ in range(steps):
+                step()
+        times = dict.fromkeys((*CATEGORIES, REST), 0.0)
+        for event in profile.events():
+            times[_category(event)] += event.self_cpu_time_total / 1e3 / steps
+        found[name] = times
+    return found
+
+
+def _category(event: torch.autograd.profiler_util.FunctionEvent | None) -> str:
+    while event is not None:
+        for category, prefixes in CATEGORIES.items():
+            if event.name.startswith(prefixes):
+                return category
+        event = event.cpu_parent
+    return REST
+
+
+def breakdown_table(found: dict[str, dict[str, float]]) -> str:
+    """The breakdown as text, ms per step."""
+    names = list(found)
+    rows = [[category, *(found[n][category] for n in names)] for category in found[names[0]]]
+    rows.append(["sum", *(sum(found[n].values()) for n in names)])
+    return tabulate(rows, headers=["ms/step", *names], floatfmt=".1f")
+
+
 def table(results: list[Result], baseline: str = "bf16") -> str:
     """The results as text."""
     base = next((r for r in results if r.name == baseline), results[0])
@@ -155,6 +206,7 @@ def main(argv: list[str] | None = None) -> list[Result]:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--variants", default=",".join(VARIANTS))
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--breakdown", action="store_true", help="profile each variant too (CPU)")
     args = parser.parse_args(argv)
     results = measure(
         args.variants.split(","), args.width, args.tokens, args.blocks, args.act, args.rounds, args.device
@@ -162,6 +214,9 @@ def main(argv: list[str] | None = None) -> list[Result]:
     print(machine())
     print(f"{args.blocks} blocks, width {args.width}, {args.tokens} tokens, {args.act}, {args.rounds} rounds\n")
     print(table(results))
+    if args.breakdown:
+        variants = [v for v in args.variants.split(",") if v != "fp32"]
+        print("\n" + breakdown_table(breakdown(variants, args.width, args.tokens, args.blocks, args.act)))
     return results
 
 

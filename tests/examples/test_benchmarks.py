@@ -14,6 +14,15 @@ def test_mlp_times_integer_gemms_against_bf16(capsys):
     assert "torch 2." in printed and "int8_in_hindsight" in printed
 
 
+def test_mlp_says_where_the_time_goes(capsys):
+    found = mlp.breakdown(["bf16", "int8_in_hindsight"], 32, 64, 1, "relu", steps=1)
+    hp, ours = found["bf16"], found["int8_in_hindsight"]
+    assert hp["hp GEMMs"] > 0 == hp["integer GEMMs"]
+    assert ours["integer GEMMs"] > 0 == ours["hp GEMMs"]
+    assert hp["fused kernels"] > 0 and ours["fused kernels"] > 0
+    assert "integer GEMMs" in mlp.breakdown_table(found)
+
+
 @pytest.mark.slow
 def test_compile_time_counts_the_passes(capsys):
     (row,) = compile_time.main(["--layers", "1"])

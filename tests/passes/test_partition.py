@@ -1,0 +1,67 @@
+"""What crosses from forward to backward, against Inductor's bf16 autocast: the cut must weigh codes, not their sources."""
+
+import pytest
+import torch
+from benchmarks.mlp import Block
+from gpt import GPT, GPTConfig
+from torch import nn
+from torch.nn import functional as F
+
+from qcompile.backend import qtrain
+from qcompile.inspect.saved_bytes import saved_bytes
+
+RECIPES = ("int8", "int8_tensorwise", "int8_in_hindsight")
+WIDTH, TOKENS = 32, 1024  # few tokens would flatter bf16, whose weight copies count less than activations
+
+
+def saved(model, recipe, *inputs):
+    """Activation bytes of a training step under bf16 autocast; None: plain Inductor."""
+    torch._dynamo.reset()
+    if recipe is None:
+        run = torch.compile(model, backend="inductor")
+    else:
+        run = torch.compile(model, backend=qtrain, options={"recipe": recipe})
+    with torch.autocast("cpu", torch.bfloat16):
+        return saved_bytes(run, *inputs).total
+
+
+@pytest.mark.parametrize(
+    ("activation", "limits"),
+    [
+        # LayerNorm's and GELU's own inputs stay bf16: 0.74 is the floor of one code for one value.
+        ("gelu", {"int8": 0.78, "int8_tensorwise": 0.78, "int8_in_hindsight": 0.78}),
+        ("relu", {"int8": 0.90, "int8_tensorwise": 0.65, "int8_in_hindsight": 0.65}),  # the mask rides in the codes
+    ],
+)
+def test_a_stack_of_mlp_blocks_saves_less_than_bf16(interpreted, activation, limits):
+    model = nn.Sequential(Block(WIDTH, activation), Block(WIDTH, activation))
+    x = torch.randn(TOKENS, WIDTH)
+    bf16 = saved(model, None, x)
+    for recipe, limit in limits.items():
+        assert 0.4 < saved(model, recipe, x) / bf16 <= limit, recipe
+
+
+class Plain(nn.Module):
+    """A linear layer whose input is no graph input."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return self.second(F.silu(self.first(x)).cos())
+
+
+MODELS = {
+    "gpt": lambda: (GPT(GPTConfig(width=WIDTH, layers=2, heads=2, context=128)), torch.randint(0, 256, (8, 128))),
+    "one layer": lambda: (nn.Linear(WIDTH, WIDTH), torch.randn(TOKENS, WIDTH)),
+    "dropout": lambda: (nn.Sequential(Plain(), nn.Dropout(0.1), nn.Linear(WIDTH, WIDTH)), torch.randn(TOKENS, WIDTH)),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_no_model_saves_more_than_bf16(interpreted, name):
+    model, x = MODELS[name]()
+    bf16 = saved(model, None, x)
+    for recipe in RECIPES:
+        assert saved(model, recipe, x) <= bf16, recipe
