@@ -159,8 +159,13 @@ def forget() -> None:
 
 
 def for_packed(config: MatmulConfig, fields: int) -> MatmulConfig:
-    """A configuration of as many codes a step for packed operands: fewer bytes along K."""
-    return config._replace(block_k=max(32, config.block_k // fields))
+    """A configuration of as many codes a step for packed operands: fewer bytes along K.
+
+    A tensor core takes 32 bytes along K at least. Where that makes a step longer, more warps share its registers.
+    """
+    if config.block_k // fields < 32:
+        return config._replace(block_k=32, warps=max(8, config.warps))
+    return config._replace(block_k=config.block_k // fields)
 
 
 def max_k(zero_points: int) -> int:
