@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from passes.graph import BACKWARD, FORWARD, refresh_values, replace, scope_of
 
-__all__ = ["Cut", "Saved", "root_of", "view_shape"]
+__all__ = ["Cut", "Saved", "give_one_name", "root_of", "view_shape"]
 
 
 @dataclass(frozen=True)
@@ -106,11 +106,7 @@ class Cut:
     def _placeholder(self, node: fx.Node, name: str) -> fx.Node:
         """A new placeholder of the backward graph for a node of the forward one; the two get the same name."""
         placeholder = self.backward.create_node("placeholder", name, name=name)
-        while node.name != placeholder.name:
-            node._rename(placeholder.name)
-            if node.name != placeholder.name:
-                placeholder._rename(node.name)
-        placeholder.target = placeholder.name
+        give_one_name(node, placeholder)
         return placeholder
 
     def _in_forward(self, node: fx.Node, known: dict[str, fx.Node]) -> fx.Node:
@@ -149,6 +145,15 @@ def view_shape(shape: Sequence[int | torch.SymInt]) -> tuple[int, ...] | None:
     """The shape as an argument of `view`: one symbolic size can be -1; None if there are more."""
     known = tuple(s if isinstance(s, int) else -1 for s in shape)
     return known if known.count(-1) <= 1 else None
+
+
+def give_one_name(node: fx.Node, placeholder: fx.Node) -> None:
+    """Rename a saved node of the forward graph and its placeholder in the backward graph until they are called the same."""
+    while node.name != placeholder.name:
+        placeholder._rename(node.name)
+        if node.name != placeholder.name:
+            node._rename(placeholder.name)
+    placeholder.target = placeholder.name
 
 
 def root_of(node: fx.Node) -> fx.Node:

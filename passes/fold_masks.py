@@ -20,6 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
+from passes.cut import give_one_name
 from passes.graph import QUANTIZE, VIEWS, aten, inline, scope_of
 
 __all__ = ["fold_masks"]
@@ -49,6 +50,7 @@ def fold_masks(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int) -> i
         outputs[outputs.index(codes, num_fwd_outputs)] = marked
         outputs.remove(mask)
         _unfold(backward, inputs[codes.name], inputs[mask.name], shape)
+        give_one_name(marked, inputs[codes.name])
         folded += 1
     output.args = (tuple(outputs),)
     if folded:

@@ -69,6 +69,13 @@ def test_a_gemm_that_reads_packed_codes_gives_the_same(monkeypatch):
     assert {g.kernel for _, g in found.first.context.gemms()} == {g.kernel for _, g in want.first.context.gemms()}
 
 
+def test_codes_with_a_mask_in_their_sign_are_packed_too():
+    model, x = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32)), torch.randn(48, 32)
+    for bits in (4, 8):
+        sizes = [e.bytes for e in capture(model, x, recipe=recipe(bits)).saved_bytes().entries if e.dtype is torch.int8]
+        assert sizes.count(48 * 64 * bits // 8) == 1 and max(sizes) == 48 * 64 * bits // 8
+
+
 def test_codes_stay_unpacked_where_every_size_is_symbolic_or_one():
     model = nn.Sequential(nn.Linear(1, 1), nn.Tanh(), nn.Linear(1, 4))
     found = capture(model, torch.randn(1, 1), recipe=recipe(4))

@@ -23,6 +23,7 @@ does not care.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -235,7 +236,7 @@ def scaled_mm(
             operands = (a, b_t, a_scale, b_scale, a_zero, b_zero, bias, out_dtype)
             try:
                 assert tune is not None
-                known = {"a_sum": a_sum, "b_sum": b_sum, "k": k, "a_bits": a_bits, "b_bits": b_bits}
+                known: dict[str, Any] = {"a_sum": a_sum, "b_sum": b_sum, "k": k, "a_bits": a_bits, "b_bits": b_bits}
                 return tune(lambda: scaled_mm(*operands, **known, config=candidate))
             except triton.runtime.errors.OutOfResources:  # less shared memory than others of the family
                 return float("inf")
