@@ -34,6 +34,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from passes.context import Crossing, PassContext
 from passes.cut import Cut, Saved, view_shape
+from passes.gemms import INTEGER
 from passes.graph import (
     ALIASES,
     CASTS,
@@ -41,7 +42,6 @@ from passes.graph import (
     FORWARD,
     PERMUTE,
     QUANTIZE,
-    SCALED_MM,
     VIEWS,
     aten,
     call,
@@ -49,10 +49,11 @@ from passes.graph import (
     inline,
     phase_of,
 )
+from passes.save_codes import sources
 from qcompile.ops import code_range
 from qcompile.specs import SavedSpec
 
-__all__ = ["compress_saved", "fixed_size", "inverse", "memory_order", "save_codes"]
+__all__ = ["compress_saved", "fixed_size", "inverse", "memory_order"]
 
 SMALLEST_SHARE = 64
 """A tensor of less than 1/64 of the largest is left alone: a statistic (of a row, of a channel) that gains nothing and is used for
@@ -62,70 +63,13 @@ SMALLEST_GROUP = 16
 """Elements that share a scale at least. Where the spec's group does not divide a tensor, a smaller power of two is tried."""
 
 
-# ---- codes and masks first
-
-
-def save_codes(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int) -> int:
-    """Save what backward needs exactly: the codes, scales and zero points of forward tensors that GEMMs read, and masks.
-
-    Left to itself the partitioner recomputes them where their source is saved. From a source in few bits they would be others. A
-    mask is saved where nothing else is computed from its source, which is then not saved at all. What follows from the graph's
-    inputs alone is still recomputed: inputs are not compressed. Return how many more tensors are saved.
-    """
-    cut = Cut(forward, backward, num_fwd_outputs)
-    computed = {s.there for s in cut.saved()}
-    added = 0
-    for reader in [n for n in backward.nodes if n.target in (SCALED_MM, DEQUANTIZE)]:
-        for operand in reader.all_input_nodes:
-            node = operand.args[0] if operand.target is PERMUTE else operand
-            if node.op == "call_function" and phase_of(node) == FORWARD and not computed.isdisjoint(_sources(node)):
-                computed.add(cut.add(node))
-                added += 1
-    erase_unused(backward)
-    for source in [n for n in computed if n.users and n.meta["val"].is_floating_point()]:
-        for mask in _masks_alone(source):
-            cut.add(mask)
-            added += 1
-    erase_unused(backward)
-    cut.drop_unused()
-    return added
-
-
-def _masks_alone(source: fx.Node) -> list[fx.Node]:
-    """The masks that backward computes from a saved tensor, if it computes nothing else from it but with gradients."""
-    masks, stack, seen = [], [source], set()
-    while stack:
-        for user in stack.pop().users:
-            if user in seen:
-                continue
-            seen.add(user)
-            if user.op != "call_function" or any("tangents" in str(n.target) for n in _sources(user)):
-                return []
-            if user.meta["val"].dtype is torch.bool:
-                masks.append(user)
-            else:
-                stack.append(user)
-    return masks
-
-
-def _sources(node: fx.Node) -> set[fx.Node]:
-    """The placeholders that a node is computed from."""
-    seen, stack = {node}, [node]
-    while stack:
-        for n in stack.pop().all_input_nodes:
-            if n not in seen:
-                seen.add(n)
-                stack.append(n)
-    return {n for n in seen if n.op == "placeholder"}
-
-
-# ---- then the rest
-
-
 def compress_saved(
-    forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int, spec: SavedSpec, context: PassContext
+    forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int, context: PassContext | None = None
 ) -> int:
-    """Return the number of tensors that are stored in fewer bits."""
+    """Return the number of tensors that are stored in fewer bits; none unless the context's recipe says so."""
+    spec = None if context is None else context.recipe.compress_saved
+    if context is None or not isinstance(spec, SavedSpec):
+        return 0
     cut = Cut(forward, backward, num_fwd_outputs)
     saved = list(cut.saved())
     codes = [s for s in saved if s.node.target is QUANTIZE]
@@ -160,11 +104,11 @@ def _is_scale(saved: Saved) -> bool:
     if saved.node.meta.get("recompute") is CheckpointPolicy.MUST_SAVE:
         return True
     readers = [r for u in saved.there.users for r in ([*u.users] if u.target is PERMUTE else [u])]
-    return any(r.target is DEQUANTIZE or (r.target is SCALED_MM and saved.there not in r.args[6:7]) for r in readers)
+    return any(r.target is DEQUANTIZE or (r.target in INTEGER and saved.there not in r.args[6:7]) for r in readers)
 
 
 def _why_not(saved: Saved, group: int, context: PassContext) -> str | None:
-    if all(n.name in context.parameters for n in _sources(saved.node)):
+    if all(n.name in context.parameters for n in sources(saved.node)):
         return "a copy of a weight"
     if saved.node.target is operator.getitem and saved.node.args[1] > 0:
         return "a statistic beside the result of its operator"
@@ -320,7 +264,7 @@ def _dequantize_of(codes: fx.Node) -> _Dequantize | None:
         (u, True) for p in codes.users if p.target is PERMUTE for u in p.users
     ]:
         matrix = next((n for n in codes.users if n.target is PERMUTE and n in reader.all_input_nodes), codes)
-        if reader.target is SCALED_MM and matrix in reader.args[:2]:
+        if reader.target in INTEGER and matrix in reader.args[:2]:
             side = reader.args.index(matrix)
             found = reader.args[2 + side], reader.args[4 + side]
         elif reader.target is DEQUANTIZE:

@@ -23,11 +23,18 @@ prims = torch.ops.prims
 
 RANGE, SEED = ops.range_, ops.seed_
 QUANTIZE, DEQUANTIZE = ops.quantize, ops.dequantize
-SCALED_MM, TRANSPOSE = ops.scaled_mm, ops.transpose_codes
+SCALED_MM, SCALED_BMM, TRANSPOSE = ops.scaled_mm, ops.scaled_bmm, ops.transpose_codes
 PACK_CODES, UNPACK_CODES, SCALED_MM_PACKED = ops.pack_codes, ops.unpack_codes, ops.scaled_mm_packed
+SCALED_CONV, SCALED_CONV_GRAD_INPUT, SCALED_CONV_GRAD_WEIGHT = (
+    ops.scaled_conv,
+    ops.scaled_conv_grad_input,
+    ops.scaled_conv_grad_weight,
+)
+CONV_GRAD_INPUT, CONV_GRAD_WEIGHT = ops.conv_grad_input, ops.conv_grad_weight
+SCALED_MM_REQUANTIZE, QUANTIZE_TRANSPOSED = ops.scaled_mm_requantize, ops.quantize_transposed
 READ, WRITE, SELECT, UNPACK = ops.read_state, ops.write_state_, ops.select_range, ops.unpack
 
-PERMUTE = aten.permute.default
+PERMUTE, EXPAND = aten.permute.default, aten.expand.default
 CAST = prims.convert_element_type.default
 CASTS = (CAST, aten._to_copy.default)
 VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
@@ -38,6 +45,9 @@ TRANSPOSES = (aten.t.default, aten.transpose.int)
 _SCOPE_KEYS = ("nn_module_stack", "fwd_nn_module_stack", "seq_nr", "stack_trace", "custom", "recompute", "ac_graph_id")
 
 FORWARD, BACKWARD = "forward", "backward"
+
+GPUS = ("cuda",)
+"""Types of devices for which graphs are lowered as for a GPU (torch calls AMD's "cuda" too)."""
 
 
 def args_by_name(node: fx.Node) -> dict[str, Any]:
@@ -89,6 +99,14 @@ def call(graph: fx.Graph, target: Any, *args: Any, scope: dict[str, Any], name: 
     if isinstance(value, torch.Tensor):
         node.meta["tensor_meta"] = fx.passes.shape_prop._extract_tensor_metadata(value)
     return node
+
+
+def refresh(node: fx.Node) -> None:
+    """Compute a node's fake value anew from those of its arguments."""
+    value = _run_fake(node.graph, node.target, node.args, node.kwargs)
+    node.meta["val"] = value
+    if isinstance(value, torch.Tensor):
+        node.meta["tensor_meta"] = fx.passes.shape_prop._extract_tensor_metadata(value)
 
 
 def _run_fake(graph: fx.Graph, target: Any, args: Any, kwargs: Any) -> Any:
@@ -191,6 +209,11 @@ def refresh_values(graph: fx.Graph, changed: Iterable[fx.Node]) -> None:
         if isinstance(value, torch.Tensor):
             node.meta["tensor_meta"] = fx.passes.shape_prop._extract_tensor_metadata(value)
         stale.add(node)
+
+
+def on_gpu(node: fx.Node) -> bool:
+    """Whether a node's value is on a GPU."""
+    return node.meta["val"].device.type in GPUS
 
 
 def start_of(graph: fx.Graph, phase: str) -> fx.Node:

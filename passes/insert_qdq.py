@@ -7,6 +7,15 @@ Before                                          After
                                                   b = dequantize(permute(q_w), permute(s_w))
                                                   mm(a, b)
 
+A batch of matrices and a convolution's tensors are treated alike, with the axes that their GEMM sums over (`passes.gemms`). PerRow
+is one scale for each index of the axis that is left: of a convolution's `output` a scale for each sample of the input and each
+output channel of the weight; of its `grad_weight` one for each channel of either. A depthwise convolution is quantized too and
+computed in high precision: an int8 kernel would have one product for each number to read.
+
+A scale for each block (PerBlock) of a linear layer's matrix takes the same form on a view [R / rows, rows, C / cols, cols], and its
+dequantize is viewed back: numbers as block-scaled kernels have them, but for the order of fp32 additions, in a GEMM that stays in
+high precision (no integer kernel sums over several scales) and is reported so.
+
 The quantize sits directly behind the tensor that it reads, so a quantize of a forward tensor runs in the forward half even if
 only a backward GEMM reads the codes; transposes move behind it, casts are skipped.
 
@@ -24,8 +33,9 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from passes.context import OPERANDS, Gemm, PassContext, Site
-from passes.find_sites import GEMM_TARGETS, GemmNode, matrices
+from passes.context import EMULATED, OPERANDS, Gemm, PassContext, Site
+from passes.find_sites import GemmNode
+from passes.gemms import BATCHED, GEMMS, is_depthwise, kept_axis, operands, shared_axes
 from passes.graph import (
     BACKWARD,
     DEQUANTIZE,
@@ -34,6 +44,7 @@ from passes.graph import (
     QUANTIZE,
     RANGE,
     SEED,
+    VIEWS,
     after,
     aten,
     call,
@@ -60,65 +71,128 @@ class RangeUse:
 def insert_qdq(graph: fx.Graph, context: PassContext) -> int:
     """Return the number of operands quantized."""
     inserted = 0
-    for node in [n for n in graph.nodes if n.target in GEMM_TARGETS and "qtrain_gemm" in n.meta]:
+    ends = _ends(context) if context.recipe.skip_first_last else ()
+    for node in [n for n in graph.nodes if n.target in GEMMS and "qtrain_gemm" in n.meta]:
         where: GemmNode = node.meta["qtrain_gemm"]
         site = context.site(where.site)
         gemm = site.gemms[where.role]
         specs = _specs(site, gemm, context)
-        if specs is None or any(m.target is DEQUANTIZE for m in matrices(node)):  # hp, or done already
+        if specs is not None and site.name in ends:
+            gemm.reason = f"recipe: skip_first_last, this is the {'first' if site.name == ends[0] else 'last'} layer"
+            continue
+        if specs is None or any(_is_dequantized(m) for m in operands(node)):  # hp, or done already
             continue
         plans = []
-        for side, (matrix, name) in enumerate(zip(matrices(node), where.operands, strict=True)):
-            operand = resolve_operand(matrix)
-            contracted = (1 if side == 0 else 0) ^ operand.transposed
-            dims = _scale_dims(specs[name], contracted, name)
+        for side, (matrix, name) in enumerate(zip(operands(node), where.operands, strict=True)):
+            operand = resolve_operand(matrix, batched=node.target in BATCHED)
+            dims = _scale_dims(specs[name], node, side, operand, name)
+            if isinstance(dims, list) and (why := _changes_size(specs[name], name, where.role)):
+                dims = why
             if isinstance(dims, str):
                 gemm.reason = dims
                 break
             plans.append((matrix, operand, name, dims))
         else:
             for matrix, operand, name, dims in plans:
-                _set_matrix(node, matrix, _quantize(graph, node, operand, name, specs[name], dims, where))
+                _set_operand(node, matrix, _quantize(graph, node, operand, name, specs[name], dims, where))
                 inserted += 1
-            gemm.specs = tuple(specs[name] for name in OPERANDS[where.role])  # type: ignore[assignment]
+            gemm.specs = tuple(specs[name] for name in site.operands(where.role))  # type: ignore[assignment]
+            if is_depthwise(node):
+                gemm.reason = f"{EMULATED}: depthwise, where an int8 kernel does not pay"
+            by_block = [name for name, spec in specs.items() if isinstance(spec.granularity, PerBlock)]
+            if by_block:
+                what = " and ".join(f"{name} {specs[name].granularity}" for name in by_block)
+                gemm.reason = f"{what}: quantized, and multiplied in high precision; no integer kernel sums over several scales"
     _prefer_choices(context)
     return inserted
+
+
+def _ends(context: PassContext) -> tuple[str, ...]:
+    """The first and the last layer of the graph, in forward order: linears and convolutions count."""
+    layers = [s.name for s in context.sites if s.kind in ("linear", "conv")]
+    return (layers[0], layers[-1]) if layers else ()
 
 
 def _prefer_choices(context: PassContext) -> None:
     """Where the recipe leaves a GEMM out, that is the reason; not that it could not be integer anyway."""
     for site, gemm in context.gemms():
-        if gemm.reason is not None:
-            resolved = context.recipe.resolve(site.name)
+        if gemm.reason is not None and not gemm.reason.startswith("recipe:"):
+            resolved = context.resolve(site)
             role = gemm.role if gemm.role in OPERANDS else "output"
             gemm.reason = resolved.reason(role) or gemm.reason
 
 
 def _specs(site: Site, gemm: Gemm, context: PassContext) -> dict[str, QuantSpec] | None:
     """The operand specs of a GEMM, or None with the reason recorded."""
-    resolved = context.recipe.resolve(site.name)
+    resolved = context.resolve(site)
     pair = resolved.gemm(gemm.role)
     if pair is None:
         gemm.reason = resolved.reason(gemm.role)
         return None
-    return dict(zip(OPERANDS[gemm.role], pair, strict=True))
+    return dict(zip(site.operands(gemm.role), pair, strict=True))
 
 
-def _scale_dims(spec: QuantSpec, contracted: int, operand: str) -> list[int] | str:
-    """The axes of the 2-D operand that share a scale, or why the granularity cannot be had."""
+def _is_dequantized(matrix: fx.Node) -> bool:
+    while matrix.op == "call_function" and matrix.target in (PERMUTE, *VIEWS):
+        matrix = matrix.args[0]
+    return matrix.target is DEQUANTIZE
+
+
+def _matrix_sizes(node: fx.Node, side: int, operand: Operand) -> list[object]:
+    """Rows and columns of a matrix as it is quantized: not transposed."""
+    sizes = list(operands(node)[side].meta["val"].shape)
+    return sizes[::-1] if operand.transposed else sizes
+
+
+def _block_dims(block: PerBlock, node: fx.Node, side: int, operand: Operand, name: str) -> list[int] | str:
+    """The axes of the blocked view that share a scale, or why there is none."""
+    sizes = _matrix_sizes(node, side, operand)
+    if len(sizes) != 2:
+        return f"{name}: PerBlock is for the matrices of linear layers; use PerRow() or PerTensor()"
+    if all(isinstance(s, int) and s % b == 0 for s, b in zip(sizes, (block.rows, block.cols), strict=True)):
+        return [1, 3]
+    shape = " x ".join(map(str, sizes))
+    return f"{name}: PerBlock({block.rows}, {block.cols}) does not divide its {shape} matrix; use blocks that do, or PerRow()"
+
+
+def _scale_dims(spec: QuantSpec, node: fx.Node, side: int, operand: Operand, name: str) -> list[int] | str:
+    """The axes of what is quantized that share a scale, or why the granularity cannot be had.
+
+    PerChannel counts the axes of a matrix (rows 0, columns 1), and of a convolution's tensor batch or output 0, channels 1.
+    """
+    ndim = operands(node)[side].meta["val"].ndim
+    base = 1 if node.target in BATCHED else 0
+    shared, kept = shared_axes(node, side), kept_axis(node, side) - base
+    if operand.transposed:
+        shared = [axis if axis < ndim - 2 else 2 * ndim - 3 - axis for axis in shared]
+        kept = 1 - kept
     match spec.granularity:
         case PerTensor():
-            return [0, 1]
+            return list(range(ndim))
         case PerRow():
-            return [contracted]
-        case PerChannel(axis=axis) if axis % 2 != contracted:
-            return [contracted]
+            return shared
+        case PerChannel(axis=axis) if axis % 2 == kept:
+            return shared
         case PerChannel(axis=axis):
-            return f"{operand}: PerChannel({axis}) puts a scale on the contracted axis; use PerRow()"
-        case PerBlock():
-            return f"{operand}: PerBlock has no integer kernel yet; use PerRow() or PerTensor()"
+            return f"{name}: PerChannel({axis}) puts a scale on the contracted axis; use PerRow()"
+        case PerBlock() as block:
+            return _block_dims(block, node, side, operand, name)
         case other:
-            return f"{operand}: no integer kernel for granularity {other}"
+            return f"{name}: no integer kernel for granularity {other}"
+
+
+_ROWS_ARE_TOKENS = {("input", "output"), ("grad_output", "grad_input")}
+"""(operand, GEMM) for which the axis that the GEMM does not sum over is the batch's."""
+
+
+def _changes_size(spec: QuantSpec, operand: str, role: str) -> str | None:
+    """Why an estimator cannot remember one range for each scale: the next batch may have another number of tokens."""
+    if isinstance(spec.granularity, PerTensor) or (operand, role) not in _ROWS_ARE_TOKENS or not spec.estimator.state_fields(spec.symmetric):
+        return None
+    return (
+        f"{operand}: {type(spec.estimator).__name__} remembers a range for each scale, and {spec.granularity} has a scale for each "
+        "token here, whose number and meaning change with the batch; use PerTensor(), or an estimator without memory (MinMax())"
+    )
 
 
 def _quantize(
@@ -131,11 +205,16 @@ def _quantize(
         scope.pop("recompute", None)
         scope.pop("ac_graph_id", None)
     label = f"{where.site}.{name}"
+    view = None if operand.view is None else list(operand.view)
+    sizes = _matrix_sizes(gemm, where.operands.index(name), operand)
+    if isinstance(spec.granularity, PerBlock):
+        rows, cols = spec.granularity.rows, spec.granularity.cols
+        view = [sizes[0] // rows, rows, sizes[1] // cols, cols]  # type: ignore[operator]
     # The sizes of a view are nodes too where shapes are symbolic; comparing nodes compares places in the graph.
     with after(graph, max([source, *(s for s in operand.view or () if isinstance(s, fx.Node))])):
         matrix = source
-        if operand.view is not None:
-            matrix = call(graph, aten.view.default, source, list(operand.view), scope=scope)
+        if view is not None:
+            matrix = call(graph, aten.view.default, source, view, scope=scope)
         ranges = call(graph, RANGE, matrix, dims, json.dumps(spec.to_dict(), sort_keys=True), label, scope=scope)
         ranges.meta["qtrain_range"] = RangeUse(where.site, name, where.role, spec)
         scale = call(graph, operator.getitem, ranges, 0, scope=scope)
@@ -145,20 +224,26 @@ def _quantize(
         codes = call(graph, QUANTIZE, matrix, scale, zero, spec.bits, seed, salt, scope=scope)
     scope = scope_of(gemm, phase_of(gemm))
     with graph.inserting_before(gemm):
+        dtype = operands(gemm)[0].meta["val"].dtype
+        if isinstance(spec.granularity, PerBlock):
+            values = call(graph, DEQUANTIZE, codes, scale, zero, dtype, scope=scope)
+            values = call(graph, aten.view.default, values, sizes, scope=scope)
+            return _transposed(graph, values, scope) if operand.transposed else values  # type: ignore[return-value]
         if operand.transposed:
             codes, scale, zero = (_transposed(graph, n, scope) for n in (codes, scale, zero))
-        dtype = matrices(gemm)[0].meta["val"].dtype
         return call(graph, DEQUANTIZE, codes, scale, zero, dtype, scope=scope)
 
 
-def _set_matrix(gemm: fx.Node, old: fx.Node, new: fx.Node) -> None:
-    """Replace a matrix of a GEMM, and only that: the bias of an addmm may be the same node."""
-    first = len(gemm.args) - 2
-    position = next(i for i in range(first, len(gemm.args)) if gemm.args[i] is old)
+def _set_operand(gemm: fx.Node, old: fx.Node, new: fx.Node) -> None:
+    """Replace an operand of a GEMM, and only that: the bias of an addmm may be the same node."""
+    first = GEMMS[gemm.target].first
+    position = next(i for i in (first, first + 1) if gemm.args[i] is old)
     gemm.update_arg(position, new)
 
 
 def _transposed(graph: fx.Graph, node: fx.Node | None, scope: dict[str, object]) -> fx.Node | None:
-    if node is None or node.meta["val"].ndim != 2:  # one scale for all: nothing to transpose
+    if node is None or node.meta["val"].ndim < 2:  # one scale for all: nothing to transpose
         return node
-    return call(graph, PERMUTE, node, [1, 0], scope=scope)
+    order = list(range(node.meta["val"].ndim))
+    order[-2:] = order[-1], order[-2]
+    return call(graph, PERMUTE, node, order, scope=scope)

@@ -18,14 +18,17 @@ import torch
 from torch import Tensor, fx
 
 from passes.compress_saved import fixed_size, inverse, memory_order
+from passes.context import PassContext
 from passes.cut import Cut, Saved, view_shape
 from passes.graph import inline
 
 __all__ = ["pack_masks"]
 
 
-def pack_masks(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int) -> int:
-    """Return the number of masks that were packed."""
+def pack_masks(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int, context: PassContext | None = None) -> int:
+    """Return the number of masks that were packed; none unless the context's recipe has `compress_saved`."""
+    if context is None or context.recipe.compress_saved is None:
+        return 0
     cut = Cut(forward, backward, num_fwd_outputs)
     packed = 0
     for saved in list(cut.saved()):

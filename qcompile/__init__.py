@@ -14,24 +14,60 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qcompile.backend import compiled_graphs, qtrain
     from qcompile.errors import GraphError, KernelError, QtrainWarning, RecipeError, StateError, UnsupportedError
-    from qcompile.estimators import InHindsight, MinMax, RangeEstimator, register_estimator
-    from qcompile.inspect import capture, explain, saved_bytes  # type: ignore[no-redef]
+    from qcompile.estimators import (
+        DirectionSensitive,
+        DistributionAdaptive,
+        EagerRange,
+        InHindsight,
+        InHindsightMax,
+        IntervalUpdate,
+        LeastSquaredError,
+        MinMax,
+        Percentile,
+        RangeEstimator,
+        RunningMinMax,
+        Sigma,
+        learning_rate_factors,
+        register_estimator,
+        scale_learning_rates,
+    )
+    from qcompile.hooks import inductor_hooks, with_range_state
+    from qcompile.inspect import capture, compare, explain, monitor, saved_bytes  # type: ignore[no-redef]
+    from qcompile.kernels.registry import GemmShape, check_kernel, register_kernel, unregister_kernel
     from qcompile.recipe import Recipe
     from qcompile.recipes import get_recipe, list_recipes, register_recipe
     from qcompile.specs import SAME, GemmSpec, PerBlock, PerChannel, PerRow, PerTensor, QuantSpec, SavedSpec
-    from qcompile.state import RangeState, range_state
+    from qcompile.state import RangeState, range_state, set_range_group
 
 __version__ = "0.1.0"
 
 _HOME = {
     "qcompile.backend": ("compiled_graphs", "qtrain"),
     "qcompile.errors": ("GraphError", "KernelError", "QtrainWarning", "RecipeError", "StateError", "UnsupportedError"),
-    "qcompile.estimators": ("InHindsight", "MinMax", "RangeEstimator", "register_estimator"),
-    "qcompile.inspect": ("capture", "explain", "saved_bytes"),
+    "qcompile.estimators": (
+        "DirectionSensitive",
+        "DistributionAdaptive",
+        "EagerRange",
+        "InHindsight",
+        "InHindsightMax",
+        "IntervalUpdate",
+        "LeastSquaredError",
+        "MinMax",
+        "Percentile",
+        "RangeEstimator",
+        "RunningMinMax",
+        "Sigma",
+        "learning_rate_factors",
+        "register_estimator",
+        "scale_learning_rates",
+    ),
+    "qcompile.hooks": ("inductor_hooks", "with_range_state"),
+    "qcompile.inspect": ("capture", "compare", "explain", "monitor", "saved_bytes"),
+    "qcompile.kernels.registry": ("GemmShape", "check_kernel", "register_kernel", "unregister_kernel"),
     "qcompile.recipe": ("Recipe",),
     "qcompile.recipes": ("get_recipe", "list_recipes", "register_recipe"),
     "qcompile.specs": ("SAME", "GemmSpec", "PerBlock", "PerChannel", "PerRow", "PerTensor", "QuantSpec", "SavedSpec"),
-    "qcompile.state": ("RangeState", "range_state"),
+    "qcompile.state": ("RangeState", "range_state", "set_range_group"),
 }
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
 

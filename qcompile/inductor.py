@@ -18,18 +18,19 @@ from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn
-from torch._inductor.decomposition import select_decomp_table
 
 from passes.context import PassContext
 from passes.partition import min_cut_partition
-from passes.restore_decompositions import KEPT_WHOLE
+from passes.restore_decompositions import decompositions
 
 __all__ = [
     "compile_plain",
     "compile_with_inductor",
+    "hook_options",
     "draw_as_generated_code_does",
     "mode_options",
     "output_strides",
+    "tunes_gemms",
     "watch_plain",
 ]
 
@@ -71,6 +72,42 @@ class _Partition(CustomPartitionerFn):
     def uuid(self) -> Any:
         own = None if self.own is None else self.own.uuid()
         return (self.identity, own)
+
+
+class _HalfPass(CustomGraphPass):
+    """A function of ours over each half as Inductor's `post_grad_custom_pre_pass`, before whatever the user has set there."""
+
+    def __init__(self, run: Callable[[fx.Graph], object], identity: str, after: Any) -> None:
+        self.run, self.identity, self.after = run, identity, after
+
+    def __call__(self, graph: fx.Graph) -> None:
+        self.run(graph)
+        for user_pass in _as_list(self.after):
+            user_pass(graph)
+
+    def uuid(self) -> Any:
+        after = [_uuid(p) for p in _as_list(self.after)]
+        return None if None in after else (self.identity, *after)
+
+
+def hook_options(
+    joint_pass: Callable[[fx.Graph], object],
+    half_pass: Callable[[fx.Graph], object],
+    identity: str,
+    config: dict[str, Any],
+    context: PassContext | None = None,
+) -> dict[str, Any]:
+    """Options of Inductor that run our passes at its hooks, with the user's own hooks (of `config`, or set globally) chained."""
+
+    def users(name: str) -> Any:
+        return config.get(name, getattr(inductor_config, name))
+
+    return {
+        **config,
+        "joint_custom_pre_pass": _JointPass(joint_pass, identity, users("joint_custom_pre_pass")),
+        "custom_partitioner_fn": _Partition(identity, users("custom_partitioner_fn"), context),
+        "post_grad_custom_pre_pass": _HalfPass(half_pass, identity, users("post_grad_custom_pre_pass")),
+    }
 
 
 def _as_list(passes: Any) -> list[Any]:
@@ -136,7 +173,7 @@ def compile_with_inductor(
         "joint_custom_pre_pass": _JointPass(joint_pass, identity, users_pass),
         "custom_partitioner_fn": _Partition(identity, users_partitioner, context),
     }
-    table = {op: fn for op, fn in select_decomp_table().items() if op not in KEPT_WHOLE}
+    table = decompositions()
     # AOTAutograd's cache would skip the joint pass and our wrapper, and cannot store the wrapper: off for this compile only.
     with functorch_config.patch(enable_autograd_cache=False):
         return compile_fx(gm, example_inputs, inner_compile=_hooked(inner), config_patches=patches, decompositions=table)
@@ -226,6 +263,11 @@ def mode_options(mode: str | None) -> dict[str, Any]:
     if mode not in known:
         raise ValueError(f"mode: got {mode!r}; allowed: {', '.join(sorted(known))}")
     return dict(known[mode])
+
+
+def tunes_gemms() -> bool:
+    """Whether GEMMs are to be measured: `mode="max-autotune"`, or Inductor's options for it, of the compilation under way."""
+    return bool(inductor_config.max_autotune or inductor_config.max_autotune_gemm)
 
 
 def output_strides(compiled: Any) -> list[tuple[int, ...] | None] | None:

@@ -8,10 +8,10 @@ from typing import Any, Literal
 
 from qcompile._checks import refuse, suggestion
 from qcompile.errors import RecipeError
-from qcompile.estimators import InHindsight, MinMax
+from qcompile.estimators import DirectionSensitive, DistributionAdaptive, InHindsight, IntervalUpdate, MinMax, Sigma
 from qcompile.recipe import Recipe
 from qcompile.recipe_files import SUFFIXES
-from qcompile.specs import PerRow, PerTensor, QuantSpec
+from qcompile.specs import GemmSpec, PerBlock, PerRow, PerTensor, QuantSpec
 
 __all__ = ["GRADIENT_ROUNDING", "get_recipe", "list_recipes", "register_recipe"]
 
@@ -76,8 +76,76 @@ def int4() -> Recipe:
     return Recipe(name="int4", input=row, weight=row, grad_output=gradient)
 
 
+def int8_dai8() -> Recipe:
+    """Distribution adaptive INT8 training (arXiv 2102.04782).
+
+    From the paper: inputs and weights per tensor; the gradient per tensor for the gradient of the input, and per output channel
+    for the gradient of the weight; ranges by distribution. Our choice: ranges of inputs and weights are their min-max, gradients
+    are rounded to nearest, linear layers are treated as convolutions are. Papers on CNNs leave the first convolution and the
+    classifier in high precision: name them in `skip`.
+    """
+    tensor = QuantSpec(granularity=PerTensor(), estimator=MinMax())
+    gradient = QuantSpec(granularity=PerTensor(), estimator=DistributionAdaptive())
+    channel = QuantSpec(granularity=PerRow(), estimator=DistributionAdaptive())
+    return Recipe(
+        name="int8_dai8", input=tensor, weight=tensor, grad_output=gradient, grad_weight=GemmSpec(grad_output=channel)
+    )
+
+
+def int8_unified() -> Recipe:
+    """Unified INT8 training (arXiv 1912.12607): gradients clipped where their direction suffers least.
+
+    From the paper: symmetric ranges per tensor, direction sensitive clipping and stochastic rounding of gradients. Our choice: the
+    min-max of inputs and weights, and how the clipping is searched. Its learning rates that answer the deviation are
+    `qcompile.scale_learning_rates`. Leave the first convolution and the classifier out with `skip`, as the paper does.
+    """
+    tensor = QuantSpec(granularity=PerTensor(), estimator=MinMax())
+    gradient = QuantSpec(granularity=PerTensor(), estimator=DirectionSensitive(), rounding="stochastic")
+    return Recipe(name="int8_unified", input=tensor, weight=tensor, grad_output=gradient)
+
+
+def int8_jetfire() -> Recipe:
+    """A scale for each block of 32 x 32 elements (Jetfire, arXiv 2403.12422): its numbers, not its speed.
+
+    From the paper: the blocks, min-max ranges, nearest rounding forward, stochastic rounding of gradients. Different: scales are
+    fp32, not fp16; the operators between the GEMMs stay in high precision; and the GEMMs multiply dequantized values, because no
+    integer kernel here sums over several scales. All matrices must be multiples of 32 both ways; others stay as they were.
+    """
+    block = QuantSpec(granularity=PerBlock(32, 32), estimator=MinMax())
+    gradient = QuantSpec(granularity=PerBlock(32, 32), estimator=MinMax(), rounding="stochastic")
+    return Recipe(name="int8_jetfire", input=block, weight=block, grad_output=gradient)
+
+
+def int4_interval() -> Recipe:
+    """INT4 training with an interval of gradients that follows the large ones (arXiv 2407.12637).
+
+    From the paper's release: 4 bits everywhere, per tensor; gradients clipped by `IntervalUpdate` and rounded stochastically;
+    weights symmetric, activations with 2**4 levels from 0 where they cannot be negative. Ours: ranges of weights and activations
+    follow 3 standard deviations, where the release learns them from there. The release leaves the first convolution and the
+    classifier in high precision: name them in `skip`.
+    """
+    return Recipe(
+        name="int4_interval",
+        input=QuantSpec(bits=4, estimator=Sigma(), symmetric=False),
+        weight=QuantSpec(bits=4, estimator=Sigma()),
+        grad_output=QuantSpec(bits=4, estimator=IntervalUpdate(), rounding="stochastic"),
+    )
+
+
 _BUILT_IN = {
-    recipe.name: recipe for recipe in (none(), int8(), int8_tensorwise(), int8_in_hindsight(), w4a8(), int4())
+    recipe.name: recipe
+    for recipe in (
+        none(),
+        int8(),
+        int8_tensorwise(),
+        int8_in_hindsight(),
+        w4a8(),
+        int4(),
+        int8_dai8(),
+        int8_unified(),
+        int8_jetfire(),
+        int4_interval(),
+    )
 }
 _REGISTRY = dict(_BUILT_IN)
 

@@ -5,6 +5,7 @@ aten and says what the operator means; kernels agree with it bit for bit whereve
 """
 
 from qcompile.kernels.cuda import register_cuda_kernels
+from qcompile.ops.convolution import conv_grad_input, conv_grad_weight
 from qcompile.ops.pack_codes import (
     codes_per_byte,
     pack_codes,
@@ -13,15 +14,28 @@ from qcompile.ops.pack_codes import (
     unpack_codes_reference,
 )
 from qcompile.ops.quantize import code_range, dequantize, dequantize_reference, quantize, quantize_reference
+from qcompile.ops.quantize_transposed import quantize_transposed, quantize_transposed_reference
 from qcompile.ops.random import draw_key, uniform_draws
 from qcompile.ops.range_state import range_, read_state, seed_, select_range, unpack, write_state_
+from qcompile.ops.scaled_bmm import scaled_bmm, scaled_bmm_reference
+from qcompile.ops.scaled_conv import (
+    scaled_conv,
+    scaled_conv_grad_input,
+    scaled_conv_grad_input_reference,
+    scaled_conv_grad_weight,
+    scaled_conv_grad_weight_reference,
+    scaled_conv_reference,
+)
 from qcompile.ops.scaled_mm import scaled_mm, scaled_mm_reference
 from qcompile.ops.scaled_mm_packed import scaled_mm_packed, scaled_mm_packed_reference
+from qcompile.ops.scaled_mm_requantize import scaled_mm_requantize, scaled_mm_requantize_reference
 from qcompile.ops.transpose import transpose_codes, transpose_codes_reference
 
 __all__ = [
     "code_range",
     "codes_per_byte",
+    "conv_grad_input",
+    "conv_grad_weight",
     "dequantize",
     "dequantize_reference",
     "draw_key",
@@ -29,12 +43,24 @@ __all__ = [
     "pack_codes_reference",
     "quantize",
     "quantize_reference",
+    "quantize_transposed",
+    "quantize_transposed_reference",
     "range_",
     "read_state",
+    "scaled_bmm",
+    "scaled_bmm_reference",
+    "scaled_conv",
+    "scaled_conv_grad_input",
+    "scaled_conv_grad_input_reference",
+    "scaled_conv_grad_weight",
+    "scaled_conv_grad_weight_reference",
+    "scaled_conv_reference",
     "scaled_mm",
     "scaled_mm_packed",
     "scaled_mm_packed_reference",
     "scaled_mm_reference",
+    "scaled_mm_requantize",
+    "scaled_mm_requantize_reference",
     "seed_",
     "select_range",
     "transpose_codes",

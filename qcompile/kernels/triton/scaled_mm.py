@@ -22,9 +22,6 @@ does not care.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -207,7 +204,6 @@ def scaled_mm(
     a_bits: int = 8,
     b_bits: int = 8,
     config: tuning.MatmulConfig | None = None,
-    tune: Callable[[Callable[[], object]], float] | None = None,
 ) -> Tensor:
     """a int8 [M, K] and b_t int8 [N, K], both with contiguous rows -> out_dtype [M, N], contiguous.
 
@@ -219,7 +215,6 @@ def scaled_mm(
         k, a_bits,       packed operands: the number of codes along K, and 4, 3 or 2 bits for one that is packed; both packed:
         b_bits           with equally many codes a byte; K up to `tuning.max_k`
         config           launch configuration; `tuning.choose` picks one if not given
-        tune             times a function (`triton.testing.do_bench`): tunes a new problem size with it
 
     Errors: `KernelError`.
     """
@@ -231,17 +226,7 @@ def scaled_mm(
     if m == 0 or n == 0:
         return out
     if config is None:
-
-        def measure(candidate: tuning.MatmulConfig) -> float:
-            operands = (a, b_t, a_scale, b_scale, a_zero, b_zero, bias, out_dtype)
-            try:
-                assert tune is not None
-                known: dict[str, Any] = {"a_sum": a_sum, "b_sum": b_sum, "k": k, "a_bits": a_bits, "b_bits": b_bits}
-                return tune(lambda: scaled_mm(*operands, **known, config=candidate))
-            except triton.runtime.errors.OutOfResources:  # less shared memory than others of the family
-                return float("inf")
-
-        config = tuning.choose(family(a.device), m, n, k, None if tune is None else measure)
+        config = tuning.choose(family(a.device), m, n, k)
         if fields > 1:
             config = tuning.for_packed(config, fields)
 
