@@ -24,7 +24,7 @@ from torch import fx
 
 from passes.context import Gemm, PassContext, Site
 from passes.graph import BACKWARD, aten, phase_of
-from passes.operands import Operand, resolve_operand
+from passes.operands import Operand, resolve_operand, unquantized
 
 __all__ = ["GEMM_TARGETS", "GemmNode", "find_sites"]
 
@@ -97,10 +97,11 @@ def matrices(node: fx.Node) -> tuple[fx.Node, fx.Node]:
 def _forward_site(node: fx.Node, context: PassContext, names: Counter[str]) -> _Forward:
     left, right = (resolve_operand(m) for m in matrices(node))
     # The weight is the operand that is a Parameter; with none or two, the right one, as in F.linear.
-    left_is_weight = left.source.name in context.parameters and right.source.name not in context.parameters
+    is_weight = [unquantized(o.source).name in context.parameters for o in (left, right)]
+    left_is_weight = is_weight == [True, False]
     operand_names = ("weight", "input") if left_is_weight else ("input", "weight")
     operands = dict(zip(operand_names, (left, right), strict=True))
-    weight = operands["weight"].source
+    weight = unquantized(operands["weight"].source)
     is_parameter = weight.name in context.parameters
     weight_name = context.parameters.get(weight.name)
     module, leaf = _module_of(node)

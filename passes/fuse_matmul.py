@@ -35,6 +35,8 @@ def _dequantized(name: str) -> CallFunction:
 
 def _fuse(match: Match, *, bias: fx.Node | None = None, **p: Any) -> bool:
     gemm = match.output_node()
+    if gemm.meta.get("qtrain_hp"):  # quantized by the model, and in high precision by the recipe
+        return False
     graph = gemm.graph
     scope = {k: gemm.meta[k] for k in (*_KEPT, "ac_graph_id", "custom") if k in gemm.meta}
     operands = (p["a"], p["b"], p["a_scale"], p["b_scale"], p["a_zero"], p["b_zero"])

@@ -7,8 +7,15 @@ Before                                          After
                                                   b = dequantize(permute(q_w), permute(s_w))
                                                   mm(a, b)
 
+  x_hat = dequantize(q, s)                        x_hat = dequantize(q, s)                # the model's own quantizer: learned scales
+  mm(view(x_hat), permute(w))                     a = dequantize(view(q), s)              # the same codes
+                                                  mm(a, b)
+
 The quantize sits directly behind the tensor that it reads, so a quantize of a forward tensor runs in the forward half even if
 only a backward GEMM reads the codes; transposes move behind it, casts are skipped.
+
+An operand that is codes already is not quantized again, whatever its spec says: the codes hold it exactly. Only where its scales
+lie along the axis that the GEMM sums over can they not be used; then the spec decides, unless that is a learned one as well.
 
 Numerics  changes numbers: this is the quantization. Everything after this pass keeps its numbers.
 Requires  meta["qtrain_gemm"] from find_sites. Ensures: both operands of a chosen GEMM are `dequantize` nodes in the GEMM's dtype;
@@ -20,9 +27,11 @@ from __future__ import annotations
 import json
 import operator
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+import torch
 from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
 
 from passes.context import OPERANDS, Gemm, PassContext, Site
 from passes.find_sites import GEMM_TARGETS, GemmNode, matrices
@@ -34,6 +43,7 @@ from passes.graph import (
     QUANTIZE,
     RANGE,
     SEED,
+    VIEWS,
     after,
     aten,
     call,
@@ -41,6 +51,7 @@ from passes.graph import (
     scope_of,
 )
 from passes.operands import Operand, resolve_operand
+from qcompile.estimators.learned import Learned
 from qcompile.specs import PerBlock, PerChannel, PerRow, PerTensor, QuantSpec
 
 __all__ = ["RangeUse", "insert_qdq"]
@@ -57,32 +68,127 @@ class RangeUse:
     aliases: tuple[tuple[str, str, str], ...] = ()  # (site, operand, gemm) of the uses that share it
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What becomes of one operand of a GEMM. `dims` share a scale; None: the operand is codes already."""
+
+    matrix: fx.Node
+    operand: Operand
+    name: str
+    spec: QuantSpec
+    dims: list[int] | None
+
+
 def insert_qdq(graph: fx.Graph, context: PassContext) -> int:
-    """Return the number of operands quantized."""
+    """Return the number of operands quantized, or whose codes were brought in front of their GEMM."""
     inserted = 0
+    model_quantizes = bool(graph.find_nodes(op="call_function", target=DEQUANTIZE))
     for node in [n for n in graph.nodes if n.target in GEMM_TARGETS and "qtrain_gemm" in n.meta]:
         where: GemmNode = node.meta["qtrain_gemm"]
         site = context.site(where.site)
         gemm = site.gemms[where.role]
         specs = _specs(site, gemm, context)
-        if specs is None or any(m.target is DEQUANTIZE for m in matrices(node)):  # hp, or done already
+        if specs is None:
+            if all(m.target is DEQUANTIZE for m in matrices(node)):  # the model's own quantizers: not to be fused
+                node.meta["qtrain_hp"] = True
             continue
         plans = []
         for side, (matrix, name) in enumerate(zip(matrices(node), where.operands, strict=True)):
             operand = resolve_operand(matrix)
             contracted = (1 if side == 0 else 0) ^ operand.transposed
-            dims = _scale_dims(specs[name], contracted, name)
-            if isinstance(dims, str):
-                gemm.reason = dims
+            plan = _plan(matrix, operand, name, specs[name], contracted, model_quantizes)
+            if isinstance(plan, str):
+                gemm.reason = plan
                 break
-            plans.append((matrix, operand, name, dims))
+            plans.append(plan)
         else:
-            for matrix, operand, name, dims in plans:
-                _set_matrix(node, matrix, _quantize(graph, node, operand, name, specs[name], dims, where))
-                inserted += 1
-            gemm.specs = tuple(specs[name] for name in OPERANDS[where.role])  # type: ignore[assignment]
+            for plan in plans:
+                if plan.dims is None:
+                    new = _reuse(graph, node, plan)
+                else:
+                    new = _quantize(graph, node, plan.operand, plan.name, plan.spec, plan.dims, where)
+                if new is not plan.matrix:
+                    _set_matrix(node, plan.matrix, new)
+                    inserted += 1
+            used = {plan.name: plan.spec for plan in plans}
+            gemm.specs = tuple(used[name] for name in OPERANDS[where.role])  # type: ignore[assignment]
     _prefer_choices(context)
     return inserted
+
+
+def _plan(
+    matrix: fx.Node, operand: Operand, name: str, spec: QuantSpec, contracted: int, model_quantizes: bool
+) -> _Plan | str:
+    """What to do with an operand, or why it cannot be codes."""
+    learned = isinstance(spec.estimator, Learned)
+    codes = operand.source.op == "call_function" and operand.source.target is DEQUANTIZE
+    if codes and _scales_fit(operand, contracted):
+        return _Plan(matrix, operand, name, _spec_in_use(operand.source, spec), None)
+    if not learned:
+        dims = _scale_dims(spec, contracted, name)
+        return dims if isinstance(dims, str) else _Plan(matrix, operand, name, spec, dims)
+    if codes:
+        return (
+            f"{name}: its learned scales lie along the summed axis; give this GEMM a spec of its own, as in "
+            f"GemmSpec({name}=QuantSpec())"
+        )
+    if model_quantizes:
+        return f"recipe: no learned scale for {name} here; prepare left the layer out"
+    return f"{name}: its scale is to be learned, and the model has none; call qcompile.prepare(model, recipe) before torch.compile"
+
+
+def _scales_fit(operand: Operand, contracted: int) -> bool:
+    """Whether codes can be read as the GEMM's matrix with a scale (and zero point) for each row or column that is not summed."""
+    for part in operand.source.args[1:3]:
+        if part is None or part.meta["val"].numel() == 1:
+            continue
+        shape = tuple(part.meta["val"].shape)
+        if len(shape) != 2:  # seen as a matrix, only the leading axis is kept
+            if any(s != 1 for s in shape[1:]):
+                return False
+            shape = (shape[0], 1)
+        if shape[contracted] != 1:
+            return False
+    return True
+
+
+def _spec_in_use(dequantize: fx.Node, spec: QuantSpec) -> QuantSpec:
+    """The spec with the width that the codes have."""
+    codes = dequantize.args[0]
+    while codes.target in (PERMUTE, *VIEWS):
+        codes = codes.args[0]
+    if codes.target is not QUANTIZE:
+        return spec
+    # Unsigned codes below 8 bits lie in signed ones that are a bit wider (qcompile.ops.fake_quantize).
+    unsigned = codes.args[0].target is aten.clamp_min.default
+    return replace(spec, bits=codes.args[3] - unsigned)
+
+
+def _reuse(graph: fx.Graph, gemm: fx.Node, plan: _Plan) -> fx.Node:
+    """The operand's own codes, dequantized in the form that the GEMM reads."""
+    operand, dtype = plan.operand, plan.matrix.meta["val"].dtype
+    if plan.matrix is operand.source and plan.matrix.meta["val"].dtype is operand.source.args[3]:
+        return plan.matrix
+    codes, *ranges = operand.source.args[:3]
+    for part in ranges:
+        if part is not None and part.op == "call_function":
+            part.meta.setdefault("recompute", CheckpointPolicy.MUST_SAVE)
+    scope = scope_of(gemm, phase_of(gemm))
+    with graph.inserting_before(gemm):
+        if operand.view is not None:
+            codes = call(graph, aten.view.default, codes, list(operand.view), scope=scope)
+        ranges = [_as_matrix(graph, part, scope) for part in ranges]
+        if operand.transposed:
+            codes, *ranges = (_transposed(graph, n, scope) for n in (codes, *ranges))
+        return call(graph, DEQUANTIZE, codes, *ranges, dtype, scope=scope)
+
+
+def _as_matrix(graph: fx.Graph, part: fx.Node | None, scope: dict[str, object]) -> fx.Node | None:
+    """Scales (or zero points) in the shape of a matrix's: 0-d and 2-D ones as they are, [N, 1, ...] as [N, 1]."""
+    if part is None or part.meta["val"].ndim in (0, 2):
+        return part
+    value: torch.Tensor = part.meta["val"]
+    return call(graph, aten.view.default, part, [] if value.numel() == 1 else [value.shape[0], 1], scope=scope)
 
 
 def _prefer_choices(context: PassContext) -> None:

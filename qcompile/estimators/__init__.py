@@ -2,6 +2,18 @@
 
 from qcompile.estimators.base import RangeEstimator, register_estimator, scale_and_zero_point
 from qcompile.estimators.in_hindsight import InHindsight
+from qcompile.estimators.learned import EWGS, LGLSQ, LSQ, Learned, LSQPlus
 from qcompile.estimators.min_max import MinMax
 
-__all__ = ["InHindsight", "MinMax", "RangeEstimator", "register_estimator", "scale_and_zero_point"]
+__all__ = [
+    "EWGS",
+    "LGLSQ",
+    "LSQ",
+    "InHindsight",
+    "LSQPlus",
+    "Learned",
+    "MinMax",
+    "RangeEstimator",
+    "register_estimator",
+    "scale_and_zero_point",
+]

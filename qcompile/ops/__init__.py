@@ -5,6 +5,7 @@ aten and says what the operator means; kernels agree with it bit for bit whereve
 """
 
 from qcompile.kernels.cuda import register_cuda_kernels
+from qcompile.ops.fake_quantize import fake_quantize, fake_quantize_codes
 from qcompile.ops.quantize import code_range, dequantize, dequantize_reference, quantize, quantize_reference
 from qcompile.ops.random import draw_key, uniform_draws
 from qcompile.ops.range_state import range_, read_state, seed_, select_range, unpack, write_state_
@@ -16,6 +17,8 @@ __all__ = [
     "dequantize",
     "dequantize_reference",
     "draw_key",
+    "fake_quantize",
+    "fake_quantize_codes",
     "quantize",
     "quantize_reference",
     "range_",
