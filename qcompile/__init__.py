@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qcompile.backend import compiled_graphs, qtrain
     from qcompile.errors import GraphError, KernelError, QtrainWarning, RecipeError, StateError, UnsupportedError
-    from qcompile.estimators import InHindsight, MinMax, RangeEstimator, register_estimator
+    from qcompile.estimators import EWGS, LGLSQ, LSQ, InHindsight, LSQPlus, MinMax, RangeEstimator, register_estimator
     from qcompile.inspect import capture, explain, saved_bytes  # type: ignore[no-redef]
+    from qcompile.qat import calibrate, learned_quantizers, prepare, qat_step, scale_parameters
     from qcompile.recipe import Recipe
     from qcompile.recipes import get_recipe, list_recipes, register_recipe
     from qcompile.specs import SAME, GemmSpec, PerBlock, PerChannel, PerRow, PerTensor, QuantSpec
@@ -26,8 +27,18 @@ __version__ = "0.1.0"
 _HOME = {
     "qcompile.backend": ("compiled_graphs", "qtrain"),
     "qcompile.errors": ("GraphError", "KernelError", "QtrainWarning", "RecipeError", "StateError", "UnsupportedError"),
-    "qcompile.estimators": ("InHindsight", "MinMax", "RangeEstimator", "register_estimator"),
+    "qcompile.estimators": (
+        "EWGS",
+        "InHindsight",
+        "LGLSQ",
+        "LSQ",
+        "LSQPlus",
+        "MinMax",
+        "RangeEstimator",
+        "register_estimator",
+    ),
     "qcompile.inspect": ("capture", "explain", "saved_bytes"),
+    "qcompile.qat": ("calibrate", "learned_quantizers", "prepare", "qat_step", "scale_parameters"),
     "qcompile.recipe": ("Recipe",),
     "qcompile.recipes": ("get_recipe", "list_recipes", "register_recipe"),
     "qcompile.specs": ("SAME", "GemmSpec", "PerBlock", "PerChannel", "PerRow", "PerTensor", "QuantSpec"),
