@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from passes.context import OPERANDS, Block, Entry, PassContext, StateLayout
+from passes.context import Block, Entry, PassContext, StateLayout
 from passes.graph import (
     BACKWARD,
     FORWARD,
@@ -176,7 +176,7 @@ def _entry(node: fx.Node, use: RangeUse, context: PassContext, labels: set[str])
     )
 
 
-_MAIN_GEMM = {"input": "output", "weight": "output", "grad_output": "grad_input"}
+_MAIN_GEMM = {"input": "output", "weight": "output", "other": "output", "grad_output": "grad_input"}
 
 
 def _is_main_use(use: RangeUse, context: PassContext) -> bool:
@@ -187,7 +187,8 @@ def _is_main_use(use: RangeUse, context: PassContext) -> bool:
     main = _MAIN_GEMM[use.operand]
     if main in (use.gemm, *(gemm for _, operand, gemm in use.aliases if operand == use.operand)):
         return True
-    specs = dict(zip(OPERANDS[main], context.recipe.resolve(use.site).gemm(main) or (), strict=False))
+    site = context.site(use.site)
+    specs = dict(zip(site.operands(main), context.recipe.resolve(site.name, site.kind).gemm(main) or (), strict=False))
     return not isinstance(use.spec.granularity, PerRow) and specs.get(use.operand) == use.spec
 
 

@@ -5,7 +5,8 @@ Before                                          After
   b = view(view(x, [8, 4, 16]), [32, 16])         b = view(x, [32, 16])
   c = view(x, [32, 16]); d = view(x, [32, 16])    c = view(x, [32, 16])
   e = detach(y); f = alias(y)                     y
-  t(w), transpose(w, 0, 1) of 2-D tensors         permute(w, [1, 0])
+  t(w), transpose(w, 0, 1)                        permute(w, [1, 0]), and so for more axes
+  expand(x, [its own size])                       x
 
 Numerics  exact: only views, aliases and their order change.
 Requires  meta["val"] on every node. Ensures: no detach/alias; no permute of a permute; no view of a view; equal views of one
@@ -18,7 +19,7 @@ from __future__ import annotations
 from torch import fx
 
 from passes.context import PassContext
-from passes.graph import ALIASES, PERMUTE, TRANSPOSES, VIEWS, aten, call, erase_unused, phase_of, replace, scope_of
+from passes.graph import ALIASES, EXPAND, PERMUTE, TRANSPOSES, VIEWS, aten, call, erase_unused, phase_of, replace, scope_of
 
 
 def canonicalize(graph: fx.Graph, context: PassContext | None = None) -> int:
@@ -33,11 +34,18 @@ def canonicalize(graph: fx.Graph, context: PassContext | None = None) -> int:
             replace(node, node.args[0])
             changes += 1
             continue
-        if node.target in TRANSPOSES and node.meta["val"].ndim == 2:
-            dims = tuple(d % 2 for d in node.args[1:]) if node.target is aten.transpose.int else (0, 1)
-            if dims[0] != dims[1]:
+        if node.target is EXPAND and _same_shape(node, node.args[0]):
+            replace(node, node.args[0])
+            changes += 1
+            continue
+        if node.target in TRANSPOSES and node.meta["val"].ndim >= 2:
+            ndim = node.meta["val"].ndim
+            first, second = (d % ndim for d in node.args[1:]) if node.target is aten.transpose.int else (0, 1)
+            if first != second:
+                order = list(range(ndim))
+                order[first], order[second] = second, first
                 with graph.inserting_before(node):
-                    permuted = call(graph, PERMUTE, node.args[0], [1, 0], scope=scope_of(node, phase_of(node)))
+                    permuted = call(graph, PERMUTE, node.args[0], order, scope=scope_of(node, phase_of(node)))
                 replace(node, permuted)
                 node = permuted
                 changes += 1
@@ -54,6 +62,10 @@ def canonicalize(graph: fx.Graph, context: PassContext | None = None) -> int:
                 changes += 1
     erase_unused(graph)
     return changes
+
+
+def _same_shape(node: fx.Node, source: fx.Node) -> bool:
+    return [str(s) for s in node.meta["val"].shape] == [str(s) for s in source.meta["val"].shape]
 
 
 def _collapse_permute(node: fx.Node) -> int:

@@ -16,13 +16,20 @@ from qcompile.recipe import GEMM_OPERANDS as OPERANDS
 from qcompile.recipe import Recipe
 from qcompile.specs import QuantSpec
 
-__all__ = ["Block", "Entry", "Gemm", "OPERANDS", "PassContext", "Site", "StateLayout"]
+__all__ = ["EMULATED", "Block", "Entry", "Gemm", "OPERANDS", "PassContext", "Site", "StateLayout"]
 
+
+
+EMULATED = "quantized operands, high-precision arithmetic"
+"""How the reason of a GEMM begins that no integer kernel would run faster, so that none does."""
 
 
 @dataclass
 class Gemm:
-    """One GEMM of a site as the compiler left it. `reason` says why it stayed in high precision; None: it is an integer GEMM."""
+    """One GEMM of a site as the compiler left it. `reason` says why it stayed in high precision; None: it is an integer GEMM.
+
+    With a reason *and* specs its operands are quantized, and computed with in high precision (`EMULATED`).
+    """
 
     role: str
     node: str = ""
@@ -37,12 +44,20 @@ class Site:
     """One matmul-like operation of the user's model."""
 
     name: str
-    op: str  # "linear" or the aten operator's name
+    op: str  # "linear", "conv2d" and the like, or the aten operator's name
+    kind: str = "linear"  # or "conv", or "bmm": a product of two activations
     module: str = ""
     weight: str | None = None  # placeholder of the Parameter, if the weight is one
     weight_name: str | None = None  # as Dynamo names it, relative to the compiled frame
     gemms: dict[str, Gemm] = field(default_factory=dict)
     weight_use: int = 0  # the how-manieth use of this weight in the graph
+
+    def operands(self, role: str) -> tuple[str, str]:
+        """The names of a GEMM's operands, in the order of its specs; of a product of activations the second one is `other`."""
+        first, second = OPERANDS[role]
+        if self.kind != "bmm":
+            return first, second
+        return ("other" if first == "weight" else first), ("other" if second == "weight" else second)
 
 
 @dataclass(frozen=True)

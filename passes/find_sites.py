@@ -4,13 +4,19 @@ Before                                          After
   addmm(b, view(x), permute(w))                   meta["qtrain_gemm"] = GemmNode("layers.0.up", "output", ("input", "weight"))
   mm(view(g), w)                                  ... "grad_input",  ("grad_output", "weight")
   mm(permute(view(g)), view(x))                   ... "grad_weight", ("grad_output", "input")
+  convolution(x, w, ...)                          ... "output", ("input", "weight")
+  conv_grad_input(g, w, ...)                      ... "grad_input", ("grad_output", "weight")
+  bmm(a, b)                                       ... "output", ("input", "other")
 
-A forward GEMM names its site by its module. A backward GEMM belongs to the forward GEMM with the same autograd sequence number
-(`seq_nr`) with which it shares an operand: the shared operand tells its role. A GEMM that no rule explains is recorded with the
-reason, never dropped: what stays in high precision is reported.
+A site is of the kind "linear" (one operand is a weight: a Parameter or computed from Parameters alone, or, for matrices, an input of the
+graph), "conv", or "bmm", a product of two activations. A forward GEMM names its site by its module. A backward GEMM belongs to the
+forward GEMM with the same autograd sequence number (`seq_nr`) with which it shares an operand: the shared operand tells its role. Of
+a product of activations the second operand is `other`, and its gradient has the role "grad_weight". A GEMM that no rule explains is
+recorded with the reason, never dropped, and so are fused operations that contain GEMMs: what stays in high precision is reported.
 
 Numerics  exact: only metadata is written.
-Requires  a canonical graph. Ensures: every mm/addmm node has meta["qtrain_gemm"] or is listed in `context.sites` with a reason.
+Requires  a canonical graph without `convolution_backward`. Ensures: every GEMM node has meta["qtrain_gemm"] or is listed in
+          `context.sites` with a reason.
 """
 
 from __future__ import annotations
@@ -23,25 +29,32 @@ import torch
 from torch import fx
 
 from passes.context import Gemm, PassContext, Site
-from passes.graph import BACKWARD, aten, phase_of
+from passes.gemms import BATCHED, CONVOLUTION, CONVOLUTIONS, GEMMS, geometry, operands, product_shape
+from passes.graph import BACKWARD, CONV_GRAD_INPUT, CONV_GRAD_WEIGHT, phase_of
 from passes.operands import Operand, resolve_operand, unquantized
 
-__all__ = ["GEMM_TARGETS", "GemmNode", "find_sites"]
+__all__ = ["GemmNode", "find_sites", "module_path"]
 
-MM, ADDMM, BMM, BADDBMM = aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default
-GEMM_TARGETS = (MM, ADDMM)
-# Matmul-like operations that no pass turns into an integer GEMM yet: reported, never silent.
-OTHER_TARGETS = {
-    BMM: "bmm",
-    BADDBMM: "baddbmm",
-    aten.convolution.default: "convolution",
-    aten.convolution_backward.default: "convolution",
+FUSED_ATTENTION = "recipe: fused attention stays in high precision; ops=(..., 'bmm') takes it apart into products and quantizes them"
+
+# Operations with GEMMs inside that no pass takes apart: reported, never silent. Overload packet -> reason.
+_FUSED = {
+    "_scaled_dot_product_flash_attention_for_cpu": FUSED_ATTENTION,
+    "_scaled_dot_product_flash_attention": FUSED_ATTENTION,
+    "_scaled_dot_product_efficient_attention": FUSED_ATTENTION,
+    "_scaled_dot_product_cudnn_attention": FUSED_ATTENTION,
+    "_scaled_dot_product_fused_attention_overrideable": FUSED_ATTENTION,
+    "flex_attention": "flex_attention is one fused kernel, which no pass takes apart",
+    "mkldnn_rnn_layer": "a fused recurrent layer, which no pass takes apart",
+    "_cudnn_rnn": "a fused recurrent layer, which no pass takes apart",
+    "miopen_rnn": "a fused recurrent layer, which no pass takes apart",
+    "_trilinear": "a product of three tensors; its decomposition is off",
 }
 
 
 @dataclass(frozen=True)
 class GemmNode:
-    """What a GEMM node computes. `operands` names its left and right matrix."""
+    """What a GEMM node computes. `operands` names its left and right tensor."""
 
     site: str
     role: str
@@ -53,28 +66,30 @@ class _Forward:
     site: Site
     node: fx.Node
     operands: dict[str, Operand]
-    names: tuple[str, str]
+
+    @property
+    def second(self) -> str:
+        """The operand that is not the input."""
+        return "other" if "other" in self.operands else "weight"
 
 
 def find_sites(graph: fx.Graph, context: PassContext) -> int:
     """Return the number of GEMMs found."""
     context.sites.clear()
     forward: list[_Forward] = []
-    names: Counter[str] = Counter()
-    found = 0
     backward: list[fx.Node] = []
+    names: Counter[str] = Counter()
+    weights = _weights(graph, context)
     for node in graph.nodes:
         if node.op != "call_function":
             continue
-        if node.target in OTHER_TARGETS and phase_of(node) != BACKWARD:
-            _record_other(node, context, names)
-        if node.target not in GEMM_TARGETS:
-            continue
-        found += 1
-        if phase_of(node) == BACKWARD:
-            backward.append(node)
-        else:
-            forward.append(_forward_site(node, context, names))
+        if node.target in GEMMS:
+            if phase_of(node) == BACKWARD:
+                backward.append(node)
+            else:
+                forward.append(_forward_site(node, context, names, weights))
+        elif _packet(node) in _FUSED and phase_of(node) != BACKWARD:
+            _record_fused(node, context, names)
     by_sequence: dict[object, list[_Forward]] = {}
     for f in forward:
         by_sequence.setdefault(f.node.meta.get("seq_nr"), []).append(f)
@@ -86,91 +101,147 @@ def find_sites(graph: fx.Graph, context: PassContext) -> int:
     for node in backward:
         sequence = node.meta.get("seq_nr")
         _assign_backward(node, by_sequence.get(sequence, []) if sequence is not None else forward, context, names)
+    return len(forward) + len(backward)
+
+
+def _weights(graph: fx.Graph, context: PassContext) -> set[fx.Node]:
+    """Parameters, and what is computed from Parameters (and constants) alone."""
+    found: set[fx.Node] = set()
+    constant: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.op == "placeholder":
+            if node.name in context.parameters:
+                found.add(node)
+            continue
+        sources = node.all_input_nodes
+        if all(n in constant for n in sources):
+            constant.add(node)
+        elif all(n in found or n in constant for n in sources):
+            found.add(node)
     return found
 
 
-def matrices(node: fx.Node) -> tuple[fx.Node, fx.Node]:
-    """The two matrices that a GEMM node multiplies."""
-    return node.args[-2:] if node.target is MM else node.args[1:3]
-
-
-def _forward_site(node: fx.Node, context: PassContext, names: Counter[str]) -> _Forward:
-    left, right = (resolve_operand(m) for m in matrices(node))
-    # The weight is the operand that is a Parameter; with none or two, the right one, as in F.linear.
-    is_weight = [unquantized(o.source).name in context.parameters for o in (left, right)]
-    left_is_weight = is_weight == [True, False]
-    operand_names = ("weight", "input") if left_is_weight else ("input", "weight")
-    operands = dict(zip(operand_names, (left, right), strict=True))
-    weight = unquantized(operands["weight"].source)
-    is_parameter = weight.name in context.parameters
-    weight_name = context.parameters.get(weight.name)
-    module, leaf = _module_of(node)
+def _forward_site(node: fx.Node, context: PassContext, names: Counter[str], weights: set[fx.Node]) -> _Forward:
+    left, right = (resolve_operand(o) for o in operands(node))
+    module, in_linear = _module_of(node)
+    kind, names_of = _kind(node, left, right, in_linear, context, weights)
+    found = dict(zip(names_of, (left, right), strict=True))
+    weight = unquantized(found["weight"].source) if "weight" in found else None
+    is_parameter = weight is not None and weight.name in context.parameters
+    weight_name = context.parameters.get(weight.name) if weight is not None else None
+    op = _op_name(node)
     own = module_path(weight_name) if weight_name else None
-    if leaf or (own is not None and own == module):
-        base, op = module or "self", "linear"
+    is_layer = kind == "conv" or (kind == "linear" and node.target not in BATCHED)
+    if is_layer and ((in_linear and kind == "linear") or (own is not None and own == module)):
+        base = module or "self"
+        op = "linear" if kind == "linear" else op
+        name = _unique(base, names, functional=False)
     else:
-        op = str(node.target._overloadpacket.__name__)
-        base = f"{module}:{op}" if module else op
-    name = _unique(base, names, functional=op != "linear")
-    site = Site(name, op, module=module, weight=weight.name if is_parameter else None, weight_name=weight_name)
+        name = _unique(f"{module}:{op}" if module else op, names, functional=True)
+    site = Site(name, op, kind=kind, module=module, weight=weight.name if is_parameter else None, weight_name=weight_name)  # type: ignore[union-attr]
     context.sites.append(site)
-    site.gemms["output"] = _gemm("output", node)
-    reason = _unsupported(node)
-    site.gemms["output"].reason = reason
-    if reason is None:
-        node.meta["qtrain_gemm"] = GemmNode(name, "output", operand_names)
-    return _Forward(site, node, operands, operand_names)
+    _add_gemm(site, "output", node, names_of)
+    return _Forward(site, node, found)
+
+
+def _kind(
+    node: fx.Node, left: Operand, right: Operand, in_linear: bool, context: PassContext, weights: set[fx.Node]
+) -> tuple[str, tuple[str, str]]:
+    """The site's kind, and what its left and right operand are called."""
+    if node.target in CONVOLUTIONS:
+        return "conv", ("input", "weight")
+    sides = [left.source in weights, right.source in weights]
+    if not any(sides) and not in_linear and node.target not in BATCHED and left.source is not right.source:
+        sides = [o.source.op == "placeholder" for o in (left, right)]  # a buffer, most likely
+    if any(sides) or in_linear:
+        # With both, the weight is the one that is a Parameter itself, or else the right one, as in F.linear.
+        right_is_parameter, left_is_parameter = (unquantized(o.source).name in context.parameters for o in (right, left))
+        left_is_weight = (left_is_parameter and not right_is_parameter) if all(sides) else sides[0]
+        return "linear", ("weight", "input") if left_is_weight else ("input", "weight")
+    return "bmm", ("input", "other")
+
+
+def _op_name(node: fx.Node) -> str:
+    if node.target is CONVOLUTION:
+        where = geometry(node)
+        return f"conv{'_transpose' if where.transposed else ''}{len(where.stride)}d"
+    return _packet(node)
+
+
+def _packet(node: fx.Node) -> str:
+    packet = getattr(node.target, "_overloadpacket", node.target)
+    return str(getattr(packet, "__name__", packet))
 
 
 def _assign_backward(node: fx.Node, candidates: list[_Forward], context: PassContext, names: Counter[str]) -> None:
-    left, right = (resolve_operand(m) for m in matrices(node))
+    sides = [resolve_operand(o) for o in operands(node)]
     for f in candidates:
-        known = {f.operands[name].identity: name for name in ("weight", "input")}
-        # For x @ x both operands are one tensor: then the role cannot be told, and both gradients are of equal kind.
-        shared_left, shared_right = known.get(left.identity), known.get(right.identity)
-        if (shared_left is None) == (shared_right is None):
+        if (node.target in CONVOLUTIONS) != (f.site.kind == "conv"):
             continue
-        shared = shared_left or shared_right
-        role = "grad_weight" if shared == "input" else "grad_input"
-        operands = (shared, "grad_output") if shared_left else ("grad_output", shared)
-        if role in f.site.gemms:
-            continue
-        f.site.gemms[role] = gemm = _gemm(role, node)
-        gemm.reason = _unsupported(node)
-        if gemm.reason is None:
-            node.meta["qtrain_gemm"] = GemmNode(f.site.name, role, operands)
-        return
+        if found := _role(node, sides, f):
+            role, names_of = found
+            _add_gemm(f.site, role, node, names_of)
+            return
     module, _ = _module_of(node)
-    site = Site(_unique(f"{module}:{node.name}" if module else node.name, names, functional=True), "mm", module=module)
-    site.gemms["unknown"] = _gemm("unknown", node)
+    op = _packet(node)
+    site = Site(_unique(f"{module}:{node.name}" if module else node.name, names, functional=True), op, kind="unknown", module=module)
+    site.gemms["unknown"] = Gemm("unknown", node=node.name, shape=product_shape(node))
     site.gemms["unknown"].reason = "not recognised as the gradient of a forward GEMM of this graph"
     context.sites.append(site)
 
 
-def _record_other(node: fx.Node, context: PassContext, names: Counter[str]) -> None:
-    op = OTHER_TARGETS[node.target]
+def _role(node: fx.Node, sides: list[Operand], f: _Forward) -> tuple[str, tuple[str, str]] | None:
+    """Which of a site's gradients a node is, and its operands' names."""
+    role_of = {"input": "grad_weight", f.second: "grad_input"}
+    if node.target in (CONV_GRAD_INPUT, CONV_GRAD_WEIGHT):
+        name = f.second if node.target is CONV_GRAD_INPUT else "input"
+        fits = f.operands[name].identity == sides[1].identity and role_of[name] not in f.site.gemms
+        return (role_of[name], ("grad_output", name)) if fits else None
+    for name in (f.second, "input"):
+        if role_of[name] in f.site.gemms:
+            continue
+        # For x @ x.T both operands are one tensor, and either gradient may be called that of either: the first is grad_input.
+        for side, operand in enumerate(sides):
+            if operand.identity == f.operands[name].identity and _fits(node, f, role_of[name]):
+                return role_of[name], (name, "grad_output") if side == 0 else ("grad_output", name)
+    return None
+
+
+def _fits(node: fx.Node, f: _Forward, role: str) -> bool:
+    """Whether a node's result has the shape of the gradient, perhaps transposed."""
+    named = f.operands["input" if role == "grad_input" else f.second]
+    wanted = named.view if named.view is not None else named.source.meta["val"].shape
+    got = node.meta["val"].shape
+    return sorted(map(str, wanted)) == sorted(map(str, got))
+
+
+def _record_fused(node: fx.Node, context: PassContext, names: Counter[str]) -> None:
+    """A fused operation: its forward, and its backward under the same sequence number, as one site."""
+    op = _packet(node).removeprefix("_")
+    op = "scaled_dot_product_attention" if op.startswith("scaled_dot_product") else op
     module, _ = _module_of(node)
-    site = Site(_unique(f"{module}:{op}" if module else op, names, functional=True), op, module=module)
-    reason = f"{op} has no integer kernel yet"
-    for role in ("output", "grad_input", "grad_weight"):
-        if role == "output":
-            site.gemms[role] = Gemm(role, node=node.name, reason=reason)
+    site = Site(_unique(f"{module}:{op}" if module else op, names, functional=True), op, kind="bmm", module=module)
+    site.gemms["output"] = Gemm("output", node=node.name, reason=_FUSED[_packet(node)])
+    sequence = node.meta.get("seq_nr")
+    for other in node.graph.nodes:
+        same = sequence is not None and other.meta.get("seq_nr") == sequence and other.op == "call_function"
+        if same and _packet(other) == f"{_packet(node)}_backward":
+            site.gemms["grad_input"] = Gemm("grad_input", node=other.name, reason=_FUSED[_packet(node)])
     context.sites.append(site)
 
 
-def _gemm(role: str, node: fx.Node) -> Gemm:
-    a, b = (m.meta["val"] for m in matrices(node))
-    return Gemm(role, node=node.name, shape=(a.shape[0], b.shape[1], a.shape[1]))
+def _add_gemm(site: Site, role: str, node: fx.Node, names: tuple[str, str]) -> None:
+    site.gemms[role] = gemm = Gemm(role, node=node.name, shape=product_shape(node), reason=_unsupported(node))
+    if gemm.reason is None:
+        node.meta["qtrain_gemm"] = GemmNode(site.name, role, names)
 
 
 def _unsupported(node: fx.Node) -> str | None:
     """Why this node cannot become an integer GEMM, whatever the recipe says."""
-    for matrix in matrices(node):
-        dtype = matrix.meta["val"].dtype
+    for tensor in operands(node):
+        dtype = tensor.meta["val"].dtype
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return f"operands are {str(dtype).removeprefix('torch.')}; integer GEMMs take float32, bfloat16 and float16"
-    if node.target is ADDMM and (node.kwargs.get("beta", 1) != 1 or node.kwargs.get("alpha", 1) != 1):
-        return "addmm with beta or alpha other than 1"
     return None
 
 

@@ -1,8 +1,12 @@
-"""fuse_matmul: a product of two dequantized matrices becomes one integer GEMM.
+"""fuse_matmul: a product of two dequantized tensors becomes one integer GEMM.
 
 Before                                          After
   mm(dequantize(a, sa), dequantize(b, sb))        scaled_mm(a, b, sa, sb, bias=None, out_dtype=dtype of the mm)
   addmm(bias, dequantize(...), dequantize(...))   scaled_mm(..., bias=bias)
+  bmm, baddbmm                                    scaled_bmm
+  convolution(dequantize(x), dequantize(w), ...)  scaled_conv(x, w, sx, sw, ..., bias, ...)
+  conv_grad_input, conv_grad_weight               scaled_conv_grad_input, scaled_conv_grad_weight
+  addmm(..., alpha=2), baddbmm(..., beta=0.5)     cast(scaled_mm(..., out_dtype=fp32) * 2 + bias)
   cast(permute?(scaled_mm(...)), fp32)            permute?(scaled_mm(..., out_dtype=fp32)), for a grad_weight: the gradient of an
                                                   fp32 parameter is written in fp32 at once, not rounded to bf16 before
 
@@ -20,10 +24,22 @@ import torch
 from torch import fx
 
 from passes.context import PassContext
-from passes.graph import CAST, DEQUANTIZE, PERMUTE, SCALED_MM, aten, call, erase_unused, replace
+from passes.gemms import GEMMS, INTEGER, is_depthwise
+from passes.graph import (
+    CAST,
+    CONV_GRAD_INPUT,
+    CONV_GRAD_WEIGHT,
+    DEQUANTIZE,
+    PERMUTE,
+    aten,
+    call,
+    erase_unused,
+    inline,
+    replace,
+)
 from passes.matching import MULTIPLE, CallFunction, KeywordArg, Match, Row, rewrite
 
-__all__ = ["ROWS", "fuse_matmul"]
+__all__ = ["LATER_ROWS", "ROWS", "fuse_matmul"]
 
 _KEPT = ("qtrain_gemm", "nn_module_stack", "fwd_nn_module_stack", "seq_nr", "stack_trace", "partitioner_tag", "recompute")
 
@@ -33,15 +49,41 @@ def _dequantized(name: str) -> CallFunction:
     return CallFunction(DEQUANTIZE, *parts, _users=MULTIPLE)
 
 
-def _fuse(match: Match, *, bias: fx.Node | None = None, **p: Any) -> bool:
+def _fuse(match: Match, *, bias: fx.Node | None = None, beta: float = 1, alpha: float = 1, **p: Any) -> bool:
     gemm = match.output_node()
     if gemm.meta.get("qtrain_hp"):  # quantized by the model, and in high precision by the recipe
         return False
-    graph = gemm.graph
+    graph, fused_op = gemm.graph, GEMMS[gemm.target].integer
     scope = {k: gemm.meta[k] for k in (*_KEPT, "ac_graph_id", "custom") if k in gemm.meta}
     operands = (p["a"], p["b"], p["a_scale"], p["b_scale"], p["a_zero"], p["b_zero"])
+    dtype = gemm.meta["val"].dtype
     with graph.inserting_before(gemm):
-        fused = call(graph, SCALED_MM, *operands, bias, gemm.meta["val"].dtype, scope=scope)
+        if (beta, alpha) == (1, 1):
+            fused = call(graph, fused_op, *operands, bias, dtype, scope=scope)
+        else:
+            product = call(graph, fused_op, *operands, None, torch.float32, scope=scope)
+            after = {k: v for k, v in scope.items() if k != "qtrain_gemm"}
+            fused = inline(graph, _add_scaled, product, bias, float(alpha), float(beta), dtype, scope=after)
+    replace(gemm, fused)
+    return True
+
+
+def _add_scaled(product: torch.Tensor, bias: torch.Tensor, alpha: float, beta: float, dtype: torch.dtype) -> torch.Tensor:
+    """Without a bias where beta is 0: like aten, which then does not look at it, NaN or not."""
+    scaled = product * alpha
+    return (scaled if beta == 0 else scaled + bias.to(torch.float32) * beta).to(dtype)
+
+
+def _fuse_convolution(match: Match, **p: Any) -> bool:
+    gemm = match.output_node()
+    if is_depthwise(gemm) or gemm.meta.get("qtrain_hp"):
+        return False
+    graph, op = gemm.graph, GEMMS[gemm.target]
+    scope = {k: gemm.meta[k] for k in (*_KEPT, "ac_graph_id", "custom") if k in gemm.meta}
+    operands = (p["a"], p["b"], p["a_scale"], p["b_scale"], p["a_zero"], p["b_zero"])
+    with graph.inserting_before(gemm):  # behind the tensors: the bias or the size of the result, then the geometry
+        fused = call(graph, op.integer, *operands, *gemm.args[2:], gemm.meta["val"].dtype, scope=scope)
+    fused.meta["qtrain_new_layout"] = fused.meta["val"].stride() != gemm.meta["val"].stride()
     replace(gemm, fused)
     return True
 
@@ -50,14 +92,14 @@ def _write_hp_gradient(match: Match, *, product: fx.Node, dtype: torch.dtype) ->
     cast = match.output_node()
     permute = product if product.target is PERMUTE else None
     gemm = permute.args[0] if permute is not None else product
-    if not isinstance(gemm, fx.Node) or gemm.target is not SCALED_MM or len(gemm.users) != 1:
+    if not isinstance(gemm, fx.Node) or gemm.target not in INTEGER or len(gemm.users) != 1:
         return False
     role = gemm.meta.get("qtrain_gemm")
     if role is None or role.role != "grad_weight" or dtype is not torch.float32 or len(product.users) != 1:
         return False
     graph = cast.graph
     with graph.inserting_before(gemm):
-        wide = call(graph, SCALED_MM, *gemm.args[:-1], dtype, scope=_meta(gemm))
+        wide = call(graph, gemm.target, *gemm.args[:-1], dtype, scope=_meta(gemm))
     if permute is not None:
         with graph.inserting_before(cast):
             wide = call(graph, PERMUTE, wide, permute.args[1], scope=_meta(permute))
@@ -71,18 +113,37 @@ def _meta(node: fx.Node) -> dict[str, Any]:
 
 _A, _B = _dequantized("a"), _dequantized("b")
 
+_BIAS, _FACTORS = KeywordArg("bias"), {"beta": KeywordArg("beta"), "alpha": KeywordArg("alpha")}
+
+
+def _convolution(target: Any, more: int) -> CallFunction:
+    return CallFunction(target, _A, _B, *(KeywordArg(f"argument_{i}") for i in range(more)))
+
+
 ROWS = (
     Row("mm", CallFunction(aten.mm.default, _A, _B), _fuse),
-    Row("addmm", CallFunction(aten.addmm.default, KeywordArg("bias"), _A, _B), _fuse),
-    # Tried after the rows above have run, on their result.
-    Row("grad_weight in fp32", CallFunction(CAST, KeywordArg("product"), KeywordArg("dtype")), _write_hp_gradient),
+    Row("addmm", CallFunction(aten.addmm.default, _BIAS, _A, _B), _fuse),
+    Row("addmm, alpha", CallFunction(aten.addmm.default, _BIAS, _A, _B, alpha=KeywordArg("alpha")), _fuse),
+    Row("addmm, beta", CallFunction(aten.addmm.default, _BIAS, _A, _B, beta=KeywordArg("beta")), _fuse),
+    Row("addmm, beta and alpha", CallFunction(aten.addmm.default, _BIAS, _A, _B, **_FACTORS), _fuse),
+    Row("bmm", CallFunction(aten.bmm.default, _A, _B), _fuse),
+    Row("baddbmm", CallFunction(aten.baddbmm.default, _BIAS, _A, _B), _fuse),
+    Row("baddbmm, alpha", CallFunction(aten.baddbmm.default, _BIAS, _A, _B, alpha=KeywordArg("alpha")), _fuse),
+    Row("baddbmm, beta", CallFunction(aten.baddbmm.default, _BIAS, _A, _B, beta=KeywordArg("beta")), _fuse),
+    Row("baddbmm, beta and alpha", CallFunction(aten.baddbmm.default, _BIAS, _A, _B, **_FACTORS), _fuse),
+    Row("convolution", _convolution(aten.convolution.default, 7), _fuse_convolution),
+    Row("conv_grad_input", _convolution(CONV_GRAD_INPUT, 7), _fuse_convolution),
+    Row("conv_grad_weight", _convolution(CONV_GRAD_WEIGHT, 7), _fuse_convolution),
 )
+
+# Tried after the rows above have run, on their result.
+LATER_ROWS = (Row("grad_weight in fp32", CallFunction(CAST, KeywordArg("product"), KeywordArg("dtype")), _write_hp_gradient),)
 
 
 def fuse_matmul(graph: fx.Graph, context: PassContext | None = None) -> int:
     """Return the number of integer GEMMs made."""
-    fused = rewrite(graph, ROWS[:2])
-    rewrite(graph, ROWS[2:])
+    fused = rewrite(graph, ROWS)
+    rewrite(graph, LATER_ROWS)
     erase_unused(graph)
     if context is not None:
         _record(graph, context)
@@ -92,7 +153,7 @@ def fuse_matmul(graph: fx.Graph, context: PassContext | None = None) -> int:
 def _record(graph: fx.Graph, context: PassContext) -> None:
     """Note under which name each GEMM of the site table now stands in the graph."""
     sites = {s.name: s for s in context.sites}
-    for node in graph.find_nodes(op="call_function", target=SCALED_MM):
-        where = node.meta.get("qtrain_gemm")
+    for node in graph.nodes:
+        where = node.meta.get("qtrain_gemm") if node.op == "call_function" and node.target in INTEGER else None
         if where is not None and where.site in sites:  # one fused under another context is not in the table
             sites[where.site].gemms[where.role].node = node.name

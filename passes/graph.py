@@ -23,10 +23,16 @@ prims = torch.ops.prims
 
 RANGE, SEED = ops.range_, ops.seed_
 QUANTIZE, DEQUANTIZE = ops.quantize, ops.dequantize
-SCALED_MM, TRANSPOSE = ops.scaled_mm, ops.transpose_codes
+SCALED_MM, SCALED_BMM, TRANSPOSE = ops.scaled_mm, ops.scaled_bmm, ops.transpose_codes
+SCALED_CONV, SCALED_CONV_GRAD_INPUT, SCALED_CONV_GRAD_WEIGHT = (
+    ops.scaled_conv,
+    ops.scaled_conv_grad_input,
+    ops.scaled_conv_grad_weight,
+)
+CONV_GRAD_INPUT, CONV_GRAD_WEIGHT = ops.conv_grad_input, ops.conv_grad_weight
 READ, WRITE, SELECT, UNPACK = ops.read_state, ops.write_state_, ops.select_range, ops.unpack
 
-PERMUTE = aten.permute.default
+PERMUTE, EXPAND = aten.permute.default, aten.expand.default
 CAST = prims.convert_element_type.default
 CASTS = (CAST, aten._to_copy.default)
 VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
@@ -88,6 +94,14 @@ def call(graph: fx.Graph, target: Any, *args: Any, scope: dict[str, Any], name: 
     if isinstance(value, torch.Tensor):
         node.meta["tensor_meta"] = fx.passes.shape_prop._extract_tensor_metadata(value)
     return node
+
+
+def refresh(node: fx.Node) -> None:
+    """Compute a node's fake value anew from those of its arguments."""
+    value = _run_fake(node.graph, node.target, node.args, node.kwargs)
+    node.meta["val"] = value
+    if isinstance(value, torch.Tensor):
+        node.meta["tensor_meta"] = fx.passes.shape_prop._extract_tensor_metadata(value)
 
 
 def _run_fake(graph: fx.Graph, target: Any, args: Any, kwargs: Any) -> Any:

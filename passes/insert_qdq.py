@@ -7,15 +7,20 @@ Before                                          After
                                                   b = dequantize(permute(q_w), permute(s_w))
                                                   mm(a, b)
 
-  x_hat = dequantize(q, s)                        x_hat = dequantize(q, s)                # the model's own quantizer: learned scales
-  mm(view(x_hat), permute(w))                     a = dequantize(view(q), s)              # the same codes
+  x_hat = dequantize(q, s)                        x_hat = dequantize(q, s)        # the model's own quantizer, learned
+  mm(view(x_hat), permute(w))                     a = dequantize(view(q), s)      # the same codes
                                                   mm(a, b)
+
+A batch of matrices and a convolution's tensors are treated alike, with the axes that their GEMM sums over (`passes.gemms`). PerRow
+is one scale for each index of the axis that is left: of a convolution's `output` a scale for each sample of the input and each output
+channel of the weight; of its `grad_weight` one for each channel of either. A depthwise convolution is quantized too and computed in
+high precision: an int8 kernel would have one product per number to read.
 
 The quantize sits directly behind the tensor that it reads, so a quantize of a forward tensor runs in the forward half even if
 only a backward GEMM reads the codes; transposes move behind it, casts are skipped.
 
 An operand that is codes already is not quantized again, whatever its spec says: the codes hold it exactly. Only where its scales
-lie along the axis that the GEMM sums over can they not be used; then the spec decides, unless that is a learned one as well.
+lie along an axis that the GEMM sums over can they not be used; then the spec decides, unless that is a learned one as well.
 
 Numerics  changes numbers: this is the quantization. Everything after this pass keeps its numbers.
 Requires  meta["qtrain_gemm"] from find_sites. Ensures: both operands of a chosen GEMM are `dequantize` nodes in the GEMM's dtype;
@@ -29,12 +34,12 @@ import operator
 import zlib
 from dataclasses import dataclass, replace
 
-import torch
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from passes.context import OPERANDS, Gemm, PassContext, Site
-from passes.find_sites import GEMM_TARGETS, GemmNode, matrices
+from passes.context import EMULATED, OPERANDS, Gemm, PassContext, Site
+from passes.find_sites import GemmNode
+from passes.gemms import BATCHED, GEMMS, is_depthwise, kept_axis, operands, shared_axes
 from passes.graph import (
     BACKWARD,
     DEQUANTIZE,
@@ -83,20 +88,18 @@ def insert_qdq(graph: fx.Graph, context: PassContext) -> int:
     """Return the number of operands quantized, or whose codes were brought in front of their GEMM."""
     inserted = 0
     model_quantizes = bool(graph.find_nodes(op="call_function", target=DEQUANTIZE))
-    for node in [n for n in graph.nodes if n.target in GEMM_TARGETS and "qtrain_gemm" in n.meta]:
+    for node in [n for n in graph.nodes if n.target in GEMMS and "qtrain_gemm" in n.meta]:
         where: GemmNode = node.meta["qtrain_gemm"]
         site = context.site(where.site)
         gemm = site.gemms[where.role]
         specs = _specs(site, gemm, context)
         if specs is None:
-            if all(m.target is DEQUANTIZE for m in matrices(node)):  # the model's own quantizers: not to be fused
+            if all(m.target is DEQUANTIZE for m in operands(node)):  # the model's own quantizers: not to be fused
                 node.meta["qtrain_hp"] = True
             continue
         plans = []
-        for side, (matrix, name) in enumerate(zip(matrices(node), where.operands, strict=True)):
-            operand = resolve_operand(matrix)
-            contracted = (1 if side == 0 else 0) ^ operand.transposed
-            plan = _plan(matrix, operand, name, specs[name], contracted, model_quantizes)
+        for side, name in enumerate(where.operands):
+            plan = _plan(node, side, name, specs[name], model_quantizes)
             if isinstance(plan, str):
                 gemm.reason = plan
                 break
@@ -108,28 +111,30 @@ def insert_qdq(graph: fx.Graph, context: PassContext) -> int:
                 else:
                     new = _quantize(graph, node, plan.operand, plan.name, plan.spec, plan.dims, where)
                 if new is not plan.matrix:
-                    _set_matrix(node, plan.matrix, new)
+                    _set_operand(node, plan.matrix, new)
                     inserted += 1
             used = {plan.name: plan.spec for plan in plans}
-            gemm.specs = tuple(used[name] for name in OPERANDS[where.role])  # type: ignore[assignment]
+            gemm.specs = tuple(used[name] for name in site.operands(where.role))  # type: ignore[assignment]
+            if is_depthwise(node):
+                gemm.reason = f"{EMULATED}: depthwise, where an int8 kernel does not pay"
     _prefer_choices(context)
     return inserted
 
 
-def _plan(
-    matrix: fx.Node, operand: Operand, name: str, spec: QuantSpec, contracted: int, model_quantizes: bool
-) -> _Plan | str:
+def _plan(node: fx.Node, side: int, name: str, spec: QuantSpec, model_quantizes: bool) -> _Plan | str:
     """What to do with an operand, or why it cannot be codes."""
+    matrix = operands(node)[side]
+    operand = resolve_operand(matrix)
     learned = isinstance(spec.estimator, Learned)
     codes = operand.source.op == "call_function" and operand.source.target is DEQUANTIZE
-    if codes and _scales_fit(operand, contracted):
+    if codes and _scales_fit(node, side, operand):
         return _Plan(matrix, operand, name, _spec_in_use(operand.source, spec), None)
     if not learned:
-        dims = _scale_dims(spec, contracted, name)
+        dims = _scale_dims(spec, node, side, operand, name)
         return dims if isinstance(dims, str) else _Plan(matrix, operand, name, spec, dims)
     if codes:
         return (
-            f"{name}: its learned scales lie along the summed axis; give this GEMM a spec of its own, as in "
+            f"{name}: its learned scales lie along an axis that is summed over; give this GEMM a spec of its own, as in "
             f"GemmSpec({name}=QuantSpec())"
         )
     if model_quantizes:
@@ -137,17 +142,14 @@ def _plan(
     return f"{name}: its scale is to be learned, and the model has none; call qcompile.prepare(model, recipe) before torch.compile"
 
 
-def _scales_fit(operand: Operand, contracted: int) -> bool:
-    """Whether codes can be read as the GEMM's matrix with a scale (and zero point) for each row or column that is not summed."""
+def _scales_fit(node: fx.Node, side: int, operand: Operand) -> bool:
+    """Whether the codes' scales (and zero points) are constant over what the GEMM sums over."""
+    shared, _ = _axes(node, side, operand)
     for part in operand.source.args[1:3]:
         if part is None or part.meta["val"].numel() == 1:
             continue
-        shape = tuple(part.meta["val"].shape)
-        if len(shape) != 2:  # seen as a matrix, only the leading axis is kept
-            if any(s != 1 for s in shape[1:]):
-                return False
-            shape = (shape[0], 1)
-        if shape[contracted] != 1:
+        shape = part.meta["val"].shape
+        if operand.view is not None or any(shape[axis] != 1 for axis in shared):
             return False
     return True
 
@@ -160,14 +162,14 @@ def _spec_in_use(dequantize: fx.Node, spec: QuantSpec) -> QuantSpec:
     if codes.target is not QUANTIZE:
         return spec
     # Unsigned codes below 8 bits lie in signed ones that are a bit wider (qcompile.ops.fake_quantize).
-    unsigned = codes.args[0].target is aten.clamp_min.default
+    unsigned = codes.args[0].op == "call_function" and codes.args[0].target is aten.clamp_min.default
     return replace(spec, bits=codes.args[3] - unsigned)
 
 
 def _reuse(graph: fx.Graph, gemm: fx.Node, plan: _Plan) -> fx.Node:
     """The operand's own codes, dequantized in the form that the GEMM reads."""
     operand, dtype = plan.operand, plan.matrix.meta["val"].dtype
-    if plan.matrix is operand.source and plan.matrix.meta["val"].dtype is operand.source.args[3]:
+    if plan.matrix is operand.source:
         return plan.matrix
     codes, *ranges = operand.source.args[:3]
     for part in ranges:
@@ -177,54 +179,69 @@ def _reuse(graph: fx.Graph, gemm: fx.Node, plan: _Plan) -> fx.Node:
     with graph.inserting_before(gemm):
         if operand.view is not None:
             codes = call(graph, aten.view.default, codes, list(operand.view), scope=scope)
-        ranges = [_as_matrix(graph, part, scope) for part in ranges]
+            ranges = [_scalar(graph, part, scope) for part in ranges]
         if operand.transposed:
             codes, *ranges = (_transposed(graph, n, scope) for n in (codes, *ranges))
         return call(graph, DEQUANTIZE, codes, *ranges, dtype, scope=scope)
 
 
-def _as_matrix(graph: fx.Graph, part: fx.Node | None, scope: dict[str, object]) -> fx.Node | None:
-    """Scales (or zero points) in the shape of a matrix's: 0-d and 2-D ones as they are, [N, 1, ...] as [N, 1]."""
-    if part is None or part.meta["val"].ndim in (0, 2):
+def _scalar(graph: fx.Graph, part: fx.Node | None, scope: dict[str, object]) -> fx.Node | None:
+    """One scale for all elements, which fits every view of them."""
+    if part is None or part.meta["val"].ndim == 0:
         return part
-    value: torch.Tensor = part.meta["val"]
-    return call(graph, aten.view.default, part, [] if value.numel() == 1 else [value.shape[0], 1], scope=scope)
+    return call(graph, aten.view.default, part, [], scope=scope)
 
 
 def _prefer_choices(context: PassContext) -> None:
     """Where the recipe leaves a GEMM out, that is the reason; not that it could not be integer anyway."""
     for site, gemm in context.gemms():
         if gemm.reason is not None:
-            resolved = context.recipe.resolve(site.name)
+            resolved = context.recipe.resolve(site.name, site.kind)
             role = gemm.role if gemm.role in OPERANDS else "output"
             gemm.reason = resolved.reason(role) or gemm.reason
 
 
 def _specs(site: Site, gemm: Gemm, context: PassContext) -> dict[str, QuantSpec] | None:
     """The operand specs of a GEMM, or None with the reason recorded."""
-    resolved = context.recipe.resolve(site.name)
+    resolved = context.recipe.resolve(site.name, site.kind)
     pair = resolved.gemm(gemm.role)
     if pair is None:
         gemm.reason = resolved.reason(gemm.role)
         return None
-    return dict(zip(OPERANDS[gemm.role], pair, strict=True))
+    return dict(zip(site.operands(gemm.role), pair, strict=True))
 
 
-def _scale_dims(spec: QuantSpec, contracted: int, operand: str) -> list[int] | str:
-    """The axes of the 2-D operand that share a scale, or why the granularity cannot be had."""
+def _scale_dims(spec: QuantSpec, node: fx.Node, side: int, operand: Operand, name: str) -> list[int] | str:
+    """The axes of what is quantized that share a scale, or why the granularity cannot be had.
+
+    PerChannel counts the axes of a matrix (rows 0, columns 1), and of a convolution's tensor batch or output 0, channels 1.
+    """
+    ndim = operands(node)[side].meta["val"].ndim
+    shared, kept = _axes(node, side, operand)
     match spec.granularity:
         case PerTensor():
-            return [0, 1]
+            return list(range(ndim))
         case PerRow():
-            return [contracted]
-        case PerChannel(axis=axis) if axis % 2 != contracted:
-            return [contracted]
+            return shared
+        case PerChannel(axis=axis) if axis % 2 == kept:
+            return shared
         case PerChannel(axis=axis):
-            return f"{operand}: PerChannel({axis}) puts a scale on the contracted axis; use PerRow()"
+            return f"{name}: PerChannel({axis}) puts a scale on the contracted axis; use PerRow()"
         case PerBlock():
-            return f"{operand}: PerBlock has no integer kernel yet; use PerRow() or PerTensor()"
+            return f"{name}: PerBlock has no integer kernel yet; use PerRow() or PerTensor()"
         case other:
-            return f"{operand}: no integer kernel for granularity {other}"
+            return f"{name}: no integer kernel for granularity {other}"
+
+
+def _axes(node: fx.Node, side: int, operand: Operand) -> tuple[list[int], int]:
+    """Of what is quantized: the axes that share a scale at least, and the one that is kept (not counting a batch)."""
+    ndim = operands(node)[side].meta["val"].ndim
+    base = 1 if node.target in BATCHED else 0
+    shared, kept = shared_axes(node, side), kept_axis(node, side) - base
+    if operand.transposed:
+        shared = [axis if axis < ndim - 2 else 2 * ndim - 3 - axis for axis in shared]
+        kept = 1 - kept
+    return shared, kept
 
 
 def _quantize(
@@ -253,18 +270,20 @@ def _quantize(
     with graph.inserting_before(gemm):
         if operand.transposed:
             codes, scale, zero = (_transposed(graph, n, scope) for n in (codes, scale, zero))
-        dtype = matrices(gemm)[0].meta["val"].dtype
+        dtype = operands(gemm)[0].meta["val"].dtype
         return call(graph, DEQUANTIZE, codes, scale, zero, dtype, scope=scope)
 
 
-def _set_matrix(gemm: fx.Node, old: fx.Node, new: fx.Node) -> None:
-    """Replace a matrix of a GEMM, and only that: the bias of an addmm may be the same node."""
-    first = len(gemm.args) - 2
-    position = next(i for i in range(first, len(gemm.args)) if gemm.args[i] is old)
+def _set_operand(gemm: fx.Node, old: fx.Node, new: fx.Node) -> None:
+    """Replace an operand of a GEMM, and only that: the bias of an addmm may be the same node."""
+    first = GEMMS[gemm.target].first
+    position = next(i for i in (first, first + 1) if gemm.args[i] is old)
     gemm.update_arg(position, new)
 
 
 def _transposed(graph: fx.Graph, node: fx.Node | None, scope: dict[str, object]) -> fx.Node | None:
-    if node is None or node.meta["val"].ndim != 2:  # one scale for all: nothing to transpose
+    if node is None or node.meta["val"].ndim < 2:  # one scale for all: nothing to transpose
         return node
-    return call(graph, PERMUTE, node, [1, 0], scope=scope)
+    order = list(range(node.meta["val"].ndim))
+    order[-2:] = order[-1], order[-2]
+    return call(graph, PERMUTE, node, order, scope=scope)

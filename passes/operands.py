@@ -3,7 +3,7 @@
 A linear layer reaches `mm` through views, a transpose, and under autocast a cast. The quantize belongs in front of all of
 these: at the tensor itself, read in its own dtype (codes come from the source, not from its bf16 copy), laid out as the 2-D
 matrix that the GEMM sees, not transposed. Then equal sources are recognised, and a weight reached by two chains of permutes is
-quantized once.
+quantized once. Of a batch of matrices only the exchange of rows and columns is looked through, of a convolution's tensors only casts.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ __all__ = ["Operand", "resolve_operand", "unquantized"]
 
 @dataclass(frozen=True)
 class Operand:
-    """`operand = permute?(cast?(view?(source)))`, where `source` is the node to quantize, seen as a 2-D matrix of `shape`.
+    """`operand = permute?(cast?(view?(source)))`, where `source` is the node to quantize.
 
     source      the tensor before views and casts
     view        the 2-D shape to view it in, or None where it has that shape
-    transposed  whether the GEMM reads the matrix transposed
+    transposed  whether the GEMM reads the matrix (of a batch: each) transposed
     """
 
     source: fx.Node
@@ -39,7 +39,9 @@ class Operand:
 
 
 def resolve_operand(node: fx.Node) -> Operand:
-    """Walk from a GEMM's 2-D operand up to the tensor it is made of."""
+    """Walk from a GEMM's operand up to the tensor it is made of."""
+    if node.meta["val"].ndim != 2:
+        return _resolve_many(node)
     transposed = False
     view: tuple[object, ...] | None = None
     while node.op == "call_function":
@@ -72,6 +74,19 @@ def unquantized(source: fx.Node) -> fx.Node:
     while tensor.op == "call_function" and tensor.target in (PERMUTE, *VIEWS, *ALIASES, *CASTS):
         tensor = tensor.args[0]
     return tensor
+
+
+def _resolve_many(node: fx.Node) -> Operand:
+    """Of a batch of matrices, or a tensor of a convolution (which nobody transposes)."""
+    transposed = False
+    while node.op == "call_function":
+        source = node.args[0]
+        if node.target is PERMUTE and list(node.args[1]) == [0, 2, 1]:
+            transposed = not transposed
+        elif not (node.target in ALIASES or (node.target in CASTS and _is_widening_or_autocast(source, node))):
+            break
+        node = source
+    return Operand(node, None, transposed)
 
 
 def _is_widening_or_autocast(source: fx.Node, cast: fx.Node) -> bool:

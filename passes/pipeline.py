@@ -32,10 +32,12 @@ from passes.attach_range_state import attach_range_state
 from passes.canonicalize import canonicalize
 from passes.context import PassContext
 from passes.find_sites import find_sites
+from passes.follow_layouts import follow_layouts
 from passes.fuse_matmul import fuse_matmul
 from passes.insert_qdq import insert_qdq
 from passes.restore_decompositions import restore_decompositions
 from passes.share_quantized import share_quantized
+from passes.split_convolution_backward import restore_convolution_backward, split_convolution_backward
 from passes.verify import count_writes, verify
 
 __all__ = ["Pipeline", "Step", "insert_after", "insert_before", "joint_steps", "without"]
@@ -56,11 +58,14 @@ def joint_steps() -> list[Step]:
     """The passes over the joint graph, in order."""
     return [
         Step("canonicalize", canonicalize),
+        Step("split_convolution_backward", split_convolution_backward),  # sites have one node for each GEMM
         Step("find_sites", find_sites),
         Step("insert_qdq", insert_qdq, "changes"),
         Step("share_quantized", share_quantized),
         Step("attach_range_state", attach_range_state, "changes"),
         Step("fuse_matmul", fuse_matmul, "changes"),  # drops the unfused form's own roundings
+        Step("restore_convolution_backward", restore_convolution_backward),
+        Step("follow_layouts", follow_layouts),  # integer convolutions write channels last
         Step("restore_decompositions", restore_decompositions),  # what stayed hp becomes what Inductor would have had
     ]
 

@@ -26,8 +26,9 @@ import networkx as nx
 from torch import fx
 
 from passes.context import PassContext
-from passes.find_sites import GemmNode, matrices
-from passes.graph import BACKWARD, DEQUANTIZE, PERMUTE, QUANTIZE, SCALED_MM, phase_of
+from passes.find_sites import GemmNode
+from passes.gemms import INTEGER, operands
+from passes.graph import BACKWARD, DEQUANTIZE, PERMUTE, QUANTIZE, phase_of
 from passes.operands import resolve_operand
 
 __all__ = ["site_graph"]
@@ -46,10 +47,10 @@ def site_graph(graph: fx.Graph, context: PassContext | None = None, saved: Colle
         if node.op == "output":
             continue
         where: GemmNode | None = node.meta.get("qtrain_gemm") if node.op == "call_function" else None
-        if where is not None and len(_operands(node)) == 2:
-            for matrix, operand in zip(_operands(node), where.operands, strict=True):
+        if where is not None:
+            for matrix, operand in zip(operands(node), where.operands, strict=True):
                 _add_operand(result, node, matrix, operand, nearest, saved)
-            kind = "integer" if node.target is SCALED_MM else "hp"
+            kind = "integer" if node.target in INTEGER else "hp"
             result.add_node(
                 node.name,
                 site=where.site,
@@ -61,10 +62,6 @@ def site_graph(graph: fx.Graph, context: PassContext | None = None, saved: Colle
         else:
             nearest[node] = {g: None for source in node.all_input_nodes for g in nearest[source]}
     return result
-
-
-def _operands(node: fx.Node) -> tuple[fx.Node, ...]:
-    return tuple(node.args[:2]) if node.target is SCALED_MM else tuple(matrices(node))
 
 
 def _add_operand(

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from passes.context import PassContext
-from passes.graph import BACKWARD, FORWARD, SCALED_MM, SELECT
+from passes.context import EMULATED, PassContext
+from passes.gemms import INTEGER
+from passes.graph import BACKWARD, FORWARD, SELECT
 from passes.lower import lower
 from passes.pipeline import Pipeline, Step, joint_steps
 from passes.verify import count_writes, verify
@@ -260,8 +261,8 @@ class Compilation:
         return _forward(compiled, dynamic, ours, self.binder, owner_positions, training)
 
     def _record_kernels(self, graph: fx.Graph) -> None:
-        for node in graph.find_nodes(op="call_function", target=SCALED_MM):
-            where = node.meta.get("qtrain_gemm")
+        for node in graph.nodes:
+            where = node.meta.get("qtrain_gemm") if node.op == "call_function" and node.target in INTEGER else None
             if where is not None:
                 zero_points = node.args[4] is not None or node.args[5] is not None
                 gemm = self.context.site(where.site).gemms[where.role]
@@ -397,11 +398,11 @@ def _source_name(placeholder: fx.Node) -> str:
     return str(name() if callable(name) else name) if source is not None else placeholder.name
 
 
-_CHOICES = ("skipped by", "recipe:", "override")
+_CHOICES = ("skipped by", "recipe:", "override", EMULATED)
 
 
 def _by_choice(reason: str) -> bool:
-    """Whether a GEMM is in high precision because the recipe says so."""
+    """Whether a GEMM is in high precision because the recipe says so, or because nothing would be gained (depthwise)."""
     return reason.startswith(_CHOICES)
 
 

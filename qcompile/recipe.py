@@ -15,7 +15,7 @@ from typing import Any
 
 from qcompile import recipe_files
 from qcompile._checks import check_instance, check_keys, refuse
-from qcompile._patterns import matches
+from qcompile._patterns import KIND_PATTERNS, OP_KINDS, matches
 from qcompile.errors import RecipeError
 from qcompile.site_recipe import (
     ALIASES,
@@ -62,6 +62,7 @@ class Recipe:
     input, weight, grad_output       the operands' specs.
     output, grad_input, grad_weight  the GEMMs: `SAME` (run on those specs), a `GemmSpec` (specs of its own),
                                      None (hp).
+    ops                              the kinds of sites that are quantized: of "linear", "conv", "bmm".
     skip                             patterns of sites that stay in hp whole.
     overrides                        (pattern, {field: value}) pairs: other values of the six fields above for
                                      the sites that match; where several match, the later one wins field by
@@ -69,7 +70,8 @@ class Recipe:
     name                             for people; no part of the fingerprint.
 
     A pattern is matched, shell style, against the site's name and the names of the modules around it:
-    "layers.0" means every site inside that module, "proj" also means its second call, "proj#1".
+    "layers.0" means every site inside that module, "proj" also means its second call, "proj#1". "op=conv" means every site
+    of that kind.
 
     Errors: `RecipeError` when it is made, for a value of a wrong type and for `PerChannel` on an axis that an
     integer GEMM sums over.
@@ -81,6 +83,7 @@ class Recipe:
     output: GemmSpec | Same | None = SAME
     grad_input: GemmSpec | Same | None = SAME
     grad_weight: GemmSpec | Same | None = SAME
+    ops: tuple[str, ...] = ("linear", "conv")
     skip: tuple[str, ...] = ()
     overrides: tuple[tuple[str, Mapping[str, QuantSpec | GemmSpec | Same | None]], ...] = ()
     name: str = "custom"
@@ -92,6 +95,7 @@ class Recipe:
         _check_site_fields("Recipe", own)
         check_contracted_axes("Recipe", own)
         # Lists and dicts are taken too, and stored as what can be hashed.
+        object.__setattr__(self, "ops", _checked_ops(self.ops))
         object.__setattr__(self, "skip", _checked_skip(self.skip))
         object.__setattr__(self, "overrides", _checked_overrides(self.overrides))
         for pattern, changes in self.overrides:
@@ -102,32 +106,37 @@ class Recipe:
 
     # ---- what it says
 
-    def resolve(self, site: str) -> SiteRecipe:
-        """What the recipe says about the site of that name.
+    def resolve(self, site: str, kind: str = "linear") -> SiteRecipe:
+        """What the recipe says about the site of that name and kind ("linear", "conv" or "bmm").
 
+        The second operand of a product of activations, kind "bmm", is an activation too: it takes the spec of `input`.
         Errors: `RecipeError` if overrides that are right one by one add up to a scale on a contracted axis.
         """
-        for pattern in self.skip:
-            if matches(pattern, site):
-                why = f"skipped by {pattern!r}"
-                hp = dict.fromkeys(GEMM_OPERANDS)
-                return SiteRecipe(site=site, **hp, reasons=tuple((gemm, why) for gemm in GEMM_OPERANDS))
+        why = next((f"skipped by {pattern!r}" for pattern in self.skip if matches(pattern, site, kind)), None)
+        if why is None and kind not in (*self.ops, "unknown"):
+            why = f"recipe: {kind!r} is not among its ops"
+        if why is not None:
+            hp = dict.fromkeys(GEMM_OPERANDS)
+            return SiteRecipe(site=site, **hp, reasons=tuple((gemm, why) for gemm in GEMM_OPERANDS))
         values = self._site_fields()
         origin = dict.fromkeys(SITE_FIELDS, "recipe")
         for pattern, changes in self.overrides:
-            if matches(pattern, site):
+            if matches(pattern, site, kind):
                 values.update(changes)
                 origin.update(dict.fromkeys(changes, f"override {pattern!r}"))
         check_contracted_axes(f"overrides at {site}", values)
+        if kind == "bmm":
+            values["weight"] = values["input"]
+            origin["weight"] = origin["input"]
         pairs = {gemm: operand_pair(values, gemm) for gemm in GEMM_OPERANDS}
         reasons = tuple((gemm, why_hp(values, origin, gemm)) for gemm, pair in pairs.items() if pair is None)
         return SiteRecipe(site=site, **pairs, reasons=reasons)
 
     def unmatched_patterns(self, site_names: Iterable[str]) -> list[str]:
-        """The patterns of `skip` and `overrides` that mean none of these sites: most likely misspelt."""
+        """The patterns of `skip` and `overrides` that mean none of these sites: most likely misspelt. Kinds are no misspelling."""
         names = list(site_names)
         patterns = dict.fromkeys([*self.skip, *(pattern for pattern, _ in self.overrides)])
-        return [pattern for pattern in patterns if not any(matches(pattern, name) for name in names)]
+        return [p for p in patterns if p not in KIND_PATTERNS and not any(matches(p, name) for name in names)]
 
     def replace(self, **changes: Any) -> Recipe:
         """A recipe with other values of some fields; `fprop`, `dgrad`, `wgrad` are taken too.
@@ -156,6 +165,7 @@ class Recipe:
         return {
             "name": self.name,
             **{field: _choice_to_dict(value) for field, value in self._site_fields().items()},
+            "ops": list(self.ops),
             "skip": list(self.skip),
             "overrides": [
                 {"pattern": pattern, **{field: _choice_to_dict(value) for field, value in changes.items()}}
@@ -208,6 +218,7 @@ class Recipe:
     def __str__(self) -> str:
         rows = [(operand, str(getattr(self, operand) or "hp")) for operand in OPERANDS]
         rows += [(gemm, _gemm_line(self._site_fields(), gemm)) for gemm in GEMM_OPERANDS]
+        rows.append(("ops", ", ".join(self.ops) or "none"))
         rows += [("skip", pattern) for pattern in self.skip]
         for pattern, changes in self.overrides:
             settings = "; ".join(f"{field} = {value or 'hp'}" for field, value in changes.items())
@@ -251,6 +262,12 @@ def _check_site_fields(where: str, values: Mapping[str, Any]) -> None:
                 raise RecipeError(
                     f"{where}.{field}: its operands are {operands}; leave {operand} out of its GemmSpec."
                 )
+
+
+def _checked_ops(ops: object) -> tuple[str, ...]:
+    if not isinstance(ops, tuple | list) or not all(isinstance(op, str) and op in OP_KINDS for op in ops):
+        refuse("Recipe.ops", ops, f"a tuple of {', '.join(map(repr, OP_KINDS))}, as in ops=('linear', 'conv')")
+    return tuple(kind for kind in OP_KINDS if kind in ops)
 
 
 def _checked_skip(skip: object) -> tuple[str, ...]:

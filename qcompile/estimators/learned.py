@@ -2,8 +2,8 @@
 
 These are `RangeEstimator`s by what they say (which range an operand is quantized with) and stand in a `QuantSpec` like any other.
 Unlike the others they say how a gradient passes the quantizer: `qcompile.prepare` registers the parameters and puts the
-differentiable `qtrain::fake_quantize` in front of the operand; the compiler finds its codes and uses them. `qcompile.ops.fake_quantize`
-has the formulas.
+differentiable `qtrain::fake_quantize` in front of the operand; the compiler finds its codes and uses them. The formulas are in
+`qcompile.ops.fake_quantize`.
 """
 
 from __future__ import annotations

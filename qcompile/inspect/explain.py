@@ -289,17 +289,17 @@ def _site(site: Site, call: Call, graph: int, context: PassContext) -> SiteRepor
         name=name,
         op=site.op,
         graph=graph,
-        gemms={role: _gemm(name, site.op, gemm) for role, gemm in site.gemms.items()},
+        gemms={role: _gemm(name, site, gemm) for role, gemm in site.gemms.items()},
     )
 
 
-def _gemm(site: str, op: str, gemm: Gemm) -> GemmReport:
+def _gemm(name: str, site: Site, gemm: Gemm) -> GemmReport:
     operands: dict[str, str] = {}
-    if gemm.reason is None and gemm.specs is not None:
-        operands = {name: _spec_text(spec) for name, spec in zip(OPERANDS[gemm.role], gemm.specs, strict=True)}
+    if gemm.specs is not None:
+        operands = {operand: _spec_text(spec) for operand, spec in zip(site.operands(gemm.role), gemm.specs, strict=True)}
     return GemmReport(
-        site=site,
-        op=op,
+        site=name,
+        op=site.op,
         role=gemm.role,
         shape=tuple(size if isinstance(size, int) else str(size) for size in gemm.shape),
         kernel=None if gemm.reason is not None else gemm.kernel or "integer",

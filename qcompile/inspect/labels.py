@@ -22,7 +22,8 @@ import torch
 from torch import fx
 
 from passes.context import PassContext
-from passes.graph import DEQUANTIZE, PERMUTE, QUANTIZE, RANGE, READ, SCALED_MM, TRANSPOSE, WRITE, phase_of
+from passes.gemms import INTEGER
+from passes.graph import DEQUANTIZE, PERMUTE, QUANTIZE, RANGE, READ, TRANSPOSE, WRITE, phase_of
 from passes.insert_qdq import RangeUse
 
 __all__ = ["LABEL", "first_name", "identifier", "label_nodes", "rename_by_label"]
@@ -47,7 +48,7 @@ def label_nodes(graph: fx.Graph, context: PassContext) -> None:
         where = node.meta.get("qtrain_gemm")
         if where is not None:
             label = identifier(f"{where.site}_{where.role}")
-            if node.target is SCALED_MM:
+            if node.target in INTEGER:
                 specs = context.site(where.site).gemms[where.role].specs or ()
                 label += f"_int{max((s.bits for s in specs), default=8)}"
             node.meta[LABEL] = label

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 
 from passes.canonicalize import canonicalize
 from passes.find_sites import find_sites, module_path
+from passes.split_convolution_backward import split_convolution_backward
 from qcompile import inductor
 from qcompile.backend import Compilation, quantizes_nothing
 from qcompile.inspect.captured_graph import (
@@ -72,10 +73,11 @@ class Recording(Compilation):
         """For a recipe that quantizes nothing, under which no pass runs: what there would be to quantize."""
         self.context.parameters = self._parameters(graph)
         canonicalize(graph, self.context)
+        split_convolution_backward(graph, self.context)
         find_sites(graph, self.context)
         for site, gemm in self.context.gemms():
             if gemm.reason is None:
-                gemm.reason = self.context.recipe.resolve(site.name).reason(gemm.role)
+                gemm.reason = self.context.recipe.resolve(site.name, site.kind).reason(gemm.role)
 
     def on_step(self, name: str, graph: fx.Graph) -> None:
         label_nodes(graph, self.context)

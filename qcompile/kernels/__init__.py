@@ -18,22 +18,28 @@ __all__ = ["Launch", "note_launch", "record_launches"]
 
 
 class Launch(NamedTuple):
-    """One integer GEMM: the kernel's name, M rows, N columns, K summed."""
+    """One integer GEMM: the kernel's name, M rows, N columns, K summed, and what it computes.
+
+    `op` is "mm", "bmm", "conv", "conv_grad_input" or "conv_grad_weight". A batch, or groups, are one launch: M, N and K are those of
+    one product, and `count` says how many there are side by side.
+    """
 
     kernel: str
     m: int
     n: int
     k: int
+    op: str = "mm"
+    count: int = 1
 
 
 # Not thread-local: autograd runs the backward's kernels in threads of its own.
 _recordings: list[list[Launch]] = []
 
 
-def note_launch(kernel: str, m: int, n: int, k: int) -> None:
+def note_launch(kernel: str, m: int, n: int, k: int, op: str = "mm", count: int = 1) -> None:
     """Called by a kernel's launcher; costs next to nothing when nobody records."""
     for recording in _recordings:
-        recording.append(Launch(kernel, m, n, k))
+        recording.append(Launch(kernel, m, n, k, op, count))
 
 
 @contextmanager

@@ -33,8 +33,11 @@ __all__ = [
     "CANDIDATES",
     "MAX_K",
     "capability",
+    "convolutions",
     "forced",
     "kernel_name",
+    "product",
+    "scaled_bmm",
     "scaled_mm",
     "self_test",
     "transpose_codes",
@@ -237,10 +240,27 @@ def scaled_mm(
     """`qtrain::scaled_mm` of checked operands; `qcompile.ops.scaled_mm` has their shapes and dtypes."""
     (m, k), n = a.shape, b.shape[1]
     name = kernel_name(m, n, k, zero_points=a_zero is not None or b_zero is not None)
+    if name != "none":
+        note_launch(name, m, n, k)
+    return product(a, b, a_scale, b_scale, a_zero, b_zero, bias, out_dtype)
+
+
+def product(
+    a: Tensor,
+    b: Tensor,
+    a_scale: Tensor,
+    b_scale: Tensor,
+    a_zero: Tensor | None,
+    b_zero: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """`scaled_mm` as a part of another operator, which notes the launch."""
+    (m, k), n = a.shape, b.shape[1]
+    name = kernel_name(m, n, k, zero_points=a_zero is not None or b_zero is not None)
     if name == "none":
         acc = a.new_zeros((m, n), dtype=torch.float32)
         return _epilogue(acc, a_scale, b_scale, bias, out_dtype)
-    note_launch(name, m, n, k)
     if name == "onednn":
         if _fuses(a_scale, bias, out_dtype):
             scale = _per_column(a_scale.reshape(1) * b_scale.reshape(-1), n)
@@ -328,6 +348,56 @@ def _as_matrix(values: Tensor) -> Tensor:
 
 def _rows(values: Tensor, part: slice) -> Tensor:
     return values if values.shape[0] == 1 else values[part]
+
+
+def scaled_bmm(
+    a: Tensor,
+    b: Tensor,
+    a_scale: Tensor,
+    b_scale: Tensor,
+    a_zero: Tensor | None,
+    b_zero: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """`qtrain::scaled_bmm` of checked operands; `qcompile.ops.scaled_bmm` has their shapes and dtypes.
+
+    Matrix by matrix: no library has a batched int8 product that hands out its sums, and one is worth its call from about 64 x 64 x 64.
+    """
+    (batch, m, k), n = a.shape, b.shape[2]
+    zero_points = a_zero is not None or b_zero is not None
+    name = kernel_name(m, n, k, zero_points=zero_points)
+    out = a.new_empty((batch, m, n), dtype=out_dtype)
+    if batch == 0:
+        return out
+    if name != "none":
+        note_launch(name, m, n, k, "bmm", batch)
+    bias = None if bias is None else bias.reshape((1,) * (3 - bias.ndim) + tuple(bias.shape))
+    for i in range(batch):
+        parts = (of_batch(v, i) for v in (a_scale, b_scale, a_zero, b_zero, bias))
+        out[i] = product(a[i], b[i], *parts, out_dtype)  # type: ignore[arg-type]
+    return out
+
+
+def convolutions() -> dict[str, Callable[..., Tensor]]:
+    """`qtrain::scaled_conv` and its gradients for checked operands, by name: products of gathered codes."""
+    from qcompile.kernels.convolution import operators  # it needs the operators' geometry, and they need this module
+
+    return operators(_gathered_product, kernel_name)
+
+
+def _gathered_product(a: Tensor, b: Tensor, *rest: Tensor | torch.dtype | None) -> Tensor:
+    """`product` for an `a` that may be a transposed view: gradients of weights."""
+    if not a.is_contiguous() and a.t().is_contiguous():
+        a = transpose_codes(a.t())
+    return product(a, b, *rest)  # type: ignore[arg-type]
+
+
+def of_batch(values: Tensor | None, i: int) -> Tensor | None:
+    """Scales, zero points or a bias of one matrix of a batch."""
+    if values is None or values.ndim == 0:
+        return values
+    return values[i if values.shape[0] > 1 else 0]
 
 
 # --- transpose ----------------------------------------------------------------------------------------------

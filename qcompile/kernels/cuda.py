@@ -24,10 +24,11 @@ from torch.nn.functional import pad
 
 from qcompile.errors import KernelError
 from qcompile.kernels import note_launch
+from qcompile.kernels.cpu import of_batch
 from qcompile.kernels.triton.launch import unavailable_reasons
 from qcompile.kernels.triton.tuning import max_k
 
-__all__ = ["CANDIDATES", "kernel_for", "register_cuda_kernels", "scaled_mm_cuda", "transpose_codes_cuda"]
+__all__ = ["CANDIDATES", "kernel_for", "register_cuda_kernels", "scaled_bmm_cuda", "scaled_mm_cuda", "transpose_codes_cuda"]
 
 INT8_TENSOR_CORES = (7, 5)
 """The first compute capability with int8 tensor cores (Turing), and the first that `torch._int_mm`
@@ -144,15 +145,52 @@ def scaled_mm_cuda(
     Errors: `KernelError` where no int8 kernel can run.
     """
     (m, k), n = a.shape, b.shape[1]
+    if 0 not in (m, n, k):
+        note_launch(_kernel_for(a.device, os.environ.get("QTRAIN_CUDA_GEMM")), m, n, k)
+    return product(a, b, a_scale, b_scale, a_zero, b_zero, bias, out_dtype)
+
+
+def product(
+    a: Tensor,
+    b: Tensor,
+    a_scale: Tensor,
+    b_scale: Tensor,
+    a_zero: Tensor | None,
+    b_zero: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """`scaled_mm_cuda` as a part of another operator, which notes the launch."""
+    (m, k), n = a.shape, b.shape[1]
     if m == 0 or n == 0 or k == 0:
         out = a.new_zeros((m, n), dtype=torch.float32) * (a_scale * b_scale)
         return (out if bias is None else out + bias.to(torch.float32)).to(out_dtype)
-    name = _kernel_for(a.device, os.environ.get("QTRAIN_CUDA_GEMM"))
-    note_launch(name, m, n, k)
-    product = CANDIDATES[name]
-    return product(
+    run = CANDIDATES[_kernel_for(a.device, os.environ.get("QTRAIN_CUDA_GEMM"))]
+    return run(
         _rows_contiguous(a), _rows_contiguous(b.t()), a_scale, b_scale, a_zero, b_zero, bias, out_dtype
     )
+
+
+def scaled_bmm_cuda(
+    a: Tensor,
+    b: Tensor,
+    a_scale: Tensor,
+    b_scale: Tensor,
+    a_zero: Tensor | None,
+    b_zero: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """`qtrain::scaled_bmm` of checked operands, matrix by matrix."""
+    (batch, m, k), n = a.shape, b.shape[2]
+    out = a.new_empty((batch, m, n), dtype=out_dtype)
+    if batch and 0 not in (m, n, k):
+        note_launch(_kernel_for(a.device, os.environ.get("QTRAIN_CUDA_GEMM")), m, n, k, "bmm", batch)
+    bias = None if bias is None else bias.reshape((1,) * (3 - bias.ndim) + tuple(bias.shape))
+    for i in range(batch):
+        parts = (of_batch(v, i) for v in (a_scale, b_scale, a_zero, b_zero, bias))
+        out[i] = product(a[i], b[i], *parts, out_dtype)  # type: ignore[arg-type]
+    return out
 
 
 def transpose_codes_cuda(codes: Tensor) -> Tensor:
@@ -172,23 +210,27 @@ def _rows_contiguous(codes: Tensor) -> Tensor:
 
 @functools.cache
 def register_cuda_kernels() -> None:
-    """Make these the CUDA kernels of `qtrain::scaled_mm` and `qtrain::transpose_codes`, behind the operators'
-    own checks.
+    """Make these the CUDA kernels of the integer GEMMs and of `qtrain::transpose_codes`, behind the operators' own checks.
 
     Called once the operators exist. Needs neither a GPU nor Triton: the choice is made when a kernel is
     called.
     """
+    from qcompile.kernels.convolution import operators
     from qcompile.ops._checks import check_matrix
     from qcompile.ops._library import LIBRARY
+    from qcompile.ops.scaled_bmm import check_scaled_bmm
+    from qcompile.ops.scaled_conv import CHECKS, checked
     from qcompile.ops.scaled_mm import check_scaled_mm
-
-    def scaled_mm(*operands: Any) -> Tensor:
-        check_scaled_mm(*operands)
-        return scaled_mm_cuda(*operands)
 
     def transpose_codes(codes: Tensor) -> Tensor:
         check_matrix("transpose_codes", "codes", codes)
         return transpose_codes_cuda(codes)
 
-    LIBRARY.impl("scaled_mm", scaled_mm, "CUDA")
+    def name_of(m: int, n: int, k: int, *, zero_points: bool = False) -> str:
+        return "none" if 0 in (m, n, k) else _kernel_for(torch.device("cuda"), os.environ.get("QTRAIN_CUDA_GEMM"))
+
+    LIBRARY.impl("scaled_mm", checked(check_scaled_mm, scaled_mm_cuda), "CUDA")
+    LIBRARY.impl("scaled_bmm", checked(check_scaled_bmm, scaled_bmm_cuda), "CUDA")
+    for name, implementation in operators(product, name_of).items():
+        LIBRARY.impl(name, checked(CHECKS[name], implementation), "CUDA")
     LIBRARY.impl("transpose_codes", transpose_codes, "CUDA")

@@ -5,15 +5,27 @@ aten and says what the operator means; kernels agree with it bit for bit whereve
 """
 
 from qcompile.kernels.cuda import register_cuda_kernels
+from qcompile.ops.convolution import conv_grad_input, conv_grad_weight
 from qcompile.ops.fake_quantize import fake_quantize, fake_quantize_codes
 from qcompile.ops.quantize import code_range, dequantize, dequantize_reference, quantize, quantize_reference
 from qcompile.ops.random import draw_key, uniform_draws
 from qcompile.ops.range_state import range_, read_state, seed_, select_range, unpack, write_state_
+from qcompile.ops.scaled_bmm import scaled_bmm, scaled_bmm_reference
+from qcompile.ops.scaled_conv import (
+    scaled_conv,
+    scaled_conv_grad_input,
+    scaled_conv_grad_input_reference,
+    scaled_conv_grad_weight,
+    scaled_conv_grad_weight_reference,
+    scaled_conv_reference,
+)
 from qcompile.ops.scaled_mm import scaled_mm, scaled_mm_reference
 from qcompile.ops.transpose import transpose_codes, transpose_codes_reference
 
 __all__ = [
     "code_range",
+    "conv_grad_input",
+    "conv_grad_weight",
     "dequantize",
     "dequantize_reference",
     "draw_key",
@@ -23,6 +35,14 @@ __all__ = [
     "quantize_reference",
     "range_",
     "read_state",
+    "scaled_bmm",
+    "scaled_bmm_reference",
+    "scaled_conv",
+    "scaled_conv_grad_input",
+    "scaled_conv_grad_input_reference",
+    "scaled_conv_grad_weight",
+    "scaled_conv_grad_weight_reference",
+    "scaled_conv_reference",
     "scaled_mm",
     "scaled_mm_reference",
     "seed_",

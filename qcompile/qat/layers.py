@@ -1,8 +1,8 @@
 """Layers whose operands pass learned quantizers.
 
 A prepared layer keeps its object, its parameters and their names; its class becomes one derived from its own, so `isinstance`
-holds, copies and pickles work, and whoever refers to the module still does. The quantizers are two submodules, `input_quantizer` and
-`weight_quantizer`.
+holds, copies and pickles work, and whoever refers to the module still does. The quantizers are two submodules,
+`input_quantizer` and `weight_quantizer`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from qcompile.qat.quantizer import LearnedQuantizer
 
-__all__ = ["LearnedLayer", "can_learn", "layer_call", "learned_class", "output_axis", "plain_class"]
+__all__ = ["LearnedLayer", "can_learn", "kind", "layer_call", "learned_class", "output_axis", "plain_class"]
 
 Call = Callable[[Any, Tensor, Tensor], Tensor]
 """(layer, input, weight) -> output: what the layer computes, on other operands than its own."""
@@ -55,6 +55,11 @@ def layer_call(cls: type) -> Call | None:
 def can_learn(module: nn.Module) -> bool:
     """Whether `prepare` can put learned quantizers into this module."""
     return layer_call(plain_class(type(module))) is not None
+
+
+def kind(module: nn.Module) -> str:
+    """The kind of site that the layer is, as in a recipe's `ops`."""
+    return "conv" if isinstance(module, _ConvNd) else "linear"
 
 
 def output_axis(module: nn.Module) -> int:

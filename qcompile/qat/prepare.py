@@ -25,7 +25,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from qcompile._checks import check_int, check_share, refuse
 from qcompile.errors import RecipeError, StateError
 from qcompile.estimators.learned import Learned
-from qcompile.qat.layers import LearnedLayer, can_learn, learned_class, output_axis
+from qcompile.qat.layers import LearnedLayer, can_learn, kind, learned_class, output_axis
 from qcompile.qat.oscillation import OscillationTracker
 from qcompile.qat.quantizer import LearnedQuantizer, observe
 from qcompile.recipe import Recipe
@@ -130,7 +130,7 @@ def _chosen_layers(model: nn.Module, recipe: Recipe) -> list[tuple[str, nn.Modul
     for name, module in model.named_modules():
         if not can_learn(module):
             continue
-        pair = recipe.resolve(name).gemm("output")
+        pair = recipe.resolve(name, kind(module)).gemm("output")
         specs = dict(zip(("input", "weight"), pair or (), strict=False))
         learned = {operand: spec for operand, spec in specs.items() if isinstance(spec.estimator, Learned)}
         for operand, spec in learned.items():
@@ -143,8 +143,9 @@ def _chosen_layers(model: nn.Module, recipe: Recipe) -> list[tuple[str, nn.Modul
     if not layers:
         raise RecipeError("prepare: the model has no nn.Linear, nn.Conv*d or transformers Conv1D layer to quantize.")
     raise RecipeError(
-        f"prepare: recipe {recipe.name!r} names no learned tensor: no input or weight of an `output` GEMM of {', '.join(layers[:5])}"
-        f"{', ...' if len(layers) > 5 else ''} has one of the estimators LSQ, LSQPlus, EWGS, LGLSQ. Take 'qat_lsq' or "
+        f"prepare: recipe {recipe.name!r} names no learned tensor: no input or weight of an `output` GEMM of "
+        f"{', '.join(layers[:5])}{', ...' if len(layers) > 5 else ''} has one of the estimators LSQ, LSQPlus, EWGS, LGLSQ. "
+        "Take 'qat_lsq' or "
         "Recipe(input=QuantSpec(bits=4, estimator=LSQ()), weight=QuantSpec(bits=4, estimator=LSQ())); a recipe without learned "
         "scales needs no prepare."
     )

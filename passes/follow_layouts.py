@@ -1,0 +1,89 @@
+"""follow_layouts: fake values say again how tensors are laid out, behind GEMMs that lay out their results otherwise.
+
+Before                                          After
+  y = scaled_conv(...)   # channels last          y = scaled_conv(...)
+  r = relu(y)            # meta: contiguous       r = relu(y)                           # meta: channels last
+  v = view(r, [8, 64])                            c = clone(r, contiguous); v = view(c, [8, 64])
+  return r                                        return clone(r, contiguous)
+
+An integer convolution writes channels last, whatever the layout of the convolution that it stands for. What is computed from it follows,
+and a view that the new layout does not allow gets a copy. What the graph returns keeps its strides: a user may have counted on them.
+
+Numerics  exact: only layouts change.
+Requires  the form that fuse_matmul leaves. Ensures: the strides of every meta["val"] are those of an eager run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from passes.context import PassContext
+from passes.graph import VIEWS, aten, call, refresh
+
+__all__ = ["follow_layouts"]
+
+_VIEW = aten.view.default
+
+
+def follow_layouts(graph: fx.Graph, context: PassContext | None = None) -> int:
+    """Return the number of copies inserted."""
+    output = next(iter(graph.find_nodes(op="output")))
+    returned = {n: n.meta["val"].stride() for n in output.all_input_nodes if isinstance(n.meta.get("val"), Tensor)}
+    moved: set[fx.Node] = set()
+    copies = 0
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.meta.pop("qtrain_new_layout", False):
+            moved.add(node)
+        elif any(source in moved for source in node.all_input_nodes):
+            if node.target in VIEWS and not _allows(node.args[0].meta["val"], node.meta["val"].shape):
+                with graph.inserting_before(node):
+                    copy = _contiguous(graph, node.args[0], node)
+                node.update_arg(0, copy)
+                copies += 1
+            before = _strides(node.meta.get("val"))
+            refresh(node)
+            if _strides(node.meta.get("val")) != before:
+                moved.add(node)
+    for node, strides in returned.items():
+        if node in moved and node.meta["val"].stride() != strides:
+            with graph.inserting_before(output):
+                copy = call(graph, aten.clone.default, node, scope=_scope(node), memory_format=_format(strides, node))
+            output.replace_input_with(node, copy)
+            copies += 1
+    return copies
+
+
+def _strides(value: Any) -> Any:
+    values = value if isinstance(value, tuple | list) else (value,)
+    return [v.stride() if isinstance(v, Tensor) else None for v in values]
+
+
+def _allows(value: Tensor, shape: Any) -> bool:
+    try:
+        value.view(shape)
+    except (RuntimeError, ValueError):
+        return False
+    return True
+
+
+def _contiguous(graph: fx.Graph, source: fx.Node, reader: fx.Node) -> fx.Node:
+    return call(graph, aten.clone.default, source, scope=_scope(reader), memory_format=torch.contiguous_format)
+
+
+def _format(strides: tuple[Any, ...], node: fx.Node) -> torch.memory_format:
+    """The memory format that has these strides, or is nearest to them."""
+    for layout in (torch.channels_last, torch.channels_last_3d):
+        if len(strides) == (4 if layout is torch.channels_last else 5):
+            if torch.empty_like(node.meta["val"], memory_format=layout).stride() == strides:
+                return layout
+    return torch.contiguous_format
+
+
+def _scope(node: fx.Node) -> dict[str, Any]:
+    skip = ("val", "tensor_meta", "original_aten", "qtrain_gemm", "qtrain_range", "qtrain_split")
+    return {k: v for k, v in node.meta.items() if k not in skip}

@@ -1,0 +1,115 @@
+"""split_convolution_backward: the three gradients of a convolution become three nodes.
+
+Before                                          After
+  b = convolution_backward(g, x, w, ..., mask)    conv_grad_input(g, w, size of x, ...)     where the mask asks for it
+  b[0], b[1], b[2]                                conv_grad_weight(g, x, size of w, ...)
+                                                  sum(g, [0, 2, 3])
+
+A gradient that the mask leaves out, or that nobody reads, gets no node. `restore_convolution_backward` puts back the single node where
+both GEMMs stayed in high precision.
+
+Numerics  the bias gradient is a sum, as Inductor itself has it on a GPU; the others are what they were.
+Requires  nothing. Ensures: no `convolution_backward` is left; each part carries meta["qtrain_split"], what it is a part of.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx
+
+from passes.context import PassContext
+from passes.graph import CONV_GRAD_INPUT, CONV_GRAD_WEIGHT, DEQUANTIZE, args_by_name, aten, call, inline, replace
+from qcompile.ops.geometry import Geometry
+
+__all__ = ["Part", "restore_convolution_backward", "split_convolution_backward"]
+
+CONVOLUTION_BACKWARD = aten.convolution_backward.default
+
+
+@dataclass(frozen=True)
+class Part:
+    """Which gradient of which node this is: 0 of the input, 1 of the weight, 2 of the bias. `bias_sizes` is the node's own."""
+
+    of: str
+    position: int
+    bias_sizes: Any = None
+
+
+def split_convolution_backward(graph: fx.Graph, context: PassContext | None = None) -> int:
+    """Return the number of nodes split."""
+    nodes = graph.find_nodes(op="call_function", target=CONVOLUTION_BACKWARD)
+    for node in nodes:
+        _split(graph, node)
+    return len(nodes)
+
+
+def _split(graph: fx.Graph, node: fx.Node) -> None:
+    named = args_by_name(node)
+    grad, x, w = named["grad_output"], named["input"], named["weight"]
+    geometry = [named[field] for field in Geometry._fields]
+    scope = {k: v for k, v in node.meta.items() if k not in ("val", "tensor_meta", "original_aten")}
+    mask = tuple(named["output_mask"])
+    for item in sorted(node.users, key=lambda user: user.args[1]):
+        position = item.args[1]
+        if item.target is not operator.getitem or not mask[position] or not item.users:
+            continue
+        with graph.inserting_before(node):
+            if position == 0:
+                new = call(graph, CONV_GRAD_INPUT, grad, w, _sizes(graph, x, scope), *geometry, scope=scope)
+            elif position == 1:
+                new = call(graph, CONV_GRAD_WEIGHT, grad, x, _sizes(graph, w, scope), *geometry, scope=scope)
+            else:
+                new = inline(graph, _bias_grad, grad, scope=scope, key="bias_grad")
+        new.meta["qtrain_split"] = Part(node.name, position, named["bias_sizes"])
+        replace(item, new)
+    for item in list(node.users):
+        graph.erase_node(item)
+    graph.erase_node(node)
+
+
+def _bias_grad(grad: Any) -> Any:
+    return grad.sum([0, *range(2, grad.ndim)])
+
+
+def _sizes(graph: fx.Graph, tensor: fx.Node, scope: dict[str, Any]) -> list[Any]:
+    """A tensor's sizes: numbers, or nodes where they are symbolic."""
+    shape = tensor.meta["val"].shape
+    return [
+        s if isinstance(s, int) else call(graph, aten.sym_size.int, tensor, axis, scope=scope) for axis, s in enumerate(shape)
+    ]
+
+
+def restore_convolution_backward(graph: fx.Graph, context: PassContext | None = None) -> int:
+    """Return the number of nodes restored: those whose gradients of input and weight both stayed in high precision."""
+    splits: dict[str, dict[int, fx.Node]] = {}
+    for node in graph.nodes:
+        part = node.meta.get("qtrain_split") if node.op == "call_function" else None
+        if part is not None:
+            splits.setdefault(part.of, {})[part.position] = node
+    restored = 0
+    for parts in splits.values():
+        if _is_hp(parts.get(0), CONV_GRAD_INPUT) and _is_hp(parts.get(1), CONV_GRAD_WEIGHT):
+            _restore(graph, parts)
+            restored += 1
+    return restored
+
+
+def _is_hp(node: fx.Node | None, target: Any) -> bool:
+    return node is not None and node.target is target and all(a.target is not DEQUANTIZE for a in node.args[:2])  # type: ignore[union-attr]
+
+
+def _restore(graph: fx.Graph, parts: dict[int, fx.Node]) -> None:
+    grad, w = parts[0].args[:2]
+    x, geometry = parts[1].args[1], parts[1].args[3:]
+    order = {n: i for i, n in enumerate(graph.nodes)}
+    first = min(parts.values(), key=order.__getitem__)
+    scope = {k: v for k, v in first.meta.items() if k not in ("val", "tensor_meta", "qtrain_split", "qtrain_gemm")}
+    bias_sizes = parts[0].meta["qtrain_split"].bias_sizes
+    mask = [position in parts for position in range(3)]
+    with graph.inserting_before(first):
+        whole = call(graph, CONVOLUTION_BACKWARD, grad, x, w, bias_sizes, *geometry, mask, scope=scope)
+        for position, node in parts.items():
+            replace(node, call(graph, operator.getitem, whole, position, scope=scope))

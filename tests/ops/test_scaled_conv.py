@@ -1,0 +1,116 @@
+"""`scaled_conv` and its gradients against fp64 arithmetic on the same codes: equal bit for bit, whatever the geometry."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from qcompile import ops
+from qcompile.errors import KernelError
+from qcompile.kernels import record_launches
+from qcompile.ops.geometry import Geometry
+
+aten = torch.ops.aten
+SCALE = torch.tensor(0.015625)
+
+
+@st.composite
+def cases(draw):
+    """(input size, weight size, geometry), with sizes of 1, primes, empty batches, groups, asymmetric everything."""
+    axes = draw(st.integers(1, 3))
+    groups = draw(st.sampled_from([1, 1, 2, 3]))
+    inputs, outputs = (groups * draw(st.sampled_from([1, 2, 3, 5])) for _ in range(2))
+    transposed = draw(st.booleans())
+    kernel = [draw(st.sampled_from([1, 2, 3, 5] if axes < 3 else [1, 2, 3])) for _ in range(axes)]
+    stride = [draw(st.integers(1, 4)) for _ in range(axes)]
+    dilation = [draw(st.integers(1, 3)) for _ in range(axes)]
+    padding = [draw(st.integers(0, 3)) for _ in range(axes)]
+    output_padding = [draw(st.integers(0, max(s, d) - 1)) if transposed else 0 for s, d in zip(stride, dilation, strict=True)]
+    sizes = [draw(st.sampled_from([1, 2, 5, 7, 8, 11] if axes < 3 else [1, 2, 5])) for _ in range(axes)]
+    weight = [inputs, outputs // groups, *kernel] if transposed else [outputs, inputs // groups, *kernel]
+    geometry = Geometry(stride, padding, dilation, transposed, output_padding, groups)
+    for axis in range(axes):  # grow what is too small for the kernel
+        while geometry.output_size(sizes, kernel)[axis] < 1:
+            sizes[axis] += 1
+    return [draw(st.sampled_from([0, 1, 2, 3])), inputs, *sizes], weight, geometry
+
+
+def codes(size, seed):
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(-128, 128, size, dtype=torch.int8, generator=generator)
+    layout = seed % 3
+    if layout == 1:
+        return values.movedim(1, -1).contiguous().movedim(-1, 1)  # channels last
+    if layout == 2 and values.ndim > 2:
+        return values.transpose(-1, 1).contiguous().transpose(-1, 1)
+    return values
+
+
+def parameters(size, axis, kind, seed):
+    """(scale, zero point) of an operand: one for all, or one for each index of `axis`."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = [s if i == axis else 1 for i, s in enumerate(size)] if kind != "tensor" else []
+    scale = torch.rand(shape, generator=generator) + 0.01
+    zero = torch.randint(-128, 128, shape, dtype=torch.int32, generator=generator)
+    return scale, zero if kind == "zero points" else None
+
+
+def spelled(geometry):
+    return [list(v) if isinstance(v, list) else v for v in geometry]
+
+
+@settings(max_examples=60, deadline=None)
+@given(cases(), st.sampled_from(["tensor", "rows", "zero points"]), st.booleans(), st.integers(0, 10**6))
+def test_every_geometry_equals_fp64(case, kind, with_bias, seed):
+    check(case, kind, with_bias, seed)
+
+
+@pytest.mark.slow
+@settings(max_examples=2000, deadline=None)
+@given(cases(), st.sampled_from(["tensor", "rows", "zero points"]), st.booleans(), st.integers(0, 10**6))
+def test_every_geometry_equals_fp64_at_length(case, kind, with_bias, seed):
+    check(case, kind, with_bias, seed)
+
+
+def check(case, kind, with_bias, seed):
+    input_size, weight_size, geometry = case
+    inputs, outputs = geometry.channels(weight_size)
+    output_size = [input_size[0], outputs, *geometry.output_size(input_size[2:], weight_size[2:])]
+    x, w, g = codes(input_size, seed), codes(weight_size, seed + 1), codes(output_size, seed + 2)
+    bias = torch.randn(outputs) if with_bias else None
+    first, second = (1, 0) if geometry.transposed else (0, 1)
+    where = spelled(geometry)
+    dtype = [torch.float32, torch.bfloat16, torch.float16][seed % 3]
+
+    (xs, xz), (ws, wz) = parameters(input_size, 0, kind, seed), parameters(weight_size, first, kind, seed + 1)
+    operands = (x, w, xs, ws, xz, wz, bias, *where, dtype)
+    same(ops.scaled_conv, ops.scaled_conv_reference, operands, output_size)
+
+    (gs, gz), (ws, wz) = parameters(output_size, 0, kind, seed + 2), parameters(weight_size, second, kind, seed + 3)
+    operands = (g, w, gs, ws, gz, wz, input_size, *where, dtype)
+    same(ops.scaled_conv_grad_input, ops.scaled_conv_grad_input_reference, operands, input_size)
+
+    (gs, gz), (xs, xz) = parameters(output_size, 1, kind, seed + 4), parameters(input_size, 1, kind, seed + 5)
+    operands = (g, x, gs, xs, gz, xz, weight_size, *where, dtype)
+    same(ops.scaled_conv_grad_weight, ops.scaled_conv_grad_weight_reference, operands, weight_size)
+
+
+def same(operator, reference, operands, size):
+    """Kernel, reference and fake agree: values bit for bit but for a fused epilogue's last place, sizes, strides."""
+    with record_launches() as launches:
+        got = operator(*operands)
+    want = reference(*operands)
+    assert list(got.shape) == list(size)
+    rtol = {torch.float32: 3e-7, torch.bfloat16: 8e-3, torch.float16: 1e-3}[got.dtype]
+    torch.testing.assert_close(got, want, rtol=rtol, atol=1e-6)
+    assert len(launches) == (1 if got.numel() and operands[0].numel() else len(launches))
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode() as mode:
+        fake = operator(*(mode.from_tensor(o) if isinstance(o, torch.Tensor) else o for o in operands))
+    assert (fake.shape, fake.dtype) == (got.shape, got.dtype)
+    if got.numel():
+        strides = [(a, b) for a, b, size in zip(fake.stride(), got.stride(), got.shape, strict=True) if size > 1]
+        assert all(a == b for a, b in strides)
