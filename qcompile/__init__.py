@@ -16,7 +16,16 @@ if TYPE_CHECKING:
     from qcompile.errors import GraphError, KernelError, QtrainWarning, RecipeError, StateError, UnsupportedError
     from qcompile.estimators import EWGS, LGLSQ, LSQ, InHindsight, LSQPlus, MinMax, RangeEstimator, register_estimator
     from qcompile.inspect import capture, explain, saved_bytes  # type: ignore[no-redef]
-    from qcompile.qat import calibrate, learned_quantizers, prepare, qat_step, scale_parameters
+    from qcompile.qat import (
+        BlockReplacement,
+        calibrate,
+        convert,
+        learned_quantizers,
+        load_converted,
+        prepare,
+        qat_step,
+        scale_parameters,
+    )
     from qcompile.recipe import Recipe
     from qcompile.recipes import get_recipe, list_recipes, register_recipe
     from qcompile.specs import SAME, GemmSpec, PerBlock, PerChannel, PerRow, PerTensor, QuantSpec
@@ -38,7 +47,16 @@ _HOME = {
         "register_estimator",
     ),
     "qcompile.inspect": ("capture", "explain", "saved_bytes"),
-    "qcompile.qat": ("calibrate", "learned_quantizers", "prepare", "qat_step", "scale_parameters"),
+    "qcompile.qat": (
+        "BlockReplacement",
+        "calibrate",
+        "convert",
+        "learned_quantizers",
+        "load_converted",
+        "prepare",
+        "qat_step",
+        "scale_parameters",
+    ),
     "qcompile.recipe": ("Recipe",),
     "qcompile.recipes": ("get_recipe", "list_recipes", "register_recipe"),
     "qcompile.specs": ("SAME", "GemmSpec", "PerBlock", "PerChannel", "PerRow", "PerTensor", "QuantSpec"),

@@ -28,6 +28,7 @@ class OscillationTracker(nn.Module):
     frequency: Tensor
     average: Tensor
     frozen: Tensor
+    seen: Tensor
 
     def __init__(self, weight: Tensor, threshold: float, momentum: float = 0.01) -> None:
         super().__init__()

@@ -73,7 +73,7 @@ class LearnedQuantizer(nn.Module):
         self._check_initialised()
         return fake_quantize(
             x,
-            self._positive_scale(),
+            self.positive_scale(),
             None if self.offset is None else self.offset.float(),
             self.sharpness,
             self.bits,
@@ -86,11 +86,12 @@ class LearnedQuantizer(nn.Module):
     def codes(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """(codes int8, scale, zero point or None) of x, exactly those that `forward` dequantizes."""
         self._check_initialised()
-        scale = self._positive_scale()
+        scale = self.positive_scale()
         codes, zero = fake_quantize_codes(x, scale, self.offset, self.bits, FORMS[self.form])
         return codes, scale, zero
 
-    def _positive_scale(self) -> Tensor:
+    def positive_scale(self) -> Tensor:
+        """The scale in use, fp32 > 0."""
         # The gradient passes the floor: a scale that a step has carried below zero comes back.
         floor = torch.finfo(torch.float32).tiny
         scale = self.scale.float()

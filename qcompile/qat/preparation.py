@@ -95,10 +95,10 @@ def prepare(
         check_int("prepare(first_last_bits)", first_last_bits, "an int from 2 to 8, or None", low=2, high=8)
     check_share("prepare(freeze_oscillations)", freeze_oscillations, optional=True)
     chosen = _chosen_layers(model, recipe)
-    ends = {chosen[0][0], chosen[-1][0]} if first_last_bits is not None else set()
+    ends = {chosen[0][0], chosen[-1][0]}
     by_weight: dict[int, LearnedQuantizer] = {}  # a tied weight is one Parameter with one scale
     for name, layer, specs in chosen:
-        if name in ends:
+        if name in ends and first_last_bits is not None:
             specs = {operand: replace(spec, bits=first_last_bits) for operand, spec in specs.items()}
         _make_learned(name, layer, specs, by_weight, plan, freeze_oscillations)
     model.qtrain_qat = plan  # type: ignore[assignment]
@@ -170,7 +170,8 @@ def _make_learned(
     threshold: float | None,
 ) -> None:
     weight = layer.weight
-    layer.__class__ = learned_class(type(layer))
+    plain: Any = type(layer)
+    layer.__class__ = learned_class(plain)
     layer.input_quantizer = layer.weight_quantizer = None
     if "input" in specs:
         layer.input_quantizer = LearnedQuantizer(name, "input", specs["input"]).to(weight.device)
@@ -221,6 +222,18 @@ def scale_parameters(model: nn.Module) -> list[nn.Parameter]:
     """
     _prepared_plan(model, "scale_parameters")
     return [p for q in learned_quantizers(model).values() for p in q.parameters()]
+
+
+def forget_preparation(model: nn.Module) -> None:
+    """Take the step counter, the plan and the hooks off a model whose quantizers are about to go."""
+    root = _unwrapped(model)
+    _forget_first_batch(root)
+    if "qtrain_qat" in root.__dict__:
+        del root.qtrain_qat
+        delattr(root, STEP)
+        hooks = root._load_state_dict_post_hooks
+        for key in [k for k, hook in hooks.items() if hook is _resume]:
+            del hooks[key]
 
 
 # ---- calibration
@@ -347,8 +360,9 @@ def qat_step(model: nn.Module) -> int:
             tracker.restart()
     if plan.freezes:
         for layer in root.modules():
-            if isinstance(layer, LearnedLayer) and hasattr(layer, "oscillations") and layer.weight_quantizer is not None:
-                layer.oscillations.update(layer.weight, layer.weight_quantizer)
+            oscillations = getattr(layer, "oscillations", None)
+            if isinstance(layer, LearnedLayer) and oscillations is not None and layer.weight_quantizer is not None:
+                oscillations.update(layer.weight, layer.weight_quantizer)
     return plan.step
 
 
