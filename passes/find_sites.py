@@ -150,7 +150,7 @@ def _kind(
     """The site's kind, and what its left and right operand are called."""
     if node.target in CONVOLUTIONS:
         return "conv", ("input", "weight")
-    sides = [left.source in weights, right.source in weights]
+    sides = [unquantized(o.source) in weights for o in (left, right)]
     if not any(sides) and not in_linear and node.target not in BATCHED and left.source is not right.source:
         sides = [o.source.op == "placeholder" for o in (left, right)]  # a buffer, most likely
     if any(sides) or in_linear:

@@ -27,7 +27,7 @@ from qcompile.errors import RecipeError, StateError
 from qcompile.estimators.learned import Learned
 from qcompile.qat.layers import LearnedLayer, can_learn, kind, learned_class, output_axis
 from qcompile.qat.oscillation import OscillationTracker
-from qcompile.qat.quantizer import LearnedQuantizer, observe
+from qcompile.qat.quantizer import LearnedQuantizer, observing
 from qcompile.recipe import Recipe
 from qcompile.recipes import get_recipe
 from qcompile.specs import PerChannel, PerRow, PerTensor, QuantSpec
@@ -270,21 +270,15 @@ def _call_model(model: nn.Module, batch: Any) -> object:
 def _start_inputs(model: nn.Module, quantizers: list[LearnedQuantizer], runs: Iterable[Callable[[], object]]) -> None:
     kept = [(b, b.clone()) for b in model.buffers()]
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    observe(quantizers)
-    count = 0
+    others = [q for q in learned_quantizers(model).values() if q not in quantizers]
     try:
-        with torch.random.fork_rng(devices=list(devices)):
-            for run in runs:
-                run()
-                count += 1
+        with observing(quantizers, others), torch.random.fork_rng(devices=list(devices)):
+            count = sum(1 for run in runs if (run(), True))
+            if count == 0:
+                raise StateError("calibrate: there was no batch; give an iterable of at least one.")
     finally:
         for buffer, value in kept:
             buffer.copy_(value)
-        if count == 0:
-            for quantizer in quantizers:
-                quantizer.observed = None
-    if count == 0:
-        raise StateError("calibrate: there was no batch; give an iterable of at least one.")
     _share_minimum(quantizers)
     for quantizer in quantizers:
         quantizer.start_from_observed()
@@ -399,7 +393,7 @@ def _check_optimizer(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         ours = {id(p) for p in scales}
         if held.isdisjoint({id(p) for p in model.parameters()} - ours) or ours <= held:
             continue
-        others = set().union(*(_held_by(o) for o in gc.get_objects() if isinstance(o, Optimizer)))
+        others = set().union(*(_held_by(o) for o in gc.get_objects() if issubclass(type(o), Optimizer)))
         missing = ours - others
         if missing:
             _SEEN.discard(optimizer)

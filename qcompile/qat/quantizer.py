@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -13,12 +14,15 @@ from qcompile.estimators.learned import Learned
 from qcompile.ops.fake_quantize import FORMS, fake_quantize, fake_quantize_codes, levels
 from qcompile.specs import QuantSpec
 
-__all__ = ["LearnedQuantizer"]
+__all__ = ["LearnedQuantizer", "observing"]
 
 _SAMPLES = 1 << 16
 """Elements of a calibration batch that are kept, evenly spaced, for a search of least squared error."""
 
 _NO_FORM = -1
+
+_FINE = 6
+"""Bits from which LSQ's start value, made for 2 to 4, leaves most codes unused: there amax / high bounds it (our choice)."""
 
 
 class LearnedQuantizer(nn.Module):
@@ -41,7 +45,8 @@ class LearnedQuantizer(nn.Module):
             raise TypeError(f"LearnedQuantizer: {spec.estimator} is not a learned estimator")
         self.site, self.operand, self.spec = site, operand, spec
         self.bits, self.form = spec.bits, _NO_FORM
-        self.observed: _Observed | None = None  # during calibration
+        self.observed: _Observed | None = None  # during calibration, of an input
+        self.bypassed = False  # likewise, of a weight
         shape = tuple(shape)
         self.scale = nn.Parameter(torch.ones(shape))
         with_offset = operand == "input" and spec.estimator.offset
@@ -69,6 +74,7 @@ class LearnedQuantizer(nn.Module):
         """x -> x_hat, of x's dtype and shape."""
         if self.observed is not None:
             self.observed.add(x.detach())
+        if self.observed is not None or self.bypassed:
             return x
         self._check_initialised()
         return fake_quantize(
@@ -108,11 +114,12 @@ class LearnedQuantizer(nn.Module):
 
     @torch.no_grad()
     def start_from_weight(self, weight: Tensor) -> None:
-        """Signed codes, scale from the weight by the estimator's formula."""
+        """Signed codes, scale from the weight by the estimator's formula (from 6 bits on: no larger than its range needs)."""
         form = "signed" if self.spec.symmetric else "full"
         dims = [d for d in range(weight.ndim) if self.scale.ndim == 0 or self.scale.shape[d] == 1]
         high = levels(self.bits, form)[1]
-        self._start(self.estimator.first_weight_scale(weight.detach().float(), dims, high), None, form)
+        weight = weight.detach().float()
+        self._start(self.estimator.first_weight_scale(weight, dims, high), None, form, weight.abs().amax(dims, keepdim=True))
 
     @torch.no_grad()
     def start_from_observed(self) -> None:
@@ -126,9 +133,11 @@ class LearnedQuantizer(nn.Module):
             return
         form = "unsigned" if seen.minimum >= 0 else "signed" if self.spec.symmetric else "full"
         scale = torch.tensor(2 * seen.total / seen.count / levels(self.bits, form)[1] ** 0.5)
-        self._start(scale, None, form)
+        self._start(scale, None, form, torch.tensor(seen.amax))
 
-    def _start(self, scale: Tensor, offset: Tensor | None, form: str) -> None:
+    def _start(self, scale: Tensor, offset: Tensor | None, form: str, amax: Tensor | None = None) -> None:
+        if self.bits >= _FINE and amax is not None:
+            scale = torch.minimum(scale, amax / levels(self.bits, form)[1])
         floor = torch.finfo(torch.float32).eps  # of an operand that is all zero
         self.scale.copy_(scale.clamp_min(floor).reshape(self.scale.shape))
         if self.offset is not None and offset is not None:
@@ -139,12 +148,12 @@ class LearnedQuantizer(nn.Module):
 
     @torch.no_grad()
     def set_bits(self, bits: int) -> None:
-        """Another width: the scale changes as LSQ's start value would, by sqrt(high / new high) (our choice)."""
+        """Another width over the same range: the scale changes by high / new high (our choice)."""
         if bits == self.bits:
             return
         if self.initialised:
             old, new = (levels(b, self.form_name)[1] for b in (self.bits, bits))
-            self.scale.mul_((old / new) ** 0.5)
+            self.scale.mul_(old / new)
         self._set_format(bits, self.form)
 
     def set_progress(self, progress: float) -> None:
@@ -169,7 +178,7 @@ class _Observed:
     """What the calibration batches had at one operand."""
 
     def __init__(self) -> None:
-        self.count, self.total, self.minimum = 0, 0.0, 0.0
+        self.count, self.total, self.minimum, self.amax = 0, 0.0, 0.0, 0.0
         self._kept: list[Tensor] = []
 
     def add(self, x: Tensor) -> None:
@@ -178,17 +187,29 @@ class _Observed:
         x = x.float().flatten()
         self.count += x.numel()
         self.total += float(x.abs().sum(dtype=torch.float64))
-        self.minimum = min(self.minimum, float(x.min()))
+        self.minimum, self.amax = min(self.minimum, float(x.min())), max(self.amax, float(x.abs().max()))
         self._kept.append(x[:: max(1, x.numel() // _SAMPLES)].cpu())
 
     def samples(self) -> Tensor:
         return torch.cat(self._kept)
 
 
-def observe(quantizers: Iterable[LearnedQuantizer]) -> None:
-    """Let the quantizers pass their input on and remember it, until `start_from_observed`."""
-    for quantizer in quantizers:
+@contextlib.contextmanager
+def observing(inputs: Iterable[LearnedQuantizer], others: Iterable[LearnedQuantizer]) -> Iterator[None]:
+    """All pass their operand on as it is; `inputs` remember it, until `start_from_observed`."""
+    for quantizer in inputs:
         quantizer.observed = _Observed()
+    for quantizer in others:
+        quantizer.bypassed = True
+    try:
+        yield
+    except BaseException:
+        for quantizer in inputs:
+            quantizer.observed = None
+        raise
+    finally:
+        for quantizer in others:
+            quantizer.bypassed = False
 
 
 def _least_error(x: Tensor, bits: int, shrinks: int = 64) -> tuple[Tensor, Tensor]:
