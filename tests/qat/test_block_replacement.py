@@ -122,12 +122,12 @@ def test_the_partner_is_bit_identical_after_training(mode):
 def test_the_prefix_is_computed_once():
     q, f = pair()
     trainer = BlockReplacement(q, f)
-    calls = {name: (counting(q.get_submodule(f"{name}.0")), counting(f.get_submodule(f"{name}.0"))) for name in ("layer1", "layer3")}
+    first, last = ((counting(q.get_submodule(name)), counting(f.get_submodule(name))) for name in ("layer1.0", "layer3.0"))
     stem = counting(f.stem), counting(f.stem)
     trainer(images(), target=LABELS)
-    assert len(calls["layer1"][0]) == len(calls["layer3"][0]) == 1
-    assert len(calls["layer1"][1]) == 1, "only in the partner's own pass"
-    assert len(calls["layer3"][1]) == 3, "in that and behind either branch"
+    assert len(first[0]) == len(last[0]) == 1
+    assert len(first[1]) == 1, "only in the partner's own pass"
+    assert len(last[1]) == 3, "in that and behind either branch"
     assert len(stem[0]) == 3, "its hooks run; its computation does not"
 
 
@@ -219,7 +219,7 @@ def test_bad_blocks(blocks, message):
 
 def test_a_partner_of_another_architecture():
     q, _ = pair()
-    with pytest.raises(ValueError, match=r"another architecture: 'norm' is BatchNorm2d\(weight \[4\].*\[6\]"):
+    with pytest.raises(ValueError, match=r"another architecture: 'stem' is Conv2d\(weight \[4, .*\[6, "):
         BlockReplacement(q, Stages(6))
     with pytest.raises(ValueError, match="another architecture"):
         BlockReplacement(q, Net())
@@ -229,7 +229,9 @@ def test_a_partner_of_another_architecture():
         BlockReplacement(q, q)
 
 
-@pytest.mark.parametrize("options, message", [({"mode": "suffix"}, "prefix"), ({"branches": 3}, "1 to 2"), ({"branches": 0}, "1 to 2")])
+@pytest.mark.parametrize(
+    "options, message", [({"mode": "suffix"}, "prefix"), ({"branches": 3}, "1 to 2"), ({"branches": 0}, "1 to 2")]
+)
 def test_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
         BlockReplacement(*pair(), **options)

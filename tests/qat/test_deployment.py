@@ -91,7 +91,10 @@ def test_the_size_on_disk_is_what_the_widths_say():
 
 def test_padding_that_is_no_zeros_and_groups():
     model = nn.Sequential(
-        nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"), nn.Conv2d(4, 4, 3, padding="same", groups=2), nn.ReLU(), nn.Conv2d(4, 2, 1)
+        nn.Conv2d(3, 4, 3, padding=1, padding_mode="circular"),
+        nn.Conv2d(4, 4, 3, padding="same", groups=2),
+        nn.ReLU(),
+        nn.Conv2d(4, 2, 1),
     )
     model = qcompile.prepare(model, W4A4, calibration=[images()])
     x = images()
