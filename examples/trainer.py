@@ -61,7 +61,7 @@ class Run:
     Equal seeds start from equal weights and see equal batches, whatever the recipe.
     """
 
-    def __init__(self, recipe: str, seed: int, config: TrainConfig, corpus: Corpus):
+    def __init__(self, recipe: str | qcompile.Recipe, seed: int, config: TrainConfig, corpus: Corpus):
         if recipe not in HP_RECIPES:
             chosen: Any = qcompile.get_recipe(recipe)  # refuses an unknown name now, not at the first step
             chosen = chosen.replace(skip=(*chosen.skip, *config.skip)) if config.skip else recipe
@@ -129,7 +129,7 @@ class Run:
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values only, so that `torch.load(..., weights_only=True)` reads it."""
         return {
-            "recipe": self.recipe,
+            "recipe": str(self.recipe),
             "seed": self.seed,
             "config": asdict(self.config),
             "losses": self.losses,
@@ -143,7 +143,7 @@ class Run:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue where `state` was taken; refuses the state of another recipe, seed or config."""
-        mine = {"recipe": self.recipe, "seed": self.seed, **asdict(self.config)}
+        mine = {"recipe": str(self.recipe), "seed": self.seed, **asdict(self.config)}
         theirs = {"recipe": state["recipe"], "seed": state["seed"], **state["config"]}
         differing = [key for key in mine | theirs if theirs.get(key) != mine.get(key)]
         if differing:

@@ -61,16 +61,14 @@ from passes.graph import (
 from passes.insert_qdq import RangeUse
 from qcompile.errors import GraphError
 from qcompile.estimators.base import RangeEstimator, scale_and_zero_point
-from qcompile.estimators.statistics import clipped_share, statistics
+from qcompile.estimators.statistics import clipped_share, coarser, statistics
+from qcompile.estimators.step import first_range, initial_state, measured, stored_range, updated
 from qcompile.specs import PerRow, QuantSpec
 
 __all__ = ["CAPACITY", "attach_range_state"]
 
 CAPACITY = 1 << 18
 """Elements of a state tensor: fixed, because a compiled graph checks the sizes of its inputs. Untouched pages cost nothing."""
-
-BOOKKEEPING = {"steps": 0.0, "frozen": 0.0, "clipped": 0.0}
-"""Fields that every entry has beside its estimator's own."""
 
 _SEED_FIELDS = ("seed_low", "seed_high", "steps")
 
@@ -107,12 +105,13 @@ def _attach_phase(
 ) -> None:
     stateful: list[_Stateful] = []
     labels: set[str] = set()
+    known = _place_statistics(graph, ranges)
     for node in ranges:
         use: RangeUse = node.meta["qtrain_range"]
         if use.spec.estimator.state_fields(use.spec.symmetric):
-            stateful.append(_Stateful(node, _entry(node, use, context, labels), use.spec.estimator, use.spec))
+            stateful.append(_Stateful(node, _entry(node, use, context, labels), use.spec.estimator, use.spec, known[node]))
         else:
-            _replace_dynamic(graph, node, use)
+            _replace_dynamic(graph, node, use, known[node])
     layout = _layout(phase, stateful, seeds, context)
     if layout is None:
         return
@@ -162,10 +161,10 @@ def _entry(node: fx.Node, use: RangeUse, context: PassContext, labels: set[str])
             f"attach_range_state: the range of {label} has {size} elements, "
             "which is no fixed number: an estimator with memory needs PerTensor() where the batch is dynamic"
         )
-    fields = dict(use.spec.estimator.state_fields(use.spec.symmetric)) | BOOKKEEPING
+    fields = initial_state(use.spec.estimator, use.spec.symmetric)
     return Entry(
         owner=site.weight or _first_owner(context),
-        key=f"{site.op}#{site.weight_use}.{operand}" if site.weight else label,
+        key=f"{'conv' if site.kind == 'conv' else site.op}#{site.weight_use}.{operand}" if site.weight else label,
         fields=tuple(fields),
         initial=tuple(fields.values()),
         size=size,
@@ -236,15 +235,60 @@ def _add_inputs(graph: fx.Graph, layout: StateLayout) -> tuple[fx.Node, fx.Node]
     return nodes[0], nodes[1]
 
 
+# ---- statistics
+
+
+def _place_statistics(graph: fx.Graph, ranges: list[fx.Node]) -> dict[fx.Node, dict[str, fx.Node]]:
+    """The statistics that each range asks for, each computed once for a tensor and its axes.
+
+    What ranges of one tensor ask for stands in one place, where Inductor makes one loop of reductions over the same axes; a
+    maximum or minimum over all axes is taken from that over some.
+    """
+    by_tensor: dict[fx.Node, list[fx.Node]] = {}
+    for node in ranges:
+        by_tensor.setdefault(node.args[0], []).append(node)
+    placed = {}
+    for x, readers in by_tensor.items():
+        known: dict[tuple[tuple[int, ...], str], fx.Node] = {}
+        at = readers[0]
+        for node in sorted(readers, key=lambda n: len(n.args[1])):
+            dims, spec = tuple(node.args[1]), node.meta["qtrain_range"].spec
+            names = spec.estimator.statistics_for(spec.symmetric)
+            for name in names:
+                if (dims, name) in known:
+                    continue
+                with after(graph, at):
+                    at = known[dims, name] = _statistic(graph, x, dims, name, known, _scope(node))
+                at.meta["qtrain_statistic"] = name
+            placed[node] = {name: known[dims, name] for name in names}
+    return placed
+
+
+def _statistic(
+    graph: fx.Graph,
+    x: fx.Node,
+    dims: tuple[int, ...],
+    name: str,
+    known: dict[tuple[tuple[int, ...], str], fx.Node],
+    scope: dict[str, object],
+) -> fx.Node:
+    if len(dims) == x.meta["val"].ndim:
+        finer = next((value for (other, n), value in known.items() if n == name and len(other) < len(dims)), None)
+        derived = None if finer is None else inline(graph, coarser, finer, name, scope=scope, key="coarser")
+        if derived is not None:
+            return derived
+    return inline(graph, _named_statistic, x, dims, name, scope=scope, key="statistic")
+
+
 # ---- what a range becomes
 
 
-def _replace_dynamic(graph: fx.Graph, node: fx.Node, use: RangeUse) -> None:
-    x, dims = node.args[0], tuple(node.args[1])
+def _replace_dynamic(graph: fx.Graph, node: fx.Node, use: RangeUse, stats: dict[str, fx.Node]) -> None:
     scope = _scope(node)
-    with after(graph, node):
-        stats = inline(graph, _statistics, x, dims, use.spec, scope=scope, key="statistics")
-        scale, zero = inline(graph, _first_scale, use.spec, *stats, scope=scope, key="first_scale")
+    with after(graph, max([node, *stats.values()])):
+        stats = _measure(graph, node, use.spec, stats, {}, scope)
+        low, high = inline(graph, _first_range, use.spec, tuple(stats), *stats.values(), scope=scope, key="first_range")
+        scale, zero = inline(graph, _scale, use.spec, low, high, scope=scope, key="scale")
     _set_range(node, scale, zero, dequantize_scale=scale)
 
 
@@ -254,28 +298,44 @@ def _replace_static(
     node, spec = item.node, item.spec
     x, dims = node.args[0], tuple(node.args[1])
     ours = _scope(node) | scope
-    names = spec.estimator.statistics_for(spec.symmetric)
+    plain = tuple(item.stats.values())
     shape = list(next(iter(node.users)).meta["val"].shape)
-    with after(graph, node):
-        stats = inline(graph, _statistics, x, dims, spec, scope=ours, key="statistics")
-        item.stats = dict(zip(names, stats, strict=True))
+    with after(graph, max([node, *plain])):
         memory = {}
         for name in item.entry.fields:
             piece = pieces[item.entry.owner, item.entry.key, name]
             memory[name] = call(graph, aten.view.default, piece, shape, scope=ours)
-        own = {k: memory[k] for k in item.entry.fields if k not in BOOKKEEPING}
-        with_stats = () if spec.estimator.static else tuple(stats)
-        known = (*with_stats, *own.values())
-        stored = inline(graph, _stored_range, spec, len(with_stats), tuple(own), *known, scope=ours, key="stored")
-        present = inline(graph, _first_range, spec, *stats, scope=ours, key="first_range")
+        item.stats = _measure(graph, node, spec, item.stats, memory, ours)
+        read = {} if spec.estimator.static else item.stats
+        tensors = (*read.values(), *memory.values())
+        stored = inline(graph, _stored_range, spec, tuple(read), tuple(memory), *tensors, scope=ours, key="stored")
+        names = tuple(item.stats)
+        present = inline(graph, _first_range, spec, names, *item.stats.values(), scope=ours, key="first_range")
         low, high = (
             call(graph, SELECT, s, memory["steps"], p, scope=ours) for s, p in zip(stored, present, strict=True)
         )
         scale, zero = inline(graph, _scale, spec, low, high, scope=ours, key="scale")
-        visible = inline(graph, _visible, scale, *stats, scope=ours, key="visible")
+        visible = inline(graph, _visible, scale, *plain, scope=ours, key="visible")
         bounds = (high,) if spec.symmetric else (low, high)
         item.stats["clipped"] = inline(graph, _clipped, x, dims, *bounds, scope=ours, key="clipped")
+        item.stats["clipped"].meta["qtrain_statistic"] = "clipped"
     _set_range(node, scale, zero, dequantize_scale=visible)
+
+
+def _measure(
+    graph: fx.Graph,
+    node: fx.Node,
+    spec: QuantSpec,
+    stats: dict[str, fx.Node],
+    memory: dict[str, fx.Node],
+    scope: dict[str, object],
+) -> dict[str, fx.Node]:
+    """The statistics, and those of the estimator's own that follow from them, the memory and the tensor."""
+    if type(spec.estimator).measure is RangeEstimator.measure:
+        return stats
+    x, dims = node.args[0], tuple(node.args[1])
+    tensors = (*stats.values(), *memory.values())
+    return dict(inline(graph, _measured, spec, dims, tuple(stats), tuple(memory), x, *tensors, scope=scope, key="measured"))
 
 
 def _replace_seeds(
@@ -359,29 +419,27 @@ def _vector(graph: fx.Graph, parts: Sequence[fx.Node], scope: dict[str, object])
 # ---- plain PyTorch, traced into the graph
 
 
-def _statistics(x: Tensor, dims: tuple[int, ...], spec: QuantSpec) -> list[Tensor]:
-    return list(statistics(x, dims, spec.estimator.statistics_for(spec.symmetric)).values())
+def _named_statistic(x: Tensor, dims: tuple[int, ...], name: str) -> Tensor:
+    return statistics(x, dims, [name])[name]
 
 
-def _named(spec: QuantSpec, stats: Sequence[Tensor]) -> dict[str, Tensor]:
-    return dict(zip(spec.estimator.statistics_for(spec.symmetric), stats, strict=True))
+def _measured(
+    spec: QuantSpec, dims: tuple[int, ...], stats: tuple[str, ...], fields: tuple[str, ...], x: Tensor, *tensors: Tensor
+) -> dict[str, Tensor]:
+    return measured(spec, x, dims, dict(zip(stats, tensors, strict=False)), dict(zip(fields, tensors[len(stats) :], strict=True)))
 
 
-def _first_range(spec: QuantSpec, *stats: Tensor) -> tuple[Tensor, Tensor]:
-    return spec.estimator.first_range(_named(spec, stats))
+def _first_range(spec: QuantSpec, names: tuple[str, ...], *stats: Tensor) -> tuple[Tensor, Tensor]:
+    return first_range(spec, dict(zip(names, stats, strict=True)))
 
 
-def _first_scale(spec: QuantSpec, *stats: Tensor) -> tuple[Tensor, Tensor | None]:
-    return scale_and_zero_point(*_first_range(spec, *stats), spec)
+def _stored_range(spec: QuantSpec, names: tuple[str, ...], fields: tuple[str, ...], *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    stats, state = dict(zip(names, tensors, strict=False)), dict(zip(fields, tensors[len(names) :], strict=True))
+    return stored_range(spec, stats, state)
 
 
 def _scale(spec: QuantSpec, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
     return scale_and_zero_point(low, high, spec)
-
-
-def _stored_range(spec: QuantSpec, n_stats: int, fields: tuple[str, ...], *tensors: Tensor) -> tuple[Tensor, Tensor]:
-    stats = _named(spec, tensors[:n_stats]) if n_stats else {}
-    return spec.estimator.range(stats, dict(zip(fields, tensors[n_stats:], strict=True)))
 
 
 def _visible(scale: Tensor, *stats: Tensor) -> Tensor:
@@ -398,14 +456,8 @@ def _clipped(x: Tensor, dims: tuple[int, ...], *bounds: Tensor) -> Tensor:
 
 
 def _updated(estimator: RangeEstimator, names: tuple[str, ...], fields: tuple[str, ...], *tensors: Tensor) -> list[Tensor]:
-    """New values of every field of a group of entries; entries whose statistic is zero or not finite, or frozen, keep theirs."""
-    stats = dict(zip(names, tensors[: len(names)], strict=True))
-    old = dict(zip(fields, tensors[len(names) :], strict=True))
-    new = estimator.update(stats, old)
-    width = stats["amax"] if "amax" in stats else stats["max"] - stats["min"]
-    learns = width.isfinite() & (width > 0) & (old["frozen"] == 0)
-    new = new | {"steps": old["steps"] + 1, "clipped": stats["clipped"], "frozen": old["frozen"]}
-    return [torch.where(learns, new[f], old[f]) for f in fields]
+    stats = dict(zip(names, tensors, strict=False))
+    return list(updated(estimator, stats, dict(zip(fields, tensors[len(names) :], strict=True))).values())
 
 
 def _seed(low: Tensor, high: Tensor, steps: Tensor) -> Tensor:

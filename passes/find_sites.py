@@ -8,11 +8,12 @@ Before                                          After
   conv_grad_input(g, w, ...)                      ... "grad_input", ("grad_output", "weight")
   bmm(a, b)                                       ... "output", ("input", "other")
 
-A site is of the kind "linear" (one operand is a weight: a Parameter or computed from Parameters alone, or, for matrices, an input of the
-graph), "conv", or "bmm", a product of two activations. A forward GEMM names its site by its module. A backward GEMM belongs to the
-forward GEMM with the same autograd sequence number (`seq_nr`) with which it shares an operand: the shared operand tells its role. Of
-a product of activations the second operand is `other`, and its gradient has the role "grad_weight". A GEMM that no rule explains is
-recorded with the reason, never dropped, and so are fused operations that contain GEMMs: what stays in high precision is reported.
+A site is of the kind "linear" (one operand is a weight: a Parameter or computed from Parameters alone, or, for matrices, an input
+of the graph), "conv", or "bmm", a product of two activations. A forward GEMM names its site by its module. A backward GEMM belongs to
+the forward GEMM with the same autograd sequence number (`seq_nr`) with which it shares an operand: the shared operand tells its
+role. Of a product of activations the second operand is `other`, and its gradient has the role "grad_weight". A GEMM that no rule
+explains is recorded with the reason, never dropped, and so are fused operations that contain GEMMs: what stays in high precision is
+reported.
 
 Numerics  exact: only metadata is written.
 Requires  a canonical graph without `convolution_backward`. Ensures: every GEMM node has meta["qtrain_gemm"] or is listed in
@@ -33,9 +34,9 @@ from passes.gemms import BATCHED, CONVOLUTION, CONVOLUTIONS, GEMMS, geometry, op
 from passes.graph import BACKWARD, CONV_GRAD_INPUT, CONV_GRAD_WEIGHT, phase_of
 from passes.operands import Operand, resolve_operand, unquantized
 
-__all__ = ["GemmNode", "find_sites", "module_path"]
+__all__ = ["GemmNode", "enclosing_module", "find_sites", "module_path"]
 
-FUSED_ATTENTION = "recipe: fused attention stays in high precision; ops=(..., 'bmm') takes it apart into products and quantizes them"
+FUSED_ATTENTION = "recipe: fused attention stays in high precision; with 'bmm' among ops it is taken apart and quantized"
 
 # Operations with GEMMs inside that no pass takes apart: reported, never silent. Overload packet -> reason.
 _FUSED = {
@@ -184,7 +185,8 @@ def _assign_backward(node: fx.Node, candidates: list[_Forward], context: PassCon
             return
     module, _ = _module_of(node)
     op = _packet(node)
-    site = Site(_unique(f"{module}:{node.name}" if module else node.name, names, functional=True), op, kind="unknown", module=module)
+    name = _unique(f"{module}:{node.name}" if module else node.name, names, functional=True)
+    site = Site(name, op, kind="unknown", module=module)
     site.gemms["unknown"] = Gemm("unknown", node=node.name, shape=product_shape(node))
     site.gemms["unknown"].reason = "not recognised as the gradient of a forward GEMM of this graph"
     context.sites.append(site)
@@ -261,6 +263,11 @@ def module_path(source: str) -> str:
     path = re.sub(r"\.?_modules\[(['\"])([^'\"]*)\1\]", r".\2", path)
     path = re.sub(r"\[(['\"]?)([^'\"\]]*)\1\]", r".\2", path)
     return ".".join(p for p in path.split(".") if p and p not in _WRAPPERS)
+
+
+def enclosing_module(node: fx.Node) -> str:
+    """The path of the innermost module that a node belongs to; "" for the root."""
+    return _module_of(node)[0]
 
 
 def _module_of(node: fx.Node) -> tuple[str, bool]:

@@ -6,8 +6,9 @@ Before                                          After
   v = view(r, [8, 64])                            c = clone(r, contiguous); v = view(c, [8, 64])
   return r                                        return clone(r, contiguous)
 
-An integer convolution writes channels last, whatever the layout of the convolution that it stands for. What is computed from it follows,
-and a view that the new layout does not allow gets a copy. What the graph returns keeps its strides: a user may have counted on them.
+An integer convolution writes channels last, whatever the layout of the convolution that it stands for. What is computed from it
+follows, and a view that the new layout does not allow gets a copy. What the graph returns keeps its strides: a user may have
+counted on them.
 
 Numerics  exact: only layouts change.
 Requires  the form that fuse_matmul leaves. Ensures: the strides of every meta["val"] are those of an eager run.
@@ -37,8 +38,11 @@ def follow_layouts(graph: fx.Graph, context: PassContext | None = None) -> int:
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
-        if node.meta.pop("qtrain_new_layout", False):
+        old = node.meta.pop("qtrain_strides", None)
+        if old is not None:
             moved.add(node)
+            if node in returned:
+                returned[node] = old
         elif any(source in moved for source in node.all_input_nodes):
             if node.target in VIEWS and not _allows(node.args[0].meta["val"], node.meta["val"].shape):
                 with graph.inserting_before(node):

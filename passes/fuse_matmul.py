@@ -31,6 +31,7 @@ from passes.graph import (
     CONV_GRAD_WEIGHT,
     DEQUANTIZE,
     PERMUTE,
+    args_by_name,
     aten,
     call,
     erase_unused,
@@ -49,10 +50,12 @@ def _dequantized(name: str) -> CallFunction:
     return CallFunction(DEQUANTIZE, *parts, _users=MULTIPLE)
 
 
-def _fuse(match: Match, *, bias: fx.Node | None = None, beta: float = 1, alpha: float = 1, **p: Any) -> bool:
+def _fuse(match: Match, *, bias: fx.Node | None = None, **p: Any) -> bool:
     gemm = match.output_node()
     if gemm.meta.get("qtrain_hp"):  # quantized by the model, and in high precision by the recipe
         return False
+    named = args_by_name(gemm)
+    beta, alpha = named.get("beta", 1), named.get("alpha", 1)
     graph, fused_op = gemm.graph, GEMMS[gemm.target].integer
     scope = {k: gemm.meta[k] for k in (*_KEPT, "ac_graph_id", "custom") if k in gemm.meta}
     operands = (p["a"], p["b"], p["a_scale"], p["b_scale"], p["a_zero"], p["b_zero"])
@@ -83,7 +86,8 @@ def _fuse_convolution(match: Match, **p: Any) -> bool:
     operands = (p["a"], p["b"], p["a_scale"], p["b_scale"], p["a_zero"], p["b_zero"])
     with graph.inserting_before(gemm):  # behind the tensors: the bias or the size of the result, then the geometry
         fused = call(graph, op.integer, *operands, *gemm.args[2:], gemm.meta["val"].dtype, scope=scope)
-    fused.meta["qtrain_new_layout"] = fused.meta["val"].stride() != gemm.meta["val"].stride()
+    if fused.meta["val"].stride() != gemm.meta["val"].stride():
+        fused.meta["qtrain_strides"] = gemm.meta["val"].stride()  # for follow_layouts
     replace(gemm, fused)
     return True
 
@@ -113,24 +117,15 @@ def _meta(node: fx.Node) -> dict[str, Any]:
 
 _A, _B = _dequantized("a"), _dequantized("b")
 
-_BIAS, _FACTORS = KeywordArg("bias"), {"beta": KeywordArg("beta"), "alpha": KeywordArg("alpha")}
-
-
 def _convolution(target: Any, more: int) -> CallFunction:
     return CallFunction(target, _A, _B, *(KeywordArg(f"argument_{i}") for i in range(more)))
 
 
 ROWS = (
     Row("mm", CallFunction(aten.mm.default, _A, _B), _fuse),
-    Row("addmm", CallFunction(aten.addmm.default, _BIAS, _A, _B), _fuse),
-    Row("addmm, alpha", CallFunction(aten.addmm.default, _BIAS, _A, _B, alpha=KeywordArg("alpha")), _fuse),
-    Row("addmm, beta", CallFunction(aten.addmm.default, _BIAS, _A, _B, beta=KeywordArg("beta")), _fuse),
-    Row("addmm, beta and alpha", CallFunction(aten.addmm.default, _BIAS, _A, _B, **_FACTORS), _fuse),
+    Row("addmm", CallFunction(aten.addmm.default, KeywordArg("bias"), _A, _B), _fuse),
     Row("bmm", CallFunction(aten.bmm.default, _A, _B), _fuse),
-    Row("baddbmm", CallFunction(aten.baddbmm.default, _BIAS, _A, _B), _fuse),
-    Row("baddbmm, alpha", CallFunction(aten.baddbmm.default, _BIAS, _A, _B, alpha=KeywordArg("alpha")), _fuse),
-    Row("baddbmm, beta", CallFunction(aten.baddbmm.default, _BIAS, _A, _B, beta=KeywordArg("beta")), _fuse),
-    Row("baddbmm, beta and alpha", CallFunction(aten.baddbmm.default, _BIAS, _A, _B, **_FACTORS), _fuse),
+    Row("baddbmm", CallFunction(aten.baddbmm.default, KeywordArg("bias"), _A, _B), _fuse),
     Row("convolution", _convolution(aten.convolution.default, 7), _fuse_convolution),
     Row("conv_grad_input", _convolution(CONV_GRAD_INPUT, 7), _fuse_convolution),
     Row("conv_grad_weight", _convolution(CONV_GRAD_WEIGHT, 7), _fuse_convolution),

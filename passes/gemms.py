@@ -28,7 +28,7 @@ from passes.graph import (
     args_by_name,
     aten,
 )
-from qcompile.ops.geometry import Geometry
+from qcompile.geometry import Geometry
 
 __all__ = [
     "BATCHED",

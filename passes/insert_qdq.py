@@ -12,9 +12,9 @@ Before                                          After
                                                   mm(a, b)
 
 A batch of matrices and a convolution's tensors are treated alike, with the axes that their GEMM sums over (`passes.gemms`). PerRow
-is one scale for each index of the axis that is left: of a convolution's `output` a scale for each sample of the input and each output
-channel of the weight; of its `grad_weight` one for each channel of either. A depthwise convolution is quantized too and computed in
-high precision: an int8 kernel would have one product per number to read.
+is one scale for each index of the axis that is left: of a convolution's `output` a scale for each sample of the input and each
+output channel of the weight; of its `grad_weight` one for each channel of either. A depthwise convolution is quantized too and
+computed in high precision: an int8 kernel would have one product for each number to read.
 
 The quantize sits directly behind the tensor that it reads, so a quantize of a forward tensor runs in the forward half even if
 only a backward GEMM reads the codes; transposes move behind it, casts are skipped.
@@ -88,6 +88,7 @@ def insert_qdq(graph: fx.Graph, context: PassContext) -> int:
     """Return the number of operands quantized, or whose codes were brought in front of their GEMM."""
     inserted = 0
     model_quantizes = bool(graph.find_nodes(op="call_function", target=DEQUANTIZE))
+    ends = _ends(context) if context.recipe.skip_first_last else ()
     for node in [n for n in graph.nodes if n.target in GEMMS and "qtrain_gemm" in n.meta]:
         where: GemmNode = node.meta["qtrain_gemm"]
         site = context.site(where.site)
@@ -96,6 +97,9 @@ def insert_qdq(graph: fx.Graph, context: PassContext) -> int:
         if specs is None:
             if all(m.target is DEQUANTIZE for m in operands(node)):  # the model's own quantizers: not to be fused
                 node.meta["qtrain_hp"] = True
+            continue
+        if site.name in ends:
+            gemm.reason = f"recipe: skip_first_last, this is the {'first' if site.name == ends[0] else 'last'} layer"
             continue
         plans = []
         for side, name in enumerate(where.operands):
@@ -192,10 +196,16 @@ def _scalar(graph: fx.Graph, part: fx.Node | None, scope: dict[str, object]) -> 
     return call(graph, aten.view.default, part, [], scope=scope)
 
 
+def _ends(context: PassContext) -> tuple[str, ...]:
+    """The first and the last layer of the graph, in forward order: linears and convolutions count."""
+    layers = [s.name for s in context.sites if s.kind in ("linear", "conv")]
+    return (layers[0], layers[-1]) if layers else ()
+
+
 def _prefer_choices(context: PassContext) -> None:
     """Where the recipe leaves a GEMM out, that is the reason; not that it could not be integer anyway."""
     for site, gemm in context.gemms():
-        if gemm.reason is not None:
+        if gemm.reason is not None and not gemm.reason.startswith("recipe:"):
             resolved = context.recipe.resolve(site.name, site.kind)
             role = gemm.role if gemm.role in OPERANDS else "output"
             gemm.reason = resolved.reason(role) or gemm.reason

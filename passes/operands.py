@@ -3,7 +3,8 @@
 A linear layer reaches `mm` through views, a transpose, and under autocast a cast. The quantize belongs in front of all of
 these: at the tensor itself, read in its own dtype (codes come from the source, not from its bf16 copy), laid out as the 2-D
 matrix that the GEMM sees, not transposed. Then equal sources are recognised, and a weight reached by two chains of permutes is
-quantized once. Of a batch of matrices only the exchange of rows and columns is looked through, of a convolution's tensors only casts.
+quantized once. Of a batch of matrices only the exchange of rows and columns is looked through, of a convolution's tensors only
+casts.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """restore_decompositions: a matmul that stayed in high precision becomes what Inductor would have made of it.
 
 Inductor decomposes matmuls with a size of 1 into products and sums before the joint graph exists, which would hide them from the
-recipe. So matmuls are kept whole until the passes have run, and the decomposition is applied to what they left:
+recipe. So `decompositions` keeps matmuls whole until the passes have run, and products that have operators of their own (a matrix
+by a vector, two vectors' outer product, a sum of products) it makes of the ordinary ones. This pass applies Inductor's
+decomposition to what the others left:
 
 Before                                          After
   mm(a: f32[8, 1], b: f32[1, 4])                  mul(a, b)
@@ -12,16 +14,45 @@ Requires  nothing. Ensures: no mm, addmm, bmm or baddbmm that Inductor's table r
 
 from __future__ import annotations
 
-from torch import fx
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, fx
 from torch._inductor.decomposition import select_decomp_table
 
 from passes.context import PassContext
 from passes.graph import aten, inline, replace
 
-__all__ = ["KEPT_WHOLE", "restore_decompositions"]
+__all__ = ["KEPT_WHOLE", "decompositions", "restore_decompositions"]
 
 KEPT_WHOLE = (aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default)
 """Operators that stay one node until the passes have run."""
+
+
+def _mv(matrix: Tensor, vector: Tensor) -> Tensor:
+    return torch.mm(matrix, vector.unsqueeze(1)).squeeze(1)
+
+
+def _addmv(bias: Tensor, matrix: Tensor, vector: Tensor, beta: float = 1, alpha: float = 1) -> Tensor:
+    column = bias.expand(matrix.shape[0]).unsqueeze(1)
+    return torch.addmm(column, matrix, vector.unsqueeze(1), beta=beta, alpha=alpha).squeeze(1)
+
+
+def _ger(left: Tensor, right: Tensor) -> Tensor:
+    return torch.mm(left.unsqueeze(1), right.unsqueeze(0))
+
+
+def _addbmm(bias: Tensor, left: Tensor, right: Tensor, beta: float = 1, alpha: float = 1) -> Tensor:
+    product = torch.bmm(left, right).sum(0) * alpha
+    return product if beta == 0 else product + bias * beta
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """Inductor's table for tracing the joint graph, but for matrix products: all of them are an operator of `KEPT_WHOLE`."""
+    table = {op: fn for op, fn in select_decomp_table().items() if op not in KEPT_WHOLE}
+    ours = {aten.mv.default: _mv, aten.addmv.default: _addmv, aten.ger.default: _ger, aten.addbmm.default: _addbmm}
+    return table | ours
 
 
 def restore_decompositions(graph: fx.Graph, context: PassContext | None = None) -> int:

@@ -21,11 +21,13 @@ from torch import fx
 
 from passes.context import PassContext
 from passes.graph import PERMUTE, QUANTIZE, RANGE, SEED, VIEWS, replace
+from passes.insert_qdq import RangeUse
 
 
 def share_quantized(graph: fx.Graph, context: PassContext | None = None) -> int:
     """Return the number of nodes that were merged into an equal one."""
     merged = 0
+    order = {site.name: index for index, site in enumerate(context.sites)} if context is not None else {}
     seen: dict[object, fx.Node] = {}
     mergeable = {RANGE, SEED, QUANTIZE, PERMUTE, operator.getitem, *VIEWS}
     for node in list(graph.nodes):
@@ -40,11 +42,17 @@ def share_quantized(graph: fx.Graph, context: PassContext | None = None) -> int:
         if first is node:
             continue
         if node.target is RANGE:
-            use, more = first.meta["qtrain_range"], node.meta["qtrain_range"]
-            first.meta["qtrain_range"] = replace_fields(use, aliases=(*use.aliases, (more.site, more.operand, more.gemm)))
+            first.meta["qtrain_range"] = _merged(first.meta["qtrain_range"], node.meta["qtrain_range"], order)
         replace(node, first)
         merged += 1
     return merged
+
+
+def _merged(a: RangeUse, b: RangeUse, order: dict[str, int]) -> RangeUse:
+    """All uses of both, named by the first site. Where a range stands depends on a graph's gradients; its owner must not."""
+    uses = [use for r in (a, b) for use in ((r.site, r.operand, r.gemm), *r.aliases)]
+    (site, operand, gemm), *others = sorted(uses, key=lambda use: (order.get(use[0], 0), use[2] != "output"))
+    return replace_fields(a, site=site, operand=operand, gemm=gemm, aliases=tuple(others))
 
 
 def _key(node: fx.Node) -> object:

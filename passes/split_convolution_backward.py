@@ -5,8 +5,8 @@ Before                                          After
   b[0], b[1], b[2]                                conv_grad_weight(g, x, size of w, ...)
                                                   sum(g, [0, 2, 3])
 
-A gradient that the mask leaves out, or that nobody reads, gets no node. `restore_convolution_backward` puts back the single node where
-both GEMMs stayed in high precision.
+A gradient that the mask leaves out, or that nobody reads, gets no node. `restore_convolution_backward` puts back the single node
+where both GEMMs stayed in high precision.
 
 Numerics  the bias gradient is a sum, as Inductor itself has it on a GPU; the others are what they were.
 Requires  nothing. Ensures: no `convolution_backward` is left; each part carries meta["qtrain_split"], what it is a part of.
@@ -22,7 +22,7 @@ from torch import fx
 
 from passes.context import PassContext
 from passes.graph import CONV_GRAD_INPUT, CONV_GRAD_WEIGHT, DEQUANTIZE, args_by_name, aten, call, inline, replace
-from qcompile.ops.geometry import Geometry
+from qcompile.geometry import Geometry
 
 __all__ = ["Part", "restore_convolution_backward", "split_convolution_backward"]
 
@@ -111,5 +111,6 @@ def _restore(graph: fx.Graph, parts: dict[int, fx.Node]) -> None:
     mask = [position in parts for position in range(3)]
     with graph.inserting_before(first):
         whole = call(graph, CONVOLUTION_BACKWARD, grad, x, w, bias_sizes, *geometry, mask, scope=scope)
-        for position, node in parts.items():
-            replace(node, call(graph, operator.getitem, whole, position, scope=scope))
+        items = {position: call(graph, operator.getitem, whole, position, scope=scope) for position in parts}
+    for position, node in parts.items():
+        replace(node, items[position])

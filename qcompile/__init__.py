@@ -14,7 +14,27 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qcompile.backend import compiled_graphs, qtrain
     from qcompile.errors import GraphError, KernelError, QtrainWarning, RecipeError, StateError, UnsupportedError
-    from qcompile.estimators import EWGS, LGLSQ, LSQ, InHindsight, LSQPlus, MinMax, RangeEstimator, register_estimator
+    from qcompile.estimators import (
+        EWGS,
+        LGLSQ,
+        LSQ,
+        DirectionSensitive,
+        DistributionAdaptive,
+        EagerRange,
+        InHindsight,
+        InHindsightMax,
+        IntervalUpdate,
+        LeastSquaredError,
+        LSQPlus,
+        MinMax,
+        Percentile,
+        RangeEstimator,
+        RunningMinMax,
+        Sigma,
+        learning_rate_factors,
+        register_estimator,
+        scale_learning_rates,
+    )
     from qcompile.inspect import capture, explain, saved_bytes  # type: ignore[no-redef]
     from qcompile.qat import (
         BlockReplacement,
@@ -37,14 +57,25 @@ _HOME = {
     "qcompile.backend": ("compiled_graphs", "qtrain"),
     "qcompile.errors": ("GraphError", "KernelError", "QtrainWarning", "RecipeError", "StateError", "UnsupportedError"),
     "qcompile.estimators": (
+        "DirectionSensitive",
+        "DistributionAdaptive",
         "EWGS",
+        "EagerRange",
         "InHindsight",
+        "InHindsightMax",
+        "IntervalUpdate",
         "LGLSQ",
         "LSQ",
         "LSQPlus",
+        "LeastSquaredError",
         "MinMax",
+        "Percentile",
         "RangeEstimator",
+        "RunningMinMax",
+        "Sigma",
+        "learning_rate_factors",
         "register_estimator",
+        "scale_learning_rates",
     ),
     "qcompile.inspect": ("capture", "explain", "saved_bytes"),
     "qcompile.qat": (

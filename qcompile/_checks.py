@@ -36,6 +36,21 @@ def check_share(field: str, value: object, *, optional: bool = False) -> None:
         refuse(field, value, f"a number from 0 to 1{' or None' if optional else ''}")
 
 
+def check_number(field: str, value: object, low: float, high: float, *, above: bool = False) -> None:
+    """Refuse what is no number in [low, high]; with `above`, in (low, high]. NaN is refused, a bool too."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not number or not low <= value <= high or (above and value == low):  # type: ignore[operator]
+        bounds = f"{'above' if above else 'from'} {low:g}" + ("" if high == float("inf") else f" to {high:g}")
+        refuse(field, value, f"a number {bounds}")
+
+
+def check_choice(field: str, value: object, allowed: Iterable[str]) -> None:
+    """Refuse what is none of the strings allowed."""
+    names = list(allowed)
+    if value not in names:
+        refuse(field, value, " or ".join(map(repr, names)), suggestion(value, names))
+
+
 def check_instance(field: str, value: object, kind: type, examples: str) -> None:
     """Refuse what is no instance of `kind`; a class given in place of its instance gets a hint."""
     if isinstance(value, kind):

@@ -22,6 +22,7 @@ from passes.gemms import INTEGER
 from passes.graph import BACKWARD, FORWARD, SELECT
 from passes.lower import lower
 from passes.pipeline import Pipeline, Step, joint_steps
+from passes.unfuse_attention import unfuse_attention
 from passes.verify import count_writes, verify
 from qcompile import inductor
 from qcompile.errors import QtrainWarning, UnsupportedError
@@ -115,6 +116,8 @@ qtrain.reset = _reset  # type: ignore[attr-defined]  # torch.compiler.reset() ca
 
 def quantizes_nothing(recipe: Recipe) -> bool:
     """Whether the recipe is "none" in all but name: then no pass runs."""
+    if not recipe.ops:
+        return True
     return recipe.input is recipe.weight is recipe.grad_output is None and not recipe.overrides and all(
         getattr(recipe, g) is None or not hasattr(getattr(recipe, g), "input") for g in ("output", "grad_input", "grad_weight")
     )
@@ -159,6 +162,8 @@ class Compilation:
 
     def run(self) -> Callable[..., Any]:
         start = time.perf_counter()
+        if "bmm" in self.context.recipe.ops:
+            unfuse_attention(self.gm, self.context.recipe)
         compiled = inductor.compile_with_inductor(
             self.gm,
             self.example_inputs,

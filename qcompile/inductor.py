@@ -18,10 +18,9 @@ from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn
-from torch._inductor.decomposition import select_decomp_table
 
 from passes.partition import min_cut_partition
-from passes.restore_decompositions import KEPT_WHOLE
+from passes.restore_decompositions import decompositions
 
 __all__ = [
     "compile_plain",
@@ -133,7 +132,7 @@ def compile_with_inductor(
         "joint_custom_pre_pass": _JointPass(joint_pass, identity, users_pass),
         "custom_partitioner_fn": _Partition(identity, users_partitioner),
     }
-    table = {op: fn for op, fn in select_decomp_table().items() if op not in KEPT_WHOLE}
+    table = decompositions()
     # AOTAutograd's cache would skip the joint pass and our wrapper, and cannot store the wrapper: off for this compile only.
     with functorch_config.patch(enable_autograd_cache=False):
         return compile_fx(gm, example_inputs, inner_compile=_hooked(inner), config_patches=patches, decompositions=table)

@@ -64,6 +64,7 @@ class Recipe:
                                      None (hp).
     ops                              the kinds of sites that are quantized: of "linear", "conv", "bmm".
     skip                             patterns of sites that stay in hp whole.
+    skip_first_last                  True: the first and the last linear or convolution of each compiled graph stay in hp too.
     overrides                        (pattern, {field: value}) pairs: other values of the six fields above for
                                      the sites that match; where several match, the later one wins field by
                                      field. `skip` wins over all.
@@ -85,6 +86,7 @@ class Recipe:
     grad_weight: GemmSpec | Same | None = SAME
     ops: tuple[str, ...] = ("linear", "conv")
     skip: tuple[str, ...] = ()
+    skip_first_last: bool = False
     overrides: tuple[tuple[str, Mapping[str, QuantSpec | GemmSpec | Same | None]], ...] = ()
     name: str = "custom"
 
@@ -95,6 +97,8 @@ class Recipe:
         _check_site_fields("Recipe", own)
         check_contracted_axes("Recipe", own)
         # Lists and dicts are taken too, and stored as what can be hashed.
+        if not isinstance(self.skip_first_last, bool):
+            refuse("Recipe.skip_first_last", self.skip_first_last, "True or False")
         object.__setattr__(self, "ops", _checked_ops(self.ops))
         object.__setattr__(self, "skip", _checked_skip(self.skip))
         object.__setattr__(self, "overrides", _checked_overrides(self.overrides))
@@ -167,6 +171,7 @@ class Recipe:
             **{field: _choice_to_dict(value) for field, value in self._site_fields().items()},
             "ops": list(self.ops),
             "skip": list(self.skip),
+            "skip_first_last": self.skip_first_last,
             "overrides": [
                 {"pattern": pattern, **{field: _choice_to_dict(value) for field, value in changes.items()}}
                 for pattern, changes in self.overrides
@@ -219,6 +224,7 @@ class Recipe:
         rows = [(operand, str(getattr(self, operand) or "hp")) for operand in OPERANDS]
         rows += [(gemm, _gemm_line(self._site_fields(), gemm)) for gemm in GEMM_OPERANDS]
         rows.append(("ops", ", ".join(self.ops) or "none"))
+        rows += [("skip", "the first and the last linear or convolution")] * self.skip_first_last
         rows += [("skip", pattern) for pattern in self.skip]
         for pattern, changes in self.overrides:
             settings = "; ".join(f"{field} = {value or 'hp'}" for field, value in changes.items())

@@ -9,10 +9,22 @@ from typing import Any, Literal
 
 from qcompile._checks import refuse, suggestion
 from qcompile.errors import RecipeError
-from qcompile.estimators import EWGS, LGLSQ, LSQ, InHindsight, Learned, LSQPlus, MinMax
+from qcompile.estimators import (
+    EWGS,
+    LGLSQ,
+    LSQ,
+    DirectionSensitive,
+    DistributionAdaptive,
+    InHindsight,
+    IntervalUpdate,
+    Learned,
+    LSQPlus,
+    MinMax,
+    Sigma,
+)
 from qcompile.recipe import Recipe
 from qcompile.recipe_files import SUFFIXES
-from qcompile.specs import PerRow, PerTensor, QuantSpec
+from qcompile.specs import GemmSpec, PerRow, PerTensor, QuantSpec
 
 __all__ = ["GRADIENT_ROUNDING", "get_recipe", "learned", "list_recipes", "register_recipe"]
 
@@ -61,6 +73,50 @@ def int8_in_hindsight() -> Recipe:
     return Recipe(name="int8_in_hindsight", input=past, weight=weight, grad_output=gradient)
 
 
+def int8_dai8() -> Recipe:
+    """Distribution adaptive INT8 training (arXiv 2102.04782).
+
+    From the paper: inputs and weights per tensor; the gradient per tensor for the gradient of the input, and per output channel
+    for the gradient of the weight; ranges by distribution. Our choice: ranges of inputs and weights are their min-max, gradients
+    are rounded to nearest, linear layers are treated as convolutions are. Papers on CNNs leave the first convolution and the
+    classifier in high precision: name them in `skip`.
+    """
+    tensor = QuantSpec(granularity=PerTensor(), estimator=MinMax())
+    gradient = QuantSpec(granularity=PerTensor(), estimator=DistributionAdaptive())
+    channel = QuantSpec(granularity=PerRow(), estimator=DistributionAdaptive())
+    return Recipe(
+        name="int8_dai8", input=tensor, weight=tensor, grad_output=gradient, grad_weight=GemmSpec(grad_output=channel)
+    )
+
+
+def int8_unified() -> Recipe:
+    """Unified INT8 training (arXiv 1912.12607): gradients clipped where their direction suffers least.
+
+    From the paper: symmetric ranges per tensor, direction sensitive clipping and stochastic rounding of gradients. Our choice: the
+    min-max of inputs and weights, and how the clipping is searched. Its learning rates that answer the deviation are
+    `qcompile.scale_learning_rates`. Leave the first convolution and the classifier out with `skip`, as the paper does.
+    """
+    tensor = QuantSpec(granularity=PerTensor(), estimator=MinMax())
+    gradient = QuantSpec(granularity=PerTensor(), estimator=DirectionSensitive(), rounding="stochastic")
+    return Recipe(name="int8_unified", input=tensor, weight=tensor, grad_output=gradient)
+
+
+def int4_interval() -> Recipe:
+    """INT4 training with an interval of gradients that follows the large ones (arXiv 2407.12637).
+
+    From the paper's release: 4 bits everywhere, per tensor; gradients clipped by `IntervalUpdate` and rounded stochastically;
+    weights symmetric, activations with 2**4 levels from 0 where they cannot be negative. Ours: ranges of weights and activations
+    follow 3 standard deviations, where the release learns them from there. The release leaves the first convolution and the
+    classifier in high precision: name them in `skip`.
+    """
+    return Recipe(
+        name="int4_interval",
+        input=QuantSpec(bits=4, estimator=Sigma(), symmetric=False),
+        weight=QuantSpec(bits=4, estimator=Sigma()),
+        grad_output=QuantSpec(bits=4, estimator=IntervalUpdate(), rounding="stochastic"),
+    )
+
+
 def learned(
     method: Learned, *, weight_bits: int = 4, input_bits: int = 4, grad_output: QuantSpec | None = None, name: str = "custom"
 ) -> Recipe:
@@ -98,6 +154,14 @@ def qat_lg_lsq() -> Recipe:
     return learned(LGLSQ(), name="qat_lg_lsq")
 
 
+def qat_int4_interval() -> Recipe:
+    """All three GEMMs at 4 bits: learned step sizes of weights and inputs, `int4_interval`'s gradients (arXiv 2407.12637).
+
+    The release of that paper learns its ranges too; that LSQ is the way is our choice.
+    """
+    return learned(LSQ(), grad_output=int4_interval().grad_output, name="qat_int4_interval")
+
+
 _BUILT_IN = {
     recipe.name: recipe
     for recipe in (
@@ -105,10 +169,14 @@ _BUILT_IN = {
         int8(),
         int8_tensorwise(),
         int8_in_hindsight(),
+        int8_dai8(),
+        int8_unified(),
+        int4_interval(),
         qat_lsq(),
         qat_lsq_plus(),
         qat_ewgs(),
         qat_lg_lsq(),
+        qat_int4_interval(),
     )
 }
 _REGISTRY = dict(_BUILT_IN)

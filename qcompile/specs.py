@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Final, Literal
 from qcompile._checks import check_instance, check_int, check_keys, refuse
 from qcompile._named import named_from_dict, named_to_dict
 from qcompile.errors import RecipeError
-from qcompile.estimators.base import RangeEstimator, check_estimator
+from qcompile.estimators.base import RangeEstimator, check_declarations, check_estimator
 from qcompile.estimators.min_max import MinMax
 
 __all__ = [
@@ -142,6 +142,9 @@ class QuantSpec:
             refuse("QuantSpec.rounding", self.rounding, " or ".join(map(repr, ROUNDINGS)))
         if not isinstance(self.symmetric, bool):
             refuse("QuantSpec.symmetric", self.symmetric, "True or False")
+        if not self.symmetric and not self.estimator.asymmetric:
+            refuse("QuantSpec.symmetric", False, f"True with {self.estimator!r}, which has ranges centred on 0 only")
+        check_declarations(self.estimator, self.symmetric)
 
     @property
     def qmax(self) -> int:

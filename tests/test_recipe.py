@@ -367,6 +367,7 @@ def test_printed_recipe():
         "  output       input x weight; weight: int7 PerTensor(), MinMax(), nearest",
         "  grad_input   hp (no spec for grad_output)",
         "  grad_weight  hp (grad_weight=None)",
+        "  ops          linear, conv",
         "  skip         lm_head",
         "  override     layers.0: input = hp; output = SAME",
     ]

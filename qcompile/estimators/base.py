@@ -5,30 +5,56 @@ high) in units of the tensor. It only says *formulas*: the compiler computes the
 and decides when to update it. A statistic that is zero or not finite never reaches the memory, so estimators
 need no guard of their own.
 
-Every method is plain tensor arithmetic, elementwise in the elements of the state. The compiler may therefore
-put the entries of many operands into one vector, and trace the methods into a graph: no Python branch on a
-tensor's value.
+Every method is plain tensor arithmetic, elementwise in the elements of the state (`measure` apart, which may
+reduce the tensor). The compiler may therefore put the entries of many operands into one vector, and trace the
+methods into a graph: no Python branch on a tensor's value.
+
+What happens in a step, for one operand (`qcompile.estimators.step` is the same in eager mode):
+
+    stats  = the statistics of `statistics_for`, then what `measure` adds to them
+    range  = range(stats, state)                        first_range(stats) before the first update
+    stats["clipped"] = share of the elements outside that range
+    state  = update(stats, state)                       first_update(stats, state) at the first update, and
+                                                        where "clipped" is above `restart_above`
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from qcompile._checks import refuse
 from qcompile._named import named_from_dict, named_to_dict
 from qcompile.errors import RecipeError
 
+if TYPE_CHECKING:
+    from qcompile.estimators.statistics import Elements
+
 Stats = Mapping[str, Tensor]
-"""Statistics of the present tensor, fp32, in its units: "amax", "min", "max"; in `update` also "clipped", the
-share (0..1) of elements that lay outside the range used. Shape: the granularity's, or broadcasts to it."""
+"""Statistics of the present tensor, fp32: those of `STATISTICS` that were asked for, and what `measure` added;
+in `update` also "clipped", the share (0..1) of elements that lay outside the range used. Shape: the
+granularity's, or broadcasts to it."""
 
 State = Mapping[str, Tensor]
 """The estimator's own fields, fp32, each in the shape of the granularity, and "steps", the number of updates
 so far, which has that shape or broadcasts to it."""
+
+STATISTICS = ("amax", "min", "max", "mean", "mean_abs", "std", "count")
+"""What `statistics_for` may ask for, over the elements that share a scale: the largest |x|, the smallest and
+largest x, the means of x and |x|, the standard deviation about the mean (divided by the count), and the
+number of elements."""
+
+REDUCTIONS = ("max", "min", "mean")
+"""How a field of the state may be brought together across data-parallel ranks."""
+
+BOOKKEEPING = {"steps": 0.0, "frozen": 0.0, "clipped": 0.0}
+"""Fields that every entry with memory has beside its estimator's own, with their first values: the number of
+updates, the flag that stops them, the share of the last tensor that lay outside the range used. Across ranks
+each is reduced by "max"."""
 
 
 @dataclass(frozen=True)
@@ -56,18 +82,49 @@ class RangeEstimator:
     name: ClassVar[str] = ""
     """How recipe files call the class."""
 
+    asymmetric: ClassVar[bool] = True
+    """Whether it also has ranges that are not centred on 0 (`QuantSpec(symmetric=False)`)."""
+
     @property
     def static(self) -> bool:
         """Whether the range comes from past tensors alone: no reduction stands in front of the quantize."""
         return False
 
+    @property
+    def restart_above(self) -> float | None:
+        """Share (0..1) of clipped elements above which the memory is made anew from the present tensor, by
+        `first_update`; None: never. After a jump (the loss scale was doubled) an average would clip for many
+        steps."""
+        return None
+
+    # ---- what it needs
+
     def statistics_for(self, symmetric: bool) -> tuple[str, ...]:
-        """Names of the statistics that the methods read ("clipped" is always given to `update`)."""
+        """Names of `STATISTICS` that the methods read ("clipped" is always given to `update`)."""
         return ("amax",) if symmetric else ("min", "max")
+
+    def measure(self, x: Elements, stats: Stats, state: State) -> dict[str, Tensor]:
+        """Statistics beyond `STATISTICS`: shares above a threshold, quantiles, the error of a range, ...
+
+        Called once a tensor, with the statistics of `statistics_for` and the state *before* the update; the
+        result joins `stats`. Each value has the shape of a statistic. What depends on the stored range alone
+        and is read by `update` alone stands in nobody's way: a static estimator stays static.
+        """
+        return {}
 
     def state_fields(self, symmetric: bool) -> dict[str, float]:
         """Field name -> value before the first update. No field: the estimator has no memory."""
         return {}
+
+    def reductions(self, symmetric: bool) -> dict[str, str]:
+        """Field name -> how ranks agree on it, one of `REDUCTIONS`.
+
+        "max" is right for a bound that grows with the tensor's: the ranks then hold the range of the whole
+        batch.
+        """
+        return dict.fromkeys(self.state_fields(symmetric), "max")
+
+    # ---- what it says
 
     def first_range(self, stats: Stats) -> tuple[Tensor, Tensor]:
         """(low, high) of the present tensor itself: what the compiler uses as long as `steps` is 0."""
@@ -82,6 +139,16 @@ class RangeEstimator:
     def update(self, stats: Stats, state: State) -> dict[str, Tensor]:
         """New values of the fields, from the statistics of the tensor that was just quantized."""
         return {}
+
+    def first_update(self, stats: Stats, state: State) -> dict[str, Tensor]:
+        """The same for the first tensor, and for one that was clipped beyond `restart_above`: forget the past.
+
+        What only this method and `first_range` read is computed until there is memory, and not after (unless
+        there is a `restart_above`): it may be expensive.
+        """
+        return self.update(stats, state)
+
+    # ---- as a table
 
     def to_dict(self) -> dict[str, Any]:
         """`{"name": ..., parameter: value}`; `from_dict` reads it."""
@@ -155,9 +222,28 @@ def check_estimator(field: str, value: object) -> None:
     raise RecipeError(f"{field}: got {value!r}; allowed: {allowed}. {todo}")
 
 
+def check_declarations(estimator: RangeEstimator, symmetric: bool) -> None:
+    """Refuse an estimator that asks for statistics, keeps fields or reduces them in ways that there are not."""
+    where = type(estimator).__name__
+    names = estimator.statistics_for(symmetric)
+    for name in names:
+        if name not in STATISTICS:
+            refuse(f"{where}.statistics_for", name, ", ".join(STATISTICS), "More can be computed in `measure`.")
+    if not set(names) - {"count"}:
+        refuse(f"{where}.statistics_for", names, "at least one that shows whether the tensor is finite, such as 'amax'")
+    fields = estimator.state_fields(symmetric)
+    if taken := set(fields) & set(BOOKKEEPING):
+        refuse(f"{where}.state_fields", sorted(taken), f"names beside {', '.join(BOOKKEEPING)}, which every memory has")
+    reductions = estimator.reductions(symmetric)
+    if set(reductions) != set(fields) or not set(reductions.values()) <= set(REDUCTIONS):
+        refuse(f"{where}.reductions", reductions, f"one of {', '.join(REDUCTIONS)} for each of {', '.join(fields) or 'no field'}")
+
+
 class IntegerFormat(Protocol):
     """What a range is fitted to; `QuantSpec` is one."""
 
+    @property
+    def bits(self) -> int: ...
     @property
     def qmin(self) -> int: ...
     @property

@@ -9,6 +9,16 @@ Source: Fournarakis and Nagel, "In-Hindsight Quantization Range Estimation for Q
 The formula is known to us in its symmetric form, amax[t] = (1 - eta) * max|T[t-1]| + eta * amax[t-1], as a
 later paper restates it (LUQ, arXiv 2112.10769, eq. 18); the min/max pair is our reconstruction, and so are
 the dynamic first step (low[0] = min(T[0]), high[0] = max(T[0])) and the momentum of 0.9.
+
+`RunningMinMax` is the method that the paper compares with: the present tensor takes part in its own range, so
+a reduction stands in front of the quantize.
+
+    low[t] = (1 - eta) * min(T[t]) + eta * low[t-1],   high likewise
+
+`InHindsightMax` is a relative, the delayed scaling of fp8 training: the range is the largest of the last
+`length` steps. It clips less than the average, and comes down later.
+
+    amax[t] = max(max|T[t-1]|, ..., max|T[t-length]|)
 """
 
 from __future__ import annotations
@@ -19,19 +29,45 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from qcompile._checks import check_share
+from qcompile._checks import check_int, check_share
 from qcompile.estimators.base import RangeEstimator, State, Stats, register_estimator
+
+
+def _present(stats: Stats) -> dict[str, Tensor]:
+    """The present tensor's range, under the names of the fields that remember one."""
+    return {"amax": stats["amax"]} if "amax" in stats else {"low": stats["min"], "high": stats["max"]}
+
+
+def _bounds(fields: State | dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    return (-fields["amax"], fields["amax"]) if "amax" in fields else (fields["low"], fields["high"])
+
+
+class _Average(RangeEstimator):
+    """What averages of ranges share."""
+
+    momentum: float
+
+    def state_fields(self, symmetric: bool) -> dict[str, float]:
+        return {"amax": 0.0} if symmetric else {"low": 0.0, "high": 0.0}
+
+    def reductions(self, symmetric: bool) -> dict[str, str]:
+        return {"amax": "max"} if symmetric else {"low": "min", "high": "max"}
+
+    def update(self, stats: Stats, state: State) -> dict[str, Tensor]:
+        return {f: (1 - self.momentum) * now + self.momentum * state[f] for f, now in _present(stats).items()}
+
+    def first_update(self, stats: Stats, state: State) -> dict[str, Tensor]:
+        return _present(stats)
 
 
 @register_estimator
 @dataclass(frozen=True)
-class InHindsight(RangeEstimator):
+class InHindsight(_Average):
     """Exponential average of past ranges; static: no pass over the tensor before it is quantized.
 
     momentum     share of the old range that is kept, 0..1; 0 takes the previous tensor's range as it is.
     max_clipped  our choice: where more than this share of the elements (0..1) lay outside the range used, the
-                 new range is the present tensor's own. After a jump (the loss scale was doubled) the average
-                 would clip for many steps. None is the paper's formula alone.
+                 new range is the present tensor's own. None is the paper's formula alone.
     """
 
     momentum: float = 0.9
@@ -47,22 +83,90 @@ class InHindsight(RangeEstimator):
     def static(self) -> bool:
         return True
 
-    def state_fields(self, symmetric: bool) -> dict[str, float]:
-        return {"amax": 0.0} if symmetric else {"low": 0.0, "high": 0.0}
+    @property
+    def restart_above(self) -> float | None:
+        return self.max_clipped
 
     def range(self, stats: Stats, state: State) -> tuple[Tensor, Tensor]:
-        if "amax" in state:
-            return -state["amax"], state["amax"]
-        return state["low"], state["high"]
+        return _bounds(state)
+
+
+@register_estimator
+@dataclass(frozen=True)
+class RunningMinMax(_Average):
+    """Exponential average of ranges, the present one included.
+
+    momentum  share of the old range that is kept, 0..1; 0 is `MinMax`.
+    """
+
+    momentum: float = 0.9
+
+    name: ClassVar[str] = "running_min_max"
+
+    def __post_init__(self) -> None:
+        check_share("RunningMinMax.momentum", self.momentum)
+
+    def range(self, stats: Stats, state: State) -> tuple[Tensor, Tensor]:
+        return _bounds(self.update(stats, state))
+
+
+@register_estimator
+@dataclass(frozen=True)
+class InHindsightMax(RangeEstimator):
+    """The widest range of the last `length` tensors; static.
+
+    length       steps remembered, 1..64. Our choice: the library that we know the method from keeps 1024; a
+                 field of the state each, 16 cost little and are what fp8 recipes commonly take.
+    max_clipped  as for `InHindsight`.
+    """
+
+    length: int = 16
+    max_clipped: float | None = 0.05
+
+    name: ClassVar[str] = "in_hindsight_max"
+
+    def __post_init__(self) -> None:
+        check_int("InHindsightMax.length", self.length, "an int from 1 to 64", low=1, high=64)
+        check_share("InHindsightMax.max_clipped", self.max_clipped, optional=True)
+
+    @property
+    def static(self) -> bool:
+        return True
+
+    @property
+    def restart_above(self) -> float | None:
+        return self.max_clipped
+
+    def _names(self, field: str) -> list[str]:
+        """Oldest first."""
+        return [f"{field}_{i}" for i in range(self.length)]
+
+    def state_fields(self, symmetric: bool) -> dict[str, float]:
+        kept = ("amax",) if symmetric else ("low", "high")
+        return {name: 0.0 for field in kept for name in self._names(field)}
+
+    def reductions(self, symmetric: bool) -> dict[str, str]:
+        return {name: "min" if name.startswith("low") else "max" for name in self.state_fields(symmetric)}
+
+    def range(self, stats: Stats, state: State) -> tuple[Tensor, Tensor]:
+        def past(field: str) -> Tensor:
+            return torch.stack([state[name] for name in self._names(field)])
+
+        if "amax_0" in state:
+            high = past("amax").amax(0)
+            return -high, high
+        return past("low").amin(0), past("high").amax(0)  # 0, before there is a value, is in every range
 
     def update(self, stats: Stats, state: State) -> dict[str, Tensor]:
-        present = {"amax": "amax"} if "amax" in state else {"low": "min", "high": "max"}
-        restart = state["steps"] == 0
-        if self.max_clipped is not None:
-            restart = restart | (stats["clipped"] > self.max_clipped)
-        return {
-            field: torch.where(
-                restart, stats[stat], (1 - self.momentum) * stats[stat] + self.momentum * state[field]
-            )
-            for field, stat in present.items()
-        }
+        new: dict[str, Tensor] = {}
+        for field, now in _present(stats).items():
+            names = self._names(field)
+            new |= dict(zip(names, [*(state[name] for name in names[1:]), now], strict=True))
+        return new
+
+    def first_update(self, stats: Stats, state: State) -> dict[str, Tensor]:
+        new: dict[str, Tensor] = {}
+        for field, now in _present(stats).items():
+            names = self._names(field)
+            new |= dict.fromkeys(names, torch.zeros_like(now)) | {names[-1]: now}
+        return new

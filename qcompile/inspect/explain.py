@@ -9,6 +9,7 @@ report.to_dict()                   # the same for programs; JSON can hold it
 from __future__ import annotations
 
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -83,8 +84,9 @@ class Report:
 
     hp_saved   what plain Inductor saves for the same step
     unmatched  patterns of the recipe that mean no site
-    outside    linear layers that are in no graph: the step does not use them, or runs them in eager mode
-               around a graph break
+    outside    layers with matrix products that are in no graph: the step does not use them, or runs them in eager
+               mode around a graph break, as Dynamo does with nn.LSTM, nn.GRU and nn.RNN
+    others     class -> number of the layers with parameters that have no matrix product: embeddings, norms
     """
 
     recipe: Recipe
@@ -95,6 +97,7 @@ class Report:
     graph_breaks: list[str] = field(default_factory=list)
     unmatched: list[str] = field(default_factory=list)
     outside: list[str] = field(default_factory=list)
+    others: dict[str, int] = field(default_factory=dict)
     range_state: list[Entry] = field(default_factory=list)
     device: str = "cpu"
     torch_version: str = torch.__version__
@@ -148,6 +151,7 @@ class Report:
             "graph_breaks": self.graph_breaks,
             "unmatched_patterns": self.unmatched,
             "outside_graphs": self.outside,
+            "without_products": self.others,
             "range_state": [
                 asdict(entry) | {"fields": list(entry.fields), "aliases": list(entry.aliases)} for entry in self.range_state
             ],
@@ -201,7 +205,10 @@ class Report:
             lines.append(f"{len(self.graphs)} graphs; integer GEMMs by graph: {counts}")
         lines += [f"graph break: {reason}" for reason in self.graph_breaks]
         if self.outside:
-            lines.append(f"linear layers in no graph (not used, or run in eager mode): {', '.join(self.outside)}")
+            lines.append(f"layers in no graph (not used, or run in eager mode): {', '.join(self.outside)}")
+        if self.others:
+            counts = ", ".join(f"{count} {name}" for name, count in self.others.items())
+            lines.append(f"layers without a matrix product: {counts}")
         for phase in ("forward", "backward"):
             entries = [e for e in self.range_state if e.phase == phase]
             if entries:
@@ -254,6 +261,7 @@ def _report(found: Capture, hp: Capture) -> Report:
         graph_breaks=found.graph_breaks,
         unmatched=found.recipe.unmatched_patterns(names),
         outside=_outside(found.model, sites),
+        others=_others(found.model, sites),
         range_state=[entry for graph in found.graphs for call in _instances(graph) for entry in _entries(graph, call)],
         device=str(found.graphs[0].context.device) if found.graphs else "cpu",
     )
@@ -270,11 +278,31 @@ def _module(site: str) -> str:
     return "" if name == "self" else name
 
 
+_WITH_PRODUCTS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
+
+
 def _outside(model: nn.Module, sites: list[SiteReport]) -> list[str]:
     modules = dict(model.named_modules(remove_duplicate=False))
-    inside = {id(modules.get(_module(site.name))) for site in sites}
-    linear = {id(m): name for name, m in reversed(modules.items()) if isinstance(m, nn.Linear)}
-    return [name for key, name in reversed(linear.items()) if key not in inside]
+    inside = _modules_with_sites(modules, sites)
+    layers = {id(m): name or type(m).__name__ for name, m in reversed(modules.items()) if isinstance(m, _WITH_PRODUCTS)}
+    kinds = {id(m): type(m).__name__ for m in modules.values() if isinstance(m, nn.RNNBase)}
+    left = [(key, name) for key, name in reversed(layers.items()) if key not in inside]
+    return [f"{name} ({kinds[key]})" if key in kinds and name != kinds[key] else name for key, name in left]
+
+
+def _others(model: nn.Module, sites: list[SiteReport]) -> dict[str, int]:
+    inside = _modules_with_sites(dict(model.named_modules(remove_duplicate=False)), sites)
+    others = (m for m in model.modules() if any(True for _ in m.parameters(recurse=False)))
+    return dict(Counter(type(m).__name__ for m in others if id(m) not in inside and not isinstance(m, _WITH_PRODUCTS)))
+
+
+def _modules_with_sites(modules: dict[str, nn.Module], sites: list[SiteReport]) -> set[int]:
+    """Identities of the modules that sites are named by; of the modules inside of one, too: attention's projections have no own."""
+    inside = {id(modules.get(_module(site.name), modules[""])) for site in sites}
+    for name, module in modules.items():
+        if isinstance(module, nn.MultiheadAttention) and any(_module(site.name) == name for site in sites):
+            inside |= {id(m) for m in module.modules()}
+    return inside
 
 
 def _coverage(number: int, sites: list[SiteReport]) -> dict[str, int]:

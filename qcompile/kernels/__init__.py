@@ -20,8 +20,8 @@ __all__ = ["Launch", "note_launch", "record_launches"]
 class Launch(NamedTuple):
     """One integer GEMM: the kernel's name, M rows, N columns, K summed, and what it computes.
 
-    `op` is "mm", "bmm", "conv", "conv_grad_input" or "conv_grad_weight". A batch, or groups, are one launch: M, N and K are those of
-    one product, and `count` says how many there are side by side.
+    `op` is "mm", "bmm", "conv", "conv_grad_input" or "conv_grad_weight". A batch, or groups, are one launch: M, N and K are those
+    of one product, and `count` says how many there are side by side.
     """
 
     kernel: str

@@ -6,9 +6,9 @@ Three shapes of work, each a product with one gathered matrix ("columns": for ev
     spread       the input's gradient of a convolution; the output of a transposed one
     weight_grad  the weight's gradient of either
 
-Codes are gathered as int8 with the channels innermost, so a row is a few long runs of bytes; a 1x1 kernel of stride 1 gathers nothing.
-What lies outside is the code of zero. `spread` gathers too, instead of adding up scattered int32 products: with stride s, the
-places that are congruent modulo s see the same taps, and each such *phase* is a convolution of stride 1. So no product with an
+Codes are gathered as int8 with the channels innermost, so a row is a few long runs of bytes; a 1x1 kernel of stride 1 gathers
+nothing. What lies outside is the code of zero. `spread` gathers too, instead of adding up scattered int32 products: with stride s,
+the places that are congruent modulo s see the same taps, and each such *phase* is a convolution of stride 1. So no product with an
 inserted zero is ever computed, and every sum is exact in the accumulator of the one product that makes it.
 
 B batches, P places, C channels, T taps; `zero` broadcasts to [B, *spatial, C].
@@ -24,8 +24,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from qcompile.geometry import Geometry
 from qcompile.kernels import note_launch
-from qcompile.ops.geometry import Geometry
 
 __all__ = ["Product", "correlate", "gather", "operators", "spread", "weight_grad"]
 
@@ -120,7 +120,7 @@ def correlate(
     out = x.new_empty((rows, outputs), dtype=out_dtype) if groups > 1 else x
     codes, zero = x.movedim(1, -1), _innermost(x_zero)
     a_scale, a_zero = _per_row(x_scale, batch, rows), _per_row(x_zero, batch, rows)
-    for group, (from_channels, to_channels) in enumerate(_groups(groups, x.shape[1], outputs)):
+    for from_channels, to_channels in _groups(groups, x.shape[1], outputs):
         columns = gather(codes[..., from_channels], begin, stride, dilation, taps, places, zero)
         matrix = _taps_by_columns(w[to_channels])
         b_scale, b_zero = (_per_column(v, to_channels, 0) for v in (w_scale, w_zero))
@@ -164,7 +164,7 @@ def spread(
     out = g if alone else g.new_empty((batch, *places, groups * inner), dtype=out_dtype)
     codes, zero = g.movedim(1, -1), _innermost(g_zero)
     b_scale, b_zero = _per_column(w_scale, slice(None), 1), _per_column(w_zero, slice(None), 1)
-    for group, (from_channels, to_channels) in enumerate(_groups(groups, outputs, groups * inner)):
+    for from_channels, to_channels in _groups(groups, outputs, groups * inner):
         by_tap = w[from_channels].permute(*range(2, w.ndim), 0, 1)  # [*kernel, O, C]
         for phase in itertools.product(*phases):
             sizes, counts = [p.places for p in phase], [len(p.taps) for p in phase]

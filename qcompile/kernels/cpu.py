@@ -28,6 +28,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from qcompile.errors import KernelError
 from qcompile.kernels import note_launch
+from qcompile.kernels.convolution import operators
 
 __all__ = [
     "CANDIDATES",
@@ -114,7 +115,11 @@ FLOAT_PRODUCTS = ("onednn",)
 
 
 def _dense(codes: Tensor) -> Tensor:
-    return codes if codes.is_contiguous() or codes.t().is_contiguous() else codes.contiguous()
+    """The matrix row-major or column-major, with the strides that go with it: those of an axis of size 1 may be any number,
+    and libraries read them."""
+    if codes.t().is_contiguous() and not codes.is_contiguous():
+        return codes.t().reshape(-1).view(codes.shape[1], codes.shape[0]).t()
+    return codes.reshape(-1).view(codes.shape)
 
 
 @functools.lru_cache(maxsize=64)
@@ -362,7 +367,7 @@ def scaled_bmm(
 ) -> Tensor:
     """`qtrain::scaled_bmm` of checked operands; `qcompile.ops.scaled_bmm` has their shapes and dtypes.
 
-    Matrix by matrix: no library has a batched int8 product that hands out its sums, and one is worth its call from about 64 x 64 x 64.
+    Matrix by matrix: no library has a batched int8 product that hands out its sums.
     """
     (batch, m, k), n = a.shape, b.shape[2]
     zero_points = a_zero is not None or b_zero is not None
@@ -381,8 +386,6 @@ def scaled_bmm(
 
 def convolutions() -> dict[str, Callable[..., Tensor]]:
     """`qtrain::scaled_conv` and its gradients for checked operands, by name: products of gathered codes."""
-    from qcompile.kernels.convolution import operators  # it needs the operators' geometry, and they need this module
-
     return operators(_gathered_product, kernel_name)
 
 

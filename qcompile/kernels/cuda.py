@@ -24,6 +24,7 @@ from torch.nn.functional import pad
 
 from qcompile.errors import KernelError
 from qcompile.kernels import note_launch
+from qcompile.kernels.convolution import operators
 from qcompile.kernels.cpu import of_batch
 from qcompile.kernels.triton.launch import unavailable_reasons
 from qcompile.kernels.triton.tuning import max_k
@@ -215,7 +216,6 @@ def register_cuda_kernels() -> None:
     Called once the operators exist. Needs neither a GPU nor Triton: the choice is made when a kernel is
     called.
     """
-    from qcompile.kernels.convolution import operators
     from qcompile.ops._checks import check_matrix
     from qcompile.ops._library import LIBRARY
     from qcompile.ops.scaled_bmm import check_scaled_bmm

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qcompile._sizes import same_size
 from qcompile.errors import KernelError
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -44,9 +45,3 @@ def check_matrix(op: str, name: str, tensor: Tensor) -> None:
         raise KernelError(
             f"{op}: {name} has shape {list(tensor.shape)}; a matrix is needed. Flatten the leading axes."
         )
-
-
-def same_size(size: int | torch.SymInt, other: int | torch.SymInt) -> bool:
-    """Whether two sizes are equal, as far as can be said without a guard: a symbolic one is believed."""
-    plain = isinstance(size, int) and isinstance(other, int)  # torch.SymInt is no int
-    return not plain or size == other

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from qcompile.geometry import GEOMETRY
 from qcompile.ops._library import define
-from qcompile.ops.geometry import GEOMETRY
 
 __all__ = ["channels_last", "conv_grad_input", "conv_grad_weight"]
 

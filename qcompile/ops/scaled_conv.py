@@ -9,8 +9,8 @@
 nothing, which is to say: the padding holds the *code of zero*, the zero point. A transposed convolution exchanges `output` and
 `grad_input`. Groups are products side by side.
 
-A scale can be taken out of a sum if it is constant over it, so an operand's scales lie on the one axis that its GEMM does not sum over:
-the batch or the channels, never the spatial axes. Tensors, weights and geometry as in `qcompile.ops.geometry`.
+A scale can be taken out of a sum if it is constant over it, so an operand's scales lie on the one axis that its GEMM does not sum
+over: the batch or the channels, never the spatial axes. Tensors, weights and geometry as in `qcompile.geometry`.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ import torch
 from torch import Tensor
 
 from qcompile.errors import KernelError
+from qcompile.geometry import GEOMETRY, Geometry
 from qcompile.kernels import cpu
 from qcompile.ops._checks import FLOATS, OUTPUTS, check_dtype, check_shared
 from qcompile.ops._library import LIBRARY, define
 from qcompile.ops.convolution import channels_last
-from qcompile.ops.geometry import GEOMETRY, Geometry
 
 __all__ = [
     "CHECKS",

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qcompile._sizes import same_size
 from qcompile.errors import KernelError
 from qcompile.kernels import cpu
-from qcompile.ops._checks import FLOATS, OUTPUTS, check_dtype, check_matrix, check_shared, same_size
+from qcompile.ops._checks import FLOATS, OUTPUTS, check_dtype, check_matrix, check_shared
 from qcompile.ops._library import LIBRARY, define
 
 __all__ = ["check_scaled_mm", "scaled_mm", "scaled_mm_reference"]

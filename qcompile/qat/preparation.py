@@ -127,9 +127,10 @@ def _checked_widths(widths: Sequence[tuple[int, int]]) -> tuple[tuple[int, int],
 def _chosen_layers(model: nn.Module, recipe: Recipe) -> list[tuple[str, nn.Module, dict[str, QuantSpec]]]:
     """(name, layer, operand -> spec) of the layers that get quantizers."""
     chosen = []
-    for name, module in model.named_modules():
-        if not can_learn(module):
-            continue
+    layers = [(name, module) for name, module in model.named_modules() if can_learn(module)]
+    if recipe.skip_first_last:
+        layers = layers[1:-1]
+    for name, module in layers:
         pair = recipe.resolve(name, kind(module)).gemm("output")
         specs = dict(zip(("input", "weight"), pair or (), strict=False))
         learned = {operand: spec for operand, spec in specs.items() if isinstance(spec.estimator, Learned)}
@@ -139,12 +140,12 @@ def _chosen_layers(model: nn.Module, recipe: Recipe) -> list[tuple[str, nn.Modul
             chosen.append((name, module, learned))
     if chosen:
         return chosen
-    layers = [name for name, module in model.named_modules() if can_learn(module)]
-    if not layers:
+    names = [name for name, module in model.named_modules() if can_learn(module)]
+    if not names:
         raise RecipeError("prepare: the model has no nn.Linear, nn.Conv*d or transformers Conv1D layer to quantize.")
     raise RecipeError(
         f"prepare: recipe {recipe.name!r} names no learned tensor: no input or weight of an `output` GEMM of "
-        f"{', '.join(layers[:5])}{', ...' if len(layers) > 5 else ''} has one of the estimators LSQ, LSQPlus, EWGS, LGLSQ. "
+        f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''} has one of the estimators LSQ, LSQPlus, EWGS, LGLSQ. "
         "Take 'qat_lsq' or "
         "Recipe(input=QuantSpec(bits=4, estimator=LSQ()), weight=QuantSpec(bits=4, estimator=LSQ())); a recipe without learned "
         "scales needs no prepare."

@@ -1,7 +1,7 @@
 """`qcompile.range_state(model)`: read, save, load, freeze and reset the range state of a model.
 
 State is found by the identity of the model's Parameters and named as people name modules: `blocks.0.mlp.up.input.amax` is the
-field `amax` of the operand `input` of the site `blocks.0.mlp.up`. What belongs to no linear weight is named by its owner and key,
+field `amax` of the operand `input` of the site `blocks.0.mlp.up`. What belongs to no layer's weight is named by its owner and key,
 `embed.weight:seed.forward.seed_low`.
 """
 
@@ -20,7 +20,7 @@ from qcompile.state.store import STORE, RangeStore, Slot
 __all__ = ["LoadResult", "RangeState", "range_state"]
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module")
-_LINEAR = "linear#"
+_LAYERS = ("linear#", "conv#")
 
 
 class LoadResult(NamedTuple):
@@ -178,10 +178,10 @@ def clean_name(name: str) -> str:
 
 
 def _slot_name(key: str, names: list[str], site: str) -> str:
-    """`module.operand` for the entry of a linear layer's weight; `parameter:key` for everything else."""
-    if not key.startswith(_LINEAR):
+    """`module.operand` for the entry of a linear layer's or a convolution's weight; `parameter:key` for everything else."""
+    if not key.startswith(_LAYERS):
         return f"{names[0]}:{key}"
-    use, _, operand = key.removeprefix(_LINEAR).partition(".")
+    use, _, operand = key.partition("#")[2].partition(".")
     modules = [n.rpartition(".")[0] for n in names]
     base = site.split("#")[0]
     module = next((m for m in modules if m == base or m.endswith(f".{base}")), modules[0])
@@ -206,7 +206,10 @@ def _place(name: str, parameters: dict[str, tuple[nn.Parameter, list[str]]]) -> 
     module, _, operand = name.rpartition(".")
     module, _, use = module.partition("#")
     weight = f"{module}.weight".removeprefix(".")
-    return (parameters[weight][0], f"{_LINEAR}{use or 0}.{operand}") if weight in parameters else None
+    if weight not in parameters:
+        return None
+    parameter = parameters[weight][0]
+    return parameter, f"{_LAYERS[parameter.ndim > 2]}{use or 0}.{operand}"
 
 
 def _check_fields(name: str, fields: Mapping[str, Tensor], slot: Slot) -> None:

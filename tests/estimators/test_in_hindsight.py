@@ -5,7 +5,9 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from qcompile.estimators import InHindsight
+from qcompile.errors import RecipeError
+from qcompile.estimators import InHindsight, InHindsightMax, RunningMinMax
+from qcompile.estimators.step import initial_state, updated
 
 STEPS = 50
 MOMENTA = [0.0, 0.9, 0.99]
@@ -28,23 +30,28 @@ def used_ranges(momentum, values):
 
 def run(estimator, symmetric, stats_of_steps):
     """Drive an estimator as the compiler does; the (low, high) used at each step, stacked."""
-    state = {
-        field: torch.full_like(next(iter(stats_of_steps[0].values())), value)
-        for field, value in estimator.state_fields(symmetric).items()
-    }
-    state["steps"] = torch.zeros_like(next(iter(state.values())))
+    like = next(iter(stats_of_steps[0].values()))
+    state = {f: torch.full_like(like, value) for f, value in initial_state(estimator, symmetric).items()}
     lows, highs = [], []
     for stats in stats_of_steps:
         first = state["steps"] == 0
-        low, high = (
-            torch.where(first, dynamic, stored)
-            for dynamic, stored in zip(estimator.first_range(stats), estimator.range({}, state), strict=True)
-        )
+        ranges = estimator.first_range(stats), estimator.range({} if estimator.static else stats, state)
+        low, high = (torch.where(first, dynamic, stored) for dynamic, stored in zip(*ranges, strict=True))
         lows.append(low)
         highs.append(high)
-        outside = {"clipped": torch.zeros_like(high)}
-        state = estimator.update({**stats, **outside}, state) | {"steps": state["steps"] + 1}
+        state = updated(estimator, {**stats, "clipped": torch.zeros_like(high)}, state)
     return torch.stack(lows), torch.stack(highs)
+
+
+def after(estimator, stats, **state):
+    """The state after one step, from values of some of its fields."""
+    size = len(next(iter(state.values())))
+    state = {
+        f: torch.as_tensor(state.get(f, [value] * size), dtype=torch.float32)
+        for f, value in initial_state(estimator, "amax" in stats).items()
+    }
+    stats = {name: torch.as_tensor(value, dtype=torch.float32) for name, value in stats.items()}
+    return updated(estimator, stats, state)
 
 
 def statistics(x, symmetric):
@@ -99,24 +106,75 @@ def test_entries_in_one_vector_equal_entries_alone(symmetric):
 
 
 def test_entries_of_one_vector_may_be_at_different_steps():
-    state = {"amax": torch.tensor([0.0, 2.0]), "steps": torch.tensor([0.0, 7.0])}
-    stats = {"amax": torch.tensor([4.0, 4.0]), "clipped": torch.zeros(2)}
-    assert InHindsight(momentum=0.5).update(stats, state)["amax"].tolist() == [4.0, 3.0]
+    new = after(InHindsight(momentum=0.5), {"amax": [4, 4], "clipped": [0, 0]}, amax=[0, 2], steps=[0, 7])
+    assert new["amax"].tolist() == [4.0, 3.0] and new["steps"].tolist() == [1, 8]
 
 
 def test_too_much_clipping_restarts_from_the_present_range():
-    state = {"low": torch.full((4,), -1.0), "high": torch.full((4,), 2.0), "steps": torch.full((4,), 9.0)}
-    stats = {"min": torch.full((4,), -8.0), "max": torch.full((4,), 16.0)}
-    stats["clipped"] = torch.tensor([0.0, 0.25, 0.251, 1.0])  # the bound itself is not yet too much
-    new = InHindsight(momentum=0.5, max_clipped=0.25).update(stats, state)
+    shares = [0.0, 0.25, 0.251, 1.0]  # the bound itself is not yet too much
+    new = after(
+        InHindsight(momentum=0.5, max_clipped=0.25),
+        {"min": [-8] * 4, "max": [16] * 4, "clipped": shares},
+        low=[-1] * 4,
+        high=[2] * 4,
+        steps=[9] * 4,
+    )
     assert new["low"].tolist() == [-4.5, -4.5, -8.0, -8.0]
     assert new["high"].tolist() == [9.0, 9.0, 16.0, 16.0]
+    np.testing.assert_array_equal(new["clipped"].numpy(), np.float32(shares))
 
 
-def test_without_a_bound_the_share_clipped_is_not_read():
-    state = {"amax": torch.tensor(1.0), "steps": torch.tensor(3.0)}
-    new = InHindsight(momentum=0.5, max_clipped=None).update({"amax": torch.tensor(3.0)}, state)
-    assert new["amax"].item() == 2.0
+def test_without_a_bound_the_share_clipped_changes_nothing():
+    estimator = InHindsight(momentum=0.5, max_clipped=None)
+    new = after(estimator, {"amax": [3], "clipped": [1]}, amax=[1], steps=[3])
+    assert new["amax"].tolist() == [2.0]
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_running_range_holds_the_present_tensor(symmetric):
+    """One line of difference: what in hindsight is used at step t + 1 is used at step t, after the first."""
+    stats = [statistics(x, symmetric) for x in tensors()]
+    past = run(InHindsight(0.9), symmetric, [*stats, stats[0]])
+    running = run(RunningMinMax(0.9), symmetric, stats)
+    for used, before in zip(running, past, strict=True):
+        torch.testing.assert_close(used, before[1:], rtol=0, atol=0)
+    assert not RunningMinMax().static and RunningMinMax().restart_above is None
+
+
+@pytest.mark.parametrize("length", [1, 4, 16])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_history_keeps_the_widest_of_the_last_tensors(length, symmetric):
+    data = tensors()
+    low, high = run(InHindsightMax(length), symmetric, [statistics(x, symmetric) for x in data])
+    values = [np.abs(x).max() if symmetric else x.max() for x in data]
+    expected = [values[0], *(max(values[max(0, t - length) : t]) for t in range(1, STEPS))]
+    assert high.tolist() == pytest.approx(expected, rel=0)
+    lows = [-v for v in values] if symmetric else [x.min() for x in data]
+    expected = [lows[0], *(min(lows[max(0, t - length) : t]) for t in range(1, STEPS))]
+    assert low.tolist() == pytest.approx(expected, rel=0)
+
+
+def test_a_jump_makes_the_history_forget():
+    estimator = InHindsightMax(3, max_clipped=0.1)
+    old = {"amax_0": [9], "amax_1": [1], "amax_2": [2], "steps": [5]}
+    calm = after(estimator, {"amax": [4], "clipped": [0.1]}, **old)
+    jump = after(estimator, {"amax": [4], "clipped": [0.2]}, **old)
+    assert [calm[f"amax_{i}"].item() for i in range(3)] == [1, 2, 4]
+    assert [jump[f"amax_{i}"].item() for i in range(3)] == [0, 0, 4]
+
+
+@pytest.mark.parametrize(
+    "make, words",
+    [
+        (lambda: InHindsight(momentum=1.5), "momentum: got 1.5"),
+        (lambda: InHindsight(max_clipped=-0.1), "max_clipped: got -0.1"),
+        (lambda: RunningMinMax(momentum=float("nan")), "RunningMinMax.momentum: got nan"),
+        (lambda: InHindsightMax(length=0), "length: got 0; allowed: an int from 1 to 64"),
+    ],
+)
+def test_bad_values_are_refused(make, words):
+    with pytest.raises(RecipeError, match=words):
+        make()
 
 
 def test_what_it_declares():
@@ -133,23 +191,23 @@ def test_the_formula_traces_and_the_trace_holds_for_other_values(symmetric):
     """A Python branch on a tensor's value would fail on fake tensors, or freeze the first answer."""
     estimator = InHindsight(momentum=0.5)
     names = (*estimator.statistics_for(symmetric), "clipped")
-    fields = (*estimator.state_fields(symmetric), "steps")
+    fields = tuple(initial_state(estimator, symmetric))
 
     def step(*values):
         stats, state = (
             dict(zip(names, values, strict=False)),
             dict(zip(fields, values[len(names) :], strict=True)),
         )
-        return *estimator.range({}, state), *estimator.update(stats, state).values()
+        return *estimator.range({}, state), *updated(estimator, stats, state).values()
 
     count = len(names) + len(fields)
     traced = make_fx(step, tracing_mode="fake")(*torch.zeros(count, 4))
     assert not [n for n in traced.graph.nodes if n.op == "get_attr"]
     # Four entries: every combination of first step or not, too much clipped or not.
-    by_name = {"clipped": [0.0, 1.0, 0.0, 1.0], "steps": [0.0, 0.0, 3.0, 3.0]}
+    by_name = {"clipped": [0.0, 1.0, 0.0, 1.0], "steps": [0.0, 0.0, 3.0, 3.0], "frozen": [0.0] * 4, "min": [-4.0] * 4}
     stats = [torch.tensor(by_name.get(name, [4.0] * 4)) for name in names]
     state = [torch.tensor(by_name.get(name, [8.0] * 4)) for name in fields]
-    *_, updated = traced(*stats, *state)
-    assert updated.tolist() == [4.0, 4.0, 6.0, 4.0]
+    updates = traced(*stats, *state)[2:]
+    assert updates[fields.index("amax" if symmetric else "high")].tolist() == [4.0, 4.0, 6.0, 4.0]
     for got, expected in zip(traced(*stats, *state), step(*stats, *state), strict=True):
         torch.testing.assert_close(got, expected, rtol=0, atol=0)

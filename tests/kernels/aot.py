@@ -25,6 +25,7 @@ from triton.compiler import ASTSource
 
 from qcompile.kernels.triton import tuning
 from qcompile.kernels.triton.amax import amax_kernel
+from qcompile.kernels.triton.conv import conv_kernel, conv_weight_kernel
 from qcompile.kernels.triton.launch import EXACT
 from qcompile.kernels.triton.numerics import Layout
 from qcompile.kernels.triton.quantize import quantize_kernel
@@ -172,6 +173,65 @@ def scaled_mm_case(
     return Case("scaled_mm", variant, scaled_mm_kernel, arguments, options)
 
 
+SPACE = ("D", "H", "W", "OD", "OH", "OW", "taps", "KH", "KW")
+STEPS = tuple(f"{what}_{axis}" for what in ("stride", "pad", "dil") for axis in "dhw")
+
+
+def conv_case(family: str, *, channels: int = 256, scatter: bool = False, zero: bool = False, even_c: bool = True) -> Case:
+    """A 2-d convolution of a ResNet's width."""
+    config = tuning.conv_config(family, 4096, channels, channels, zero_point=zero)
+    arguments = {
+        "x_ptr": "*i8",
+        "w_ptr": "*i8",
+        "out_ptr": "*bf16",
+        "x_scale_ptr": "*fp32",
+        "w_scale_ptr": "*fp32",
+        "x_zero_ptr": "*i32" if zero else None,
+        "w_sum_ptr": "*i32" if zero else None,
+        "bias_ptr": "*bf16",
+        "positions": I32_16,
+        "C": I32_16,
+        "F": I32_16,
+        **dict.fromkeys((*SPACE, *STEPS), I32),
+        "stride_x": I32_16,
+        "stride_o": I32_16,
+        "X_SCALE": int(Layout.TENSOR),
+        "W_SCALE": int(Layout.COLUMN),
+        "SCATTER": scatter,
+        "EVEN_C": even_c,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "GROUP_M": config.group_m,
+    }
+    what = "scatter" if scatter else "gather"
+    variant = f"{what}, {channels} channels{', zero point' * zero}{', channel tail' * (not even_c)}"
+    return Case("conv", variant, conv_kernel, arguments, {"num_warps": config.warps, "num_stages": config.stages})
+
+
+def conv_weight_case(family: str, *, channels: int = 256, split: bool = True) -> Case:
+    config = tuning.conv_config(family, channels, channels, 4096)
+    arguments = {
+        "g_ptr": "*i8",
+        "x_ptr": "*i8",
+        "out_ptr": "*i32",
+        "x_zero_ptr": None,
+        "positions": I32_16,
+        "length": I32_16,
+        "C": I32_16,
+        "F": I32_16,
+        **dict.fromkeys((*SPACE, *STEPS), I32),
+        "stride_g": I32_16,
+        "stride_x": I32_16,
+        "SPLIT": split,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+    }
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    return Case("conv_weight", f"{channels} channels{', split' * split}", conv_weight_kernel, arguments, options)
+
+
 def cases(family: str, *, everything: bool) -> list[Case]:
     found = [
         quantize_case(family, "bf16, nearest"),
@@ -180,6 +240,8 @@ def cases(family: str, *, everything: bool) -> list[Case]:
         transpose_case(),
         scaled_mm_case(tuning.candidates(family, 4096)[0]),
         scaled_mm_case(tuning.candidates(family, 16)[0]),
+        conv_case(family),
+        conv_weight_case(family),
     ]
     if everything:
         found += [
@@ -198,6 +260,11 @@ def cases(family: str, *, everything: bool) -> list[Case]:
             scaled_mm_case(first, dtype="fp32", bias=False),
             scaled_mm_case(first, even_k=False),
             scaled_mm_case(first, zero_points=True),
+            *(conv_case(family, channels=channels, scatter=scatter) for channels in (64, 512) for scatter in (False, True)),
+            conv_case(family, zero=True),
+            conv_case(family, even_c=False),
+            conv_weight_case(family, channels=64),
+            conv_weight_case(family, split=False),
         ]
     return list({(case.kernel, case.variant): case for case in found}.values())
 

@@ -114,8 +114,11 @@ def test_the_environment_overrides(monkeypatch, triton_version):
         cuda.kernel_for(GPU, (9, 0))
 
 
-def test_importing_the_choice_does_not_import_triton():
-    code = "import sys, qcompile.kernels.cuda as c; c.register_cuda_kernels(); sys.exit('triton' in sys.modules)"
+def test_kernels_are_imported_when_they_run():
+    """Triton may be missing where this is imported (torch's own CUDA builds may import it themselves)."""
+    code = (
+        "import sys, qcompile.kernels.cuda as c; c.register_cuda_kernels(); sys.exit('qcompile.kernels.triton.scaled_mm' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
 
 

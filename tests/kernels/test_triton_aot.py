@@ -57,14 +57,14 @@ def number_of(facts, *prefixes):
     return sum(n for name, n in facts["instructions"].items() if name.startswith(prefixes))
 
 
-@each("quantize", "amax", "transpose", "scaled_mm")
+@each("quantize", "amax", "transpose", "scaled_mm", "conv", "conv_weight")
 def test_nothing_spills_and_shared_memory_suffices(facts):
     assert facts["spilled"] == 0 and number_of(facts, "ld.local", "st.local", "scratch_") == 0
     assert facts.get("sass_local", 0) == 0
     assert facts["shared"] <= tuning.SHARED_MEMORY[facts["target"]]
 
 
-@each("scaled_mm")
+@each("scaled_mm", "conv", "conv_weight")
 def test_int8_tensor_cores_multiply(facts):
     tile = facts["tile"]
     if facts["target"] == "gfx942":
@@ -82,15 +82,23 @@ def test_int8_tensor_cores_multiply(facts):
         assert facts["sass_tensor"] and all(name.startswith(unit) for name in facts["sass_tensor"])
 
 
-@each("scaled_mm", targets=NVIDIA)
+@each("scaled_mm", "conv", targets=NVIDIA)
 def test_codes_reach_the_tensor_cores_in_16_byte_copies_and_unshuffled(facts):
     assert facts["async_bytes"] == [16]
     assert number_of(facts, "ld.shared.b8", "st.shared.b8", "st.shared.v4.b8", "ld.shared.v4.b8") == 0
     assert number_of(facts, "st.global") == number_of(facts, "st.global.v4.b32") > 0
 
 
-@each("scaled_mm", targets=NVIDIA)
-def test_scaled_mm_rounds_after_every_operation(facts):
+@each("conv_weight", targets=NVIDIA)
+def test_positions_are_summed_into_int32(facts):
+    """Split over programs, that is one atomic integer addition for each value of a thread's tile, and no conversion."""
+    tile = facts["tile"]["BLOCK_M"] * facts["tile"]["BLOCK_N"] // (32 * facts["num_warps"])
+    assert number_of(facts, "atom.global.gpu.relaxed.add.u32") == (tile if "split" in facts["variant"] else 0)
+    assert max(facts["async_bytes"]) == 16 and number_of(facts, "mul.") == 0
+
+
+@each("scaled_mm", "conv", targets=NVIDIA)
+def test_products_are_scaled_with_a_rounding_after_every_operation(facts):
     """Two multiplications (scale by scale, sum by scale) and an addition: no fused one, nothing
     approximate."""
     assert number_of(facts, "fma.") == 0 and number_of(facts, "mul.") > 0 and facts["inexact"] == []

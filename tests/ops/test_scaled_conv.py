@@ -1,6 +1,5 @@
 """`scaled_conv` and its gradients against fp64 arithmetic on the same codes: equal bit for bit, whatever the geometry."""
 
-import math
 
 import pytest
 import torch
@@ -9,8 +8,8 @@ from hypothesis import strategies as st
 
 from qcompile import ops
 from qcompile.errors import KernelError
-from qcompile.kernels import record_launches
-from qcompile.ops.geometry import Geometry
+from qcompile.geometry import Geometry
+from qcompile.kernels import cpu, record_launches
 
 aten = torch.ops.aten
 SCALE = torch.tensor(0.015625)
@@ -114,3 +113,90 @@ def same(operator, reference, operands, size):
     if got.numel():
         strides = [(a, b) for a, b, size in zip(fake.stride(), got.stride(), got.shape, strict=True) if size > 1]
         assert all(a == b for a, b in strides)
+
+
+@pytest.mark.parametrize("name", ["onednn", "int_mm", "portable"])
+def test_every_cpu_product_gives_the_same_integers(name):
+    """Scales of 1 and fp32 out: exact integers below 2**24, from every candidate."""
+    if cpu.self_test(name) is not None:
+        pytest.skip(f"{name} does not run here")
+    one, where = torch.tensor(1.0), spelled(Geometry([2, 1], [1, 2], [1, 2], False, [0, 0], 1))
+    x, w = codes([2, 5, 9, 8], 0), codes([7, 5, 3, 3], 1)
+    operands = (x, w, one, one, None, None, None, *where, torch.float32)
+    with cpu.forced(name), record_launches() as launches:
+        got = ops.scaled_conv(*operands)
+    assert torch.equal(got, ops.scaled_conv_reference(*operands))
+    assert [launch.kernel for launch in launches] == [name]
+
+
+def test_a_weight_gradient_longer_than_int32_is_exact():
+    """131,072 and more positions of extreme codes: their sum leaves int32."""
+    x = torch.full((9, 1, 128, 128), -128, dtype=torch.int8)
+    where = spelled(Geometry([1, 1], [0, 0], [1, 1], False, [0, 0], 1))
+    got = ops.scaled_conv_grad_weight(x, x, SCALE, SCALE, None, None, [1, 1, 1, 1], *where, torch.float32)
+    assert got.item() == 9 * 128**4 * SCALE.item() ** 2 > 2**31 * SCALE.item() ** 2
+
+
+def test_padding_is_the_code_of_zero():
+    """An image of real zeros, whose codes are not 0, gives zeros at its borders too."""
+    zero = torch.tensor(100, dtype=torch.int32)
+    x, w = torch.full((1, 1, 4, 4), 100, dtype=torch.int8), codes([1, 1, 3, 3], 0)
+    where = spelled(Geometry([1, 1], [2, 2], [1, 1], False, [0, 0], 1))
+    got = ops.scaled_conv(x, w, SCALE, SCALE, zero, None, None, *where, torch.float32)
+    assert got.shape == (1, 1, 6, 6) and got.count_nonzero() == 0
+
+
+def test_an_infinite_scale_stays_visible():
+    where = spelled(Geometry([2], [0], [1], False, [0], 1))
+    got = ops.scaled_conv_grad_input(
+        codes([1, 2, 3], 0), codes([2, 2, 1], 1), torch.tensor(float("nan")), SCALE, None, None, [1, 2, 6], *where, torch.float32
+    )
+    assert got.isnan().all(), "also where no tap reaches"
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"input": codes([2, 3, 5, 5], 0)}, "an input of 4 axes with 4 channels"),
+        ({"input": codes([2, 4, 5, 5], 0).float()}, "input is torch.float32"),
+        ({"weight": codes([6, 4], 0)}, "spatial axes"),
+        ({"stride": [1]}, "stride is"),
+        ({"stride": [0, 1]}, "from 1"),
+        ({"padding": [-1, 0]}, "padding is"),
+        ({"groups": 4}, "groups is 4"),
+        ({"input": codes([2, 4, 1, 1], 0)}, "would be"),
+        ({"bias": torch.zeros(5)}, "bias has shape"),
+        ({"input_scale": torch.ones(1, 4, 1, 1)}, "input's scale has shape"),
+        ({"weight_scale": torch.ones(1, 4, 1, 1)}, "weight's scale has shape"),
+        ({"input_zero": torch.zeros(())}, "zero point is torch.float32"),
+        ({"out_dtype": torch.int32}, "out_dtype"),
+    ],
+)
+def test_what_is_wrong_is_refused(change, message):
+    operands = {
+        "input": codes([2, 4, 5, 5], 0),
+        "weight": codes([6, 4, 3, 3], 1),
+        "input_scale": SCALE,
+        "weight_scale": SCALE,
+        "input_zero": None,
+        "weight_zero": None,
+        "bias": None,
+        "stride": [1, 1],
+        "padding": [0, 0],
+        "dilation": [1, 1],
+        "transposed": False,
+        "output_padding": [0, 0],
+        "groups": 1,
+        "out_dtype": torch.float32,
+    }
+    with pytest.raises(KernelError, match=message):
+        ops.scaled_conv(*(operands | change).values())
+
+
+def test_gradients_of_a_wrong_size_are_refused():
+    where = spelled(Geometry([1, 1], [0, 0], [1, 1], False, [0, 0], 1))
+    g, w, x = codes([2, 6, 4, 4], 0), codes([6, 4, 3, 3], 1), codes([2, 4, 5, 5], 2)
+    with pytest.raises(KernelError, match="the output is"):
+        ops.scaled_conv_grad_input(g, w, SCALE, SCALE, None, None, [2, 4, 5, 5], *where, torch.float32)
+    with pytest.raises(KernelError, match="the output is"):
+        ops.scaled_conv_grad_weight(g, x, SCALE, SCALE, None, None, [6, 4, 3, 3], *where, torch.float32)

@@ -15,7 +15,7 @@ from torch._inductor.decomposition import select_decomp_table
 
 from passes.context import PassContext
 from passes.pipeline import Pipeline, Step, joint_steps
-from passes.restore_decompositions import KEPT_WHOLE
+from passes.restore_decompositions import decompositions
 from qcompile.recipe import Recipe
 from qcompile.recipes import get_recipe
 from qcompile.specs import QuantSpec
@@ -97,17 +97,19 @@ def joint_graph(
     modules: dict[str, str] | None = None,
     training: bool = True,
     decomposed: bool = True,
-    kept_whole: Sequence[Any] = KEPT_WHOLE,
+    kept_whole: Sequence[Any] | None = None,
 ) -> Joint:
     """The joint graph of a function of tensors.
 
     parameters  positions of the inputs that stand for Parameters
     modules     node name -> path of the linear layer that it belongs to; others belong to the root
-    decomposed  as the backend has it, with Inductor's decompositions but for `kept_whole`; False: as AOTAutograd
-                traces it
+    decomposed  as the backend has it; False: as AOTAutograd traces it
+    kept_whole  the operators to leave out of Inductor's own table, in place of the backend's
     """
     inputs = tuple(t.requires_grad_(training and t.is_floating_point()) for t in inputs)
-    table = {op: fn for op, fn in select_decomp_table().items() if op not in kept_whole} if decomposed else None
+    table = decompositions() if decomposed else None
+    if decomposed and kept_whole is not None:
+        table = {op: fn for op, fn in select_decomp_table().items() if op not in kept_whole}
 
     def outputs(*args: Tensor) -> tuple[Tensor, ...]:
         result = function(*args)

@@ -72,7 +72,7 @@ def test_each_half_reads_once_at_its_start_and_writes_once_at_its_end():
         assert write.args[:2] == read.args
         assert order[write] > max(order[n] for n in original if n in order and phase_of(n) == phase)
         assert order[write] > max(order[n] for n in read.users)
-    assert joint.count(SELECT) == 8  # low and high of four operands
+    assert joint.count(SELECT) == 10  # low and high of four operands, and the new range of each half
 
 
 @pytest.mark.parametrize("recipe", [TENSORWISE, ROWWISE, AVERAGE, STOCHASTIC], ids=lambda r: r.name)

@@ -433,3 +433,42 @@ def test_a_full_arena_keeps_its_slots():
     assert other is not arena
     again, same_slots = claim("a", "b")
     assert again is arena and all(x is y for x, y in zip(slots, same_slots, strict=True))
+
+
+class Fan(nn.Module):
+    """Three layers read one tensor: one quantize, whose range belongs to the first of them; its aliases are the others."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.a, self.b, self.c = nn.Conv2d(2, 4, 3), nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1), nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        return (self.a(x).sigmoid() * self.b(x).tanh()).movedim(1, -1) * self.c(x.movedim(1, -1))
+
+
+def test_evaluation_finds_the_range_of_a_shared_input(interpreted):
+    model = Fan()
+    run = compiled(model, AVERAGE)
+    x = torch.randn(4, 2, 6, 6)
+    run(x).square().sum().backward()
+    names = range_state(model).names()
+    assert {"stem.input", "a.input", "a.grad_output"} <= set(names) and "b.input" not in names
+    with torch.no_grad():
+        run(x)  # a warning, here an error, if a range is missing
+    assert range_state(model).names() == names
+
+
+def test_state_of_convolutions_is_kept_until_a_graph_claims_it(interpreted):
+    model, fresh = Fan(), Fan()
+    x = torch.randn(4, 2, 6, 6)
+    compiled(model, AVERAGE)(x).square().sum().backward()
+    saved = range_state(model).state_dict()
+    range_state(fresh).load_state_dict(saved)
+    assert same(range_state(fresh).state_dict(), saved)
+    fresh.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        compiled(fresh, AVERAGE)(x)
+    claimed = range_state(fresh).state_dict()
+    assert {"stem.input.amax", "a.input.amax", "a.grad_output.amax"} <= set(claimed)
+    assert same(claimed, saved)

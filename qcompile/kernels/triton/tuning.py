@@ -12,6 +12,8 @@ import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
+
 __all__ = [
     "MATMUL",
     "SHARED_MEMORY",
@@ -21,8 +23,10 @@ __all__ = [
     "bucket",
     "candidates",
     "choose",
+    "conv_config",
     "forget",
     "max_k",
+    "split_k",
     "tile_config",
 ]
 
@@ -160,6 +164,28 @@ def max_k(zero_points: int) -> int:
     A code's magnitude is at most 128; its distance from a zero point among the codes at most 255.
     """
     return (2**31 - 1) // (128 ** (2 - zero_points) * 255**zero_points)
+
+
+def conv_config(family: str, m: int, n: int, k: int, *, zero_point: bool = False) -> MatmulConfig:
+    """A tile for a convolution: the matrix product's default, no wider than n output columns and no deeper than k channels.
+
+    A filter has few channels where a linear layer has thousands; the part of a tile past the end is computed for nothing. With a
+    zero point x goes through registers, and four warps of compute capability 8.x would spill on a tile 128 wide.
+    """
+    config = candidates(family, m)[0]
+    widest = 64 if zero_point and config.warps == 4 else config.block_n
+    narrow = max(32, min(widest, _next_power_of_2(n)))
+    shallow = max(32, min(config.block_k, _next_power_of_2(k)))
+    warps = config.warps if config.block_m * narrow >= 128 * 128 else min(config.warps, 4)
+    return config._replace(block_n=narrow, block_k=shallow, warps=warps)
+
+
+def split_k(device: torch.device, tiles: int, k: int, block_k: int) -> int:
+    """Into how many parts a sum over k is split so that the grid fills the device; a part has at least eight blocks."""
+    if device.type != "cuda":
+        return 2 if k >= 16 * block_k else 1  # the interpreter: both paths are taken
+    wanted = 2 * torch.cuda.get_device_properties(device).multi_processor_count
+    return max(1, min(wanted // max(tiles, 1), k // (8 * block_k)))
 
 
 def tile_config(m: int, n: int) -> TileConfig:

@@ -1,7 +1,8 @@
 """How a convolution's weight moves over its input, spelled as in `aten.convolution`.
 
-Stride, padding and dilation are one number for each spatial axis; then transposed, output_padding, groups. Tensors are [N, C, *spatial]
-with one to three spatial axes; a weight is [C_out, C_in / groups, *kernel], a transposed convolution's [C_in, C_out / groups, *kernel].
+Stride, padding and dilation are one number for each spatial axis; then transposed, output_padding, groups. Tensors are
+[N, C, *spatial] with one to three spatial axes; a weight is [C_out, C_in / groups, *kernel], a transposed convolution's
+[C_in, C_out / groups, *kernel].
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ from typing import NamedTuple
 
 from torch import Tensor
 
+from qcompile._sizes import same_size
 from qcompile.errors import KernelError
-from qcompile.ops._checks import same_size
 
 __all__ = ["GEOMETRY", "Geometry"]
 
@@ -58,7 +59,9 @@ class Geometry(NamedTuple):
         """Whether `output` or `grad_input` gathers with the kernel; the other one spreads what the kernel covers."""
         return (gemm == "output") != self.transposed
 
-    def product(self, gemm: str, input_size: Sequence[int], weight_size: Sequence[int], output_size: Sequence[int]) -> tuple[int, int, int]:
+    def product(
+        self, gemm: str, input_size: Sequence[int], weight_size: Sequence[int], output_size: Sequence[int]
+    ) -> tuple[int, int, int]:
         """(M, N, K) of one group's product of matrices in "output", "grad_input" or "grad_weight".
 
         The places of the kernel are the pixels of the output, or of a transposed convolution's input.

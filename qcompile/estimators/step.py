@@ -1,0 +1,143 @@
+"""A step of an estimator: the parts that the compiler traces into a graph, and all of them together in eager mode.
+
+`EagerRange` drives an estimator over a sequence of tensors exactly as compiled code does: for experiments on recorded tensors,
+and for tests of an estimator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from qcompile.estimators.base import BOOKKEEPING, STATISTICS, RangeEstimator, State, Stats, scale_and_zero_point
+from qcompile.estimators.statistics import Elements, clipped_share, statistics
+
+if TYPE_CHECKING:
+    from qcompile.specs import QuantSpec
+
+__all__ = [
+    "EagerRange",
+    "first_range",
+    "initial_state",
+    "measured",
+    "present_statistics",
+    "reductions",
+    "stored_range",
+    "updated",
+]
+
+
+def initial_state(estimator: RangeEstimator, symmetric: bool) -> dict[str, float]:
+    """Field -> first value: the estimator's own and the bookkeeping; empty without memory."""
+    own = estimator.state_fields(symmetric)
+    return dict(own) | BOOKKEEPING if own else {}
+
+
+def reductions(estimator: RangeEstimator, symmetric: bool) -> dict[str, str]:
+    """Field -> how data-parallel ranks bring it together, one of `REDUCTIONS`; the bookkeeping included."""
+    own = estimator.reductions(symmetric)
+    return dict(own) | dict.fromkeys(BOOKKEEPING, "max") if own else {}
+
+
+def present_statistics(spec: QuantSpec, x: Tensor, dims: Sequence[int]) -> dict[str, Tensor]:
+    """What `statistics_for` asks for."""
+    return statistics(x, dims, spec.estimator.statistics_for(spec.symmetric))
+
+
+def measured(
+    spec: QuantSpec, x: Tensor, dims: Sequence[int], stats: Stats, state: State | None
+) -> dict[str, Tensor]:
+    """The statistics and what the estimator's `measure` adds. State None: as before the first update."""
+    elements = Elements(x.to(torch.float32), tuple(dims), spec)
+    if state is None:
+        state = {f: elements.constant(v) for f, v in initial_state(spec.estimator, spec.symmetric).items()}
+    return dict(stats) | spec.estimator.measure(elements, stats, state)
+
+
+def first_range(spec: QuantSpec, stats: Stats) -> tuple[Tensor, Tensor]:
+    """(low, high) where there is no memory: always, for an estimator without."""
+    if spec.estimator.state_fields(spec.symmetric):
+        return spec.estimator.first_range(stats)
+    return spec.estimator.range(stats, {})
+
+
+def stored_range(spec: QuantSpec, stats: Stats, state: State) -> tuple[Tensor, Tensor]:
+    """(low, high) where there is memory."""
+    return spec.estimator.range({} if spec.estimator.static else stats, state)
+
+
+def updated(estimator: RangeEstimator, stats: Stats, old: State) -> dict[str, Tensor]:
+    """New values of every field, the bookkeeping included.
+
+    An entry keeps its own where it is frozen, where a statistic or what would be learnt from it is not finite, and where the tensor
+    is zero: nothing is learnt from a bad batch.
+    """
+    from qcompile.ops.range_state import select_range  # the operators import this package
+
+    new = estimator.update(stats, old)
+    if type(estimator).first_update is not RangeEstimator.first_update:
+        first = estimator.first_update(stats, old)
+        if estimator.restart_above is not None:
+            jumped = stats["clipped"] > estimator.restart_above
+            new = {f: torch.where(jumped, first[f], value) for f, value in new.items()}
+        # Compiled away once all entries have memory.
+        new = {f: select_range(value.expand_as(old[f]), old["steps"], first[f].expand_as(old[f])) for f, value in new.items()}
+    learns = (_width(stats) > 0) & (old["frozen"] == 0)
+    # Not all that `measure` gave: what only the first update reads is not to be computed for this.
+    for value in (*(value for name, value in stats.items() if name in STATISTICS), *new.values()):
+        learns = learns & value.isfinite()
+    new = new | {"steps": old["steps"] + 1, "clipped": stats["clipped"], "frozen": old["frozen"]}
+    return {f: torch.where(learns, new[f], old[f]) for f in old}
+
+
+def _width(stats: Stats) -> Tensor:
+    """Above 0 unless all elements are 0 (or, by min and max, or std, alike)."""
+    if "amax" in stats:
+        return stats["amax"]
+    if "min" in stats and "max" in stats:
+        return stats["max"] - stats["min"]
+    return next(stats[name] for name in ("mean_abs", "std", "max", "min", "mean") if name in stats).abs()
+
+
+class EagerRange:
+    """The range of one operand, step by step.
+
+        past = EagerRange(QuantSpec(estimator=InHindsight()))
+        for x in tensors:
+            scale, zero_point = past.step(x)
+        past.state["amax"], past.low, past.high
+
+    spec   the operand's spec.
+    dims   axes of the tensors that share a scale; None: all.
+    state  field -> fp32 tensor, of 0 elements before the first step; empty for an estimator without memory.
+    """
+
+    def __init__(self, spec: QuantSpec, dims: Sequence[int] | None = None) -> None:
+        self.spec, self.dims = spec, dims
+        self.state: dict[str, Tensor] = {}
+        self.stats: Mapping[str, Tensor] = {}
+
+    def step(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(scale, zero point or None) that `x` is quantized with; then learns from it."""
+        spec, estimator = self.spec, self.spec.estimator
+        dims = tuple(range(x.ndim)) if self.dims is None else tuple(self.dims)
+        stats = present_statistics(spec, x, dims)
+        like = next(iter(stats.values()))
+        if not self.state:
+            first = initial_state(estimator, spec.symmetric)
+            self.state = {f: torch.full_like(like, v) for f, v in first.items()}
+        state = self.state
+        stats = measured(spec, x, dims, stats, state)
+        low, high = first_range(spec, stats)
+        if state:
+            known = state["steps"] > 0
+            stored = stored_range(spec, stats, state)
+            low, high = (torch.where(known, s, f) for s, f in zip(stored, (low, high), strict=True))
+        stats["clipped"] = clipped_share(x, dims, None if spec.symmetric else low, high)
+        if state:
+            self.state = updated(estimator, stats, state)
+        self.stats, self.low, self.high = stats, low, high
+        return scale_and_zero_point(low, high, spec)
