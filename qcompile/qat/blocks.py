@@ -37,9 +37,10 @@ def find_blocks(model: nn.Module, count: int | None = None) -> Blocks:
         alike = len(children) >= 2 and len({type(c).__name__ for _, c in children}) == 1
         if isinstance(module, nn.ModuleList | nn.Sequential) and alike and _weights(module):
             runs.append(tuple(f"{prefix}{n}" for n, _ in children))
-    # The run that holds most of the model; of those inside each other the outermost.
-    modules = dict(model.named_modules())
-    best = max(runs, key=lambda run: sum(_weights(modules[name]) for name in run), default=())
+    # The run that holds most of the layers, unless one module of it holds nearly all: of runs inside each other the outermost.
+    layers = {name: _layers(module) for name, module in model.named_modules()}
+    runs = [run for run in runs if max(layers[name] for name in run) < 0.75 * layers[""]] or runs
+    best = max(runs, key=lambda run: sum(layers[name] for name in run), default=())
     count = count or min(len(best), 4)
     if count < 2 or len(best) < count:
         raise ValueError(
@@ -52,6 +53,10 @@ def find_blocks(model: nn.Module, count: int | None = None) -> Blocks:
 
 def _weights(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
+
+
+def _layers(module: nn.Module) -> int:
+    return sum(p.ndim > 1 for p in module.parameters())
 
 
 def check_blocks(model: nn.Module, blocks: Sequence[str | Sequence[str]]) -> Blocks:
