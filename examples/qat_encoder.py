@@ -18,9 +18,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import data
 import torch
 import torch.nn.functional as F
-from data import text
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -59,7 +59,9 @@ def load() -> tuple[Embedder, Any]:
 
 def lines(count: int, seed: int = 0) -> list[str]:
     """Distinct lines of text, shuffled."""
-    found = sorted({line.strip() for line in text().splitlines() if 30 <= len(line.strip()) <= 90})
+    corpus = data.load()
+    text = bytes(corpus.train).decode(errors="ignore")
+    found = sorted({line.strip() for line in text.splitlines() if 30 <= len(line.strip()) <= 90})
     order = torch.randperm(len(found), generator=torch.Generator().manual_seed(seed)).tolist()
     return [found[i] for i in order[:count]]
 
@@ -133,7 +135,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--lr", type=float, default=3e-5)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--out", type=Path, help="write the converted model here (.safetensors)")
-    parser.add_argument("--no-compile", dest="compile", action="store_false", help="train in eager mode: the same numbers, no integers")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="train in eager mode, without integers")
     parser.add_argument("--no-progress", dest="progress", action="store_false")
     return parser
 
@@ -158,7 +160,7 @@ def main(argv: list[str] | None = None, loaded: tuple[Embedder, Any] | None = No
     state = made.state_dict()
     size, before = (sum(t.nbytes for t in s.values()) / 1e6 for s in (state, reference.state_dict()))
     print(
-        f"W{args.weight_bits}A{args.input_bits} after {args.steps} steps ({time.perf_counter() - start:.0f} s): cosine {cosine:.4f}, "
+        f"W{args.weight_bits}A{args.input_bits}, {args.steps} steps, {time.perf_counter() - start:.0f} s: cosine {cosine:.4f}, "
         f"rank correlation of similarities {correlation:.4f}; {size:.1f} MB instead of {before:.1f}"
     )
     if args.out is not None:

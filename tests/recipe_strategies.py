@@ -2,13 +2,15 @@
 
 from hypothesis import strategies as st
 
-from qcompile.estimators import InHindsight, MinMax
+from qcompile.estimators import EWGS, LGLSQ, LSQ, InHindsight, LSQPlus, MinMax
 from qcompile.recipe import GEMM_OPERANDS, Recipe
 from qcompile.specs import SAME, GemmSpec, PerBlock, PerRow, PerTensor, QuantSpec
 
 SHARES = st.floats(0, 1) | st.sampled_from([0, 1])
 
-ESTIMATORS = st.just(MinMax()) | st.builds(InHindsight, SHARES, st.none() | SHARES)
+LEARNED = st.sampled_from([LSQ(), LSQPlus()]) | st.builds(EWGS, SHARES) | st.builds(LGLSQ, SHARES, SHARES, SHARES, st.booleans())
+
+ESTIMATORS = st.just(MinMax()) | st.builds(InHindsight, SHARES, st.none() | SHARES) | LEARNED
 
 # No PerChannel: a random one may lie on a contracted axis, which is refused. It has tests of its own.
 GRANULARITIES = st.sampled_from([PerTensor(), PerRow()]) | st.builds(
