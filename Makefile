@@ -10,7 +10,7 @@ ARGS ?=
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-gpu test-aot lint clean
+.PHONY: help demo test test-slow test-gpu bench-gpu test-aot lint clean
 
 # Triton releases pair with torch releases.
 TRITON_FOR_2.11 := 3.6.0
@@ -36,13 +36,17 @@ WARNINGS := $(if $(TORCH)$(SYSTEM),-W default)
 PYTEST := -m pytest $(WARNINGS)
 # Two tests at a time, one thread each: what is quickest on two cores, and enough on more.
 QUICK := -n 2 -m "not gpu and not slow and not aot"
+# What means the same on every device.
+ON_ANY_DEVICE := tests/kernels tests/state tests/test_backend.py tests/test_dynamic_shapes.py tests/test_recipe_variants.py \
+	tests/test_recipes_builtin.py
 ONE_THREAD := OMP_NUM_THREADS=1 TORCHINDUCTOR_COMPILE_THREADS=1
 
 help:
 	@echo "make demo       train a small GPT in fp32, bf16 and int8; print what ran and compare (five minutes)"
 	@echo "make test       the tests that need no GPU"
 	@echo "make test-slow  the long ones among them"
-	@echo "make test-gpu   the tests that need one"
+	@echo "make test-gpu   the tests that need one, and the suite again with everything on it"
+	@echo "make bench-gpu  linear layers, kernels and the demo on a GPU, timed"
 	@echo "make test-aot   compile the Triton kernels for GPUs that need not be present"
 	@echo "make lint       ruff and mypy"
 	@echo "make clean      remove environments, caches and outputs"
@@ -57,7 +61,13 @@ test-slow: $(READY)
 	$(RUN) $(PYTEST) -m "slow and not gpu" $(ARGS)
 
 test-gpu: $(READY)
-	$(RUN) $(PYTEST) -m gpu $(ARGS)
+	$(RUN) $(PYTEST) -m gpu tests/gpu $(ARGS)
+	QTRAIN_TEST_DEVICE=cuda $(RUN) $(PYTEST) -m "not gpu and not slow and not aot" --continue-on-collection-errors $(ON_ANY_DEVICE) $(ARGS)
+
+bench-gpu: $(READY)
+	$(RUN) examples/benchmarks/linear.py --device cuda
+	$(RUN) examples/benchmarks/kernels.py --device cuda
+	$(RUN) examples/demo.py --device cuda
 
 test-aot: $(READY)
 	$(RUN) $(PYTEST) -m aot $(ARGS)

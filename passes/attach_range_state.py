@@ -164,7 +164,7 @@ def _entry(node: fx.Node, use: RangeUse, context: PassContext, labels: set[str])
     fields = initial_state(use.spec.estimator, use.spec.symmetric)
     return Entry(
         owner=site.weight or _first_owner(context),
-        key=f"{'conv' if site.kind == 'conv' else site.op}#{site.weight_use}.{operand}" if site.weight else label,
+        key=f"{'layer' if site.is_layer else site.op}#{site.weight_use}.{operand}" if site.weight else label,
         fields=tuple(fields),
         initial=tuple(fields.values()),
         size=size,
@@ -187,7 +187,7 @@ def _is_main_use(use: RangeUse, context: PassContext) -> bool:
     if main in (use.gemm, *(gemm for _, operand, gemm in use.aliases if operand == use.operand)):
         return True
     site = context.site(use.site)
-    specs = dict(zip(site.operands(main), context.recipe.resolve(site.name, site.kind).gemm(main) or (), strict=False))
+    specs = dict(zip(site.operands(main), context.resolve(site).gemm(main) or (), strict=False))
     return not isinstance(use.spec.granularity, PerRow) and specs.get(use.operand) == use.spec
 
 
@@ -228,6 +228,7 @@ def _add_inputs(graph: fx.Graph, layout: StateLayout) -> tuple[fx.Node, fx.Node]
         node.meta["val"] = value
         node.meta["tensor_meta"] = fx.passes.shape_prop._extract_tensor_metadata(value)
         node.meta["qtrain_state"] = (layout.phase, what)
+        node.meta["qtrain_layout"] = layout
         if is_joint(graph):
             node.meta["partitioner_tag"] = "is_forward"
         nodes.append(node)

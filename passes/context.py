@@ -6,17 +6,18 @@ one compiled graph serves many.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import fx
 
+from qcompile.errors import GraphError
 from qcompile.recipe import GEMM_OPERANDS as OPERANDS
-from qcompile.recipe import Recipe
+from qcompile.recipe import Recipe, SiteRecipe
 from qcompile.specs import QuantSpec
 
-__all__ = ["EMULATED", "Block", "Entry", "Gemm", "OPERANDS", "PassContext", "Site", "StateLayout"]
+__all__ = ["EMULATED", "Block", "Entry", "Gemm", "OPERANDS", "PassContext", "Site", "StateLayout", "full_name", "parameter_source"]
 
 
 
@@ -47,6 +48,7 @@ class Site:
     op: str  # "linear", "conv2d" and the like, or the aten operator's name
     kind: str = "linear"  # or "conv", or "bmm": a product of two activations
     module: str = ""
+    is_layer: bool = False  # named by its module, whose weight it multiplies with
     weight: str | None = None  # placeholder of the Parameter, if the weight is one
     weight_name: str | None = None  # as Dynamo names it, relative to the compiled frame
     gemms: dict[str, Gemm] = field(default_factory=dict)
@@ -153,15 +155,72 @@ class PassContext:
     layouts: dict[str, StateLayout] = field(default_factory=dict)  # phase -> layout
     counts: dict[str, int] = field(default_factory=dict)  # step -> number of changes
     seconds: dict[str, float] = field(default_factory=dict)  # step -> time taken
+    prefixes: tuple[str, ...] = ("",)  # of the compiled frame in the model, and in the module that was compiled: "blocks.3."
+    layers: tuple[str, ...] = ()  # of the whole model, where it is known and the graph may be a part
     frame: str = ""  # what Dynamo calls the compiled frame, for reports
+
+    @classmethod
+    def of(
+        cls,
+        graph: fx.Graph,
+        recipe: Recipe,
+        *,
+        strict: bool = False,
+        parameters: Mapping[str, str] | Iterable[str] = (),
+    ) -> PassContext:
+        """The context of a graph that did not come through our backend.
+
+        parameters  which inputs are Parameters: {placeholder: "layers.0.up.weight"}, or the placeholders alone. What is left out is
+                    taken from the graph, where AOTAutograd wrote down what its inputs are (`aot_export_joint_with_descriptors`).
+        Errors: `GraphError` for a name that is no input.
+        """
+        inputs = {n.name: n for n in graph.nodes if n.op in ("placeholder", "get_attr")}
+        named = dict(parameters) if isinstance(parameters, Mapping) else {name: name for name in parameters}
+        if unknown := [name for name in named if name not in inputs]:
+            raise GraphError(f"parameters: the graph has no input {unknown[0]!r}; its inputs are {', '.join(inputs)}")
+        found = {name: source for name, node in inputs.items() if (source := _parameter_name(node)) is not None}
+        found |= {name: source if source.startswith("L[") else parameter_source(source) for name, source in named.items()}
+        values = (n.meta.get("val") for n in inputs.values())
+        device = next((v.device for v in values if isinstance(v, torch.Tensor) and v.ndim > 0), torch.device("cpu"))
+        return cls(recipe, strict=strict, device=device, parameters=found)
 
     def site(self, name: str) -> Site:
         return next(s for s in self.sites if s.name == name)
+
+    def names(self, site: Site) -> list[str]:
+        """What the recipe may call a site: its name in the whole model, and in the module that was compiled."""
+        return list(dict.fromkeys(full_name(prefix, site) for prefix in self.prefixes))
+
+    def resolve(self, site: Site) -> SiteRecipe:
+        """What the recipe says about a site."""
+        return self.recipe.resolve(*self.names(site), kind=site.kind)
 
     def gemms(self) -> Iterator[tuple[Site, Gemm]]:
         for site in self.sites:
             for gemm in site.gemms.values():
                 yield site, gemm
+
+
+def full_name(prefix: str, site: Site) -> str:
+    """A site's name in a module in which the compiled frame's own module has the `prefix` ("blocks.3.", or "" for itself)."""
+    if not prefix or site.module:
+        return prefix + site.name
+    return prefix.removesuffix(".") + (site.name.removeprefix("self") if site.op == "linear" else f":{site.name}")
+
+
+def _parameter_name(node: fx.Node) -> str | None:
+    """A Parameter's name as AOTAutograd's description of an input has it; torch 2.11 and later."""
+    if "qtrain_parameter" in node.meta:
+        return node.meta["qtrain_parameter"]
+    description = node.meta.get("desc")
+    return parameter_source(description.target) if type(description).__name__ == "ParamAOTInput" else None
+
+
+def parameter_source(name: str) -> str:
+    """A Parameter's name in the form in which Dynamo says where it found it, which the passes read."""
+    module, _, leaf = name.rpartition(".")
+    path = "".join(f"._modules['{part}']" for part in module.split(".") if part)
+    return f"L['self']{path}._parameters['{leaf}']"
 
 
 def primals(graph: fx.Graph) -> list[fx.Node]:

@@ -9,8 +9,8 @@ Before                                          After
   bmm(a, b)                                       ... "output", ("input", "other")
 
 A site is of the kind "linear" (one operand is a weight: a Parameter or computed from Parameters alone, or, for matrices, an input
-of the graph), "conv", or "bmm", a product of two activations. A forward GEMM names its site by its module. A backward GEMM belongs to
-the forward GEMM with the same autograd sequence number (`seq_nr`) with which it shares an operand: the shared operand tells its
+of the graph), "conv", or "bmm", a product of two activations. A forward GEMM names its site by its module. A backward GEMM belongs
+to the forward GEMM with the same autograd sequence number (`seq_nr`) with which it shares an operand: the shared operand tells its
 role. Of a product of activations the second operand is `other`, and its gradient has the role "grad_weight". A GEMM that no rule
 explains is recorded with the reason, never dropped, and so are fused operations that contain GEMMs: what stays in high precision is
 reported.
@@ -123,7 +123,7 @@ def _weights(graph: fx.Graph, context: PassContext) -> set[fx.Node]:
 
 
 def _forward_site(node: fx.Node, context: PassContext, names: Counter[str], weights: set[fx.Node]) -> _Forward:
-    left, right = (resolve_operand(o) for o in operands(node))
+    left, right = (resolve_operand(o, batched=node.target in BATCHED) for o in operands(node))
     module, in_linear = _module_of(node)
     kind, names_of = _kind(node, left, right, in_linear, context, weights)
     found = dict(zip(names_of, (left, right), strict=True))
@@ -133,13 +133,16 @@ def _forward_site(node: fx.Node, context: PassContext, names: Counter[str], weig
     op = _op_name(node)
     own = module_path(weight_name) if weight_name else None
     is_layer = kind == "conv" or (kind == "linear" and node.target not in BATCHED)
-    if is_layer and ((in_linear and kind == "linear") or (own is not None and own == module)):
-        base = module or "self"
+    nameless = is_layer and own is not None and "_parameters[" in str(weight_name) and not _has_modules(node)
+    is_layer = is_layer and (nameless or (in_linear and kind == "linear") or (own is not None and own == module))
+    if is_layer:
+        base = (own if nameless else module) or "self"  # a graph without modules has its Parameters' names
         op = "linear" if kind == "linear" else op
         name = _unique(base, names, functional=False)
     else:
         name = _unique(f"{module}:{op}" if module else op, names, functional=True)
-    site = Site(name, op, kind=kind, module=module, weight=weight.name if is_parameter else None, weight_name=weight_name)  # type: ignore[union-attr]
+    site = Site(name, op, kind=kind, module=module, is_layer=is_layer, weight_name=weight_name)
+    site.weight = weight.name if weight is not None and is_parameter else None
     context.sites.append(site)
     _add_gemm(site, "output", node, names_of)
     return _Forward(site, node, found)
@@ -175,7 +178,7 @@ def _packet(node: fx.Node) -> str:
 
 
 def _assign_backward(node: fx.Node, candidates: list[_Forward], context: PassContext, names: Counter[str]) -> None:
-    sides = [resolve_operand(o) for o in operands(node)]
+    sides = [resolve_operand(o, batched=node.target in BATCHED) for o in operands(node)]
     for f in candidates:
         if (node.target in CONVOLUTIONS) != (f.site.kind == "conv"):
             continue
@@ -279,6 +282,10 @@ def _module_of(node: fx.Node) -> tuple[str, bool]:
     if isinstance(cls, str):
         return module_path(path), cls.rsplit(".", 1)[-1] in ("Linear", "Conv1D")
     return module_path(path), issubclass(cls, torch.nn.Linear) or cls.__name__ == "Conv1D"
+
+
+def _has_modules(node: fx.Node) -> bool:
+    return bool(node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack"))
 
 
 def _unique(base: str, names: Counter[str], *, functional: bool) -> str:

@@ -45,6 +45,7 @@ def fold_masks(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int) -> i
             continue
         with forward.inserting_before(output):
             marked = inline(forward, _mark, codes, mask, scope=scope_of(codes, "forward"), key="mark")
+        marked.meta["qtrain_marked"] = True
         outputs[outputs.index(codes, num_fwd_outputs)] = marked
         outputs.remove(mask)
         _unfold(backward, inputs[codes.name], inputs[mask.name], shape)
@@ -79,6 +80,10 @@ def _unfold(backward: fx.Graph, codes: fx.Node, mask: fx.Node, shape: tuple[int,
     with backward.inserting_before(first):
         plain = inline(backward, _plain, codes, scope=scope, key="plain")
         masked = inline(backward, _masked, codes, shape, scope=scope, key="masked")
+    gate = masked
+    while gate.target in VIEWS:
+        gate = gate.args[0]
+    gate.meta["qtrain_gate"] = True
     for user in code_users:
         user.replace_input_with(codes, plain)
     for user in mask_users:

@@ -30,6 +30,7 @@ SCALED_CONV, SCALED_CONV_GRAD_INPUT, SCALED_CONV_GRAD_WEIGHT = (
     ops.scaled_conv_grad_weight,
 )
 CONV_GRAD_INPUT, CONV_GRAD_WEIGHT = ops.conv_grad_input, ops.conv_grad_weight
+SCALED_MM_REQUANTIZE, QUANTIZE_TRANSPOSED = ops.scaled_mm_requantize, ops.quantize_transposed
 READ, WRITE, SELECT, UNPACK = ops.read_state, ops.write_state_, ops.select_range, ops.unpack
 
 PERMUTE, EXPAND = aten.permute.default, aten.expand.default
@@ -43,6 +44,9 @@ TRANSPOSES = (aten.t.default, aten.transpose.int)
 _SCOPE_KEYS = ("nn_module_stack", "fwd_nn_module_stack", "seq_nr", "stack_trace", "custom", "recompute", "ac_graph_id")
 
 FORWARD, BACKWARD = "forward", "backward"
+
+GPUS = ("cuda",)
+"""Types of devices for which graphs are lowered as for a GPU (torch calls AMD's "cuda" too)."""
 
 
 def args_by_name(node: fx.Node) -> dict[str, Any]:
@@ -179,6 +183,11 @@ def replace(node: fx.Node, by: fx.Node) -> None:
     """Let every user of `node` read `by`, and erase `node`."""
     node.replace_all_uses_with(by)
     node.graph.erase_node(node)
+
+
+def on_gpu(node: fx.Node) -> bool:
+    """Whether a node's value is on a GPU."""
+    return node.meta["val"].device.type in GPUS
 
 
 def start_of(graph: fx.Graph, phase: str) -> fx.Node:

@@ -16,6 +16,10 @@ is one scale for each index of the axis that is left: of a convolution's `output
 output channel of the weight; of its `grad_weight` one for each channel of either. A depthwise convolution is quantized too and
 computed in high precision: an int8 kernel would have one product for each number to read.
 
+A scale for each block (PerBlock) of a linear layer's matrix takes the same form on a view [R / rows, rows, C / cols, cols], and its
+dequantize is viewed back: numbers as block-scaled kernels have them, but for the order of fp32 additions, in a GEMM that stays in
+high precision (no integer kernel sums over several scales) and is reported so.
+
 The quantize sits directly behind the tensor that it reads, so a quantize of a forward tensor runs in the forward half even if
 only a backward GEMM reads the codes; transposes move behind it, casts are skipped.
 
@@ -94,6 +98,8 @@ def insert_qdq(graph: fx.Graph, context: PassContext) -> int:
         site = context.site(where.site)
         gemm = site.gemms[where.role]
         specs = _specs(site, gemm, context)
+        if node.meta.get("qtrain_quantized"):  # by an earlier run
+            continue
         if specs is None:
             if all(m.target is DEQUANTIZE for m in operands(node)):  # the model's own quantizers: not to be fused
                 node.meta["qtrain_hp"] = True
@@ -117,10 +123,15 @@ def insert_qdq(graph: fx.Graph, context: PassContext) -> int:
                 if new is not plan.matrix:
                     _set_operand(node, plan.matrix, new)
                     inserted += 1
+            node.meta["qtrain_quantized"] = True
             used = {plan.name: plan.spec for plan in plans}
             gemm.specs = tuple(used[name] for name in site.operands(where.role))  # type: ignore[assignment]
             if is_depthwise(node):
                 gemm.reason = f"{EMULATED}: depthwise, where an int8 kernel does not pay"
+            by_block = [plan.name for plan in plans if plan.dims is not None and isinstance(plan.spec.granularity, PerBlock)]
+            if by_block:
+                what = " and ".join(f"{name} {specs[name].granularity}" for name in by_block)
+                gemm.reason = f"{what}: quantized, and multiplied in high precision; no integer kernel sums over several scales"
     _prefer_choices(context)
     return inserted
 
@@ -128,13 +139,15 @@ def insert_qdq(graph: fx.Graph, context: PassContext) -> int:
 def _plan(node: fx.Node, side: int, name: str, spec: QuantSpec, model_quantizes: bool) -> _Plan | str:
     """What to do with an operand, or why it cannot be codes."""
     matrix = operands(node)[side]
-    operand = resolve_operand(matrix)
+    operand = resolve_operand(matrix, batched=node.target in BATCHED)
     learned = isinstance(spec.estimator, Learned)
     codes = operand.source.op == "call_function" and operand.source.target is DEQUANTIZE
     if codes and _scales_fit(node, side, operand):
         return _Plan(matrix, operand, name, _spec_in_use(operand.source, spec), None)
     if not learned:
         dims = _scale_dims(spec, node, side, operand, name)
+        if isinstance(dims, list) and (why := _changes_size(spec, name, node.meta["qtrain_gemm"].role)):
+            dims = why
         return dims if isinstance(dims, str) else _Plan(matrix, operand, name, spec, dims)
     if codes:
         return (
@@ -206,19 +219,36 @@ def _prefer_choices(context: PassContext) -> None:
     """Where the recipe leaves a GEMM out, that is the reason; not that it could not be integer anyway."""
     for site, gemm in context.gemms():
         if gemm.reason is not None and not gemm.reason.startswith("recipe:"):
-            resolved = context.recipe.resolve(site.name, site.kind)
+            resolved = context.resolve(site)
             role = gemm.role if gemm.role in OPERANDS else "output"
             gemm.reason = resolved.reason(role) or gemm.reason
 
 
 def _specs(site: Site, gemm: Gemm, context: PassContext) -> dict[str, QuantSpec] | None:
     """The operand specs of a GEMM, or None with the reason recorded."""
-    resolved = context.recipe.resolve(site.name, site.kind)
+    resolved = context.resolve(site)
     pair = resolved.gemm(gemm.role)
     if pair is None:
         gemm.reason = resolved.reason(gemm.role)
         return None
     return dict(zip(site.operands(gemm.role), pair, strict=True))
+
+
+def _matrix_sizes(node: fx.Node, side: int, operand: Operand) -> list[object]:
+    """Rows and columns of a matrix as it is quantized: not transposed."""
+    sizes = list(operands(node)[side].meta["val"].shape)
+    return sizes[::-1] if operand.transposed else sizes
+
+
+def _block_dims(block: PerBlock, node: fx.Node, side: int, operand: Operand, name: str) -> list[int] | str:
+    """The axes of the blocked view that share a scale, or why there is none."""
+    sizes = _matrix_sizes(node, side, operand)
+    if len(sizes) != 2:
+        return f"{name}: PerBlock is for the matrices of linear layers; use PerRow() or PerTensor()"
+    if all(isinstance(s, int) and s % b == 0 for s, b in zip(sizes, (block.rows, block.cols), strict=True)):
+        return [1, 3]
+    shape = " x ".join(map(str, sizes))
+    return f"{name}: PerBlock({block.rows}, {block.cols}) does not divide its {shape} matrix; use blocks that do, or PerRow()"
 
 
 def _scale_dims(spec: QuantSpec, node: fx.Node, side: int, operand: Operand, name: str) -> list[int] | str:
@@ -237,8 +267,8 @@ def _scale_dims(spec: QuantSpec, node: fx.Node, side: int, operand: Operand, nam
             return shared
         case PerChannel(axis=axis):
             return f"{name}: PerChannel({axis}) puts a scale on the contracted axis; use PerRow()"
-        case PerBlock():
-            return f"{name}: PerBlock has no integer kernel yet; use PerRow() or PerTensor()"
+        case PerBlock() as block:
+            return _block_dims(block, node, side, operand, name)
         case other:
             return f"{name}: no integer kernel for granularity {other}"
 
@@ -254,6 +284,20 @@ def _axes(node: fx.Node, side: int, operand: Operand) -> tuple[list[int], int]:
     return shared, kept
 
 
+_ROWS_ARE_TOKENS = {("input", "output"), ("grad_output", "grad_input")}
+"""(operand, GEMM) for which the axis that the GEMM does not sum over is the batch's."""
+
+
+def _changes_size(spec: QuantSpec, operand: str, role: str) -> str | None:
+    """Why an estimator cannot remember one range for each scale: the next batch may have another number of tokens."""
+    if isinstance(spec.granularity, PerTensor) or (operand, role) not in _ROWS_ARE_TOKENS or not spec.estimator.state_fields(spec.symmetric):
+        return None
+    return (
+        f"{operand}: {type(spec.estimator).__name__} remembers a range for each scale, and {spec.granularity} has a scale for each "
+        "token here, whose number and meaning change with the batch; use PerTensor(), or an estimator without memory (MinMax())"
+    )
+
+
 def _quantize(
     graph: fx.Graph, gemm: fx.Node, operand: Operand, name: str, spec: QuantSpec, dims: list[int], where: GemmNode
 ) -> fx.Node:
@@ -264,11 +308,16 @@ def _quantize(
         scope.pop("recompute", None)
         scope.pop("ac_graph_id", None)
     label = f"{where.site}.{name}"
+    view = None if operand.view is None else list(operand.view)
+    sizes = _matrix_sizes(gemm, where.operands.index(name), operand)
+    if isinstance(spec.granularity, PerBlock):
+        rows, cols = spec.granularity.rows, spec.granularity.cols
+        view = [sizes[0] // rows, rows, sizes[1] // cols, cols]  # type: ignore[operator]
     # The sizes of a view are nodes too where shapes are symbolic; comparing nodes compares places in the graph.
     with after(graph, max([source, *(s for s in operand.view or () if isinstance(s, fx.Node))])):
         matrix = source
-        if operand.view is not None:
-            matrix = call(graph, aten.view.default, source, list(operand.view), scope=scope)
+        if view is not None:
+            matrix = call(graph, aten.view.default, source, view, scope=scope)
         ranges = call(graph, RANGE, matrix, dims, json.dumps(spec.to_dict(), sort_keys=True), label, scope=scope)
         ranges.meta["qtrain_range"] = RangeUse(where.site, name, where.role, spec)
         scale = call(graph, operator.getitem, ranges, 0, scope=scope)
@@ -278,9 +327,13 @@ def _quantize(
         codes = call(graph, QUANTIZE, matrix, scale, zero, spec.bits, seed, salt, scope=scope)
     scope = scope_of(gemm, phase_of(gemm))
     with graph.inserting_before(gemm):
+        dtype = operands(gemm)[0].meta["val"].dtype
+        if isinstance(spec.granularity, PerBlock):
+            values = call(graph, DEQUANTIZE, codes, scale, zero, dtype, scope=scope)
+            values = call(graph, aten.view.default, values, sizes, scope=scope)
+            return _transposed(graph, values, scope) if operand.transposed else values  # type: ignore[return-value]
         if operand.transposed:
             codes, scale, zero = (_transposed(graph, n, scope) for n in (codes, scale, zero))
-        dtype = operands(gemm)[0].meta["val"].dtype
         return call(graph, DEQUANTIZE, codes, scale, zero, dtype, scope=scope)
 
 

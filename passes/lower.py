@@ -2,6 +2,7 @@
 
 Before                                          After
   q = quantize(x, s)                              q = to_int8(clamp(round(x * (1 / s))))     # Inductor fuses it into x's producer
+                                                  on a GPU perhaps one kernel with the transposed copy: passes.fuse_quantize
   x = dequantize(q, s)                            x = to_dtype(q * s)
   y = scaled_mm(permute(a), b, ...)               y = scaled_mm(transpose_codes(a), b, ...)  # the layout that the kernel reads
   v = read_state(state, index)                    v = index(state, index)
@@ -13,7 +14,8 @@ The integer GEMM itself stays one operator, which picks its kernel by device and
 
 Numerics  exact.
 Requires  a graph after the partitioner, or an inference graph. Ensures: the only `qtrain::` operators left are integer GEMMs,
-          transposes and `unpack`; every matrix of an integer GEMM has the layout that the device's kernel reads without a copy.
+          transposes (on a GPU perhaps with their quantize) and `unpack`; every matrix of an integer GEMM has the layout that the
+          device's kernel reads without a copy.
 """
 
 from __future__ import annotations
@@ -25,12 +27,14 @@ import torch
 from torch import Tensor, fx
 
 from passes.context import PassContext
+from passes.fuse_quantize import fuse_quantize
 from passes.graph import (
     DEQUANTIZE,
     PERMUTE,
     QUANTIZE,
     READ,
     SCALED_MM,
+    SCALED_MM_REQUANTIZE,
     SELECT,
     TRANSPOSE,
     WRITE,
@@ -39,27 +43,41 @@ from passes.graph import (
     call,
     erase_unused,
     inline,
+    on_gpu,
     replace,
 )
 from qcompile import ops
 
-__all__ = ["lower"]
+__all__ = ["assume_valid", "lower"]
 
 
 def lower(graph: fx.Graph, context: PassContext | None = None, *, steady: bool = False) -> int:
     """Return the number of nodes lowered. `steady`: compile for the case that every stored range is valid."""
     lowered = 0
     transposed: dict[fx.Node, fx.Node] = {}
-    for node in list(graph.nodes):
-        if node.op != "call_function":
-            continue
-        if node.target is SCALED_MM:
-            lowered += _lay_out(graph, node, transposed)
-        elif node.target in _LOWERINGS:
-            _LOWERINGS[node.target](graph, node, steady)
-            lowered += 1
-    erase_unused(graph)
+    for node in [n for n in graph.nodes if n.target in (SCALED_MM, SCALED_MM_REQUANTIZE)]:
+        lowered += _lay_out(graph, node, transposed)
+    lowered += _apply(_STATE, graph, steady)  # first: what a scale depends on decides what can be fused
+    lowered += fuse_quantize(graph)
+    lowered += _apply(_ELEMENTWISE, graph, steady)
     return lowered
+
+
+def _apply(lowerings: dict[Any, Callable[[fx.Graph, fx.Node, bool], None]], graph: fx.Graph, steady: bool) -> int:
+    nodes = [n for n in graph.nodes if n.op == "call_function" and n.target in lowerings]
+    for node in nodes:
+        lowerings[node.target](graph, node, steady)
+    erase_unused(graph)
+    return len(nodes)
+
+
+def assume_valid(graph: fx.Graph) -> int:
+    """Take every stored range for valid: the part of the steady form that other passes may need before. Return the number."""
+    selects = graph.find_nodes(op="call_function", target=SELECT)
+    for node in selects:
+        replace(node, node.args[0])
+    erase_unused(graph)
+    return len(selects)
 
 
 def _quantize(graph: fx.Graph, node: fx.Node, steady: bool) -> None:
@@ -93,13 +111,8 @@ def _write(graph: fx.Graph, node: fx.Node, steady: bool) -> None:
         replace(node, call(graph, aten.index_put_.default, state, [index], values, scope=_scope(node)))
 
 
-_LOWERINGS: dict[Any, Callable[[fx.Graph, fx.Node, bool], None]] = {
-    QUANTIZE: _quantize,
-    DEQUANTIZE: _dequantize,
-    SELECT: _select,
-    READ: _read,
-    WRITE: _write,
-}
+_STATE: dict[Any, Callable[[fx.Graph, fx.Node, bool], None]] = {SELECT: _select, READ: _read, WRITE: _write}
+_ELEMENTWISE: dict[Any, Callable[[fx.Graph, fx.Node, bool], None]] = {QUANTIZE: _quantize, DEQUANTIZE: _dequantize}
 
 
 def _inline_in_place(graph: fx.Graph, node: fx.Node, fn: Callable[..., Any], key: str) -> None:
@@ -118,8 +131,7 @@ def _lay_out(graph: fx.Graph, gemm: fx.Node, transposed: dict[fx.Node, fx.Node])
     contiguous in both, the only layout of int8 `wgmma`: the left matrix row-major, the right one column-major.
     """
     changes = 0
-    on_gpu = gemm.meta["val"].device.type == "cuda"
-    for side, wants_transposed in ((0, False), (1, True)) if on_gpu else ((0, False),):
+    for side, wants_transposed in ((0, False), (1, True)) if on_gpu(gemm.args[0]) else ((0, False),):
         matrix = gemm.args[side]
         is_transposed = matrix.target is PERMUTE
         if is_transposed == wants_transposed:

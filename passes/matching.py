@@ -23,9 +23,10 @@ from torch._inductor.pattern_matcher import (
     PatternExpr,
     PatternMatcherPass,
     register_graph_pattern,
+    stable_topological_sort,
 )
 
-__all__ = ["MULTIPLE", "CallFunction", "KeywordArg", "Match", "Row", "rewrite"]
+__all__ = ["MULTIPLE", "CallFunction", "KeywordArg", "Match", "Row", "rewrite", "stable_topological_sort"]
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,7 @@
 A linear layer reaches `mm` through views, a transpose, and under autocast a cast. The quantize belongs in front of all of
 these: at the tensor itself, read in its own dtype (codes come from the source, not from its bf16 copy), laid out as the 2-D
 matrix that the GEMM sees, not transposed. Then equal sources are recognised, and a weight reached by two chains of permutes is
-quantized once. Of a batch of matrices only the exchange of rows and columns is looked through, of a convolution's tensors only
-casts.
+quantized once. A batch of matrices is looked for through whatever only views it, a convolution's tensor through casts.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from passes.graph import ALIASES, CASTS, DEQUANTIZE, PERMUTE, QUANTIZE, VIEWS
+from passes.graph import ALIASES, CASTS, DEQUANTIZE, EXPAND, PERMUTE, QUANTIZE, VIEWS, aten
 
 __all__ = ["Operand", "resolve_operand", "unquantized"]
 
@@ -39,10 +38,10 @@ class Operand:
         return self.source, None if self.view is None else tuple(str(s) for s in self.view)
 
 
-def resolve_operand(node: fx.Node) -> Operand:
-    """Walk from a GEMM's operand up to the tensor it is made of."""
+def resolve_operand(node: fx.Node, *, batched: bool = False) -> Operand:
+    """Walk from a GEMM's operand up to the tensor it is made of. `batched`: it is a batch of matrices."""
     if node.meta["val"].ndim != 2:
-        return _resolve_many(node)
+        return _resolve_batch(node) if batched else _resolve_tensor(node)
     transposed = False
     view: tuple[object, ...] | None = None
     while node.op == "call_function":
@@ -77,17 +76,42 @@ def unquantized(source: fx.Node) -> fx.Node:
     return tensor
 
 
-def _resolve_many(node: fx.Node) -> Operand:
-    """Of a batch of matrices, or a tensor of a convolution (which nobody transposes)."""
-    transposed = False
+def _resolve_tensor(node: fx.Node) -> Operand:
+    """Of a convolution: through casts only."""
+    while node.op == "call_function" and _is_transparent(node):
+        node = node.args[0]  # type: ignore[assignment]
+    return Operand(node, None, False)
+
+
+_ONLY_VIEWS = (PERMUTE, EXPAND, aten.view.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims)
+
+
+def _resolve_batch(node: fx.Node) -> Operand:
+    """Of a product of batches: through casts and views, up to the last tensor that is this batch of matrices, turned or not.
+
+    einsum reaches a product by a chain of them. As none moves an element, equal sizes and strides say that it is the same batch.
+    """
+    found = Operand(node, None, False)
+    rows, columns = _axes(node, (0, 1, 2)), _axes(node, (0, 2, 1))
     while node.op == "call_function":
         source = node.args[0]
-        if node.target is PERMUTE and list(node.args[1]) == [0, 2, 1]:
-            transposed = not transposed
-        elif not (node.target in ALIASES or (node.target in CASTS and _is_widening_or_autocast(source, node))):
+        moves = node.target not in _ONLY_VIEWS and not _is_transparent(node)
+        if moves or (node.target in CASTS and node.meta["val"].stride() != source.meta["val"].stride()):
             break
         node = source
-    return Operand(node, None, transposed)
+        if node.meta["val"].ndim == 3 and _axes(node, (0, 1, 2)) in (rows, columns):
+            found = Operand(node, None, _axes(node, (0, 1, 2)) != rows)
+    return found
+
+
+def _axes(node: fx.Node, order: Iterable[int]) -> list[tuple[str, str]]:
+    """(size, stride) of each axis, in this order; the stride of an axis of size 1 means nothing."""
+    value = node.meta["val"]
+    return [(str(value.shape[a]), "" if str(value.shape[a]) == "1" else str(value.stride(a))) for a in order]
+
+
+def _is_transparent(node: fx.Node) -> bool:
+    return node.target in ALIASES or (node.target in CASTS and _is_widening_or_autocast(node.args[0], node))  # type: ignore[arg-type]
 
 
 def _is_widening_or_autocast(source: fx.Node, cast: fx.Node) -> bool:

@@ -1,26 +1,42 @@
-"""The cut between forward and backward: Inductor's min-cut, told about our operators.
+"""The cut between forward and backward: Inductor's min-cut, told about our operators; and all passes around it as one partitioner.
+
+    from torch._dynamo.backends.common import aot_autograd
+    backend = aot_autograd(fw_compiler=mine, bw_compiler=mine, partition_fn=qtrain_partition("int8"))
+    model = torch.compile(model, backend=backend)
+
+`qtrain_partition` fits everything that takes one of PyTorch's partitioners, `aot_compile_joint_with_descriptors` among them. Its
+halves are lowered: plain aten and integer GEMMs, which run operator by operator and under any compiler.
 
 Quantization is in the joint graph, so the cut weighs tensors of one byte. Unknown to the partitioner, a custom operator is held
 for not recomputable and not fusible, and codes are saved *beside* their source. So for the time of the call quantize, dequantize
 and the range operators join its lists of recomputable and fusible operators.
 
-Private API (`torch._functorch.partitioners.get_default_op_list`), used here only; checked on torch 2.11 and 2.13.
+Private API (`torch._functorch.partitioners.get_default_op_list`), used here and in
+`passes.in_memory`; checked on torch 2.11 and 2.13.
 """
 
 from __future__ import annotations
 
 import unittest.mock
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import fx
 from torch._functorch import partitioners
 
-from passes.fold_masks import fold_masks
-from passes.store_masks import store_masks
+from passes.buffers import bind_state
+from passes.context import PassContext
+from passes.dynamo_inputs import DynamoInputs
+from passes.graph import BACKWARD, FORWARD
+from passes.pipeline import Pipeline, Step, joint_steps, lower_half, run_cut_steps
+from passes.report import tell_what_stays_hp
+from passes.verify import count_writes
+from qcompile.recipe import Recipe
+from qcompile.recipes import get_recipe
 
-__all__ = ["min_cut_partition"]
+__all__ = ["QtrainPartition", "min_cut_partition", "qtrain_partition"]
 
 _RECOMPUTABLE = ("quantize", "dequantize", "select_range")
 
@@ -44,9 +60,69 @@ def min_cut_partition(
 
     with unittest.mock.patch.object(partitioners, "get_default_op_list", with_ours):
         forward, backward = partitioner(joint, joint_inputs, **kwargs)
-    num_outputs = kwargs["num_fwd_outputs"]
-    folded = fold_masks(forward.graph, backward.graph, num_outputs)
-    if folded + store_masks(forward.graph, backward.graph, num_outputs):
+    if run_cut_steps(forward.graph, backward.graph, kwargs["num_fwd_outputs"]):
         forward.recompile()
         backward.recompile()
     return forward, backward
+
+
+class QtrainPartition:
+    """A partitioner; `contexts` has what it found in each graph so far, oldest first."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        steps: Sequence[Step],
+        strict: bool,
+        state: str,
+        inputs: DynamoInputs | None,
+        partitioner: Callable[..., Any],
+    ) -> None:
+        self.recipe, self.steps, self.strict, self.state = recipe, list(steps), strict, state
+        self.inputs, self.partitioner = inputs, partitioner
+        self.contexts: list[PassContext] = []
+
+    def __call__(
+        self, joint: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
+    ) -> tuple[fx.GraphModule, fx.GraphModule]:
+        parameters = self.inputs.parameters(joint.graph) if self.inputs is not None else {}
+        context = PassContext.of(joint.graph, self.recipe, strict=self.strict, parameters=parameters)
+        Pipeline(self.steps, context).run(joint.graph)
+        joint.recompile()
+        tell_what_stays_hp(context)
+        writes = count_writes(joint.graph)
+        forward, backward = min_cut_partition(joint, joint_inputs, partitioner=self.partitioner, **kwargs)
+        if self.state == "buffers":
+            bind_state(forward, backward)
+        for phase, half in ((FORWARD, forward), (BACKWARD, backward)):
+            lower_half(half.graph, context, phase=phase, steady=False, writes=Counter({phase: writes[phase]}))
+            half.recompile()
+        self.contexts.append(context)
+        return forward, backward
+
+
+def qtrain_partition(
+    recipe: str | Recipe | Mapping[str, Any] = "int8",
+    *,
+    passes: Sequence[Step] | None = None,
+    strict: bool = False,
+    state: Literal["buffers", "inputs"] = "buffers",
+    graph: tuple[fx.GraphModule, Sequence[Any]] | None = None,
+    partitioner: Callable[..., Any] = partitioners.min_cut_rematerialization_partition,
+) -> QtrainPartition:
+    """A `partition_fn` that quantizes.
+
+    recipe, passes, strict   as in `torch.compile(model, backend="qtrain", options={...})`
+    state        where range state lives. "buffers": in the halves, so every graph has one state. "inputs": extra inputs of the
+                 forward half, for compilers wrapped in `qcompile.with_range_state`, which finds the state of the module instance
+                 that a call belongs to.
+    graph        (graph module, example inputs) as Dynamo hands them to a backend: says which inputs are Parameters. After
+                 `aot_export_joint_with_descriptors` the joint graph says it itself
+    partitioner  who cuts, told about our operators
+    Errors: `RecipeError`; `UnsupportedError` under `strict`, when a graph is cut.
+    """
+    if state not in ("buffers", "inputs"):
+        raise ValueError(f"state: got {state!r}; allowed: 'buffers', 'inputs'")
+    steps = joint_steps() if passes is None else passes
+    inputs = None if graph is None else DynamoInputs.of(*graph)
+    return QtrainPartition(get_recipe(recipe), steps, strict, state, inputs, partitioner)

@@ -1,26 +1,26 @@
 """The order of the passes, and what runs them.
 
-`joint_steps` is the whole compiler up to the partitioner; `lower` follows on each half. A step is a function from (graph,
-context) to a number of changes, so a pipeline of one's own is a list:
+`joint_steps` is the whole compiler up to the partitioner; `cut_steps` follow on the two halves together, `lower` on each. A step is
+a function from (graph, context) to a number of changes, so a pipeline of one's own is a list:
 
-    steps = joint_steps(recipe)
+    steps = joint_steps()
     steps = insert_before(steps, "fuse_matmul", Step("mine", my_pass))
     Pipeline(steps, context).run(graph)
 
-Environment: QTRAIN_LOG=1 prints the counts; QTRAIN_DUMP=dir writes the graph before and after each step; QTRAIN_SKIP=a,b leaves
-steps out by name.
+Environment: QTRAIN_LOG=1 prints the counts; QTRAIN_DUMP=dir writes the graph before and after each pass; QTRAIN_SKIP=a,b leaves
+passes out by name.
 """
 
 from __future__ import annotations
 
 import hashlib
-import inspect
-import itertools
 import os
+import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
 
@@ -31,18 +31,42 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from passes.attach_range_state import attach_range_state
 from passes.canonicalize import canonicalize
 from passes.context import PassContext
+from passes.environment import dump, number_of, skipped
 from passes.find_sites import find_sites
+from passes.fold_masks import fold_masks
 from passes.follow_layouts import follow_layouts
 from passes.fuse_matmul import fuse_matmul
+from passes.graph import erase_unused
+from passes.identity import describe
 from passes.insert_qdq import insert_qdq
+from passes.lower import lower
+from passes.matching import Row, rewrite
 from passes.restore_decompositions import restore_decompositions
+from passes.save_transposed import save_transposed
 from passes.share_quantized import share_quantized
 from passes.split_convolution_backward import restore_convolution_backward, split_convolution_backward
+from passes.store_masks import store_masks
 from passes.verify import count_writes, verify
+from qcompile.kernels.registry import registered_kernels
 
-__all__ = ["Pipeline", "Step", "insert_after", "insert_before", "joint_steps", "without"]
+__all__ = [
+    "CutStep",
+    "PassInfo",
+    "Pipeline",
+    "Step",
+    "cut_steps",
+    "insert_after",
+    "insert_before",
+    "joint_steps",
+    "list_passes",
+    "lower_half",
+    "pattern_step",
+    "run_cut_steps",
+    "without",
+]
 
 GraphFunction = Callable[[fx.Graph, PassContext], "int | None"]
+CutFunction = Callable[[fx.Graph, fx.Graph, int], "int | None"]
 
 
 @dataclass(frozen=True)
@@ -68,6 +92,70 @@ def joint_steps() -> list[Step]:
         Step("follow_layouts", follow_layouts),  # integer convolutions write channels last
         Step("restore_decompositions", restore_decompositions),  # what stayed hp becomes what Inductor would have had
     ]
+
+
+@dataclass(frozen=True)
+class CutStep:
+    """One pass over the two halves of a graph: `run(forward, backward, number of the user's outputs)` -> number of changes."""
+
+    name: str
+    run: CutFunction
+    numerics: Literal["exact", "changes"] = "exact"
+
+
+def cut_steps() -> list[CutStep]:
+    """The passes over the two halves behind the partitioner, in order."""
+    return [
+        CutStep("fold_masks", fold_masks),
+        CutStep("save_transposed", save_transposed),  # not codes that a mask has been folded into
+        CutStep("store_masks", store_masks),
+    ]
+
+
+def pattern_step(name: str, rows: Sequence[Row], numerics: Literal["exact", "changes"] = "changes") -> Step:
+    """A step that applies rows of a pattern table (`passes.matching`), and drops what nobody reads any more.
+
+    A row may stand for a kernel: where its handler makes a node with `meta["qtrain_kernel"]` (a name) and the `qtrain_gemm` of the
+    GEMM that it replaces, reports name that kernel.
+    """
+    return Step(name, partial(_apply_rows, rows=tuple(rows)), numerics)
+
+
+def _apply_rows(graph: fx.Graph, context: PassContext, *, rows: Sequence[Row]) -> int:
+    done = rewrite(graph, rows).total()
+    erase_unused(graph)
+    return done
+
+
+@dataclass(frozen=True)
+class PassInfo:
+    """A pass as lists show it.
+
+    stage     "joint" (the joint graph), "cut" (both halves, behind the partitioner) or "half" (each half)
+    summary   what it does, in a line
+    numerics  "exact" or "changes"
+    contract  the whole of it: before and after, numerics, what it requires and ensures
+    """
+
+    name: str
+    stage: Literal["joint", "cut", "half"]
+    summary: str
+    numerics: str
+    contract: str
+
+
+def list_passes() -> list[PassInfo]:
+    """The passes in the order in which they run."""
+    return [
+        *(_info(s.name, "joint", s.run, s.numerics) for s in joint_steps()),
+        *(_info(s.name, "cut", s.run, s.numerics) for s in cut_steps()),
+        _info("lower", "half", lower, "exact"),
+    ]
+
+
+def _info(name: str, stage: Literal["joint", "cut", "half"], run: Callable[..., object], numerics: str) -> PassInfo:
+    contract = (sys.modules[run.__module__].__doc__ or "").strip()
+    return PassInfo(name, stage, contract.split("\n\n")[0].partition(": ")[2].replace("\n", " "), numerics, contract)
 
 
 def _position(steps: Sequence[Step], name: str) -> int:
@@ -114,15 +202,16 @@ class Pipeline(PassBase):
     def run(self, graph: fx.Graph) -> int:
         """Run every step; return the number of changes. Errors: `GraphError` names the step that broke the graph."""
         total = 0
+        number_of(graph)
         for number, step in enumerate(self.steps):
             writes = count_writes(graph)
-            _dump(graph, number, step.name, "before")
+            dump(graph, number, step.name, "before")
             start = time.perf_counter()
             changes = step.run(graph, self.context) or 0
             self.context.seconds[step.name] = self.context.seconds.get(step.name, 0.0) + time.perf_counter() - start
             self.context.counts[step.name] = changes
             verify(graph, after=step.name, writes=writes)
-            _dump(graph, number, step.name, "after")
+            dump(graph, number, step.name, "after")
             if self.on_step is not None:
                 self.on_step(step.name, graph)
             total += changes
@@ -136,19 +225,48 @@ class Pipeline(PassBase):
         return PassResult(graph_module, changes > 0)
 
     def fingerprint(self) -> str:
-        """Identity of what the pipeline does: the sources of its steps and of qtrain, and the recipe."""
-        parts = [source_fingerprint(), self.context.recipe.fingerprint(), str(self.context.strict)]
+        """Identity of what the pipeline does: the sources of qtrain, the recipe, and the sources of what the user added to them
+        (steps, estimators, kernels)."""
+        recipe = self.context.recipe
+        parts = [source_fingerprint(), recipe.fingerprint(), str(self.context.strict), *skipped()]
+        parts += sorted({describe(type(estimator)) for estimator in recipe.estimators()})
+        parts += [describe(kernel) for kernel in registered_kernels()]
         for step in self.steps:
-            parts += [step.name, _source(step.run)]
+            parts += [step.name, describe(step.run)]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _source(fn: Callable[..., object]) -> str:
-    fn = getattr(fn, "func", fn)
-    try:
-        return inspect.getsource(inspect.getmodule(fn) or fn)  # type: ignore[arg-type]
-    except (OSError, TypeError):
-        return repr(getattr(fn, "__code__", fn))
+def run_cut_steps(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int) -> int:
+    """Run `cut_steps` on the two halves of a joint graph; return the number of changes."""
+    names = skipped()
+    changes, position = 0, len(joint_steps())
+    for number, step in enumerate(cut_steps(), start=position):
+        if step.name in names:
+            continue
+        for when in ("before", "after"):
+            if when == "after":
+                changes += step.run(forward, backward, num_fwd_outputs) or 0
+            dump(forward, number, step.name, f"forward.{when}")
+            dump(backward, number, step.name, f"backward.{when}")
+    return changes
+
+
+def lower_half(
+    graph: fx.Graph, context: PassContext, *, phase: str, steady: bool, writes: Counter[str] | None = None
+) -> int:
+    """Run `lower` on one half (`phase`: "forward" or "backward"); return the number of changes.
+
+    Errors: `GraphError` where the half is not what the partitioner should have made of the joint graph, or lowering broke it.
+    """
+    verify(graph, after="the partitioner", writes=writes)
+    if "lower" in skipped():
+        return 0
+    position = len(joint_steps()) + len(cut_steps())
+    dump(graph, position, "lower", f"{phase}.before")
+    changes = lower(graph, context, steady=steady)
+    verify(graph, after="lower", writes=writes)
+    dump(graph, position, "lower", f"{phase}.after")
+    return changes
 
 
 @lru_cache(maxsize=1)
@@ -164,18 +282,6 @@ def source_fingerprint() -> str:
 
 
 def _selected(steps: Iterable[Step]) -> list[Step]:
-    steps = list(steps)
-    skipped = [name for name in os.environ.get("QTRAIN_SKIP", "").split(",") if name]
-    return without(steps, *skipped) if skipped else steps
-
-
-_graph_numbers = itertools.count()
-
-
-def _dump(graph: fx.Graph, number: int, name: str, when: str) -> None:
-    folder = os.environ.get("QTRAIN_DUMP")
-    if not folder:
-        return
-    where = Path(folder) / f"graph_{graph.__dict__.setdefault('_qtrain_number', next(_graph_numbers))}"
-    where.mkdir(parents=True, exist_ok=True)
-    (where / f"{number:02d}_{name}.{when}.txt").write_text(str(graph))
+    steps, names = list(steps), skipped()
+    behind = {"lower", *(s.name for s in cut_steps())}
+    return without(steps, *(name for name in names if name not in behind)) if names else steps

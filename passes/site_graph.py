@@ -11,8 +11,8 @@ Nodes are named as in the FX graph and have the attributes
     shape, dtype
     site, role, arithmetic    of a gemm: the site, "output" and so on, "integer" or "hp"
 
-Edges point the way the data goes; one into a gemm has the attribute `operand`. A gemm has an edge to every
-tensor that is computed from it without another gemm in between.
+Edges point the way the data goes; one into a gemm has the attribute `operand`. A gemm or a tensor has an edge to
+every tensor that is computed from it without another node of this graph in between.
 
 Numerics  exact: nothing is changed.
 Requires  a joint or inference graph, anywhere behind find_sites.
@@ -41,15 +41,20 @@ def site_graph(graph: fx.Graph, context: PassContext | None = None, saved: Colle
            node with a user in backward counts as crossing
     """
     result = nx.DiGraph()
-    # Node -> GEMMs that it is computed from with none in between: the keys, in order.
+    read = {_source(m) for node in graph.nodes if _gemm_of(node) is not None for m in operands(node)}
+    # Node -> GEMMs and tensors that it is computed from with none in between: the keys, in order.
     nearest: dict[fx.Node, dict[fx.Node, None]] = {}
     for node in graph.nodes:
         if node.op == "output":
             continue
-        where: GemmNode | None = node.meta.get("qtrain_gemm") if node.op == "call_function" else None
+        where = _gemm_of(node)
+        sources = {g: None for source in node.all_input_nodes for g in nearest[source]}
+        if node in read and where is None:
+            result.add_node(node.name, **_attributes("tensor", node, saved))
+            result.add_edges_from((source.name, node.name) for source in sources)
         if where is not None:
             for matrix, operand in zip(operands(node), where.operands, strict=True):
-                _add_operand(result, node, matrix, operand, nearest, saved)
+                _add_operand(result, node, matrix, operand, saved)
             kind = "integer" if node.target in INTEGER else "hp"
             result.add_node(
                 node.name,
@@ -58,27 +63,22 @@ def site_graph(graph: fx.Graph, context: PassContext | None = None, saved: Colle
                 arithmetic=kind,
                 **_attributes("gemm", node, saved),
             )
-            nearest[node] = {node: None}
-        else:
-            nearest[node] = {g: None for source in node.all_input_nodes for g in nearest[source]}
+        nearest[node] = {node: None} if where is not None or node in read else sources
     return result
 
 
-def _add_operand(
-    result: nx.DiGraph,
-    gemm: fx.Node,
-    matrix: fx.Node,
-    operand: str,
-    nearest: dict[fx.Node, dict[fx.Node, None]],
-    saved: Collection[str] | None,
-) -> None:
+def _gemm_of(node: fx.Node) -> GemmNode | None:
+    return node.meta.get("qtrain_gemm") if node.op == "call_function" else None
+
+
+def _source(matrix: fx.Node) -> fx.Node:
+    """The tensor that a GEMM's matrix is made of."""
     quantize = _quantize_of(matrix)
-    tensor = resolve_operand(matrix if quantize is None else quantize.args[0]).source
-    if tensor.name not in result:
-        result.add_node(tensor.name, **_attributes("tensor", tensor, saved))
-        for source in nearest[tensor]:
-            if source is not tensor:
-                result.add_edge(source.name, tensor.name)
+    return resolve_operand(matrix if quantize is None else quantize.args[0]).source
+
+
+def _add_operand(result: nx.DiGraph, gemm: fx.Node, matrix: fx.Node, operand: str, saved: Collection[str] | None) -> None:
+    quantize, tensor = _quantize_of(matrix), _source(matrix)
     if quantize is None:
         result.add_edge(tensor.name, gemm.name, operand=operand)
         return

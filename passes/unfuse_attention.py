@@ -45,7 +45,7 @@ def unfuse_attention(module: fx.GraphModule, recipe: Recipe) -> int:
 
 def _is_quantized(node: fx.Node, recipe: Recipe) -> bool:
     """Whether any product of the attention's module would be an integer GEMM."""
-    resolved = recipe.resolve(f"{enclosing_module(node)}:bmm".removeprefix(":"), "bmm")
+    resolved = recipe.resolve(f"{enclosing_module(node)}:bmm".removeprefix(":"), kind="bmm")
     return any(resolved.gemm(role) is not None for role in ("output", "grad_input", "grad_weight"))
 
 

@@ -35,7 +35,9 @@ if TYPE_CHECKING:
         register_estimator,
         scale_learning_rates,
     )
-    from qcompile.inspect import capture, explain, saved_bytes  # type: ignore[no-redef]
+    from qcompile.hooks import inductor_hooks, with_range_state
+    from qcompile.inspect import capture, compare, explain, monitor, saved_bytes  # type: ignore[no-redef]
+    from qcompile.kernels.registry import GemmShape, check_kernel, register_kernel, unregister_kernel
     from qcompile.qat import (
         BlockReplacement,
         calibrate,
@@ -49,7 +51,7 @@ if TYPE_CHECKING:
     from qcompile.recipe import Recipe
     from qcompile.recipes import get_recipe, list_recipes, register_recipe
     from qcompile.specs import SAME, GemmSpec, PerBlock, PerChannel, PerRow, PerTensor, QuantSpec
-    from qcompile.state import RangeState, range_state
+    from qcompile.state import RangeState, range_state, set_range_group
 
 __version__ = "0.1.0"
 
@@ -77,7 +79,9 @@ _HOME = {
         "register_estimator",
         "scale_learning_rates",
     ),
-    "qcompile.inspect": ("capture", "explain", "saved_bytes"),
+    "qcompile.hooks": ("inductor_hooks", "with_range_state"),
+    "qcompile.inspect": ("capture", "compare", "explain", "monitor", "saved_bytes"),
+    "qcompile.kernels.registry": ("GemmShape", "check_kernel", "register_kernel", "unregister_kernel"),
     "qcompile.qat": (
         "BlockReplacement",
         "calibrate",
@@ -91,7 +95,7 @@ _HOME = {
     "qcompile.recipe": ("Recipe",),
     "qcompile.recipes": ("get_recipe", "list_recipes", "register_recipe"),
     "qcompile.specs": ("SAME", "GemmSpec", "PerBlock", "PerChannel", "PerRow", "PerTensor", "QuantSpec"),
-    "qcompile.state": ("RangeState", "range_state"),
+    "qcompile.state": ("RangeState", "range_state", "set_range_group"),
 }
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
 

@@ -11,31 +11,37 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from passes.context import EMULATED, PassContext
+from passes.context import PassContext
+from passes.dynamo_inputs import DynamoInputs
+from passes.fuse_requantize import fuse_requantize
 from passes.gemms import INTEGER
-from passes.graph import BACKWARD, FORWARD, SELECT
+from passes.graph import BACKWARD, FORWARD, SCALED_MM, SCALED_MM_REQUANTIZE, SELECT
 from passes.lower import lower
-from passes.pipeline import Pipeline, Step, joint_steps
+from passes.pipeline import Pipeline, Step, joint_steps, lower_half
+from passes.report import tell_what_stays_hp
 from passes.unfuse_attention import unfuse_attention
-from passes.verify import count_writes, verify
+from passes.verify import count_writes
 from qcompile import inductor
+from qcompile.enclosing import layers_around, prefixes
 from qcompile.errors import QtrainWarning, UnsupportedError
-from qcompile.kernels.select import gemm_kernel, unsupported_device
+from qcompile.kernels.autotune import tune
+from qcompile.kernels.select import fallback_reason, gemm_kernel, unsupported_device
 from qcompile.recipe import Recipe
 from qcompile.recipes import get_recipe
 from qcompile.state.binding import Binder, binding_of
 from qcompile.state.replays import REPLAYS
+from qcompile.state.replicas import REPLICAS
 from qcompile.state.store import STORE, RangeStore
 
 __all__ = ["CompiledGraph", "compiled_graphs", "qtrain"]
 
-OPTIONS = ("recipe", "strict", "mode", "passes")
+OPTIONS = ("recipe", "strict", "mode", "passes", "requantize")
 
 
 @dataclass
@@ -80,6 +86,7 @@ def qtrain(
              strict   True: raise where a GEMM that the recipe asks for cannot run on an integer kernel
              mode     what torch.compile's `mode=` takes
              passes   a list of steps in place of the default pipeline
+             requantize  True: a GEMM whose result only the next GEMM reads, through nothing or a ReLU, writes codes (static ranges)
              and every option of Inductor
     Errors: `RecipeError`, `ValueError` for an unknown option, `UnsupportedError` under `strict`.
     """
@@ -89,6 +96,9 @@ def qtrain(
     if not isinstance(strict, bool):
         raise ValueError(f"strict: got {strict!r}; allowed: True or False")
     steps = options.pop("passes", None)
+    requantize = options.pop("requantize", False)
+    if not isinstance(requantize, bool):
+        raise ValueError(f"requantize: got {requantize!r}; allowed: True or False")
     config = inductor.mode_options(options.pop("mode", mode)) | _inductor_options(options)
     if quantizes_nothing(recipe):
         return inductor.compile_plain(gm, example_inputs, config)
@@ -97,13 +107,29 @@ def qtrain(
             raise UnsupportedError(f"strict: {reason}")
         _warn(f"recipe {recipe.name!r} changes nothing in this graph: {reason}")
         return inductor.compile_plain(gm, example_inputs, config)
+    _check_fallback(example_inputs, strict)
     steps = joint_steps() if steps is None else steps
-    compilation = Compilation(gm, example_inputs, recipe, strict, config, steps)
+    compilation = Compilation(gm, example_inputs, recipe, strict, config, steps, requantize)
     compiled = compilation.run()
     with _COMPILED_LOCK:
         _COMPILED.append(compilation.record)
         del _COMPILED[:-256]
     return compiled
+
+
+_told: set[str] = set()
+
+
+def _check_fallback(example_inputs: Sequence[Any], strict: bool) -> None:
+    """Say once that integer GEMMs run on another kernel than they should; under `strict` refuse."""
+    reason = fallback_reason({e.device for e in example_inputs if isinstance(e, Tensor)})
+    if reason is None:
+        return
+    if strict:
+        raise UnsupportedError(f"strict: {reason}. Drop strict=True, or ask for it: QTRAIN_CUDA_GEMM=int_mm")
+    if reason not in _told:
+        _told.add(reason)
+        _warn(reason)
 
 
 def _reset() -> None:
@@ -149,13 +175,14 @@ class Compilation:
         strict: bool,
         config: dict[str, Any],
         steps: Sequence[Step],
+        requantize: bool = False,
     ) -> None:
+        self.requantize = requantize
         self.gm, self.example_inputs, self.config = gm, example_inputs, config
         self.steps = list(steps)
-        self.sources = [_source_name(n) for n in gm.graph.nodes if n.op == "placeholder"]
-        self.is_parameter = [isinstance(e, nn.Parameter) for e in example_inputs]
+        self.inputs = DynamoInputs.of(gm, example_inputs)
         self.context = PassContext(recipe=recipe, strict=strict)
-        self.identity = Pipeline(self.steps, self.context).fingerprint()
+        self.identity = f"{Pipeline(self.steps, self.context).fingerprint()} {requantize}"
         self.record = CompiledGraph(self.context, recipe)
         self.binder: Binder | None = None
         self.writes: Counter[str] = Counter()  # of range state in the joint graph, by half
@@ -183,6 +210,8 @@ class Compilation:
         context.sites.clear()
         context.layouts.clear()
         context.parameters = self._parameters(graph)
+        parameters = self._own_parameters(graph)
+        context.prefixes, context.layers = prefixes(parameters), tuple(layers_around(parameters))
         context.device = _device(graph)
         Pipeline(self.steps, context, on_step=self.on_step).run(graph)
         self.writes = count_writes(graph)
@@ -194,34 +223,15 @@ class Compilation:
 
     def _parameters(self, graph: fx.Graph) -> dict[str, str]:
         """The graph's inputs that are Parameters: name -> Dynamo's source name."""
-        found = {}
-        primals = [n for n in graph.nodes if n.op == "placeholder" and "tangents" not in str(n.target)]
-        for position, node in enumerate(primals):
-            index = getattr(node.meta.get("desc"), "idx", position)  # AOTAutograd may have dropped or added inputs
-            if index < len(self.is_parameter) and self.is_parameter[index]:
-                found[node.name] = self.sources[index]
-        return found
+        return self.inputs.parameters(graph)
+
+    def _own_parameters(self, graph: fx.Graph) -> dict[str, tuple[str, nn.Parameter]]:
+        """Placeholder -> (Dynamo's source name, Parameter)."""
+        positions = self.inputs.positions(graph)
+        return {name: (self.inputs.sources[i], self.example_inputs[i]) for name, i in positions.items()}
 
     def _report_what_stays_hp(self) -> None:
-        context = self.context
-        unmatched = context.recipe.unmatched_patterns([s.name for s in context.sites])
-        if unmatched and context.sites:
-            _warn(f"recipe {context.recipe.name!r}: no site matches {', '.join(map(repr, unmatched))}")
-        stuck = [(s, g) for s, g in context.gemms() if g.reason is not None and not _by_choice(g.reason)]
-        if not stuck:
-            return
-        lines = [f"{s.name}.{g.role}: {g.reason}" for s, g in stuck]
-        if context.strict:
-            raise UnsupportedError(
-                f"strict: {len(stuck)} GEMM(s) that recipe {context.recipe.name!r} asks for cannot run on an integer kernel:\n  "
-                + "\n  ".join(lines[:20])
-                + "\nLeave them out with skip=(...) or drop strict=True."
-            )
-        total = sum(1 for _ in context.gemms())
-        _warn(
-            f"{len(stuck)} of {total} GEMMs stay in high precision, first {lines[0]}. "
-            "qcompile.explain(model, ...) lists them all; strict=True raises."
-        )
+        tell_what_stays_hp(self.context)
 
     # ---- the halves
 
@@ -238,41 +248,84 @@ class Compilation:
             fakes = [n.meta["val"] for n in half.graph.find_nodes(op="placeholder")]
             for position in added:
                 inputs.insert(position, fakes[position])
-            kwargs["static_input_idxs"] = _shifted(kwargs.get("static_input_idxs", ()), added)
+            kwargs["static_input_idxs"] = shifted(kwargs.get("static_input_idxs", ()), added)
         until_valid = None
         if any(n.op == "call_function" and n.target is SELECT for n in half.graph.nodes):
             until_valid = _copy(half)
         phase = BACKWARD if backward else FORWARD
         writes = Counter({phase: self.writes[phase]})
-        verify(half.graph, after="the partitioner", writes=writes)
-        lower(half.graph, self.context, steady=True)
-        verify(half.graph, after="lower", writes=writes)
+        if self.requantize:
+            self.context.counts["fuse_requantize"] = self.context.counts.get("fuse_requantize", 0) + fuse_requantize(half.graph)
+        lower_half(half.graph, self.context, phase=phase, steady=True, writes=writes)
         half.recompile()
         self._record_kernels(half.graph)
         self.record.seconds["passes"] = self.record.seconds.get("passes", 0.0) + time.perf_counter() - start
         self.record.halves.append(phase)
         compiled = compile_inner(half, inputs, **kwargs)
+        replicated = self.context.recipe.ranges == "replicated" and bool(self.context.layouts)
         if not ours:
-            return compiled
+            if not backward:
+                return self._watch_names(compiled, names)
+            return _agreeing(compiled) if replicated else compiled
         if until_valid is not None:
             inductor.draw_as_generated_code_does(until_valid, compile_inner)
         dynamic = None if until_valid is None else _Interpreted(until_valid, self.context, inductor.output_strides(compiled))
         if backward:
-            return _backward(compiled, dynamic, ours)
+            run = backward_with_state(compiled, dynamic, ours)
+            return _agreeing(run) if replicated else run
         if self.binder is None:
             self.binder = Binder(self.context.layouts, self.context.device, self.store)
         owner_positions = [names.index(o) - sum(p < names.index(o) for p in ours.values()) for o in self.binder.owners]
         training = is_training(kwargs)
-        return _forward(compiled, dynamic, ours, self.binder, owner_positions, training)
+        run = forward_with_state(compiled, dynamic, ours, self.binder, owner_positions, training, replicated)
+        return self._watch_names(run, [n.name for n in inputs_here if "qtrain_state" not in n.meta])
+
+    def _watch_names(self, compiled: Callable[..., Any], names: list[str]) -> Callable[..., Any]:
+        """Dynamo runs one graph for equal modules: say so where the recipe means another of them to be compiled otherwise.
+
+        names  the function's arguments
+        """
+        context, recipe = self.context, self.context.recipe
+        positions = {name: names.index(name) for name in context.parameters if name in names}
+        if not (recipe.skip or recipe.overrides) or context.prefixes == ("",) or not positions:
+            return compiled
+        first = next(iter(positions.values()))
+        known: set[int] = set()
+
+        def run(args: list[Any]) -> Any:
+            if id(args[first]) not in known:
+                known.add(id(args[first]))
+                here = prefixes({name: (context.parameters[name], args[i]) for name, i in positions.items()})
+                other = replace(context, prefixes=here)
+                for site in context.sites:
+                    if replace(other.resolve(site), site="") != replace(context.resolve(site), site=""):
+                        _warn(
+                            f"recipe {recipe.name!r} treats {other.names(site)[0]} and {context.names(site)[0]} differently, but "
+                            "Dynamo runs one compiled graph for both: the latter's holds. Remove the graph break, or compile the "
+                            "whole model, or use patterns that treat equal modules alike"
+                        )
+                        break
+            return compiled(args)
+
+        run._boxed_call = True  # type: ignore[attr-defined]
+        return run
 
     def _record_kernels(self, graph: fx.Graph) -> None:
         for node in graph.nodes:
-            where = node.meta.get("qtrain_gemm") if node.op == "call_function" and node.target in INTEGER else None
-            if where is not None:
-                zero_points = node.args[4] is not None or node.args[5] is not None
-                gemm = self.context.site(where.site).gemms[where.role]
-                m, n, k = (s if isinstance(s, int) else 4096 for s in gemm.shape)  # a symbolic size counts as large
-                gemm.kernel = gemm_kernel(self.context.device, m, n, k, zero_points=zero_points)
+            where = node.meta.get("qtrain_gemm")
+            integer = node.op == "call_function" and node.target in (*INTEGER, SCALED_MM_REQUANTIZE)
+            if where is None or not (integer or "qtrain_kernel" in node.meta):
+                continue
+            gemm = self.context.site(where.site).gemms[where.role]
+            if "qtrain_kernel" in node.meta:  # a user's kernel for a pattern
+                gemm.kernel = node.meta["qtrain_kernel"]
+                continue
+            zero_points = node.args[4] is not None or node.args[5] is not None
+            m, n, k = (s if isinstance(s, int) else 4096 for s in gemm.shape)  # a symbolic size counts as large
+            tunes = node.target is SCALED_MM and self.context.device.type == "cuda" and inductor.tunes_gemms()
+            if tunes and all(isinstance(s, int) for s in gemm.shape):
+                tune(self.context.device, m, n, k, node.meta["val"].dtype)  # before the report asks what was chosen
+            gemm.kernel = gemm_kernel(self.context.device, m, n, k, zero_points=zero_points)
 
 
 def is_training(kwargs: Mapping[str, Any]) -> bool:
@@ -280,13 +333,14 @@ def is_training(kwargs: Mapping[str, Any]) -> bool:
     return not kwargs.get("is_inference", False)
 
 
-def _forward(
+def forward_with_state(
     compiled: Callable[..., Any],
     dynamic: _Interpreted | None,
     ours: dict[tuple[str, str], int],
     binder: Binder,
     owner_positions: list[int],
     training: bool,
+    replicated: bool = False,
 ) -> Callable[..., Any]:
     """The forward half, called with the user's arguments: adds the state of the instance they belong to."""
     places = sorted((position, phase, what) for (phase, what), position in ours.items())
@@ -294,6 +348,8 @@ def _forward(
     def run(args: list[Any]) -> Any:
         bindings = binder.bind([args[i] for i in owner_positions])
         state = {phase: b.tensor for phase, b in bindings.items()}
+        if training and replicated and REPLICAS.active():
+            REPLICAS.touch(bindings.values())
         steady = True
         if (forward := bindings.get("forward")) is not None:
             if training:
@@ -316,7 +372,7 @@ def _forward(
     return run
 
 
-def _backward(
+def backward_with_state(
     compiled: Callable[..., Any], dynamic: _Interpreted | None, ours: dict[tuple[str, str], int]
 ) -> Callable[..., Any]:
     """The backward half: which state it uses, its saved index says."""
@@ -333,6 +389,17 @@ def _backward(
         if dynamic is None or (binding is not None and binding.steady()):
             return compiled(args)
         return dynamic(args)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
+
+
+def _agreeing(backward: Callable[..., Any]) -> Callable[..., Any]:
+    """A backward half after which data-parallel ranks bring their ranges together."""
+
+    def run(args: list[Any]) -> Any:
+        REPLICAS.at_end_of_backward()
+        return backward(args)
 
     run._boxed_call = True  # type: ignore[attr-defined]
     return run
@@ -379,7 +446,7 @@ def _copy(half: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(half, graph)
 
 
-def _shifted(indices: Sequence[int], added: list[int]) -> list[int]:
+def shifted(indices: Sequence[int], added: list[int]) -> list[int]:
     """Static input positions after inserting inputs at `added`, the added ones included."""
     moved = list(indices)
     for position in added:
@@ -393,22 +460,6 @@ def _device(graph: fx.Graph) -> torch.device:
         if node.op == "placeholder" and isinstance(value, Tensor) and value.ndim > 0:
             return value.device
     return torch.device("cpu")
-
-
-def _source_name(placeholder: fx.Node) -> str:
-    """Where Dynamo found an input: "L['self']._modules['up']._parameters['weight']"."""
-    argument = placeholder.meta.get("grapharg")
-    source = getattr(argument, "source", None)
-    name = getattr(source, "name", None)
-    return str(name() if callable(name) else name) if source is not None else placeholder.name
-
-
-_CHOICES = ("skipped by", "recipe:", "override", EMULATED)
-
-
-def _by_choice(reason: str) -> bool:
-    """Whether a GEMM is in high precision because the recipe says so, or because nothing would be gained (depthwise)."""
-    return reason.startswith(_CHOICES)
 
 
 def _warn(message: str) -> None:

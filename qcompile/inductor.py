@@ -25,9 +25,11 @@ from passes.restore_decompositions import decompositions
 __all__ = [
     "compile_plain",
     "compile_with_inductor",
+    "hook_options",
     "draw_as_generated_code_does",
     "mode_options",
     "output_strides",
+    "tunes_gemms",
     "watch_plain",
 ]
 
@@ -69,6 +71,38 @@ class _Partition(CustomPartitionerFn):
     def uuid(self) -> Any:
         own = None if self.own is None else self.own.uuid()
         return (self.identity, own)
+
+
+class _HalfPass(CustomGraphPass):
+    """A function of ours over each half as Inductor's `post_grad_custom_pre_pass`, before whatever the user has set there."""
+
+    def __init__(self, run: Callable[[fx.Graph], object], identity: str, after: Any) -> None:
+        self.run, self.identity, self.after = run, identity, after
+
+    def __call__(self, graph: fx.Graph) -> None:
+        self.run(graph)
+        for user_pass in _as_list(self.after):
+            user_pass(graph)
+
+    def uuid(self) -> Any:
+        after = [_uuid(p) for p in _as_list(self.after)]
+        return None if None in after else (self.identity, *after)
+
+
+def hook_options(
+    joint_pass: Callable[[fx.Graph], object], half_pass: Callable[[fx.Graph], object], identity: str, config: dict[str, Any]
+) -> dict[str, Any]:
+    """Options of Inductor that run our passes at its hooks, with the user's own hooks (of `config`, or set globally) chained."""
+
+    def users(name: str) -> Any:
+        return config.get(name, getattr(inductor_config, name))
+
+    return {
+        **config,
+        "joint_custom_pre_pass": _JointPass(joint_pass, identity, users("joint_custom_pre_pass")),
+        "custom_partitioner_fn": _Partition(identity, users("custom_partitioner_fn")),
+        "post_grad_custom_pre_pass": _HalfPass(half_pass, identity, users("post_grad_custom_pre_pass")),
+    }
 
 
 def _as_list(passes: Any) -> list[Any]:
@@ -222,6 +256,11 @@ def mode_options(mode: str | None) -> dict[str, Any]:
     if mode not in known:
         raise ValueError(f"mode: got {mode!r}; allowed: {', '.join(sorted(known))}")
     return dict(known[mode])
+
+
+def tunes_gemms() -> bool:
+    """Whether GEMMs are to be measured: `mode="max-autotune"`, or Inductor's options for it, of the compilation under way."""
+    return bool(inductor_config.max_autotune or inductor_config.max_autotune_gemm)
 
 
 def output_strides(compiled: Any) -> list[tuple[int, ...] | None] | None:

@@ -11,12 +11,13 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from qcompile import recipe_files
 from qcompile._checks import check_instance, check_keys, refuse
 from qcompile._patterns import KIND_PATTERNS, OP_KINDS, matches
 from qcompile.errors import RecipeError
+from qcompile.estimators.base import RangeEstimator
 from qcompile.site_recipe import (
     ALIASES,
     GEMM_OPERANDS,
@@ -68,6 +69,8 @@ class Recipe:
     overrides                        (pattern, {field: value}) pairs: other values of the six fields above for
                                      the sites that match; where several match, the later one wins field by
                                      field. `skip` wins over all.
+    ranges                           under data parallelism: "replicated", the ranks agree on the memory of their
+                                     estimators after each backward pass; "local", each keeps its own.
     name                             for people; no part of the fingerprint.
 
     A pattern is matched, shell style, against the site's name and the names of the modules around it:
@@ -88,11 +91,14 @@ class Recipe:
     skip: tuple[str, ...] = ()
     skip_first_last: bool = False
     overrides: tuple[tuple[str, Mapping[str, QuantSpec | GemmSpec | Same | None]], ...] = ()
+    ranges: Literal["replicated", "local"] = "replicated"
     name: str = "custom"
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             refuse("Recipe.name", self.name, "a string that is not empty")
+        if self.ranges not in ("replicated", "local"):
+            refuse("Recipe.ranges", self.ranges, "'replicated' or 'local'")
         own = self._site_fields()
         _check_site_fields("Recipe", own)
         check_contracted_axes("Recipe", own)
@@ -110,13 +116,16 @@ class Recipe:
 
     # ---- what it says
 
-    def resolve(self, site: str, kind: str = "linear") -> SiteRecipe:
+    def resolve(self, site: str, *others: str, kind: str = "linear") -> SiteRecipe:
         """What the recipe says about the site of that name and kind ("linear", "conv" or "bmm").
+
+        A pattern may match one of its other names as well.
 
         The second operand of a product of activations, kind "bmm", is an activation too: it takes the spec of `input`.
         Errors: `RecipeError` if overrides that are right one by one add up to a scale on a contracted axis.
         """
-        why = next((f"skipped by {pattern!r}" for pattern in self.skip if matches(pattern, site, kind)), None)
+        names = (site, *others)
+        why = next((f"skipped by {p!r}" for p in self.skip if any(matches(p, name, kind) for name in names)), None)
         if why is None and kind not in (*self.ops, "unknown"):
             why = f"recipe: {kind!r} is not among its ops"
         if why is not None:
@@ -125,7 +134,7 @@ class Recipe:
         values = self._site_fields()
         origin = dict.fromkeys(SITE_FIELDS, "recipe")
         for pattern, changes in self.overrides:
-            if matches(pattern, site, kind):
+            if any(matches(pattern, name, kind) for name in names):
                 values.update(changes)
                 origin.update(dict.fromkeys(changes, f"override {pattern!r}"))
         check_contracted_axes(f"overrides at {site}", values)
@@ -153,6 +162,13 @@ class Recipe:
             return changed
         return replace(changed, name=f"{self.name}*")
 
+    def estimators(self) -> set[RangeEstimator]:
+        """Every range estimator that it names."""
+        tables = (self._site_fields(), *(changes for _, changes in self.overrides))
+        choices = [value for table in tables for value in table.values()]
+        choices += [getattr(c, operand) for c in choices if isinstance(c, GemmSpec) for operand in OPERANDS]
+        return {c.estimator for c in choices if isinstance(c, QuantSpec)}
+
     def fingerprint(self) -> str:
         """sha256 (hex) of everything but the name; equal recipes have equal ones.
 
@@ -176,6 +192,7 @@ class Recipe:
                 {"pattern": pattern, **{field: _choice_to_dict(value) for field, value in changes.items()}}
                 for pattern, changes in self.overrides
             ],
+            "ranges": self.ranges,
         }
 
     @classmethod

@@ -24,7 +24,7 @@ from qcompile.estimators import (
 )
 from qcompile.recipe import Recipe
 from qcompile.recipe_files import SUFFIXES
-from qcompile.specs import GemmSpec, PerRow, PerTensor, QuantSpec
+from qcompile.specs import GemmSpec, PerBlock, PerRow, PerTensor, QuantSpec
 
 __all__ = ["GRADIENT_ROUNDING", "get_recipe", "learned", "list_recipes", "register_recipe"]
 
@@ -101,6 +101,18 @@ def int8_unified() -> Recipe:
     return Recipe(name="int8_unified", input=tensor, weight=tensor, grad_output=gradient)
 
 
+def int8_jetfire() -> Recipe:
+    """A scale for each block of 32 x 32 elements (Jetfire, arXiv 2403.12422): its numbers, not its speed.
+
+    From the paper: the blocks, min-max ranges, nearest rounding forward, stochastic rounding of gradients. Different: scales are
+    fp32, not fp16; the operators between the GEMMs stay in high precision; and the GEMMs multiply dequantized values, because no
+    integer kernel here sums over several scales. All matrices must be multiples of 32 both ways; others stay as they were.
+    """
+    block = QuantSpec(granularity=PerBlock(32, 32), estimator=MinMax())
+    gradient = QuantSpec(granularity=PerBlock(32, 32), estimator=MinMax(), rounding="stochastic")
+    return Recipe(name="int8_jetfire", input=block, weight=block, grad_output=gradient)
+
+
 def int4_interval() -> Recipe:
     """INT4 training with an interval of gradients that follows the large ones (arXiv 2407.12637).
 
@@ -171,6 +183,7 @@ _BUILT_IN = {
         int8_in_hindsight(),
         int8_dai8(),
         int8_unified(),
+        int8_jetfire(),
         int4_interval(),
         qat_lsq(),
         qat_lsq_plus(),

@@ -1,10 +1,13 @@
 """What every test gets: no compile caches, a fresh Dynamo, a fixed seed; and no GPU test without a GPU."""
 
+import contextlib
 import os
 import sys
 
 import pytest
 import torch
+
+from tests.device import CHOSEN
 
 # Before anything imports Triton: without a GPU its kernels run in the interpreter.
 if not torch.cuda.is_available():
@@ -54,10 +57,20 @@ def engine(request):
     return request.param
 
 
+@pytest.fixture(autouse=True)
+def default_device():
+    """What a test makes without saying where is made on the device that the suite is run for."""
+    with torch.device(CHOSEN) if CHOSEN else contextlib.nullcontext():
+        yield
+
+
 def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() or CHOSEN == "cpu":
+        for item in items:
+            if CHOSEN == "cuda" and item.get_closest_marker("cpu") is not None:
+                item.add_marker(pytest.mark.skip(reason="the suite is run for a GPU"))
         return
     skip = pytest.mark.skip(reason="needs a CUDA device; torch.cuda.is_available() is False")
     for item in items:
-        if "gpu" in item.keywords:
+        if CHOSEN == "cuda" or item.get_closest_marker("gpu") is not None:  # keywords name folders too
             item.add_marker(skip)

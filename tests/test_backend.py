@@ -20,6 +20,7 @@ from qcompile.inspect import saved_bytes
 from qcompile.kernels import record_launches
 from qcompile.ops import quantize_reference, scaled_mm_reference
 from tests.compiling import AVERAGE, STOCHASTIC, all_equal, compiled, gradients
+from tests.device import DEVICE, seeded
 from tests.numerics import row_snr_db, rows_of_mixed_size
 
 TENSORWISE, ROWWISE = get_recipe("int8_tensorwise"), get_recipe("int8")
@@ -121,6 +122,7 @@ def test_each_gemm_can_be_switched_off(interpreted, recipe, changes, ran):
     assert all(reason for _, _, reason in graph.hp_gemms)
 
 
+@pytest.mark.cpu
 def test_a_profiler_sees_the_operators_and_the_library_kernel_underneath():
     layer = nn.Linear(64, 64)
     run = compiled(layer, TENSORWISE)
@@ -221,7 +223,7 @@ def test_under_autocast_codes_come_from_the_fp32_source(interpreted, dtype):
     x = torch.randn(ROWS, WIDTH, requires_grad=True)
     run = compiled(layer, TENSORWISE, passes=spying(look))
     with record_launches() as launches:
-        with torch.autocast("cpu", dtype):
+        with torch.autocast(DEVICE, dtype):
             y = run(x)
         y.backward(torch.randn_like(y))
     assert len(launches) == 3 and y.dtype is dtype
@@ -659,7 +661,7 @@ def masks(recipe, seed=5):
     torch._dynamo.reset()
     model = Dropping()
     run = compiled(model, recipe)
-    x = torch.randn(64, WIDTH, generator=torch.Generator().manual_seed(0))
+    x = seeded(64, WIDTH, seed=0)
     torch.manual_seed(seed)
     found = []
     for _ in range(2):

@@ -1,6 +1,7 @@
 """The papers' recipes and estimators of one's own through the whole compiler."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 import qcompile
 from passes.graph import QUANTIZE, SELECT
 from qcompile import QuantSpec, RangeEstimator, Recipe, range_state, register_estimator
-from qcompile.errors import RecipeError, StateError
+from qcompile.errors import QtrainWarning, RecipeError, StateError
 from qcompile.estimators import (
     DirectionSensitive,
     DistributionAdaptive,
@@ -101,6 +102,7 @@ def test_compiled_state_is_that_of_the_estimator_alone(estimator, field, interpr
     assert entry[field].item() != spec.estimator.state_fields(True)[field]
 
 
+@pytest.mark.slow
 def test_generated_code_remembers_what_the_estimators_alone_do(engine):
     """Searches, samples and sorts through Inductor; DAI8's two ranges of one gradient."""
     spec = QuantSpec(bits=4, estimator=IntervalUpdate(alpha=0.2))
@@ -131,6 +133,37 @@ def test_generated_code_remembers_what_the_estimators_alone_do(engine):
     codes = quantize(gradient, by_channel, None, 8, None, 0), quantize(x.detach(), by_tensor, None, 8, None, 0)
     want = scaled_mm_reference(codes[0].T, codes[1], by_channel.T, by_tensor, None, None, None, torch.float32)
     torch.testing.assert_close(layer.weight.grad, want, rtol=1e-5, atol=1e-5)
+
+
+def test_blocks_have_the_numbers_of_block_scales_and_are_reported(interpreted):
+    recipe = get_recipe("int8_jetfire").replace(grad_output=QuantSpec(granularity=PerBlock(32, 32)))
+    layer = nn.Linear(64, 96)
+    made = compiled(layer, recipe)
+    # Blocks of very different sizes: with one scale for all, small ones would be zero.
+    x = (torch.randn(32, 64) * torch.logspace(-3, 3, 2).repeat_interleave(32)).requires_grad_()
+    gradient = torch.randn(32, 96) * torch.logspace(-2, 2, 3).repeat_interleave(32)
+    with record_launches() as launches, pytest.warns(QtrainWarning, match="3 of 3 GEMMs.*PerBlock.*quantized, and multiplied"):
+        y = made(x)
+        y.backward(gradient)
+    assert launches == []
+
+    def blocked(t):
+        blocks = t.detach().view(t.shape[0] // 32, 32, t.shape[1] // 32, 32)
+        scale = blocks.abs().amax((1, 3), keepdim=True) / 127
+        return ((blocks * torch.reciprocal(scale)).round() * scale).view(t.shape)
+
+    x_q, w_q, g_q = blocked(x), blocked(layer.weight), blocked(gradient)
+    torch.testing.assert_close(y, x_q @ w_q.T + layer.bias)
+    torch.testing.assert_close(x.grad, g_q @ w_q)
+    torch.testing.assert_close(layer.weight.grad, g_q.T @ x_q)
+    assert 30 < row_snr_db(want=(gradient.T @ x.detach())[:, :32], got=layer.weight.grad[:, :32]).median() < 45
+
+
+def test_blocks_that_do_not_divide_are_left_alone_with_the_reason(interpreted):
+    made = compiled(nn.Linear(48, 32), get_recipe("int8_jetfire"))
+    with pytest.warns(QtrainWarning, match="PerBlock.32, 32. does not divide its 32 x 48 matrix"):
+        x = torch.randn(32, 48)
+        torch.testing.assert_close(made(x), nn.functional.linear(x, *made.parameters()))
 
 
 @register_estimator
@@ -337,3 +370,16 @@ def test_learning_rates_answer_the_deviation(interpreted):
     optimizer.step()
     for p, old, rate in zip(model.parameters(), before, (0.2, 0.2, 0.1, 0.1), strict=True):
         torch.testing.assert_close(p.detach(), old - rate * p.grad)
+
+
+def test_the_estimator_in_the_documentation_runs():
+    page = (Path(__file__).parents[1] / "docs" / "methods.md").read_text()
+    code = next(part.split("```")[0] for part in page.split("```python")[1:] if "class ShareOutside" in part)
+    assert len(code.split("@register_estimator")[1].strip().splitlines()) < 30
+    namespace = {"__name__": __name__}
+    exec(code, namespace)
+    past = EagerRange(QuantSpec(estimator=namespace["ShareOutside"]()))
+    assert past.spec.estimator.static
+    for _ in range(40):
+        past.step(torch.randn(20_000))
+    assert past.state["bound"].item() == pytest.approx(2.576, rel=0.12)  # 1 % of a normal lies outside

@@ -4,6 +4,7 @@ import pickle
 import pytest
 from hypothesis import given, settings
 
+from qcompile import estimators
 from qcompile.errors import RecipeError
 from qcompile.estimators import InHindsight, MinMax, RangeEstimator
 from qcompile.specs import SAME, GemmSpec, Granularity, PerBlock, PerChannel, PerRow, PerTensor, QuantSpec
@@ -122,7 +123,7 @@ def test_a_bare_name_stands_for_a_table():
 def test_a_spec_survives_its_table_its_repr_pickle_and_copy(spec, other):
     assert QuantSpec.from_dict(spec.to_dict()) == spec
     # `eval` sees this module's imports: a printed spec is the code that makes it.
-    for twin in (eval(repr(spec)), pickle.loads(pickle.dumps(spec)), copy.deepcopy(spec)):
+    for twin in (eval(repr(spec), globals() | vars(estimators)), pickle.loads(pickle.dumps(spec)), copy.deepcopy(spec)):
         assert twin == spec and hash(twin) == hash(spec)
     assert (spec == other) == (spec.to_dict() == other.to_dict())
 

@@ -84,13 +84,17 @@ def updated(estimator: RangeEstimator, stats: Stats, old: State) -> dict[str, Te
             jumped = stats["clipped"] > estimator.restart_above
             new = {f: torch.where(jumped, first[f], value) for f, value in new.items()}
         # Compiled away once all entries have memory.
-        new = {f: select_range(value.expand_as(old[f]), old["steps"], first[f].expand_as(old[f])) for f, value in new.items()}
+        new = {f: select_range(_like(value, old[f]), old["steps"], _like(first[f], old[f])) for f, value in new.items()}
     learns = (_width(stats) > 0) & (old["frozen"] == 0)
     # Not all that `measure` gave: what only the first update reads is not to be computed for this.
     for value in (*(value for name, value in stats.items() if name in STATISTICS), *new.values()):
         learns = learns & value.isfinite()
     new = new | {"steps": old["steps"] + 1, "clipped": stats["clipped"], "frozen": old["frozen"]}
     return {f: torch.where(learns, new[f], old[f]) for f in old}
+
+
+def _like(value: Tensor, field: Tensor) -> Tensor:
+    return value if value.shape == field.shape else value.expand_as(field)
 
 
 def _width(stats: Stats) -> Tensor:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,13 +30,13 @@ from qcompile.inspect.recording import Recording, storage_of
 from qcompile.inspect.saved_bytes import SavedBytes
 from qcompile.recipe import Recipe
 from qcompile.recipes import get_recipe
-from qcompile.state.handle import RangeState, clean_name
+from qcompile.state.handle import RangeState, clean_name, range_state
 from qcompile.state.store import RangeStore
 
 if TYPE_CHECKING:
     import networkx
 
-__all__ = ["Capture", "capture"]
+__all__ = ["Capture", "capture", "default_loss"]
 
 _OURS = (GraphError, KernelError, RecipeError, StateError, UnsupportedError)
 
@@ -51,6 +52,7 @@ class Capture:
     graph_breaks  why there are several
     range_state   the ranges after the step, by name: `capture.range_state["up.input"]["amax"]`
     seconds       how long it took
+    loss          what drove the backward pass; None: the default
     """
 
     model: nn.Module
@@ -59,6 +61,7 @@ class Capture:
     graph_breaks: list[str] = field(default_factory=list)
     range_state: RangeState | None = None
     seconds: float = 0.0
+    loss: Callable[[Any], Tensor] | None = None
 
     @property
     def first(self) -> CapturedGraph:
@@ -101,15 +104,57 @@ class Capture:
         seen: set[int] = set()
         return SavedBytes.of(entry for graph in self.graphs for entry in graph.saved_bytes(seen).entries)
 
+    def refresh(self, model: nn.Module) -> None:
+        """Let the graphs run with the present weights and ranges of a model: the one that was captured, further trained.
+
+        The gradients of the outputs are those of the default loss at the present outputs. They stay what they
+        were where `capture` was given a loss, and where there are several graphs.
+        """
+        model = getattr(model, "_orig_mod", model)
+        tensors = {clean_name(n): t.detach() for n, t in [*model.named_parameters(), *model.named_buffers()]}
+        if self.range_state is not None:
+            self.range_state.load_state_dict(range_state(model).state_dict(), strict=False)
+        for graph in self.graphs:
+            graph.refresh(tensors)
+        if self.loss is None and len(self.graphs) == 1 and self.backward is not None:
+            outputs = [o for o in self.first.run_forward() if isinstance(o, Tensor) and o.is_floating_point()]
+            if [o.shape for o in outputs] == [t.shape for t in self.first.tangents]:
+                self.first.tangents = tuple(
+                    (2 * o.float() / o.numel()).to(t.dtype) for o, t in zip(outputs, self.first.tangents, strict=True)
+                )
+
     def run(self, *, lowered: bool = False) -> tuple[tuple[Any, ...], dict[str, Tensor]]:
         """Run the first graph forward and backward again: see `CapturedGraph.run`."""
         return self.first.run(lowered=lowered)
 
     def to_networkx(self) -> networkx.DiGraph:
         """The first graph's sites as a graph of tensors, quantizes and GEMMs: see `passes.site_graph`."""
-        from passes.site_graph import site_graph
+        return self.first.to_networkx()
 
-        return site_graph(self.joint.graph, self.first.context, saved=self.first.saved_names())
+    def diff(self, step: str, *, site: str | None = None) -> str:
+        """What a pass did to the first graph, as lines removed (-) and added (+); of one site alone, if named.
+
+        Errors: `ValueError` for a pass that did not run, or an unknown site.
+        """
+        from qcompile.inspect.diff import diff
+
+        return diff(self.first, step, site=site)
+
+    def draw(
+        self, path: str | Path, *, expand: Sequence[str] = (), step: str | None = None, site: str | None = None
+    ) -> Path:
+        """Draw it into a file; the ending says what.
+
+        .svg   the model by layer, with the rows named in `expand` node by node below; with `step`, one site
+               (default: the first) before and after that pass
+        .html  all of it in one page: rows open on a click, every pass can be chosen
+        .dot   tensors, quantizes and GEMMs, a cluster for each layer, for Graphviz
+
+        Errors: `ValueError` for another ending, and for an unknown row, pass or site.
+        """
+        from qcompile.inspect.drawing import draw
+
+        return draw(self, Path(path), expand=expand, step=step, site=site)
 
     def __str__(self) -> str:
         lines = [f"{len(self.graphs)} graph(s) of {type(self.model).__name__}, recipe {self.recipe.name}"]
@@ -136,6 +181,7 @@ def capture(
     strict: bool = False,
     loss: Callable[[Any], Tensor] | None = None,
     passes: Sequence[Step] | None = None,
+    ranges: Mapping[str, Tensor] | None = None,
     **kwargs: Any,
 ) -> Capture:
     """Compile `model(*inputs, **kwargs)` up to code generation, run that step, and keep every stage.
@@ -144,6 +190,8 @@ def capture(
     loss    outputs -> scalar, to drive the backward pass; default: the mean square of every floating-point
             output, added up. It must depend on the outputs alone. It decides about values only, not about
             graphs.
+    ranges  what `range_state(model).state_dict()` returned: the step starts with these ranges, where the
+            recipe keeps such. Default: it is a first step, with dynamic ranges
 
     Autocast and grad mode are the caller's: under `torch.no_grad()` there are inference graphs and no
     backward half. All of it happens on copies: the model, its gradients and ranges, random generators and
@@ -159,6 +207,8 @@ def capture(
     names = _names(copied)
     alive = {storage_of(t) for t in [*copied.parameters(), *copied.buffers(), *_tensors((inputs, kwargs))]}
     store = RangeStore()
+    if ranges:
+        RangeState(copied, store).load_state_dict(ranges, strict=False)
     recordings: list[Recording] = []
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -179,7 +229,7 @@ def capture(
     copied.zero_grad()
     graphs = [r.captured() for r in recordings if r.calls]
     state = RangeState(copied, store)
-    return Capture(copied, recipe, graphs, notes.graph_breaks, state, time.perf_counter() - start)
+    return Capture(copied, recipe, graphs, notes.graph_breaks, state, time.perf_counter() - start, loss)
 
 
 def _names(model: nn.Module) -> dict[int, list[str]]:
@@ -200,13 +250,18 @@ def _backward(outputs: Any, loss: Callable[[Any], Tensor] | None) -> None:
             given = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
             raise TypeError(f"loss: it returned {given}; it must return a tensor with one element")
     else:
-        floats = (o for o in _tensors(outputs) if o.is_floating_point() and o.requires_grad)
-        parts = [o.float().square().mean() for o in floats]
-        if not parts:
+        value = default_loss(outputs)
+        if value is None:
             return
-        value = torch.stack(parts).sum()
     if value.requires_grad:
         value.backward()
+
+
+def default_loss(outputs: Any) -> Tensor | None:
+    """The mean square of every floating-point output that has a gradient, added up; None where there is none."""
+    floats = (o for o in _tensors(outputs) if o.is_floating_point() and o.requires_grad)
+    parts = [o.float().square().mean() for o in floats]
+    return torch.stack(parts).sum() if parts else None
 
 
 def _tensors(tree: Any) -> list[Tensor]:

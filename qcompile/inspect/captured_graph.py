@@ -9,15 +9,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
 
-from passes.context import Entry, PassContext, Site, StateLayout
-from passes.graph import WRITE, aten, fake_mode
+from passes.buffers import bind_state
+from passes.context import Entry, PassContext, Site, StateLayout, full_name
 from qcompile.inspect.labels import LABEL, first_name, rename_by_label
 from qcompile.inspect.saved_bytes import SavedBytes, SavedTensor
+from qcompile.state.binding import Binding
+
+if TYPE_CHECKING:
+    import networkx
 
 __all__ = [
     "Call",
@@ -41,43 +45,17 @@ def copy_graph(graph: fx.Graph) -> fx.Graph:
     return copied
 
 
-def with_buffers(
-    graph: fx.Graph, root: torch.nn.Module, layouts: Mapping[str, StateLayout], inputs: Mapping[str, str]
-) -> fx.GraphModule:
+def with_buffers(graph: fx.Graph, root: torch.nn.Module, inputs: Mapping[str, str]) -> fx.GraphModule:
     """A module that runs a copy of the graph, with range state in buffers and nodes named by site.
 
     inputs  names to show for the graph's inputs
     """
     module = fx.GraphModule(root, copy_graph(graph))
     copied = module.graph
-    dropped: set[fx.Node] = set()
-    for node in copied.find_nodes(op="placeholder"):
-        if "qtrain_state" not in node.meta:
-            continue
-        phase, what = node.meta["qtrain_state"]
-        size = layouts[phase].numel
-        value = torch.zeros(size) if what == "state" else torch.arange(size)
-        name = f"{phase}_ranges" if what == "state" else f"{phase}_ranges_index"
-        module.register_buffer(name, value.to(node.meta["val"].device))
-        first = next(n for n in copied.nodes if n.op != "placeholder")
-        with copied.inserting_before(first):
-            attribute = copied.create_node("get_attr", name)
-        with fake_mode(copied):
-            attribute.meta = {"val": torch.empty(size, dtype=value.dtype, device=node.meta["val"].device)}
-        attribute.meta[LABEL] = f"{name}_buffer"
-        for user in node.users:
-            if user.target in (WRITE, aten.index_put_.default) and user.args[0] is node:
-                user.meta["val"] = attribute.meta["val"]
-        node.replace_all_uses_with(attribute)
-        copied.erase_node(node)
-        dropped.add(attribute)
-    output = next(iter(copied.find_nodes(op="output")))
-    if isinstance(output.args[0], tuple | list):
-        # State on its way to the other half, which has it as buffers too.
-        output.args = (tuple(o for o in output.args[0] if o not in dropped),)
-    for attribute in dropped:
-        if not attribute.users:
-            copied.erase_node(attribute)
+    bind_state(module)
+    for attribute in copied.find_nodes(op="get_attr"):
+        if "qtrain_state" in attribute.meta:
+            attribute.meta[LABEL] = f"{attribute.target}_buffer"
     rename_by_label(copied, inputs)
     copied.lint()
     module.recompile()
@@ -111,10 +89,14 @@ class Call:
 
     def site_name(self, site: Site) -> str:
         """The site's name in the whole model."""
+        return full_name(self.prefix_of(site), site)
+
+    def prefix_of(self, site: Site) -> str:
+        """Where in the whole model the compiled frame's module is."""
         if site.weight in self.prefixes:
-            return self.prefixes[site.weight] + site.name
+            return self.prefixes[site.weight]
         common = Counter(self.prefixes.values()).most_common(1)
-        return (common[0][0] if common else "") + site.name
+        return common[0][0] if common else ""
 
 
 @dataclass
@@ -132,6 +114,7 @@ class CapturedGraph:
     tangents                 the gradients of the outputs that `backward` got, likewise
     calls                    the calls of the graph: a block's graph may serve many blocks
     initial_state            phase -> values of the range state before the first call
+    bindings                 phase -> where the first call found its range state
     """
 
     context: PassContext
@@ -146,6 +129,7 @@ class CapturedGraph:
     tangents: tuple[Any, ...] = ()
     calls: list[Call] = field(default_factory=list)
     initial_state: dict[str, Tensor] = field(default_factory=dict)
+    bindings: dict[str, Binding] = field(default_factory=dict)
     n_outputs: int = 0
     input_names: tuple[str, ...] = ()  # as `forward` shows them
     gradient_names: tuple[str | None, ...] = ()  # what each output of `backward` is the gradient of
@@ -171,6 +155,15 @@ class CapturedGraph:
                 found.setdefault(alias, entry)
         return found
 
+    def around(self, step: str) -> tuple[fx.Graph, fx.Graph]:
+        """The joint graph before and after a pass. Errors: `ValueError` for a pass that did not run."""
+        names = list(self.steps)
+        if step not in self.steps:
+            raise ValueError(f"no pass called {step!r} ran; those that did: {', '.join(names) or 'none'}")
+        position = names.index(step)
+        before = self.steps[names[position - 1]] if position else self.joint_before.graph
+        return before, self.steps[step]
+
     def saved_bytes(self, seen: set[int] | None = None) -> SavedBytes:
         """What all calls of the graph keep for backward.
 
@@ -180,6 +173,10 @@ class CapturedGraph:
 
         seen  storages that other graphs have kept; those of this graph are added
         """
+        return SavedBytes.of(entry for _, entry in self.saved_tensors(seen))
+
+    def saved_tensors(self, seen: set[int] | None = None) -> list[tuple[fx.Node, SavedTensor]]:
+        """What `saved_bytes` counts, each with the node of `forward` that made it."""
         seen = set() if seen is None else seen
         outputs = graph_outputs(self.forward.graph)
         weights = _weights_alone(self.forward.graph, self.context.parameters)
@@ -191,8 +188,15 @@ class CapturedGraph:
                     continue
                 seen.add(output.storage)
                 weight = call.tensors[weights[node]] if node in weights else None
-                entries.append(SavedTensor(bytes=output.bytes, shape=output.shape, dtype=output.dtype, weight=weight))
-        return SavedBytes.of(entries)
+                entry = SavedTensor(bytes=output.bytes, shape=output.shape, dtype=output.dtype, weight=weight)
+                entries.append((node, entry))
+        return entries
+
+    def to_networkx(self) -> networkx.DiGraph:
+        """The sites as a graph of tensors, quantizes and GEMMs: see `passes.site_graph`."""
+        from passes.site_graph import site_graph
+
+        return site_graph(self.joint.graph, self.context, saved=self.saved_names())
 
     def saved_names(self) -> set[str]:
         """The nodes of `joint` whose values cross the cut from forward to backward."""
@@ -208,6 +212,23 @@ class CapturedGraph:
             for phase, values in self.initial_state.items():
                 if module is not None and hasattr(module, f"{phase}_ranges"):
                     getattr(module, f"{phase}_ranges").copy_(values)
+
+    def refresh(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take on other values of the model's tensors, by name, and of the range state that `bindings` refer to.
+
+        Inputs of the step and output gradients stay what they were.
+        """
+        names = [self.calls[0].tensors.get(first_name(n)) for n in self.forward.graph.find_nodes(op="placeholder")]
+        self.inputs = tuple(tensors.get(n, a) if n is not None else a for n, a in zip(names, self.inputs, strict=True))
+        self.initial_state = {phase: b.tensor[b.index].clone() for phase, b in self.bindings.items()}
+        self.reset_state()
+
+    @torch.no_grad()
+    def run_forward(self) -> tuple[Any, ...]:
+        """The graph's outputs alone, with range state as before the first step."""
+        self.reset_state([self.forward])
+        written = written_inputs(self.forward.graph)
+        return tuple(self.forward(*(a.clone() if i in written else a for i, a in enumerate(self.inputs)))[: self.n_outputs])
 
     @torch.no_grad()
     def run(self, *, lowered: bool = False) -> tuple[tuple[Any, ...], dict[str, Tensor]]:

@@ -3,25 +3,32 @@
 report = qcompile.explain(model, x, recipe="int8")
 print(report)                      # the table
 report.to_dict()                   # the same for programs; JSON can hold it
+report.to_html("report.html")      # the same as one page that needs no network
 [g for g in report.gemms if g.reason is not None]
 """
 
 from __future__ import annotations
 
+import math
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from passes.context import OPERANDS, Gemm, PassContext, Site
+from passes.context import OPERANDS, Gemm, Site
+from passes.pipeline import Step
 from qcompile.backend import quantizes_nothing
 from qcompile.inspect.capture import Capture, capture
 from qcompile.inspect.captured_graph import Call, CapturedGraph
+from qcompile.inspect.drawing import overview_svg
+from qcompile.inspect.measuring import Measured, Scale, measure
+from qcompile.inspect.modules import module_of_site
 from qcompile.inspect.saved_bytes import SavedBytes
 from qcompile.recipe import Recipe
 from qcompile.specs import Granularity, QuantSpec
@@ -42,6 +49,9 @@ class GemmReport:
     kernel: str | None
     reason: str | None
     operands: dict[str, str]  # operand -> its format, of an integer GEMM
+    seconds: float | None = None  # measured, without quantizing; of a GEMM in high precision: that GEMM
+    hp_seconds: float | None = None  # measured, of the same GEMM in high precision
+    scales: dict[str, Scale] = field(default_factory=dict)  # operand -> its scales, where measured
 
     @property
     def integer(self) -> bool:
@@ -101,6 +111,8 @@ class Report:
     range_state: list[Entry] = field(default_factory=list)
     device: str = "cpu"
     torch_version: str = torch.__version__
+    model: str = ""
+    drawings: list[str] = field(default_factory=list, repr=False)  # SVG of each graph
 
     @property
     def gemms(self) -> list[GemmReport]:
@@ -141,6 +153,9 @@ class Report:
                             "kernel": gemm.kernel,
                             "reason": gemm.reason,
                             "operands": gemm.operands,
+                            "seconds": gemm.seconds,
+                            "hp_seconds": gemm.hp_seconds,
+                            "scales": {name: asdict(scale) for name, scale in gemm.scales.items()},
                         }
                         for role, gemm in site.gemms.items()
                     },
@@ -157,10 +172,20 @@ class Report:
             ],
         }
 
+    def to_html(self, path: str | Path | None = None) -> str:
+        """The report as one page that opens from disk and needs no network; written where a path is given."""
+        from qcompile.inspect.report_page import to_html
+
+        page = to_html(self)
+        if path is not None:
+            Path(path).write_text(page, encoding="utf-8")
+        return page
+
     # ---- as text
 
     def __str__(self) -> str:
-        return "\n\n".join(part for part in (self._table(), self._notes(), self.summary()) if part)
+        parts = (self._table(), self._times(), self._notes(), self.summary())
+        return "\n\n".join(part for part in parts if part)
 
     __repr__ = __str__
 
@@ -170,7 +195,7 @@ class Report:
         ours, hp = self.saved.total, self.hp_saved.total
         if ours or hp:
             ratio = f" ({ours / hp:.2f}x)" if hp else ""
-            parts.append(f"saved for backward {_size(ours)} against {_size(hp)} hp{ratio}")
+            parts.append(f"saved for backward {size_text(ours)} against {size_text(hp)} hp{ratio}")
         parts += [
             f"recipe fingerprint {self.recipe.fingerprint()[:8]}",
             f"torch {self.torch_version.split('+')[0]}",
@@ -188,13 +213,30 @@ class Report:
             rows.append([site.name, site.op, "x".join(map(str, shape)) or "-", *cells, _operand_text(site)])
         return tabulate(rows, headers=["site", "op", "MxNxK", *OPERANDS, "operands"], disable_numparse=True)
 
-    def _notes(self) -> str:
-        lines = []
-        reasons: dict[str, list[str]] = {}
+    def _times(self) -> str:
+        timed = sorted((g for g in self.gemms if g.seconds and g.hp_seconds and g.integer), key=lambda g: -(g.seconds or 0))
+        if not timed:
+            return ""
+        rows = []
+        for gemm in timed[:_LISTED]:
+            scales = "; ".join(f"{operand} {scale}" for operand, scale in gemm.scales.items())
+            rows.append([f"{gemm.site}.{gemm.role}", "x".join(map(str, gemm.shape)), *_time_cells(gemm), scales])
+        ours, hp = (sum(getattr(g, what) or 0.0 for g in timed) for what in ("seconds", "hp_seconds"))
+        headers = ["slowest integer GEMMs", "MxNxK", "ms", "hp ms", "speedup", "scales"]
+        total = f"{len(timed)} integer GEMMs: {1e3 * ours:.2f} ms, in hp {1e3 * hp:.2f} ms ({hp / ours:.2f}x), without quantizing"
+        return tabulate(rows, headers=headers, disable_numparse=True) + f"\n{total}"
+
+    def reasons(self) -> dict[str, list[str]]:
+        """Why GEMMs are in high precision -> which."""
+        found: dict[str, list[str]] = {}
         for gemm in self.gemms:
             if gemm.reason is not None:
-                reasons.setdefault(gemm.reason, []).append(f"{gemm.site}.{gemm.role}")
-        for reason, names in reasons.items():
+                found.setdefault(gemm.reason, []).append(f"{gemm.site}.{gemm.role}")
+        return found
+
+    def _notes(self) -> str:
+        lines = []
+        for reason, names in self.reasons().items():
             more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
             count = "1 GEMM" if len(names) == 1 else f"{len(names)} GEMMs"
             lines.append(f"hp, {count}: {reason}: {', '.join(names[:_LISTED])}{more}")
@@ -215,7 +257,7 @@ class Report:
                 values = sum(e.size * len(e.fields) for e in entries)
                 lines.append(f"range state, {phase}: {len(entries)} entries, {values} values")
         if self.saved.weight_copies or self.hp_saved.weight_copies:
-            copies = f"{_size(self.saved.weight_copies)} against {_size(self.hp_saved.weight_copies)} hp"
+            copies = f"{size_text(self.saved.weight_copies)} against {size_text(self.hp_saved.weight_copies)} hp"
             lines.append(f"copies of weights saved beside that: {copies}")
         return "\n".join(lines)
 
@@ -225,33 +267,39 @@ def explain(
     *inputs: Any,
     recipe: str | Recipe | Mapping[str, Any] = "int8",
     loss: Callable[[Any], Tensor] | None = None,
+    passes: Sequence[Step] | None = None,
+    timed: bool = False,
     **kwargs: Any,
 ) -> Report:
     """What the backend makes of a training step of `model(*inputs, **kwargs)` under a recipe.
 
-    loss  outputs -> scalar; default as in `capture`, and so is everything else: caller's autocast, all on
-          copies.
+    loss    outputs -> scalar; default as in `capture`, and so is everything else: caller's autocast, all on
+            copies.
+    passes  steps in place of the default pipeline
+    timed   also measure each GEMM, integer and in high precision, and read its scales: six more steps, operator
+            by operator
 
     It goes through the compiler twice, up to code generation: under the recipe, and as plain Inductor, for
     what that saves.
 
     Errors: those of `capture`, but for strict.
     """
-    found = capture(model, *inputs, recipe=recipe, loss=loss, **kwargs)
+    found = capture(model, *inputs, recipe=recipe, loss=loss, passes=passes, **kwargs)
     hp = found if quantizes_nothing(found.recipe) else capture(model, *inputs, recipe="none", loss=loss, **kwargs)
-    return _report(found, hp)
+    times = [measure(graph) if timed else {} for graph in found.graphs]
+    return _report(found, hp, times)
 
 
-def _report(found: Capture, hp: Capture) -> Report:
+def _report(found: Capture, hp: Capture, times: list[dict[tuple[str, str], Measured]]) -> Report:
     sites = [
-        _site(site, call, number, graph.context)
+        _site(site, call, number, times[number])
         for number, graph in enumerate(found.graphs)
         for call in _instances(graph)
         for site in graph.sites
     ]
     position = {name: i for i, (name, _) in enumerate(found.model.named_modules())}
-    sites.sort(key=lambda s: position.get(_module(s.name), len(position)))
-    names = [name for graph in found.graphs for name in (s.name for s in graph.sites)]
+    sites.sort(key=lambda s: position.get(module_of_site(s.name), len(position)))
+    names = [s.name for s in sites]
     return Report(
         recipe=found.recipe,
         sites=sites,
@@ -264,18 +312,14 @@ def _report(found: Capture, hp: Capture) -> Report:
         others=_others(found.model, sites),
         range_state=[entry for graph in found.graphs for call in _instances(graph) for entry in _entries(graph, call)],
         device=str(found.graphs[0].context.device) if found.graphs else "cpu",
+        model=type(found.model).__name__,
+        drawings=[overview_svg(graph, "") for graph in found.graphs if graph.sites],
     )
 
 
 def _instances(graph: CapturedGraph) -> list[Call]:
     """One call for each set of tensors that the graph was called with."""
     return list({tuple(call.tensors.items()): call for call in reversed(graph.calls)}.values())[::-1]
-
-
-def _module(site: str) -> str:
-    """The module of a site, by its name: "attn" for "attn:bmm_1", "proj" for "proj#1"."""
-    name = site.split("#")[0].split(":")[0]
-    return "" if name == "self" else name
 
 
 _WITH_PRODUCTS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
@@ -298,9 +342,9 @@ def _others(model: nn.Module, sites: list[SiteReport]) -> dict[str, int]:
 
 def _modules_with_sites(modules: dict[str, nn.Module], sites: list[SiteReport]) -> set[int]:
     """Identities of the modules that sites are named by; of the modules inside of one, too: attention's projections have no own."""
-    inside = {id(modules.get(_module(site.name), modules[""])) for site in sites}
+    inside = {id(modules.get(module_of_site(site.name), modules[""])) for site in sites}
     for name, module in modules.items():
-        if isinstance(module, nn.MultiheadAttention) and any(_module(site.name) == name for site in sites):
+        if isinstance(module, nn.MultiheadAttention) and any(module_of_site(site.name) == name for site in sites):
             inside |= {id(m) for m in module.modules()}
     return inside
 
@@ -311,17 +355,17 @@ def _coverage(number: int, sites: list[SiteReport]) -> dict[str, int]:
     return {"sites": len(own), "gemms": len(gemms), "integer": sum(gemm.integer for gemm in gemms)}
 
 
-def _site(site: Site, call: Call, graph: int, context: PassContext) -> SiteReport:
+def _site(site: Site, call: Call, graph: int, times: dict[tuple[str, str], Measured]) -> SiteReport:
     name = call.site_name(site)
     return SiteReport(
         name=name,
         op=site.op,
         graph=graph,
-        gemms={role: _gemm(name, site, gemm) for role, gemm in site.gemms.items()},
+        gemms={role: _gemm(name, site, gemm, times.get((site.name, role))) for role, gemm in site.gemms.items()},
     )
 
 
-def _gemm(name: str, site: Site, gemm: Gemm) -> GemmReport:
+def _gemm(name: str, site: Site, gemm: Gemm, measured: Measured | None) -> GemmReport:
     operands: dict[str, str] = {}
     if gemm.specs is not None:
         operands = {operand: _spec_text(spec) for operand, spec in zip(site.operands(gemm.role), gemm.specs, strict=True)}
@@ -333,7 +377,14 @@ def _gemm(name: str, site: Site, gemm: Gemm) -> GemmReport:
         kernel=None if gemm.reason is not None else gemm.kernel or "integer",
         reason=gemm.reason,
         operands=operands,
+        seconds=_finite(measured.seconds) if measured else None,
+        hp_seconds=_finite(measured.hp_seconds) if measured else None,
+        scales=measured.scales if measured else {},
     )
+
+
+def _finite(seconds: float) -> float | None:
+    return seconds if math.isfinite(seconds) else None
 
 
 def _entries(graph: CapturedGraph, call: Call) -> Iterator[Entry]:
@@ -341,9 +392,9 @@ def _entries(graph: CapturedGraph, call: Call) -> Iterator[Entry]:
     for layout in graph.layouts.values():
         for e in layout.entries:
             site = by_name.get(e.site)
-            prefix = call.site_name(site).removesuffix(site.name) if site is not None else ""
+            prefix = call.prefix_of(site) if site is not None else ""
             yield Entry(
-                name=f"{prefix}{e.site}.{e.operand}" if e.site else e.operand,
+                name=f"{call.site_name(site)}.{e.operand}" if site is not None else e.operand,
                 phase=layout.phase,
                 fields=e.fields,
                 size=e.size,
@@ -352,6 +403,11 @@ def _entries(graph: CapturedGraph, call: Call) -> Iterator[Entry]:
 
 
 # ---- text
+
+
+def _time_cells(gemm: GemmReport) -> list[str]:
+    ours, hp = gemm.seconds or math.nan, gemm.hp_seconds or math.nan
+    return [f"{1e3 * ours:.3f}", f"{1e3 * hp:.3f}", f"{hp / ours:.2f}x"]
 
 
 def _cell(gemm: GemmReport | None) -> str:
@@ -383,7 +439,7 @@ def _granularity_text(granularity: Granularity) -> str:
     return f"{name} {'x'.join(values)}" if values else name
 
 
-def _size(count: int) -> str:
+def size_text(count: int) -> str:
     """Bytes, in powers of 1000."""
     for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= size:

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, fx
 
 from passes.graph import BACKWARD, is_joint, phase_of
 
-__all__ = ["format_graph"]
+__all__ = ["format_graph", "format_nodes", "short_type"]
 
 _DTYPES = {
     torch.float64: "f64",
@@ -35,6 +36,16 @@ def format_graph(graph: fx.Graph) -> str:
     """The graph, one line a node, in order."""
     gutter = _gutter if _has_both_halves(graph) else lambda node: ""
     return "\n".join(gutter(node) + _line(node) for node in graph.nodes)
+
+
+def format_nodes(nodes: Iterable[fx.Node]) -> str:
+    """Some nodes of a joint graph, one line a node."""
+    return "\n".join(_gutter(node) + _line(node) for node in nodes)
+
+
+def short_type(dtype: torch.dtype) -> str:
+    """ "f32" for torch.float32."""
+    return _DTYPES.get(dtype, str(dtype).removeprefix("torch."))
 
 
 def _has_both_halves(graph: fx.Graph) -> bool:

@@ -24,6 +24,7 @@ from qcompile.inspect.captured_graph import (
     written_inputs,
 )
 from qcompile.inspect.labels import identifier, label_nodes, rename_by_label
+from qcompile.state.binding import Binding
 
 __all__ = ["Recording", "storage_of"]
 
@@ -43,6 +44,7 @@ class Recording(Compilation):
         self.given: list[Any] = []  # arguments of the forward half in its first call
         self.tangents: tuple[Any, ...] = ()
         self.initial: dict[str, Tensor] = {}
+        self.bindings: dict[str, Binding] = {}
         self.input_sources: dict[str, str] = {}
         self.primals: list[str] = []
         self.shown_outputs: list[int] = []  # of the forward half: all but range state on its way to the backward half
@@ -60,9 +62,10 @@ class Recording(Compilation):
     def joint_pass(self, graph: fx.Graph) -> None:
         self._keep("joint_before", graph)
         primals = [n for n in graph.find_nodes(op="placeholder") if "tangents" not in str(n.target)]
+        sources = self.inputs.sources
         for position, node in enumerate(primals):
             index = getattr(node.meta.get("desc"), "idx", position)
-            self.input_sources[node.name] = self.sources[index] if index < len(self.sources) else node.name
+            self.input_sources[node.name] = sources[index] if index < len(sources) else node.name
         if self.plain:
             self._find_sites(copy_graph(graph))
         else:
@@ -77,7 +80,7 @@ class Recording(Compilation):
         find_sites(graph, self.context)
         for site, gemm in self.context.gemms():
             if gemm.reason is None:
-                gemm.reason = self.context.recipe.resolve(site.name, site.kind).reason(gemm.role)
+                gemm.reason = self.context.resolve(site).reason(gemm.role)
 
     def on_step(self, name: str, graph: fx.Graph) -> None:
         label_nodes(graph, self.context)
@@ -124,8 +127,8 @@ class Recording(Compilation):
                 self.given = [a.clone() if i in written else a for i, a in enumerate(given)]
                 self.primals = names
                 if self.binder is not None:
-                    bindings = self.binder.bind([given[names.index(o)] for o in self.binder.owners])
-                    self.initial = {phase: b.tensor[b.index].clone() for phase, b in bindings.items()}
+                    self.bindings = self.binder.bind([given[names.index(o)] for o in self.binder.owners])
+                    self.initial = {phase: b.tensor[b.index].clone() for phase, b in self.bindings.items()}
             outputs = compiled(args)
             self.calls.append(self._call(names, given, outputs))
             return outputs
@@ -148,7 +151,7 @@ class Recording(Compilation):
         """Everything as modules. Call it after the step."""
         tensors = self.calls[0].tensors
         inputs = {n: identifier(tensors.get(n) or _readable(source)) for n, source in self.input_sources.items()}
-        modules = {stage: with_buffers(graph, root, self.context.layouts, inputs) for stage, (graph, root) in self.graphs.items()}
+        modules = {stage: with_buffers(graph, root, inputs) for stage, (graph, root) in self.graphs.items()}
         for graph in self.steps_seen.values():
             rename_by_label(graph, inputs)
         captured = CapturedGraph(
@@ -158,6 +161,7 @@ class Recording(Compilation):
             tangents=self.tangents,
             calls=self.calls,
             initial_state=self.initial,
+            bindings=self.bindings,
             n_outputs=len(graph_outputs(modules["forward"].graph)),
             input_names=tuple(tensors.get(n, inputs.get(n, n)) for n in self.primals),
             **modules,

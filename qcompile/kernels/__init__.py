@@ -21,7 +21,7 @@ class Launch(NamedTuple):
     """One integer GEMM: the kernel's name, M rows, N columns, K summed, and what it computes.
 
     `op` is "mm", "bmm", "conv", "conv_grad_input" or "conv_grad_weight". A batch, or groups, are one launch: M, N and K are those
-    of one product, and `count` says how many there are side by side.
+    of one product, and `batch` says how many there are side by side.
     """
 
     kernel: str
@@ -29,17 +29,17 @@ class Launch(NamedTuple):
     n: int
     k: int
     op: str = "mm"
-    count: int = 1
+    batch: int = 1
 
 
 # Not thread-local: autograd runs the backward's kernels in threads of its own.
 _recordings: list[list[Launch]] = []
 
 
-def note_launch(kernel: str, m: int, n: int, k: int, op: str = "mm", count: int = 1) -> None:
+def note_launch(kernel: str, m: int, n: int, k: int, op: str = "mm", batch: int = 1) -> None:
     """Called by a kernel's launcher; costs next to nothing when nobody records."""
     for recording in _recordings:
-        recording.append(Launch(kernel, m, n, k, op, count))
+        recording.append(Launch(kernel, m, n, k, op, batch))
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, overload
 
 import torch
 from torch import Tensor
@@ -123,7 +123,7 @@ def correlate(
     for from_channels, to_channels in _groups(groups, x.shape[1], outputs):
         columns = gather(codes[..., from_channels], begin, stride, dilation, taps, places, zero)
         matrix = _taps_by_columns(w[to_channels])
-        b_scale, b_zero = (_per_column(v, to_channels, 0) for v in (w_scale, w_zero))
+        b_scale, b_zero = _per_column(w_scale, to_channels), _per_column(w_zero, to_channels)
         part = None if bias is None else bias[to_channels]
         result = product(columns, matrix, a_scale, b_scale, a_zero, b_zero, part, out_dtype)
         if groups == 1:
@@ -163,7 +163,7 @@ def spread(
     alone = groups == 1 and all(len(p) == 1 for p in phases) and all(s == 1 for s in stride)
     out = g if alone else g.new_empty((batch, *places, groups * inner), dtype=out_dtype)
     codes, zero = g.movedim(1, -1), _innermost(g_zero)
-    b_scale, b_zero = _per_column(w_scale, slice(None), 1), _per_column(w_zero, slice(None), 1)
+    b_scale, b_zero = _per_column(w_scale, slice(None)), _per_column(w_zero, slice(None))
     for from_channels, to_channels in _groups(groups, outputs, groups * inner):
         by_tap = w[from_channels].permute(*range(2, w.ndim), 0, 1)  # [*kernel, O, C]
         for phase in itertools.product(*phases):
@@ -190,7 +190,8 @@ def spread(
             if alone:
                 return result.movedim(-1, 1)
             place = tuple(slice(p.residue, None, p.stride) for p in phase)
-            out[(slice(None), *place, to_channels)] = result
+            where = (slice(None), *place, to_channels)
+            out[where] = result
     return out.movedim(-1, 1)
 
 
@@ -240,10 +241,8 @@ def weight_grad(
         of_group = zero if zero is None or zero.numel() == 1 else zero[..., from_channels]
         columns = gather(codes[..., from_channels], begin, stride, dilation, kernel, places, of_group)
         rows = left[..., to_channels].reshape(-1, outputs // groups)
-        a_scale, a_zero = (_per_column(v, to_channels, 1) for v in (small_scale, small_zero))
-        b_scale, b_zero = (_per_column(v, from_channels, 1) for v in (big_scale, big_zero))
-        a_scale, a_zero = (v if v is None or v.ndim == 0 else v.reshape(-1, 1) for v in (a_scale, a_zero))
-        b_scale, b_zero = (v if v is None or v.numel() == 1 else v.repeat(1, taps) for v in (b_scale, b_zero))
+        a_scale, a_zero = _per_channel(small_scale, to_channels), _per_channel(small_zero, to_channels)
+        b_scale, b_zero = _per_column(big_scale, from_channels, taps), _per_column(big_zero, from_channels, taps)
         result = product(rows.t(), columns, a_scale, b_scale, a_zero, b_zero, None, out_dtype)
         parts.append(result.view(outputs // groups, *kernel, inner).movedim(-1, 1))
     return (parts[0] if groups == 1 else torch.cat(parts)).contiguous()
@@ -308,6 +307,12 @@ def _innermost(zero: Tensor | None) -> Tensor | None:
     return zero if zero is None or zero.ndim == 0 else zero.movedim(1, -1)
 
 
+@overload
+def _per_row(values: Tensor, batch: int, rows: int) -> Tensor: ...
+@overload
+def _per_row(values: None, batch: int, rows: int) -> None: ...
+@overload
+def _per_row(values: Tensor | None, batch: int, rows: int) -> Tensor | None: ...
 def _per_row(values: Tensor | None, batch: int, rows: int) -> Tensor | None:
     """0-d or [B, 1, ...] as 0-d or [B * P, 1]."""
     if values is None or values.numel() == 1:
@@ -315,8 +320,27 @@ def _per_row(values: Tensor | None, batch: int, rows: int) -> Tensor | None:
     return values.reshape(batch, 1).expand(batch, rows // max(batch, 1)).reshape(rows, 1)
 
 
-def _per_column(values: Tensor | None, channels: slice, axis: int) -> Tensor | None:
-    """0-d, or the values of some channels, which lie on `axis`, as [1, C]."""
+@overload
+def _per_column(values: Tensor, channels: slice, taps: int = 1) -> Tensor: ...
+@overload
+def _per_column(values: None, channels: slice, taps: int = 1) -> None: ...
+@overload
+def _per_column(values: Tensor | None, channels: slice, taps: int = 1) -> Tensor | None: ...
+def _per_column(values: Tensor | None, channels: slice, taps: int = 1) -> Tensor | None:
+    """0-d, or the values of some channels as [1, T * C], once for each tap."""
     if values is None or values.numel() == 1:
         return None if values is None else values.reshape(())
-    return values.reshape(-1)[channels].reshape(1, -1)
+    return values.reshape(1, -1)[:, channels].repeat(1, taps)
+
+
+@overload
+def _per_channel(values: Tensor, channels: slice) -> Tensor: ...
+@overload
+def _per_channel(values: None, channels: slice) -> None: ...
+@overload
+def _per_channel(values: Tensor | None, channels: slice) -> Tensor | None: ...
+def _per_channel(values: Tensor | None, channels: slice) -> Tensor | None:
+    """0-d, or the values of some channels as [C, 1]."""
+    if values is None or values.numel() == 1:
+        return None if values is None else values.reshape(())
+    return values.reshape(-1, 1)[channels]

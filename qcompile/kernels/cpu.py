@@ -21,6 +21,7 @@ import functools
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from qcompile.errors import KernelError
 from qcompile.kernels import note_launch
 from qcompile.kernels.convolution import operators
+from qcompile.kernels.registry import find_kernel
 
 __all__ = [
     "CANDIDATES",
@@ -88,19 +90,33 @@ def _onednn(a: Tensor, b: Tensor, scale: Tensor, bias: Tensor | None, out_dtype:
     own copies are slow: a b that is a transposed view (the weight of a linear) is transposed on the way into
     the opaque one. K = 0 crashes the process: the caller keeps it out.
     """
+    return _onednn_run(a, onednn_weight(b), scale, bias, out_dtype)
+
+
+def onednn_weight(b: Tensor) -> Tensor:
+    """oneDNN's opaque copy of b int8 [K, N]."""
     b_t = b.t()
     if b_t.is_contiguous() and not b.is_contiguous():
-        weight = torch._mkldnn_transpose(b_t.to_mkldnn(), 0, 1)
-    else:
-        weight = b.contiguous().to_mkldnn()
+        return torch._mkldnn_transpose(b_t.to_mkldnn(), 0, 1)
+    return b.contiguous().to_mkldnn()
+
+
+def _onednn_run(
+    a: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
     return torch.ops.onednn.qlinear_pointwise.default(
-        a.contiguous(), 1.0, 0, weight, scale, _zeros(b.shape[1]), bias, 1.0, 0, out_dtype, "none", [], ""
+        a.contiguous(), 1.0, 0, weight, scale, _zeros(scale.shape[0]), bias, 1.0, 0, out_dtype, "none", [], ""
     )
 
 
 def _onednn_product(a: Tensor, b: Tensor) -> Tensor:
     """The exact product rounded once to fp32: all that oneDNN hands out of its int32 accumulator."""
-    return _onednn(a, b, _ones(b.shape[1]), None, torch.float32)
+    return onednn_product(a, b, onednn_weight(b))
+
+
+def onednn_product(a: Tensor, b: Tensor, weight: Tensor) -> Tensor:
+    """The same with the copy of b made before."""
+    return _onednn_run(a, weight, _ones(b.shape[1]), None, torch.float32)
 
 
 CANDIDATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -244,6 +260,10 @@ def scaled_mm(
 ) -> Tensor:
     """`qtrain::scaled_mm` of checked operands; `qcompile.ops.scaled_mm` has their shapes and dtypes."""
     (m, k), n = a.shape, b.shape[1]
+    users = find_kernel("cpu", m, n, k, zero_points=a_zero is not None or b_zero is not None)
+    if users is not None:
+        note_launch(users.name, m, n, k)
+        return users.run(a, b, a_scale, b_scale, a_zero, b_zero, bias, out_dtype)
     name = kernel_name(m, n, k, zero_points=a_zero is not None or b_zero is not None)
     if name != "none":
         note_launch(name, m, n, k)
@@ -379,8 +399,9 @@ def scaled_bmm(
         note_launch(name, m, n, k, "bmm", batch)
     bias = None if bias is None else bias.reshape((1,) * (3 - bias.ndim) + tuple(bias.shape))
     for i in range(batch):
-        parts = (of_batch(v, i) for v in (a_scale, b_scale, a_zero, b_zero, bias))
-        out[i] = product(a[i], b[i], *parts, out_dtype)  # type: ignore[arg-type]
+        scales = of_batch(a_scale, i), of_batch(b_scale, i)
+        zeros = of_batch(a_zero, i), of_batch(b_zero, i)
+        out[i] = product(a[i], b[i], *scales, *zeros, of_batch(bias, i), out_dtype)
     return out
 
 
@@ -396,6 +417,12 @@ def _gathered_product(a: Tensor, b: Tensor, *rest: Tensor | torch.dtype | None) 
     return product(a, b, *rest)  # type: ignore[arg-type]
 
 
+@overload
+def of_batch(values: Tensor, i: int) -> Tensor: ...
+@overload
+def of_batch(values: None, i: int) -> None: ...
+@overload
+def of_batch(values: Tensor | None, i: int) -> Tensor | None: ...
 def of_batch(values: Tensor | None, i: int) -> Tensor | None:
     """Scales, zero points or a bias of one matrix of a batch."""
     if values is None or values.ndim == 0:

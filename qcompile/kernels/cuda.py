@@ -1,4 +1,4 @@
-"""INT8 GEMM and transpose on NVIDIA and AMD GPUs. M rows, N columns, K summed.
+"""INT8 GEMM, quantize with a transposed copy, and transpose on NVIDIA and AMD GPUs. M rows, N columns, K summed.
 
     triton    a kernel of ours: any shape; zero points, scales, bias, cast fused; capability 8.0 or newer
     int_mm    torch._int_mm (cuBLASLt, hipBLASLt): int32 out, the rest in passes of its own; 7.5 or newer
@@ -7,6 +7,8 @@ Both read a [M, K] and b as b_t [N, K] with contiguous rows. Another layout is c
 capability 9.0 cuBLASLt has no tensor-core kernel for a row-major b (about 8 times slower), and one copy of
 1-byte codes is far cheaper.
 
+The default is Triton where it can run. Under `mode="max-autotune"` `int_mm` and every configuration of the
+Triton table are measured, and the fastest is taken for the bucket of sizes (`qcompile.kernels.autotune`).
 `QTRAIN_CUDA_GEMM=triton|int_mm` overrides the choice. The integer sum is exact in both up to K = 131,071
 (less with zero points, `max_k`); longer sums are added up in fp32, part by part.
 """
@@ -26,10 +28,23 @@ from qcompile.errors import KernelError
 from qcompile.kernels import note_launch
 from qcompile.kernels.convolution import operators
 from qcompile.kernels.cpu import of_batch
-from qcompile.kernels.triton.launch import unavailable_reasons
-from qcompile.kernels.triton.tuning import max_k
+from qcompile.kernels.registry import find_kernel
+from qcompile.kernels.triton.launch import MINIMUM_CAPABILITY, unavailable_reasons
+from qcompile.kernels.triton.tuning import bucket, max_k
 
-__all__ = ["CANDIDATES", "kernel_for", "register_cuda_kernels", "scaled_bmm_cuda", "scaled_mm_cuda", "transpose_codes_cuda"]
+__all__ = [
+    "CANDIDATES",
+    "fallback_reason",
+    "gemm_for",
+    "kernel_for",
+    "quantize_transposed_cuda",
+    "register_cuda_kernels",
+    "remember",
+    "scaled_bmm_cuda",
+    "scaled_mm_cuda",
+    "transpose_codes_cuda",
+    "tuned",
+]
 
 INT8_TENSOR_CORES = (7, 5)
 """The first compute capability with int8 tensor cores (Turing), and the first that `torch._int_mm`
@@ -75,6 +90,43 @@ def _kernel_for(device: torch.device, wanted: str | None) -> str:
     return kernel_for(device)
 
 
+_tuned: dict[tuple[torch.device, tuple[int, int, int]], str] = {}
+
+
+def gemm_for(device: torch.device, m: int, n: int, k: int) -> str:
+    """The candidate for a product of M x N x K: what `QTRAIN_CUDA_GEMM` asks for, what measured fastest, or the default.
+
+    Errors: those of `kernel_for`.
+    """
+    wanted = os.environ.get("QTRAIN_CUDA_GEMM")
+    return (tuned(device, m, n, k) if wanted is None else None) or _kernel_for(device, wanted)
+
+
+def tuned(device: torch.device, m: int, n: int, k: int) -> str | None:
+    """The candidate that measured fastest for this bucket of sizes, if it was measured."""
+    return _tuned.get((device, bucket(m, n, k)))
+
+
+def remember(device: torch.device, m: int, n: int, k: int, name: str) -> None:
+    """Use a candidate for this bucket of sizes from now on."""
+    _tuned[device, bucket(m, n, k)] = name
+
+
+def fallback_reason(device: torch.device) -> str | None:
+    """Why the library does the work of a Triton kernel that this GPU could run, or None.
+
+    On capability 7.5 the library is what there is, and `QTRAIN_CUDA_GEMM` is a choice.
+    """
+    if "QTRAIN_CUDA_GEMM" in os.environ or kernel_for(device) == "triton":
+        return None
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < MINIMUM_CAPABILITY["scaled_mm"]:
+        return None
+    return (
+        f"the Triton kernels cannot be used on {device}: {'; '.join(unavailable_reasons(device))}. Integer GEMMs run as "
+        "torch._int_mm, which does less in one kernel"
+    )
+
+
 # --- Candidates ---------------------------------------------------------------------------------------------
 
 
@@ -114,8 +166,8 @@ def _int_sum(a: Tensor, b_t: Tensor, a_zero: Tensor | None, b_zero: Tensor | Non
     the sum fits."""
     (m, k), n = a.shape, b_t.shape[0]
     padding = (-k % INT_MM_MULTIPLE, -n % INT_MM_MULTIPLE, max(0, INT_MM_ROWS - m))
-    padded_a = pad(a, (0, padding[0], 0, padding[2])) if padding[0] or padding[2] else a.contiguous()
-    padded_b = pad(b_t, (0, padding[0], 0, padding[1])) if padding[0] or padding[1] else b_t.contiguous()
+    padded_a = pad(a, (0, padding[0], 0, padding[2])) if padding[0] or padding[2] else _aligned(a)
+    padded_b = pad(b_t, (0, padding[0], 0, padding[1])) if padding[0] or padding[1] else _aligned(b_t)
     acc = torch._int_mm(padded_a, padded_b.t())[:m, :n]
     if a_zero is not None:
         column_sums = b_t.sum(1, dtype=torch.int32)
@@ -123,6 +175,12 @@ def _int_sum(a: Tensor, b_t: Tensor, a_zero: Tensor | None, b_zero: Tensor | Non
     if b_zero is not None:
         acc = acc - b_zero * a.sum(1, dtype=torch.int32, keepdim=True)
     return acc
+
+
+def _aligned(codes: Tensor) -> Tensor:
+    """Contiguous from a 16-byte boundary on, as cuBLASLt's int8 kernels want it; a view into a larger tensor may be neither."""
+    codes = codes.contiguous()
+    return codes if codes.data_ptr() % 16 == 0 else codes.clone()
 
 
 CANDIDATES: dict[str, Callable[..., Tensor]] = {"triton": _triton, "int_mm": _int_mm}
@@ -146,8 +204,12 @@ def scaled_mm_cuda(
     Errors: `KernelError` where no int8 kernel can run.
     """
     (m, k), n = a.shape, b.shape[1]
+    users = find_kernel("cuda", m, n, k, zero_points=a_zero is not None or b_zero is not None)
+    if users is not None:
+        note_launch(users.name, m, n, k)
+        return users.run(a, b, a_scale, b_scale, a_zero, b_zero, bias, out_dtype)
     if 0 not in (m, n, k):
-        note_launch(_kernel_for(a.device, os.environ.get("QTRAIN_CUDA_GEMM")), m, n, k)
+        note_launch(gemm_for(a.device, m, n, k), m, n, k)
     return product(a, b, a_scale, b_scale, a_zero, b_zero, bias, out_dtype)
 
 
@@ -166,7 +228,7 @@ def product(
     if m == 0 or n == 0 or k == 0:
         out = a.new_zeros((m, n), dtype=torch.float32) * (a_scale * b_scale)
         return (out if bias is None else out + bias.to(torch.float32)).to(out_dtype)
-    run = CANDIDATES[_kernel_for(a.device, os.environ.get("QTRAIN_CUDA_GEMM"))]
+    run = CANDIDATES[gemm_for(a.device, m, n, k)]
     return run(
         _rows_contiguous(a), _rows_contiguous(b.t()), a_scale, b_scale, a_zero, b_zero, bias, out_dtype
     )
@@ -186,11 +248,12 @@ def scaled_bmm_cuda(
     (batch, m, k), n = a.shape, b.shape[2]
     out = a.new_empty((batch, m, n), dtype=out_dtype)
     if batch and 0 not in (m, n, k):
-        note_launch(_kernel_for(a.device, os.environ.get("QTRAIN_CUDA_GEMM")), m, n, k, "bmm", batch)
+        note_launch(gemm_for(a.device, m, n, k), m, n, k, "bmm", batch)
     bias = None if bias is None else bias.reshape((1,) * (3 - bias.ndim) + tuple(bias.shape))
     for i in range(batch):
-        parts = (of_batch(v, i) for v in (a_scale, b_scale, a_zero, b_zero, bias))
-        out[i] = product(a[i], b[i], *parts, out_dtype)  # type: ignore[arg-type]
+        scales = of_batch(a_scale, i), of_batch(b_scale, i)
+        zeros = of_batch(a_zero, i), of_batch(b_zero, i)
+        out[i] = product(a[i], b[i], *scales, *zeros, of_batch(bias, i), out_dtype)
     return out
 
 
@@ -203,21 +266,46 @@ def transpose_codes_cuda(codes: Tensor) -> Tensor:
     return transpose(codes)
 
 
+def quantize_transposed_cuda(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bits: int,
+    seed: Tensor | None,
+    salt: int,
+    codes: bool,
+    amax: bool,
+    bound: Tensor | None,
+) -> list[Tensor]:
+    """`qtrain::quantize_transposed` of checked operands; `qcompile.ops.quantize_transposed` has their shapes and dtypes."""
+    if x.dtype is torch.float64 or unavailable_reasons(x.device, "quantize"):
+        from qcompile.ops.quantize_transposed import quantize_transposed_reference
+
+        return quantize_transposed_reference(x, scale, zero_point, bits, seed, salt, codes, amax, bound)
+    from qcompile.kernels.triton.quantize import quantize
+
+    made = quantize(
+        x, scale, zero_point, bits=bits, seed=seed, salt=salt, codes=codes, codes_t=True, amax=amax, bound=bound
+    )
+    return [output for output in (made.codes, made.codes_t, made.amax, made.outside) if output is not None]
+
+
 def _rows_contiguous(codes: Tensor) -> Tensor:
     if codes.stride(1) == 1:
         return codes
     return transpose_codes_cuda(codes.t())
 
 
-@functools.cache
 def register_cuda_kernels() -> None:
-    """Make these the CUDA kernels of the integer GEMMs and of `qtrain::transpose_codes`, behind the operators' own checks.
+    """Make these the CUDA kernels of the integer GEMMs, of `qtrain::quantize_transposed` and of
+    `qtrain::transpose_codes`, behind the operators' own checks.
 
     Called once the operators exist. Needs neither a GPU nor Triton: the choice is made when a kernel is
     called.
     """
     from qcompile.ops._checks import check_matrix
     from qcompile.ops._library import LIBRARY
+    from qcompile.ops.quantize_transposed import check_quantize_transposed
     from qcompile.ops.scaled_bmm import check_scaled_bmm
     from qcompile.ops.scaled_conv import CHECKS, checked
     from qcompile.ops.scaled_mm import check_scaled_mm
@@ -227,10 +315,13 @@ def register_cuda_kernels() -> None:
         return transpose_codes_cuda(codes)
 
     def name_of(m: int, n: int, k: int, *, zero_points: bool = False) -> str:
-        return "none" if 0 in (m, n, k) else _kernel_for(torch.device("cuda"), os.environ.get("QTRAIN_CUDA_GEMM"))
+        return "none" if 0 in (m, n, k) else gemm_for(torch.device("cuda"), m, n, k)
 
+    if torch._C._dispatch_has_kernel_for_dispatch_key("qtrain::scaled_mm", "CUDA"):
+        return  # the imports above may have called this function
     LIBRARY.impl("scaled_mm", checked(check_scaled_mm, scaled_mm_cuda), "CUDA")
     LIBRARY.impl("scaled_bmm", checked(check_scaled_bmm, scaled_bmm_cuda), "CUDA")
     for name, implementation in operators(product, name_of).items():
         LIBRARY.impl(name, checked(CHECKS[name], implementation), "CUDA")
+    LIBRARY.impl("quantize_transposed", checked(check_quantize_transposed, quantize_transposed_cuda), "CUDA")
     LIBRARY.impl("transpose_codes", transpose_codes, "CUDA")

@@ -8,8 +8,9 @@ import torch
 
 from qcompile.errors import KernelError
 from qcompile.kernels import cpu, cuda
+from qcompile.kernels.registry import find_kernel
 
-__all__ = ["gemm_kernel", "unsupported_device"]
+__all__ = ["fallback_reason", "gemm_kernel", "unsupported_device"]
 
 SUPPORTED = ("cpu", "cuda")
 
@@ -27,10 +28,19 @@ def unsupported_device(devices: Iterable[torch.device]) -> str | None:
     return None
 
 
+def fallback_reason(devices: Iterable[torch.device]) -> str | None:
+    """Why integer GEMMs run on another kernel than the one meant for (one of) these devices, or None."""
+    reasons = (cuda.fallback_reason(device) for device in devices if device.type == "cuda")
+    return next((reason for reason in reasons if reason is not None), None)
+
+
 def gemm_kernel(device: torch.device, m: int, n: int, k: int, *, zero_points: bool = False) -> str:
     """The name of the kernel that a GEMM of M x N x K runs on. Errors: `KernelError` where there is none."""
+    users = find_kernel(device.type, m, n, k, zero_points=zero_points)
+    if users is not None:
+        return users.name
     if device.type == "cpu":
         return cpu.kernel_name(m, n, k, zero_points=zero_points)
     if device.type == "cuda":
-        return cuda.kernel_for(device)
+        return cuda.gemm_for(device, m, n, k)
     raise KernelError(f"scaled_mm: device {device} has no integer kernels; supported: {', '.join(SUPPORTED)}")

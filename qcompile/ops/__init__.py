@@ -8,6 +8,7 @@ from qcompile.kernels.cuda import register_cuda_kernels
 from qcompile.ops.convolution import conv_grad_input, conv_grad_weight
 from qcompile.ops.fake_quantize import fake_quantize, fake_quantize_codes
 from qcompile.ops.quantize import code_range, dequantize, dequantize_reference, quantize, quantize_reference
+from qcompile.ops.quantize_transposed import quantize_transposed, quantize_transposed_reference
 from qcompile.ops.random import draw_key, uniform_draws
 from qcompile.ops.range_state import range_, read_state, seed_, select_range, unpack, write_state_
 from qcompile.ops.scaled_bmm import scaled_bmm, scaled_bmm_reference
@@ -20,6 +21,7 @@ from qcompile.ops.scaled_conv import (
     scaled_conv_reference,
 )
 from qcompile.ops.scaled_mm import scaled_mm, scaled_mm_reference
+from qcompile.ops.scaled_mm_requantize import scaled_mm_requantize, scaled_mm_requantize_reference
 from qcompile.ops.transpose import transpose_codes, transpose_codes_reference
 
 __all__ = [
@@ -33,6 +35,8 @@ __all__ = [
     "fake_quantize_codes",
     "quantize",
     "quantize_reference",
+    "quantize_transposed",
+    "quantize_transposed_reference",
     "range_",
     "read_state",
     "scaled_bmm",
@@ -45,6 +49,8 @@ __all__ = [
     "scaled_conv_reference",
     "scaled_mm",
     "scaled_mm_reference",
+    "scaled_mm_requantize",
+    "scaled_mm_requantize_reference",
     "seed_",
     "select_range",
     "transpose_codes",

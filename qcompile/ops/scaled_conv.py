@@ -232,10 +232,10 @@ def check_scaled_conv_grad_weight(
     _check_operands(op, operands, rest[-1])
 
 
-def checked(check: Callable[..., None], compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def checked(check: Callable[..., Any], compute: Callable[..., Any]) -> Callable[..., Any]:
     """`compute` behind the operator's own check."""
 
-    def call(*operands: Any) -> Tensor:
+    def call(*operands: Any) -> Any:
         check(*operands)
         return compute(*operands)
 
@@ -298,7 +298,7 @@ scaled_conv_grad_weight = define(
     input_scale, input_zero  0-d, or [1, C_in, 1, ...]
 """
 
-CHECKS = {
+CHECKS: dict[str, Callable[..., None]] = {
     "scaled_conv": check_scaled_conv,
     "scaled_conv_grad_input": check_scaled_conv_grad_input,
     "scaled_conv_grad_weight": check_scaled_conv_grad_weight,

@@ -2,6 +2,7 @@
 
 from qcompile.state.binding import Binder, Binding
 from qcompile.state.handle import RangeState, range_state
+from qcompile.state.replicas import set_range_group
 from qcompile.state.store import STORE, RangeStore, Slot
 
-__all__ = ["STORE", "Binder", "Binding", "RangeState", "RangeStore", "Slot", "range_state"]
+__all__ = ["STORE", "Binder", "Binding", "RangeState", "RangeStore", "Slot", "range_state", "set_range_group"]

@@ -9,6 +9,7 @@ Checkpointing around a compiled region is the one case where a call does not get
 
 from __future__ import annotations
 
+import itertools
 import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from qcompile.estimators.step import reductions
+from qcompile.specs import QuantSpec
 from qcompile.state.store import STORE, RangeStore
 
 __all__ = ["Binder", "Binding", "binding_of"]
@@ -33,12 +36,17 @@ class Entry(Protocol):
     site: str
     operand: str
     aliases: tuple[str, ...]
+    spec: QuantSpec | None
+
+
+_SERIALS = itertools.count()
 
 
 class Binding:
     """The state of one instance for one half of a graph.
 
-    `tensor` is the arena, `index` (int64) says which of its elements, in the graph's order.
+    `tensor` is the arena, `index` (int64) says which of its elements, in the graph's order. `reductions` has, for each element, how
+    data-parallel ranks agree on it ("max", "min", "mean"; "own": they need not). `serial` counts bindings in the order they are made.
     """
 
     def __init__(self, store: RangeStore, layout: Any, owners: dict[str | None, object], device: torch.device) -> None:
@@ -51,15 +59,20 @@ class Binding:
         arena, slots = store.claim(requests, device, layout.capacity, identity)
         self.arena, self.slots = arena, slots
         slot_of = {(e.owner, e.key): s for e, s in zip(layout.entries, slots, strict=True)}
+        self.serial = next(_SERIALS)
+        self.reductions: list[str] = []
         order: list[int] = []
         steps: list[int] = []
         for entry, name in layout.order():
             start = slot_of[entry.owner, entry.key].field_offset(name)
             order.extend(range(start, start + entry.size))
+            how = "own" if entry.spec is None else reductions(entry.spec.estimator, entry.spec.symmetric)[name]
+            self.reductions.extend([how] * entry.size)
             if name == "steps" and "seed_low" not in entry.fields:
                 steps.extend(range(start, start + entry.size))
-        self.index = torch.tensor(order, dtype=torch.int64).to(device)
-        self._steps = torch.tensor(steps, dtype=torch.int64).to(device)
+        # The host does not wait for the copies, here or anywhere in a step.
+        self.index = torch.tensor(order, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
+        self._steps = torch.tensor(steps, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
         self._steady_since: int | None = None if steps else -1  # epoch at which all ranges were found valid; -1: always
         self._answer: tuple[Tensor, torch.cuda.Event, int] | None = None
 
@@ -80,20 +93,30 @@ class Binding:
         if self.arena.tensor.device.type != "cuda":
             valid = bool((self.arena.tensor[self._steps] > 0).all())
         else:
-            if self._answer is None:
-                flag = (self.arena.tensor[self._steps] > 0).all().to(device="cpu", non_blocking=True)
-                event = torch.cuda.Event()
-                event.record()
-                self._answer = (flag, event, epoch)
-                return False
-            flag, event, epoch = self._answer
-            if not event.query():
-                return False
-            self._answer = None
-            valid = bool(flag) and epoch == self.store.epoch
+            answer = self._answered()
+            valid = answer is True
+            if answer is False:
+                self._ask()
         if valid:
             self._steady_since = epoch
         return valid
+
+    def _ask(self) -> None:
+        """Have the GPU look whether every range is valid, behind the work that it has been given."""
+        flag = (self.arena.tensor[self._steps] > 0).all().to(device="cpu", non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        self._answer = (flag, event, self.store.epoch)
+
+    def _answered(self) -> bool | None:
+        """The answer about the present epoch; False too if nothing was asked, None while there is no answer."""
+        if self._answer is None:
+            return False
+        flag, event, epoch = self._answer
+        if not event.query():
+            return None
+        self._answer = None
+        return bool(flag) and epoch == self.store.epoch
 
 
 def _fingerprint(owners: Iterable[object]) -> str:

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from qcompile._checks import suggestion
 from qcompile.errors import StateError
+from qcompile.state.fsdp import gather_once, gathered_parameters
 from qcompile.state.store import STORE, RangeStore, Slot
 
 __all__ = ["LoadResult", "RangeState", "range_state"]
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module")
-_LAYERS = ("linear#", "conv#")
+_LAYER = "layer#"
 
 
 class LoadResult(NamedTuple):
@@ -39,14 +40,15 @@ class RangeState:
     # ---- names
 
     def _parameters(self) -> Iterator[tuple[list[str], nn.Parameter]]:
-        """(every name, Parameter); a tied Parameter has several names."""
+        """(every name, Parameter as graphs see it); a tied Parameter has several names."""
         names: dict[int, list[str]] = {}
         parameters: dict[int, nn.Parameter] = {}
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             names.setdefault(id(parameter), []).append(clean_name(name))
             parameters[id(parameter)] = parameter
+        gathered = gathered_parameters(self.model)
         for key, parameter in parameters.items():
-            yield names[key], parameter
+            yield names[key], gathered.get(key, parameter)
 
     def _slots(self) -> Iterator[tuple[str, Slot]]:
         for names, parameter in self._parameters():
@@ -67,6 +69,19 @@ class RangeState:
         if slot is None:
             raise KeyError(f"no range state is called {name!r}. {suggestion(name, list(slots))}")
         return {f: slot.read(f) for f in slot.fields}
+
+    def snapshot(self) -> dict[str, dict[str, Tensor]]:
+        """Every entry with its fields, on the CPU: one copy for each device, so cheap enough to watch a run with."""
+        copies: dict[int, Tensor] = {}
+        found = {}
+        for name, slot in self._slots():
+            arena = slot.arena
+            if id(arena) not in copies:
+                copies[id(arena)] = arena.tensor[: arena.used].detach().to("cpu", copy=True)
+            values = copies[id(arena)]
+            starts = {f: slot.field_offset(f) for f in slot.fields}
+            found[name] = {f: values[start : start + slot.size] for f, start in starts.items()}
+        return found
 
     def __len__(self) -> int:
         return len(self.names())
@@ -92,7 +107,9 @@ class RangeState:
 
         Errors: `StateError`, before anything is changed, for a value that is no tensor or has another size; with `strict` also
         for names that fit no Parameter of this model, and for claimed entries without a value.
+        Under FSDP2, before the first step: gathers the Parameters once, so all ranks must call it.
         """
+        gather_once(self.model)
         entries = self._grouped(state)
         slots = dict(self._slots())
         by_alias = _by_alias(slots)
@@ -178,10 +195,10 @@ def clean_name(name: str) -> str:
 
 
 def _slot_name(key: str, names: list[str], site: str) -> str:
-    """`module.operand` for the entry of a linear layer's or a convolution's weight; `parameter:key` for everything else."""
-    if not key.startswith(_LAYERS):
+    """`module.operand` for the entry of a layer's own weight; `parameter:key` for everything else."""
+    if not key.startswith(_LAYER):
         return f"{names[0]}:{key}"
-    use, _, operand = key.partition("#")[2].partition(".")
+    use, _, operand = key.removeprefix(_LAYER).partition(".")
     modules = [n.rpartition(".")[0] for n in names]
     base = site.split("#")[0]
     module = next((m for m in modules if m == base or m.endswith(f".{base}")), modules[0])
@@ -206,10 +223,7 @@ def _place(name: str, parameters: dict[str, tuple[nn.Parameter, list[str]]]) -> 
     module, _, operand = name.rpartition(".")
     module, _, use = module.partition("#")
     weight = f"{module}.weight".removeprefix(".")
-    if weight not in parameters:
-        return None
-    parameter = parameters[weight][0]
-    return parameter, f"{_LAYERS[parameter.ndim > 2]}{use or 0}.{operand}"
+    return (parameters[weight][0], f"{_LAYER}{use or 0}.{operand}") if weight in parameters else None
 
 
 def _check_fields(name: str, fields: Mapping[str, Tensor], slot: Slot) -> None:

@@ -1,7 +1,7 @@
 """Where range state lives: arenas and the table of who owns what.
 
 An arena is one flat fp32 tensor on one device. A slot is a run of its elements that belongs to one owner (a Parameter, by
-identity) and one key ("linear#0.input"). Addresses never change: loading and resetting write in place, an arena never moves. So a
+identity) and one key ("layer#0.input"). Addresses never change: loading and resetting write in place, an arena never moves. So a
 compiled graph keeps the arena and an index of its slots, CUDA graphs stay valid, and state outlives recompilation.
 
 Compiled code writes in place while other threads compile; the table has a lock, owners are held weakly, and the slots of an owner
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from qcompile.errors import QtrainWarning
 
-__all__ = ["STORE", "Arena", "RangeStore", "Slot", "SlotKey"]
+__all__ = ["STORE", "Arena", "RangeStore", "Slot", "SlotKey", "initial_values"]
 
 SlotKey = tuple[str, tuple[str, ...], int]
 """(key, fields, size): two recipes that remember other things about one operand keep them apart."""
@@ -249,6 +249,18 @@ def _random_base(*identity: str) -> int:
 def _shapes(fields: Mapping[str, Tensor | int]) -> str:
     sizes = {name: value if isinstance(value, int) else value.numel() for name, value in fields.items()}
     return ", ".join(f"{name}[{size}]" for name, size in sizes.items())
+
+
+def initial_values(layout: Any) -> Tensor:
+    """The state of one half of a graph before its first step, fp32, in the order of the layout (`passes.context.StateLayout`)."""
+    values = []
+    for entry, name in layout.order():
+        start = entry.initial[entry.fields.index(name)]
+        if "seed_low" in entry.fields and name.startswith("seed"):
+            base = _random_base("", entry.key)
+            start = float(base & 0xFFFF if name == "seed_low" else base >> 16)
+        values += [start] * entry.size
+    return torch.tensor(values, dtype=torch.float32)
 
 
 STORE = RangeStore()

@@ -1,7 +1,9 @@
 """The benchmark scripts run at toy size and report what they claim to."""
 
+import sys
+
 import pytest
-from benchmarks import compile_time, mlp
+from benchmarks import compile_time, kernels, linear, mlp
 
 
 def test_mlp_times_integer_gemms_against_bf16(capsys):
@@ -21,6 +23,30 @@ def test_mlp_says_where_the_time_goes(capsys):
     assert ours["integer GEMMs"] > 0 == ours["hp GEMMs"]
     assert hp["fused kernels"] > 0 and ours["fused kernels"] > 0
     assert "integer GEMMs" in mlp.breakdown_table(found)
+
+
+def test_linear_has_a_row_for_each_variant_with_what_ran(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchao.prototype.quantized_training", None)
+    arguments = "--shapes 64x48 --tokens 64 --rounds 2 --device cpu --variants bf16,int8_in_hindsight,torchao"
+    with pytest.warns(UserWarning, match="torchao is left out"):
+        baseline, ours = linear.main(arguments.split())
+    assert baseline.kernels == [] and len(ours.kernels) == 1
+    assert len(ours.times) == 2 and min(ours.times) > 0
+    for hp, int8 in zip(baseline.errors, ours.errors, strict=True):
+        assert hp < 0.005 < int8 < 0.05  # 8 bits, in all three products
+    printed = capsys.readouterr().out
+    assert "torch 2." in printed and "64 64 48" in printed and "int8_in_hindsight" in printed
+
+
+def test_kernels_times_every_candidate():
+    def timer(run):
+        run()
+        return 1.0
+
+    rows = kernels.main("--sizes 64 --tokens 32 --device cpu".split(), timer)
+    named = [row.kernel for row in rows]
+    assert "bf16 mm" in named and "int_mm" in named and "quantize, both ways, statistics" in named
+    assert all(row.rate.split()[0].isdigit() for row in rows)
 
 
 @pytest.mark.slow

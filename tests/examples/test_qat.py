@@ -69,7 +69,7 @@ def encoder():
 @pytest.mark.parametrize("extra", [[], ["--blocks", "3", "--offsets"]], ids=["alone", "blocks"])
 def test_an_encoder_keeps_its_embeddings(extra, tmp_path, capsys):
     out = tmp_path / "encoder.safetensors"
-    arguments = ["--steps", "3", "--batch", "4", "--length", "8", "--no-progress", "--no-compile", "--device", "cpu", "--out", str(out)]
+    arguments = "--steps 3 --batch 4 --length 8 --no-progress --no-compile --device cpu --out".split() + [str(out)]
     cosine, correlation = qat_encoder.main([*arguments, *extra], (encoder(), Tokenizer()))
     assert cosine > 0.9 and correlation > 0.5
     assert "W4A8" in capsys.readouterr().out and out.exists()

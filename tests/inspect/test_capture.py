@@ -50,7 +50,8 @@ def test_a_two_layer_mlp_has_five_integer_gemms():
 
 def test_every_step_is_kept():
     capture = qcompile.capture(MLP(), torch.randn(24, 16))
-    assert list(capture.steps)[:3] == ["canonicalize", "find_sites", "insert_qdq"]
+    order = list(capture.steps)
+    assert order[0] == "canonicalize" and order.index("find_sites") < order.index("insert_qdq")
     inserted, fused = (format_graph(capture.steps[s]) for s in ("insert_qdq", "fuse_matmul"))
     assert "qtrain.range" in inserted and "qtrain.scaled_mm" not in inserted
     assert "qtrain.range" not in fused and "qtrain.scaled_mm" in fused

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 
 import qcompile
-from qcompile.__main__ import main as command_line
 from qcompile.inspect.saved_bytes import saved_bytes
 from tests.compiling import compiled
 from tests.inspect.models import MLP, Broken, Tied
@@ -168,48 +167,15 @@ def test_the_dictionary_goes_through_json():
     assert len(data["range_state"]) == 4 and data["saved_bytes"]["hp_total"] == ROWS * 32 * F32
 
 
-# The command
-
-
-def make():
-    return MLP(), torch.randn(ROWS, 16)
-
-
-def make_with_inputs():
-    model = MLP()
-    model.example_inputs = {"x": torch.randn(ROWS, 16)}
-    return model
-
-
-def make_nothing():
-    return MLP()
-
-
-@pytest.mark.parametrize("factory", [make, make_with_inputs], ids=lambda f: f.__name__)
-def test_the_command_prints_a_report(factory, capsys):
-    assert command_line(["explain", f"{__name__}:{factory.__name__}", "--recipe", "int8_tensorwise"]) == 0
-    assert "qtrain int8_tensorwise: 5 of 5 GEMMs integer (2 sites)" in capsys.readouterr().out
-
-
-def test_the_command_prints_json_under_autocast(capsys):
-    assert command_line(["explain", f"{__name__}:make", "--json", "--autocast", "bf16"]) == 0
-    assert json.loads(capsys.readouterr().out)["saved_bytes"]["hp_weight_copies"] == 32 * 8 * 2
-
-
-@pytest.mark.parametrize(
-    "target, message",
-    [
-        ("nowhere", "it must be package.module:function"),
-        ("no.such.module:make", "No module named 'no'"),
-        (f"{__name__}:missing", "has no function 'missing'"),
-        (f"{__name__}:make_nothing", "it must return (model, inputs)"),
-    ],
-)
-def test_the_command_refuses_a_target_that_is_none(target, message, capsys):
-    assert command_line(["explain", target]) == 2
-    assert message in capsys.readouterr().err
-
-
-def test_the_command_refuses_an_unknown_recipe(capsys):
-    assert command_line(["explain", f"{__name__}:make", "--recipe", "int9"]) == 2
-    assert "unknown recipe 'int9'" in capsys.readouterr().err
+def test_times_and_scales_are_measured_where_asked_for():
+    model, x = MLP(), torch.randn(ROWS, 16)
+    report = qcompile.explain(model, x, recipe="int8_tensorwise", timed=True)
+    assert all(0 < gemm.seconds < 1 and 0 < gemm.hp_seconds < 1 for gemm in report.gemms)
+    output = by_name(report)["up"].gemms["output"]
+    assert output.scales["input"].low == pytest.approx(x.abs().max().item() / 127)
+    assert output.scales["weight"].high == pytest.approx(model.up.weight.abs().max().item() / 127)
+    assert "slowest integer GEMMs" in str(report) and "5 integer GEMMs: " in str(report)
+    rows = by_name(qcompile.explain(model, x, timed=True))["up"].gemms["output"].scales["input"]
+    amax = x.abs().amax(1) / 127
+    assert (rows.count, rows.low, rows.high) == (ROWS, pytest.approx(amax.min().item()), pytest.approx(amax.max().item()))
+    assert all(g.seconds is None for g in qcompile.explain(model, x).gemms)

@@ -18,6 +18,8 @@ from qcompile.errors import KernelError
 from qcompile.kernels import Launch, cpu, record_launches
 from qcompile.ops import scaled_mm, scaled_mm_reference
 
+pytestmark = pytest.mark.cpu
+
 HERE = [name for name in cpu.CANDIDATES if cpu.self_test(name) is None]
 candidate = pytest.mark.parametrize("candidate", HERE)
 ONE = torch.tensor(1.0)

@@ -14,7 +14,7 @@ from qcompile import ops
 from qcompile.errors import KernelError
 from qcompile.kernels import Launch, cuda, record_launches
 from qcompile.kernels.triton import launch, tuning
-from tests.kernels.triton_device import DEVICE, QUIET
+from tests.kernels.triton_device import DEVICE, QUIET, misaligned
 
 GPU = torch.device("cuda")
 pytestmark = QUIET
@@ -116,9 +116,8 @@ def test_the_environment_overrides(monkeypatch, triton_version):
 
 def test_kernels_are_imported_when_they_run():
     """Triton may be missing where this is imported (torch's own CUDA builds may import it themselves)."""
-    code = (
-        "import sys, qcompile.kernels.cuda as c; c.register_cuda_kernels(); sys.exit('qcompile.kernels.triton.scaled_mm' in sys.modules)"
-    )
+    kernel = "qcompile.kernels.triton.scaled_mm"
+    code = f"import sys, qcompile.kernels.cuda as c; c.register_cuda_kernels(); sys.exit('{kernel}' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], timeout=120).returncode == 0
 
 
@@ -155,6 +154,18 @@ def test_zero_points(candidate, a_zero, b_zero, out_dtype):
     assert torch.equal(cuda.scaled_mm_cuda(*operands), ops.scaled_mm_reference(*operands))
 
 
+def test_any_alignment(candidate, monkeypatch):
+    """cuBLASLt's int8 products want 16 bytes; a view may begin anywhere."""
+    reached = []
+    int_mm = torch._int_mm
+    monkeypatch.setattr(torch, "_int_mm", lambda a, b: reached.append((a, b)) or int_mm(a, b))
+    a, b_t = misaligned(int8(32, 64)), misaligned(int8(40, 64))
+    scales, bias = (misaligned(uniform(32, 1)), misaligned(uniform(1, 40))), misaligned(uniform(40))
+    operands = (a, b_t.t(), *scales, None, None, bias, torch.float32)
+    assert torch.equal(cuda.scaled_mm_cuda(*operands), ops.scaled_mm_reference(*operands))
+    assert len(reached) == (candidate == "int_mm") and all(m.data_ptr() % 16 == 0 for pair in reached for m in pair)
+
+
 def test_int_mm_splits_a_long_sum(monkeypatch):
     monkeypatch.setenv("QTRAIN_CUDA_GEMM", "int_mm")
     k = tuning.max_k(0) + 9
@@ -183,6 +194,36 @@ def test_transpose(rows):
     assert torch.equal(got, codes.t()) and got.is_contiguous() and got.data_ptr() != codes.data_ptr()
 
 
+QUANTIZE_OPERANDS = {
+    "all": (None, True, True, 1.0),
+    "transposed only": (None, False, False, None),
+    "no statistics": (None, True, False, None),
+    "zero point": (3, True, True, None),
+}
+
+
+@pytest.mark.parametrize("case", QUANTIZE_OPERANDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("with_triton", [True, False])
+def test_quantize_transposed(case, dtype, with_triton, monkeypatch, triton_version):
+    """The kernel, and what does its work where Triton cannot run, give what the operator means."""
+    zero, codes, amax, bound = QUANTIZE_OPERANDS[case]
+    if not with_triton:
+        triton_version(None)
+    elif launch.unavailable_reasons(DEVICE, "quantize"):
+        pytest.skip("no Triton here")
+    x = torch.randn(70, 40).to(dtype).to(DEVICE)
+    zero = None if zero is None else torch.tensor(zero, dtype=torch.int32, device=DEVICE)
+    bound = None if bound is None else torch.tensor(bound, device=DEVICE)
+    seed = torch.tensor(7, dtype=torch.int64, device=DEVICE)
+    operands = (x, torch.tensor(0.02, device=DEVICE), zero, 8, seed, 5, codes, amax, bound)
+    got, want = cuda.quantize_transposed_cuda(*operands), ops.quantize_transposed_reference(*operands)
+    assert len(got) == len(want) == codes + 1 + amax + (bound is not None)
+    for here, there in zip(got, want, strict=True):
+        torch.testing.assert_close(here, there, rtol=0, atol=0)
+        assert here.is_contiguous()
+
+
 # --- Registration -------------------------------------------------------------------------------------------
 
 
@@ -196,6 +237,11 @@ def test_the_operators_reach_these_kernels(candidate):
     assert launches == [Launch(candidate, 20, 24, 32)]
     assert torch.equal(got, (a.long() @ b.long()).float())
     assert torch.equal(ops.transpose_codes.redispatch(keys, a), a.t())
+    x = uniform(20, 30)
+    made = ops.quantize_transposed.redispatch(keys, x, one / 127, None, 8, None, 0, True, False, None)
+    assert torch.equal(made[0], ops.quantize(x, one / 127, None, 8, None, 0)) and torch.equal(made[1], made[0].t())
+    with pytest.raises(KernelError, match="quantize_transposed: x has shape"):
+        ops.quantize_transposed.redispatch(keys, x[0], one, None, 8, None, 0, True, False, None)
     with pytest.raises(KernelError, match="a's columns must be as many as b's rows"):
         ops.scaled_mm.redispatch(keys, a, a, one, one, None, None, None, torch.float32)
     with pytest.raises(KernelError, match="a matrix is needed"):

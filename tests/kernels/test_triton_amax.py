@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from qcompile.errors import KernelError
-from tests.kernels.triton_device import DEVICE, QUIET
+from tests.kernels.triton_device import DEVICE, QUIET, far_apart, misaligned
 
 pytest.importorskip("triton")
 
@@ -56,6 +56,12 @@ def test_empty_and_all_zero(shape):
     got = amax(x, **ALL)
     assert_equal(got, amax_reference(x))
     assert got.rows.shape == (shape[0], 1) and got.columns.shape == (1, shape[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_offsets_beyond_32_bits_and_any_alignment(dtype):
+    for x in (far_apart(3, 40, dtype).copy_(torch.randn(3, 40)), misaligned(torch.randn(60, 48).to(dtype).to(DEVICE))):
+        assert_equal(amax(x, **ALL), amax_reference(x))
 
 
 def test_only_what_is_asked_for_is_made():

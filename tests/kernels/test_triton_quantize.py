@@ -6,7 +6,7 @@ import torch
 
 from qcompile import ops
 from qcompile.errors import KernelError
-from tests.kernels.triton_device import DEVICE, QUIET
+from tests.kernels.triton_device import DEVICE, QUIET, misaligned
 
 triton = pytest.importorskip("triton")
 
@@ -87,6 +87,20 @@ def test_ties_go_to_even_and_every_code_comes_out():
 def test_a_value_that_rounds_into_the_range_is_not_saturated():
     x = tensor([[127.49, 127.5, -127.49, -127.5, 0.0]])
     assert quantize(x, tensor(1.0), saturated=True).saturated == 2
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("column_major", [False, True])
+def test_values_outside_a_bound_are_counted(dtype, column_major):
+    """What an estimator calls clipped: |x| > bound, in units of x; x at the bound and NaN do not count."""
+    x = normal(130, 70, dtype=dtype)
+    x = x.t() if column_major else x
+    x[0, :3] = tensor([1.5, -1.5, float("nan")]).to(dtype)
+    bound = tensor([[1.5]])
+    got = quantize(x, tensor(0.1), codes=False, bound=bound)
+    assert got.outside == (x.float().abs() > 1.5).sum() == quantize_reference(x, tensor(0.1), bound=bound).outside
+    assert 0 < got.outside < x.numel() and got.codes is None
+    assert quantize(x, tensor(0.1)).outside is None
 
 
 def test_dynamic_scale_saturates_nothing():
@@ -172,11 +186,17 @@ def test_empty(shape):
 
 def test_only_what_is_asked_for_is_made():
     x, scale = normal(8, 8), tensor(0.1)
-    assert [v is not None for v in quantize(x, scale)] == [True, False, False, False]
-    assert [v is not None for v in quantize(x.t(), scale, codes=False, codes_t=True)] == [False, True, False, False]
-    assert [v is not None for v in quantize(x, scale, codes=False, amax=True)] == [False, False, True, False]
+    assert [v is not None for v in quantize(x, scale)] == [True, False, False, False, False]
+    assert [v is not None for v in quantize(x.t(), scale, codes=False, codes_t=True)] == [False, True, False, False, False]
+    assert [v is not None for v in quantize(x, scale, codes=False, amax=True)] == [False, False, True, False, False]
     got = quantize(x.t(), scale, codes=False, codes_t=True, saturated=True)
     assert torch.equal(got.codes_t, quantize_reference(x, scale).codes)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_alignment(dtype):
+    x, scale = misaligned(normal(60, 48, dtype=dtype)), misaligned(scales(60, 48)["column"])
+    assert_equal(quantize(x, scale, **ALL), quantize_reference(x, scale))
 
 
 def test_offsets_beyond_32_bits():
@@ -193,7 +213,7 @@ def test_offsets_beyond_32_bits():
     assert x.stride(0) * (m - 1) > 2**31 and q_t.stride(0) * (n - 1) > 2**31
     config = tuning.tile_config(m, n)
     quantize_kernel[(1,)](
-        x, tensor(0.05), None, q, q_t, None, None, None, 0, m, n, *x.stride(), q.stride(0), q_t.stride(0),
+        x, tensor(0.05), None, q, q_t, None, None, None, None, None, 0, m, n, *x.stride(), q.stride(0), q_t.stride(0),
         QMIN=-127, QMAX=127, SCALE=0, ZERO=0, TRANSPOSED=False, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         ASM=DEVICE == "cuda",
     )  # fmt: skip
@@ -213,6 +233,7 @@ def test_offsets_beyond_32_bits():
         ({"zero_point": torch.zeros(4, 1, dtype=torch.int32)}, r"zero_point has shape \[4, 1\]"),
         ({"seed": torch.zeros((), dtype=torch.int32)}, "seed is torch.int32"),
         ({"seed": torch.zeros(1, dtype=torch.int64)}, r"of shape \[1\]"),
+        ({"bound": torch.zeros(2)}, r"bound is torch.float32 of shape \[2\]; allowed: float32, one value"),
         ({"scale": torch.ones((), device="meta")}, "scale is on meta"),
     ],
 )

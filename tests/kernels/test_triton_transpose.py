@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qcompile.errors import KernelError
-from tests.kernels.triton_device import DEVICE, QUIET
+from tests.kernels.triton_device import DEVICE, QUIET, far_apart, misaligned
 
 pytest.importorskip("triton")
 
@@ -22,6 +22,16 @@ def test_transposes_into_memory_of_its_own(shape, layout):
     got = transpose(codes)
     assert torch.equal(got, transpose_reference(codes)) and got.shape == (n, m) and got.is_contiguous()
     assert codes.numel() == 0 or got.data_ptr() != codes.data_ptr()
+
+
+def test_offsets_beyond_32_bits():
+    codes = far_apart(3, 40, torch.int8).copy_(torch.randint(-128, 128, (3, 40), dtype=torch.int8))
+    assert codes.stride(0) * 2 > 2**31 and torch.equal(transpose(codes), codes.t())
+
+
+def test_any_alignment():
+    codes = misaligned(torch.randint(-128, 128, (60, 48), dtype=torch.int8, device=DEVICE))
+    assert torch.equal(transpose(codes), codes.t())
 
 
 def test_refuses_what_is_no_int8_matrix():

@@ -10,3 +10,20 @@ QUIET = [
     pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
     pytest.mark.filterwarnings("ignore:Conversion of an array with ndim > 0 to a scalar:DeprecationWarning"),
 ]
+
+
+def far_apart(rows: int, columns: int, dtype: torch.dtype) -> torch.Tensor:
+    """A matrix with rows 2**30 elements apart: only the pages that are touched take memory, and a 32-bit offset leaves them."""
+    pitch = 2**30 + 16
+    try:
+        memory = torch.empty(pitch * (rows - 1) + columns, dtype=dtype, device=DEVICE)
+    except (RuntimeError, MemoryError) as error:
+        pytest.skip(f"not enough address space: {error}")
+    return memory.as_strided((rows, columns), (pitch, 1))
+
+
+def misaligned(values: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy that begins one element after a 16-byte boundary."""
+    memory = values.new_empty(values.numel() + 1)[1:].view(values.shape).copy_(values)
+    assert memory.data_ptr() % 16 != 0
+    return memory

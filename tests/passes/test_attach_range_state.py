@@ -181,8 +181,7 @@ def test_owners_keys_and_aliases():
 
 def test_keys_do_not_depend_on_which_gemms_a_graph_has():
     recipes = [
-        AVERAGE.replace(weight=hindsight(granularity=g), input=hindsight(granularity=g))
-        for g in (PerTensor(), PerRow())
+        AVERAGE.replace(weight=hindsight(granularity=g)) for g in (PerTensor(), PerRow())
     ] + [AVERAGE.replace(grad_weight=GemmSpec(input=hindsight(bits=4)))]
     inputs = torch.randn(8, 8), torch.randn(8, 8), torch.randn(8)
     for recipe in recipes:

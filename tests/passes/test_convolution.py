@@ -159,7 +159,11 @@ CASES = {
         (torch.randn(2, 4, 3, 5), torch.randn(4, 3, 3, 3), torch.randn(6)),
         ([3, 3], [1, 1], [1, 1], True, [1, 1], 2),
     ),
-    "1d": (lambda x, w, b: F.conv1d(x, w, b), (torch.randn(2, 3, 9), torch.randn(5, 3, 2), torch.randn(5)), ([1], [0], [1], False, [0], 1)),
+    "1d": (
+        lambda x, w, b: F.conv1d(x, w, b),
+        (torch.randn(2, 3, 9), torch.randn(5, 3, 2), torch.randn(5)),
+        ([1], [0], [1], False, [0], 1),
+    ),
     "3d": (
         lambda x, w, b: F.conv3d(x, w, b, padding=1),
         (torch.randn(2, 3, 3, 4, 5), torch.randn(5, 3, 3, 1, 2), torch.randn(5)),
@@ -266,10 +270,6 @@ def test_layouts_follow_and_views_stay_possible():
     joint = traced(flattened, tensors).through("restore_decompositions")
     (relu,) = joint.find(aten.relu.default)
     assert relu.meta["val"].is_contiguous(memory_format=torch.channels_last)
-    for node in joint.graph.nodes:
-        value = node.meta.get("val")
-        if isinstance(value, torch.Tensor):
-            node.meta["checked"] = value.stride()
     interpreter = torch.fx.Interpreter(joint.module)
     strides = {}
     run_node = interpreter.run_node
@@ -284,7 +284,7 @@ def test_layouts_follow_and_views_stay_possible():
     with torch.no_grad():
         interpreter.run(*joint.inputs)
     for node, (real, fake, shape) in strides.items():
-        assert [r for r, s in zip(real, shape, strict=True) if s > 1] == [f for f, s in zip(fake, shape, strict=True) if s > 1], node
+        assert all(r == f or size == 1 for r, f, size in zip(real, fake, shape, strict=True)), node
 
 
 def test_what_the_user_gets_keeps_its_strides():

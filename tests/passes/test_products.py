@@ -65,7 +65,7 @@ def test_a_step_equals_the_one_by_hand(recipe):
     assert joint.count(SCALED_BMM) == 3 and joint.count(DEQUANTIZE) == 0
     with record_launches() as launches:
         got = joint.run()
-    assert [(launch.op, launch.count) for launch in launches] == [("bmm", 3)] * 3
+    assert [(launch.op, launch.batch) for launch in launches] == [("bmm", 3)] * 3
 
     def by_hand(left, right):
         """Per row: one scale for each row of each left matrix, each column of each right one."""
@@ -204,7 +204,8 @@ def test_attention_taken_apart_is_attention(options):
             options["attn_mask"] = mask
         case "float":
             options["attn_mask"] = torch.randn(5, 7)
-    torch.testing.assert_close(attention(query, key, value, **options), F.scaled_dot_product_attention(query, key, value, **options))
+    want = F.scaled_dot_product_attention(query, key, value, **options)
+    torch.testing.assert_close(attention(query, key, value, **options), want)
 
 
 def test_dropout_in_attention_taken_apart():

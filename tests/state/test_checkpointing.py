@@ -12,6 +12,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from qcompile import QtrainWarning, compiled_graphs, range_state
 from tests.compiling import AVERAGE, STOCHASTIC, all_equal, compiled, gradients, hindsight
+from tests.device import seeded
 
 WIDTH, ROWS, STEPS = 16, 12, 3
 
@@ -67,7 +68,7 @@ def train(model, run, steps=STEPS):
     """Gradients and range state after each step, on batches of changing size."""
     history = []
     for number in range(steps):
-        x = torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(number)) * (number + 1)
+        x = seeded(ROWS, WIDTH, seed=number) * (number + 1)
         x.requires_grad_()
         model.zero_grad()
         run(x).square().sum().backward()
@@ -180,7 +181,7 @@ def test_several_micro_batches_before_their_backwards(interpreted):
     def micro_batches(wrap):
         model, (first, _) = blocks()
         for _ in range(2):
-            xs = [torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(s)) for s in range(3)]
+            xs = [seeded(ROWS, WIDTH, seed=s) for s in range(3)]
             losses = [wrap(first, (1 + 5 * i) * x).square().sum() for i, x in enumerate(xs)]
             model.zero_grad()
             sum(losses).backward()

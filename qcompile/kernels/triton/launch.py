@@ -15,6 +15,7 @@ from torch import Tensor
 
 __all__ = [
     "EXACT",
+    "MINIMUM_CAPABILITY",
     "TESTED_TRITON",
     "device_guard",
     "family",

@@ -6,6 +6,7 @@
     codes_t    = codes.t()
     amax       = max |x|                            not finite if any x is not
     saturated  = how many x with round_half_even(x * inv) + zero_point outside [qmin, qmax]
+    outside    = how many x with |x| > bound       what an estimator calls clipped: in units of x, not in codes
 
 An int8 tensor core wants both operands with the summed axis contiguous, so `grad_weight` needs X^T and G^T,
 `grad_input` W^T: the transposed copy costs one byte a value here, and four more (read 1, write 1, read 2) if
@@ -53,6 +54,7 @@ class Quantized(NamedTuple):
     codes_t: Tensor | None  # int8 [N, M], contiguous
     amax: Tensor | None  # fp32, 0-d, in units of x
     saturated: Tensor | None  # int64, 0-d
+    outside: Tensor | None = None  # int64, 0-d
 
 
 # --- Reference ----------------------------------------------------------------------------------------------
@@ -84,8 +86,9 @@ def quantize_reference(
     bits: int = 8,
     seed: Tensor | None = None,
     salt: int = 0,
+    bound: Tensor | None = None,
 ) -> Quantized:
-    """Plain torch, every output. The codes of NaNs are unspecified."""
+    """Plain torch, every output (`outside` with a bound). The codes of NaNs are unspecified."""
     qmax = 2 ** (bits - 1) - 1
     qmin = -qmax if zero_point is None else -qmax - 1
     zero = 0 if zero_point is None else zero_point.float()
@@ -99,6 +102,7 @@ def quantize_reference(
         codes_t=codes.t().contiguous(),
         amax=torch.cat([magnitudes, magnitudes.new_zeros(1)]).max(),  # torch's max keeps NaN
         saturated=((unclamped < qmin) | (unclamped > qmax)).sum(),
+        outside=None if bound is None else (x.float().abs() > bound).sum(),
     )
 
 
@@ -114,6 +118,8 @@ def quantize_kernel(
     qt_ptr,  # int8 [N, M] or None
     amax_ptr,  # int32 bit pattern of an fp32, or None
     saturated_ptr,  # int64 or None
+    outside_ptr,  # int64 or None
+    bound_ptr,  # fp32, >= 0; with outside_ptr
     seed_ptr,  # int64 or None
     salt,
     M,
@@ -145,6 +151,9 @@ def quantize_kernel(
     if amax_ptr is not None:
         pattern = x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
         tl.atomic_max(amax_ptr, tl.max(tl.max(pattern, axis=1), axis=0), sem="relaxed")
+    if outside_ptr is not None:
+        beyond = tl.abs(x) > tl.load(bound_ptr)  # false for NaN, and for the zeros outside x
+        tl.atomic_add(outside_ptr, tl.sum(tl.sum(beyond.to(tl.int32), axis=1), axis=0).to(tl.int64), sem="relaxed")
 
     v = x * tl.div_rn(1.0, load_shared(scale_ptr, SCALE, rm, rn, M, N, 1.0))
     if zero_ptr is None:
@@ -192,6 +201,7 @@ def quantize(
     codes_t: bool = False,
     amax: bool = False,
     saturated: bool = False,
+    bound: Tensor | None = None,
 ) -> Quantized:
     """x (fp32, bf16, fp16) [M, N], any strides -> the outputs that are asked for.
 
@@ -199,11 +209,12 @@ def quantize(
         zero_point  int32 of such a shape, each |zero point| < 2**21, or None: symmetric codes
         bits        2 to 8
         seed, salt  int64 0-d on x's device and an int: stochastic rounding; seed None: to nearest, ties to
-        even
+                    even
+        bound       fp32, one value >= 0, in units of x: ask for `outside`; None: do not
 
     Errors: `KernelError`; `ValueError` for bits.
     """
-    _check(x, scale, zero_point, bits, seed)
+    _check(x, scale, zero_point, bits, seed, bound)
     if x.stride(0) == 1 and x.stride(1) != 1:
         # Column-major: x.t() reads with unit stride, and the two outputs change places. Only draws see the
         # difference.
@@ -219,17 +230,20 @@ def quantize(
             codes,
             amax,
             saturated,
+            bound,
             transposed=True,
         )
         return outputs._replace(codes=outputs.codes_t, codes_t=outputs.codes)
-    return _launch(x, scale, zero_point, bits, seed, salt, codes, codes_t, amax, saturated, transposed=False)
+    return _launch(x, scale, zero_point, bits, seed, salt, codes, codes_t, amax, saturated, bound, transposed=False)
 
 
 def _transpose(shared: Tensor) -> Tensor:
     return shared.t() if shared.ndim == 2 else shared
 
 
-def _check(x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, seed: Tensor | None) -> None:
+def _check(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, seed: Tensor | None, bound: Tensor | None
+) -> None:
     if x.ndim != 2 or x.dtype not in FLOATS:
         raise KernelError(
             f"quantize: x is {x.dtype} of shape {list(x.shape)}; allowed: a matrix of "
@@ -243,7 +257,9 @@ def _check(x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, seed:
         raise ValueError(f"quantize: bits is {bits}; allowed: 2 to 8 (a code is one int8).")
     if seed is not None and (seed.dtype is not torch.int64 or seed.ndim != 0):
         raise KernelError(f"quantize: seed is {seed.dtype} of shape {list(seed.shape)}; allowed: int64, 0-d, or None.")
-    for name, tensor in (("scale", scale), ("zero_point", zero_point), ("seed", seed)):
+    if bound is not None and (bound.dtype is not torch.float32 or bound.numel() != 1):
+        raise KernelError(f"quantize: bound is {bound.dtype} of shape {list(bound.shape)}; allowed: float32, one value, or None.")
+    for name, tensor in (("scale", scale), ("zero_point", zero_point), ("seed", seed), ("bound", bound)):
         if tensor is not None and tensor.device != x.device:
             raise KernelError(f"quantize: {name} is on {tensor.device} and x on {x.device}; move it.")
 
@@ -259,6 +275,7 @@ def _launch(
     codes_t: bool,
     amax: bool,
     saturated: bool,
+    bound: Tensor | None,
     *,
     transposed: bool,
 ) -> Quantized:
@@ -271,6 +288,7 @@ def _launch(
         codes_t=x.new_empty((n, m), dtype=torch.int8) if codes_t else None,
         amax=x.new_zeros((), dtype=torch.float32) if amax else None,
         saturated=x.new_zeros((), dtype=torch.int64) if saturated else None,
+        outside=None if bound is None else x.new_zeros((), dtype=torch.int64),
     )
     if m == 0 or n == 0:
         return outputs
@@ -285,6 +303,8 @@ def _launch(
             outputs.codes_t,
             None if outputs.amax is None else outputs.amax.view(torch.int32),
             outputs.saturated,
+            outputs.outside,
+            bound,
             seed,
             (salt & 0xFFFFFFFF ^ 0x80000000) - 0x80000000,  # as a signed 32-bit integer
             m,

@@ -17,8 +17,6 @@ does not care.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 import triton
 import triton.language as tl
@@ -173,7 +171,6 @@ def scaled_mm(
     a_sum: Tensor | None = None,
     b_sum: Tensor | None = None,
     config: tuning.MatmulConfig | None = None,
-    tune: Callable[[Callable[[], object]], float] | None = None,
 ) -> Tensor:
     """a int8 [M, K] and b_t int8 [N, K], both with contiguous rows -> out_dtype [M, N], contiguous.
 
@@ -183,7 +180,6 @@ def scaled_mm(
         out_dtype        fp32, bf16 or fp16; int32: the bare sum, no scales, no bias, K up to `tuning.max_k`
         a_sum, b_sum     int32, M and N values: sums of the codes over K, if the caller has them
         config           launch configuration; `tuning.choose` picks one if not given
-        tune             times a function (`triton.testing.do_bench`): tunes a new problem size with it
 
     Errors: `KernelError`.
     """
@@ -193,16 +189,7 @@ def scaled_mm(
     if m == 0 or n == 0:
         return out
     if config is None:
-
-        def measure(candidate: tuning.MatmulConfig) -> float:
-            operands = (a, b_t, a_scale, b_scale, a_zero, b_zero, bias, out_dtype)
-            try:
-                assert tune is not None
-                return tune(lambda: scaled_mm(*operands, a_sum=a_sum, b_sum=b_sum, config=candidate))
-            except triton.runtime.errors.OutOfResources:  # less shared memory than others of the family
-                return float("inf")
-
-        config = tuning.choose(family(a.device), m, n, k, None if tune is None else measure)
+        config = tuning.choose(family(a.device), m, n, k)
 
     longest = tuning.max_k((a_zero is not None) + (b_zero is not None))
     if k <= longest:

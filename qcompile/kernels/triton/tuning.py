@@ -9,7 +9,6 @@ in bytes too: a code is one.
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -26,6 +25,7 @@ __all__ = [
     "conv_config",
     "forget",
     "max_k",
+    "remember",
     "split_k",
     "tile_config",
 ]
@@ -130,25 +130,19 @@ def candidates(family: str, m: int) -> tuple[MatmulConfig, ...]:
 
 
 _chosen: dict[tuple[str, tuple[int, int, int]], MatmulConfig] = {}
-_lock = threading.Lock()  # backward runs in autograd's threads
+_lock = threading.Lock()  # graphs may be compiled in several threads
 
 
-def choose(family: str, m: int, n: int, k: int, measure: Callable[[MatmulConfig], float] | None = None) -> MatmulConfig:
-    """The configuration for a problem: a tuned one if its bucket has been tuned, else the default.
+def choose(family: str, m: int, n: int, k: int) -> MatmulConfig:
+    """The configuration for a problem: the one remembered for its bucket, else the default."""
+    known = _chosen.get((family, bucket(m, n, k)))
+    return candidates(family, m)[0] if known is None else known
 
-    With `measure` (configuration -> time, any unit, smaller is better; `inf` for one that does not run) an
-    untuned bucket is tuned, once in this process.
-    """
-    key = (family, bucket(m, n, k))
-    if (known := _chosen.get(key)) is not None:
-        return known
-    configs = candidates(family, m)
-    if measure is None:
-        return configs[0]
+
+def remember(family: str, m: int, n: int, k: int, config: MatmulConfig) -> None:
+    """Use a configuration for a problem's bucket from now on (`qcompile.kernels.autotune` has measured it)."""
     with _lock:
-        if key not in _chosen:
-            _chosen[key] = min(configs, key=measure)  # the first of equals: the default
-        return _chosen[key]
+        _chosen[family, bucket(m, n, k)] = config
 
 
 def forget() -> None:

@@ -1,0 +1,98 @@
+"""bind_state: range state as buffers of the graph's module, for graphs that run without our backend.
+
+Before                                                     After
+  state = placeholder[primals_qtrain_forward_state]          state = get_attr[forward_ranges]
+  index = placeholder[primals_qtrain_forward_index]          index = get_attr[forward_ranges_index]
+  old = read_state(state, index)                             old = read_state(state, index)
+
+Attached state arrives as graph inputs, which the backend fills at call time, so that one compiled graph serves many module
+instances. Who calls a graph with its own arguments wants the state inside: then one graph has one state. The halves of a step
+share their buffers, and stop handing the backward's state through the cut.
+
+The buffers: `forward_ranges` (fp32, the elements that the graph uses, in the order of its layout) and `forward_ranges_index`
+(int64: 0, 1, 2, ...); `backward_ranges` likewise. `state_of(module)` reads them by name.
+
+Numerics  exact.
+Requires  the form that attach_range_state leaves, before or after the partitioner. Ensures: no input is range state; without memory
+          nothing changes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, fx
+from torch.utils._python_dispatch import _disable_current_modes
+
+from passes.context import StateLayout
+from passes.graph import WRITE, aten, fake_mode
+from qcompile.state.store import initial_values
+
+__all__ = ["bind_state", "state_of"]
+
+
+def bind_state(*modules: fx.GraphModule) -> int:
+    """Edit the modules of one step (a joint graph's, or its halves') in place; return the number of inputs that became buffers."""
+    values: dict[str, Tensor] = {}
+    return sum(_bind(module, values) for module in modules)
+
+
+def _bind(module: fx.GraphModule, values: dict[str, Tensor]) -> int:
+    graph = module.graph
+    bound: set[fx.Node] = set()
+    for node in graph.find_nodes(op="placeholder"):
+        if "qtrain_state" not in node.meta:
+            continue
+        phase, what = node.meta["qtrain_state"]
+        name = f"{phase}_ranges" if what == "state" else f"{phase}_ranges_index"
+        if name not in values:
+            layout = node.meta["qtrain_layout"]
+            with _disable_current_modes():  # a partitioner runs under a mode that makes fake tensors
+                made = initial_values(layout) if what == "state" else torch.arange(layout.numel)
+                values[name] = made.to(node.meta["val"].device)
+        module.register_buffer(name, values[name])
+        bound.add(_as_buffer(graph, node, name))
+    if not bound:
+        return 0
+    output = next(iter(graph.find_nodes(op="output")))
+    handed_on = [o for o in output.all_input_nodes if o in bound]
+    if handed_on:  # state on its way to the other half, which has it as buffers too
+        output.args = (tuple(o for o in output.args[0] if o not in handed_on),)
+    for attribute in bound:
+        if not attribute.users:
+            graph.erase_node(attribute)
+    graph.lint()
+    module.recompile()
+    return len(bound)
+
+
+def _as_buffer(graph: fx.Graph, node: fx.Node, name: str) -> fx.Node:
+    first = next(n for n in graph.nodes if n.op != "placeholder")
+    with graph.inserting_before(first):
+        attribute = graph.create_node("get_attr", name)
+    kept = ("qtrain_state", "qtrain_layout")
+    attribute.meta = {k: node.meta[k] for k in kept if k in node.meta}
+    value = node.meta["val"]
+    with fake_mode(graph):
+        attribute.meta["val"] = torch.empty(node.meta["qtrain_layout"].numel, dtype=value.dtype, device=value.device)
+    for user in node.users:
+        if user.target in (WRITE, aten.index_put_.default) and user.args[0] is node:
+            user.meta["val"] = attribute.meta["val"]
+    node.replace_all_uses_with(attribute)
+    graph.erase_node(node)
+    return attribute
+
+
+def state_of(module: fx.GraphModule) -> dict[str, dict[str, Tensor]]:
+    """The range state in a module's buffers: "up.input" -> field -> copy, fp32 [size]. Seeds are left out."""
+    found: dict[str, dict[str, Tensor]] = {}
+    attributes = module.graph.find_nodes(op="get_attr")
+    for node in sorted(attributes, key=lambda n: str(n.target), reverse=True):  # forward, then backward
+        if node.meta.get("qtrain_state", ("", ""))[1] != "state":
+            continue
+        layout: StateLayout = node.meta["qtrain_layout"]
+        values, start = getattr(module, str(node.target)), 0
+        for entry, name in layout.order():
+            if entry.spec is not None:
+                found.setdefault(f"{entry.site}.{entry.operand}", {})[name] = values[start : start + entry.size].clone()
+            start += entry.size
+    return found

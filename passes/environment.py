@@ -1,0 +1,42 @@
+"""What the environment asks of the passes: leave some out, or write graphs to files.
+
+QTRAIN_SKIP=a,b leaves passes out by name; QTRAIN_DUMP=dir writes each graph before and after each pass:
+`dir/graph_0/05_fuse_matmul.after.txt`, and `08_lower.forward.before.txt` behind the cut, where there are two halves.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from pathlib import Path
+
+from torch import fx
+
+__all__ = ["dump", "number_of", "skipped"]
+
+_numbers = itertools.count()
+
+
+def skipped() -> tuple[str, ...]:
+    """Names of the passes that QTRAIN_SKIP leaves out."""
+    return tuple(name for name in os.environ.get("QTRAIN_SKIP", "").split(",") if name)
+
+
+def number_of(graph: fx.Graph) -> int:
+    """A graph's number in this process. Copies and halves of the graph have it too: its inputs carry it."""
+    inputs = graph.find_nodes(op="placeholder")
+    known = next((n.meta["qtrain_graph"] for n in inputs if "qtrain_graph" in n.meta), None)
+    number = next(_numbers) if known is None else known
+    for node in inputs:
+        node.meta["qtrain_graph"] = number
+    return number
+
+
+def dump(graph: fx.Graph, position: int, name: str, when: str) -> None:
+    """Write the graph to a file if QTRAIN_DUMP says where. `position`: the pass's place in the order."""
+    folder = os.environ.get("QTRAIN_DUMP")
+    if not folder:
+        return
+    where = Path(folder) / f"graph_{number_of(graph)}"
+    where.mkdir(parents=True, exist_ok=True)
+    (where / f"{position:02d}_{name}.{when}.txt").write_text(str(graph))

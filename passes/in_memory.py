@@ -1,0 +1,79 @@
+"""Whether a tensor that is quantized is written to memory whatever becomes of the quantize.
+
+It is if it is an input or an output of the half; if a GEMM or another library call wrote it or reads it; or if its scale waits for
+a reduction over more than its rows (a dynamic estimator's), so that no one kernel can make it and quantize it. Otherwise Inductor
+can quantize it where it is made, and its values in high precision never leave the chip.
+
+An estimate: what Inductor fuses in the end also depends on what else reads the tensor. The partitioner's list of fusible operators
+stands for what Inductor makes itself (private API of torch, as in `passes.partition`; checked on torch 2.11 and 2.13).
+"""
+
+from __future__ import annotations
+
+import operator
+from functools import lru_cache
+from typing import Any
+
+from torch import fx
+from torch._functorch import partitioners
+
+from passes.graph import ALIASES, DEQUANTIZE, PERMUTE, QUANTIZE, SELECT, VIEWS, aten
+
+__all__ = ["ancestors", "in_memory"]
+
+_SAME_STORAGE = (*VIEWS, *ALIASES, PERMUTE)
+
+
+def in_memory(quantize: fx.Node) -> bool:
+    """Whether the tensor that a `quantize` node reads is in memory anyway."""
+    root = quantize.args[0]
+    while root.target in _SAME_STORAGE:
+        root = root.args[0]
+    views = _views(root)
+    readers = {user for view in views for user in view.users} - views
+    if not _inductor_makes(root) or not all(_inductor_makes(reader) for reader in readers):
+        return True
+    upstream = ancestors(quantize.args[1], until=views)
+    return any(_takes_all(n, views) for n in upstream if n.target in (aten.amax.default, aten.amin.default))
+
+
+def ancestors(node: fx.Node, until: set[fx.Node]) -> set[fx.Node]:
+    """The node and what it is computed from, down to `until`. A stored range, once there is one, waits for no present one."""
+    found: set[fx.Node] = set()
+    todo = [node]
+    while todo:
+        current = todo.pop()
+        if current not in found and current not in until:
+            found.add(current)
+            todo += current.args[:2] if current.target is SELECT else current.all_input_nodes
+    return found
+
+
+def _views(root: fx.Node) -> set[fx.Node]:
+    found, todo = {root}, [root]
+    while todo:
+        new = {user for user in todo.pop().users if user.target in _SAME_STORAGE} - found
+        found |= new
+        todo += new
+    return found
+
+
+def _inductor_makes(node: fx.Node) -> bool:
+    """Whether Inductor computes the node in a kernel of its own, where it can fuse its neighbours."""
+    if node.target is operator.getitem:
+        return _inductor_makes(node.args[0])
+    if node.op != "call_function":
+        return False
+    return node.target in (QUANTIZE, DEQUANTIZE) or getattr(node.target, "overloadpacket", None) in _fusible()
+
+
+@lru_cache(maxsize=1)
+def _fusible() -> frozenset[Any]:
+    return frozenset(partitioners.get_default_op_list().fusible_ops)
+
+
+def _takes_all(reduction: fx.Node, views: set[fx.Node]) -> bool:
+    """Whether a maximum is over x and over more than its rows."""
+    ndim, dims = reduction.args[0].meta["val"].ndim, list(reduction.args[1])
+    reads_x = any(n in views for upstream in ancestors(reduction, until=views) for n in upstream.all_input_nodes)
+    return reads_x and [d % ndim for d in dims] != [ndim - 1]

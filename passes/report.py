@@ -1,0 +1,47 @@
+"""What stays in high precision is said: a warning with the count, or an error under `strict`."""
+
+from __future__ import annotations
+
+import warnings
+
+from passes.context import EMULATED, PassContext
+from qcompile.errors import QtrainWarning, UnsupportedError
+
+__all__ = ["by_choice", "tell_what_stays_hp"]
+
+_CHOICES = ("skipped by", "recipe:", "override", EMULATED)
+
+
+def tell_what_stays_hp(context: PassContext) -> None:
+    """Warn of patterns that mean no site, and of GEMMs that the recipe asks for and no integer kernel can run.
+
+    Errors: `UnsupportedError` for such a GEMM under `context.strict`.
+    """
+    names = [name for s in context.sites for name in context.names(s)]
+    unmatched = context.recipe.unmatched_patterns([*names, *context.layers])
+    if unmatched and context.sites:
+        _warn(f"recipe {context.recipe.name!r}: no site matches {', '.join(map(repr, unmatched))}")
+    stuck = [(s, g) for s, g in context.gemms() if g.reason is not None and not by_choice(g.reason)]
+    if not stuck:
+        return
+    lines = [f"{s.name}.{g.role}: {g.reason}" for s, g in stuck]
+    if context.strict:
+        raise UnsupportedError(
+            f"strict: {len(stuck)} GEMM(s) that recipe {context.recipe.name!r} asks for cannot run on an integer kernel:\n  "
+            + "\n  ".join(lines[:20])
+            + "\nLeave them out with skip=(...) or drop strict=True."
+        )
+    total = sum(1 for _ in context.gemms())
+    _warn(
+        f"{len(stuck)} of {total} GEMMs stay in high precision, first {lines[0]}. "
+        "qcompile.explain(model, ...) lists them all; strict=True raises."
+    )
+
+
+def by_choice(reason: str) -> bool:
+    """Whether a GEMM is in high precision because the recipe says so, or because nothing would be gained (depthwise)."""
+    return reason.startswith(_CHOICES)
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, QtrainWarning, stacklevel=4)

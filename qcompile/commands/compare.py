@@ -1,0 +1,34 @@
+"""`compare`: the errors of every GEMM, output and gradient. Status 1 under --min-snr: something is below it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from qcompile.commands import target
+from qcompile.commands.progress import progress
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    target.add_arguments(parser)
+    parser.add_argument("--heatmap", metavar="FILE", type=Path, help="write a picture of SNR by layer and GEMM")
+    parser.add_argument("--min-snr", metavar="DB", type=float, help="status 1 if an output or a gradient has less")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from qcompile.inspect import capture
+    from qcompile.inspect.compare import compare_captured
+
+    made = target.load(arguments)
+    with progress(2, "compiling") as bar:
+        with made.autocast():
+            found = capture(made.model, *made.args, recipe=arguments.recipe, **made.kwargs)
+        bar.update()
+        bar.set_description("measuring")
+        comparison = compare_captured(found)
+        bar.update()
+    if arguments.heatmap:
+        comparison.heatmap(arguments.heatmap)
+    print(json.dumps(comparison.to_dict(), indent=2, allow_nan=False) if arguments.json else comparison)
+    return 1 if arguments.min_snr is not None and comparison.worst_snr_db() < arguments.min_snr else 0

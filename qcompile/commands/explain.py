@@ -1,0 +1,37 @@
+"""`explain`: which matrix products of a training step are integer, and why not. Status 1 under --strict: not all are."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from qcompile.commands import target
+from qcompile.commands.progress import progress
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    target.add_arguments(parser)
+    parser.add_argument("--timed", action="store_true", help="also measure each GEMM and read its scales")
+    parser.add_argument("--html", metavar="FILE", type=Path, help="write the report as a page")
+    parser.add_argument("--draw", metavar="FILE", type=Path, help="write a drawing of the graphs (.svg, .html or .dot)")
+    parser.add_argument("--strict", action="store_true", help="status 1 if a GEMM that the recipe asks for is not integer")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from passes.report import by_choice
+    from qcompile.inspect import capture, explain
+
+    made = target.load(arguments)
+    with progress(2 if arguments.draw else 1, "compiling") as bar, made.autocast():
+        report = explain(made.model, *made.args, recipe=arguments.recipe, timed=arguments.timed, **made.kwargs)
+        bar.update()
+        if arguments.draw:
+            bar.set_description("drawing")
+            capture(made.model, *made.args, recipe=arguments.recipe, **made.kwargs).draw(arguments.draw)
+            bar.update()
+    if arguments.html:
+        report.to_html(arguments.html)
+    print(json.dumps(report.to_dict(), indent=2) if arguments.json else report)
+    stuck = [reason for reason in report.reasons() if not by_choice(reason)]
+    return 1 if arguments.strict and (stuck or not report.integer_gemms) else 0

@@ -1,0 +1,127 @@
+"""Our compiler inside other people's: options for plain Inductor, and range state for any compiler of graph halves.
+
+    torch.compile(model, options=qcompile.inductor_hooks("int8"))           # backend="inductor"; recipes without memory
+
+Plain Inductor has no place where a call could be told which module instance it belongs to. A recipe with memory therefore needs
+a compiler wrapped in `with_range_state`, in a backend of the user's own (docs/plugging-in.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import fx
+
+from passes.context import PassContext
+from passes.dynamo_inputs import DynamoInputs
+from passes.graph import is_joint
+from passes.pipeline import Pipeline, Step, joint_steps, lower_half
+from passes.report import tell_what_stays_hp
+from qcompile import inductor
+from qcompile.backend import backward_with_state, forward_with_state, is_training, quantizes_nothing, shifted
+from qcompile.errors import StateError
+from qcompile.recipe import Recipe
+from qcompile.recipes import get_recipe
+from qcompile.state.binding import Binder
+
+__all__ = ["inductor_hooks", "with_range_state"]
+
+
+def inductor_hooks(
+    recipe: str | Recipe | Mapping[str, Any] = "int8",
+    *,
+    passes: Sequence[Step] | None = None,
+    strict: bool = False,
+    options: Mapping[str, Any] | None = None,
+    graph: tuple[fx.GraphModule, Sequence[Any]] | None = None,
+) -> dict[str, Any]:
+    """Options for `torch.compile(model, options=...)` with Inductor itself, or for `compile_fx(..., config_patches=...)`.
+
+    recipe, passes, strict   as in `torch.compile(model, backend="qtrain", options={...})`
+    options   further options of Inductor's. Hooks among them, and hooks that are set when this is called, are kept and run too.
+    graph     (graph module, example inputs) as Dynamo hands them to a backend: then ranges belong to Parameters, and the recipe may
+              have memory, for a compiler that is wrapped in `with_range_state`. Without it a recipe with memory is refused.
+    Errors: `RecipeError`; `StateError`, when a graph is compiled, for a recipe with memory where nobody binds it;
+    `UnsupportedError` under `strict`.
+    """
+    recipe = get_recipe(recipe)
+    steps = joint_steps() if passes is None else list(passes)
+    identity = Pipeline(steps, PassContext(recipe, strict=strict)).fingerprint()
+    inputs = None if graph is None else DynamoInputs.of(*graph)
+
+    def joint_pass(joint: fx.Graph) -> None:
+        if quantizes_nothing(recipe):
+            return
+        parameters = {} if inputs is None else inputs.parameters(joint)
+        context = PassContext.of(joint, recipe, strict=strict, parameters=parameters)
+        Pipeline(steps, context).run(joint)
+        tell_what_stays_hp(context)
+        if context.layouts and inputs is None:
+            first = next(e for layout in context.layouts.values() for e in layout.entries)
+            raise StateError(
+                f"inductor_hooks: recipe {recipe.name!r} keeps range state (first: {first.site}.{first.operand}), and plain "
+                "Inductor cannot say which module a call belongs to. Use backend='qtrain', or a recipe without memory (dynamic "
+                "estimators, nearest rounding), or a backend of your own with with_range_state(compile_fx_inner)."
+            )
+
+    def half_pass(half: fx.Graph) -> None:
+        lower_half(half, PassContext(recipe), phase="forward" if not _is_backward(half) else "backward", steady=False)
+
+    return inductor.hook_options(joint_pass, half_pass, identity, dict(options or {}))
+
+
+def _is_backward(half: fx.Graph) -> bool:
+    return is_joint(half)  # it has tangents
+
+
+Compiler = Callable[..., Callable[..., Any]]
+
+
+def with_range_state(compiler: Compiler) -> Compiler:
+    """Wrap a compiler of graph halves: its graphs get, at each call, the range state of the module that the call belongs to.
+
+    compiler  `(half, example_inputs, **kwargs) -> function of a list of arguments` (boxed or not), as AOTAutograd's `fw_compiler`
+              and `bw_compiler` are, and Inductor's `compile_fx_inner`. It sees state as inputs that the graph writes to in place.
+    State is that of `qcompile.range_state(model)`: saved, loaded, frozen and reset there. A half without state is compiled
+    as it is.
+    """
+
+    def compile_half(half: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
+        placeholders = half.graph.find_nodes(op="placeholder")
+        ours = {n.meta["qtrain_state"]: i for i, n in enumerate(placeholders) if "qtrain_state" in n.meta}
+        inputs = list(example_inputs)
+        backward = kwargs.get("is_backward", _is_backward(half.graph))
+        if ours and not backward:
+            added = sorted(ours.values())
+            for position in added:
+                inputs.insert(position, placeholders[position].meta["val"])
+            if "static_input_idxs" in kwargs:
+                kwargs["static_input_idxs"] = shifted(kwargs["static_input_idxs"], added)
+        compiled = _boxed(compiler(half, inputs, **kwargs))
+        if not ours:
+            return compiled
+        if backward:
+            return backward_with_state(compiled, None, ours)
+        layouts = {n.meta["qtrain_state"][0]: n.meta["qtrain_layout"] for n in placeholders if "qtrain_layout" in n.meta}
+        device = next(n.meta["val"].device for n in placeholders if "qtrain_state" in n.meta)
+        binder = Binder(layouts, device)
+        names = [n.name for n in placeholders]
+        owners = [names.index(o) - sum(p < names.index(o) for p in ours.values()) for o in binder.owners]
+        return forward_with_state(compiled, None, ours, binder, owners, is_training(kwargs))
+
+    return compile_half
+
+
+def _boxed(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """The calling convention of AOTAutograd's own: one list, which the callee may empty."""
+    if getattr(compiled, "_boxed_call", False):
+        return compiled
+
+    def run(args: list[Any]) -> Any:
+        given = list(args)
+        args.clear()
+        return compiled(*given)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run

@@ -1,0 +1,88 @@
+"""What each GEMM takes, and its scales: the joint graph runs operator by operator, under a clock."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from passes.find_sites import GemmNode
+from passes.graph import args_by_name
+from qcompile.inspect.captured_graph import CapturedGraph
+from qcompile.inspect.replay import Replay, joint_at, shared_random_numbers
+
+__all__ = ["Measured", "Scale", "measure"]
+
+_REPEATS = 3  # the fastest counts
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Scale:
+    """The scales of one operand: how many, the least and the greatest (real value per code)."""
+
+    count: int
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.low:.3g}" if self.count == 1 else f"{self.count} scales, {self.low:.3g} to {self.high:.3g}"
+
+
+@dataclass
+class Measured:
+    """Seconds of one GEMM with its operands as they lie in memory, without quantizing them; its scales."""
+
+    seconds: float = float("inf")
+    hp_seconds: float = float("inf")
+    scales: dict[str, Scale] = field(default_factory=dict)
+
+
+def measure(graph: CapturedGraph) -> dict[tuple[str, str], Measured]:
+    """(site, role) -> what was measured, as the recipe has it and in high precision. It runs six steps."""
+    found: dict[tuple[str, str], Measured] = {}
+    names = list(graph.steps)
+    hp = joint_at(graph, names[names.index("insert_qdq") - 1]) if "insert_qdq" in names else None
+    for _ in range(_REPEATS):
+        with shared_random_numbers(graph):
+            graph.reset_state([graph.joint])
+            _Clock(graph.joint, found, "seconds").step(graph)
+        if hp is not None:
+            with shared_random_numbers(graph):
+                _Clock(hp, found, "hp_seconds").step(graph)
+    return found
+
+
+class _Clock(Replay):
+    def __init__(self, module: fx.GraphModule, found: dict[tuple[str, str], Measured], what: str) -> None:
+        super().__init__(module)
+        self.found, self.what = found, what
+
+    def run_node(self, n: fx.Node) -> Any:
+        where: GemmNode | None = n.meta.get("qtrain_gemm") if n.op == "call_function" else None
+        if where is None:
+            return super().run_node(n)
+        _wait(n)
+        start = time.perf_counter()
+        value = super().run_node(n)
+        _wait(n)
+        seconds = time.perf_counter() - start
+        measured = self.found.setdefault((where.site, where.role), Measured())
+        setattr(measured, self.what, min(seconds, getattr(measured, self.what)))
+        if self.what == "seconds" and not measured.scales and hasattr(n.target, "_schema"):
+            scales = [self.env[a] for name, a in args_by_name(n).items() if name.endswith("scale") and isinstance(a, fx.Node)]
+            if len(scales) == len(where.operands):
+                measured.scales = dict(zip(where.operands, map(_scale, scales), strict=True))
+        return value
+
+
+def _scale(values: Tensor) -> Scale:
+    return Scale(count=values.numel(), low=float(values.min()), high=float(values.max()))
+
+
+def _wait(node: fx.Node) -> None:
+    value = node.meta.get("val")
+    if isinstance(value, Tensor) and value.device.type == "cuda":
+        torch.cuda.synchronize(value.device)

@@ -1,0 +1,238 @@
+"""`qcompile.monitor(model)`: ranges, saturation and errors while a model trains.
+
+    monitor = qcompile.monitor(model, every=50, to="ranges.csv", probe=(tokens, targets))
+    for batch in data:
+        ...
+        optimizer.step()
+        monitor.step()
+    monitor.plot("ranges.png")
+
+A sample is a list of rows (step, name, metric, value):
+
+    "blocks.0.mlp.up.input"   amax (or low, high), clipped             from range state: static recipes keep some
+    "blocks.0.mlp.up.output"  snr_db, clipped, underflow, total_db     from the probe: any recipe
+
+The probe is one fixed batch. Its step is captured once and run again with the present weights and ranges, so
+that errors at different times can be compared; the training itself is not touched. Nothing is hooked into
+the model: where `step` is not called, nothing is spent.
+"""
+
+from __future__ import annotations
+
+import csv
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from qcompile.errors import StateError
+from qcompile.inspect.capture import Capture, capture
+from qcompile.inspect.compare import compare_captured
+from qcompile.recipe import Recipe
+from qcompile.state.handle import range_state
+
+__all__ = ["Monitor", "Row", "monitor", "read_csv"]
+
+
+class Row(NamedTuple):
+    """One number: of a step, an operand or a GEMM by name, and a metric."""
+
+    step: int
+    name: str
+    metric: str
+    value: float
+
+
+Sink = Callable[[int, Sequence[Row]], None]
+
+_REDUCE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"low": torch.amin, "clipped": torch.mean}
+_BOOKKEEPING = ("steps", "frozen", "seed_low", "seed_high")
+
+
+class Monitor:
+    """Takes samples; see `monitor`.
+
+    history  all rows so far
+    seconds  what the samples have cost
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        every: int,
+        sinks: list[Sink],
+        probe: tuple[Any, ...] | None,
+        probe_every: int,
+        recipe: str | Recipe | Mapping[str, Any] | None,
+        budget: float | None,
+    ) -> None:
+        self.model, self.every, self.sinks = model, every, sinks
+        self.probe, self.probe_every, self.recipe, self.budget = probe, probe_every, recipe, budget
+        self.history: list[Row] = []
+        self.seconds = 0.0
+        self.count = 0
+        self._started = 0.0
+        self._captured: Capture | None = None
+        self._range_due = self._probe_due = False
+
+    def step(self, step: int | None = None) -> None:
+        """Call it after every training step. `step`: the number to write down; default: how many calls there were."""
+        if not self.every:
+            return
+        if not self.count:
+            self._started = time.perf_counter()
+        self.count += 1
+        self._range_due |= self.count % self.every == 0
+        self._probe_due |= self.probe is not None and self.count % self.probe_every == 0
+        if (self._range_due or self._probe_due) and self._affordable():
+            self.sample(self.count if step is None else step, probe=self._probe_due)
+
+    @property
+    def overhead(self) -> float:
+        """The share of the time since the first step that samples took."""
+        elapsed = time.perf_counter() - self._started
+        return self.seconds / elapsed if self.count else 0.0
+
+    def _affordable(self) -> bool:
+        return self.budget is None or not self.history or self.overhead <= self.budget
+
+    def sample(self, step: int, *, probe: bool = False) -> list[Row]:
+        """Take a sample now, whatever is due and whatever it costs."""
+        start = time.perf_counter()
+        rows = self._ranges(step)
+        if probe and self.probe is not None:
+            rows += self._errors(step)
+            self._probe_due = False
+        self._range_due = False
+        self.history += rows
+        for sink in self.sinks:
+            sink(step, rows)
+        self.seconds += time.perf_counter() - start
+        return rows
+
+    def _ranges(self, step: int) -> list[Row]:
+        rows = []
+        for name, fields in range_state(self.model).snapshot().items():
+            for metric, values in fields.items():
+                if metric not in _BOOKKEEPING and values.numel():
+                    rows.append(Row(step, name, metric, float(_REDUCE.get(metric, torch.amax)(values))))
+        return rows
+
+    def _errors(self, step: int) -> list[Row]:
+        if self._captured is None:
+            ranges = range_state(self.model).state_dict()
+            self._captured = capture(self.model, *self.probe or (), recipe=self._recipe(), ranges=ranges)
+        self._captured.refresh(self.model)
+        found = compare_captured(self._captured)
+        rows = []
+        for gemm in found.gemms:
+            if gemm.own is not None:
+                rows.append(Row(step, gemm.name, "snr_db", gemm.own.snr_db))
+                rows.append(Row(step, gemm.name, "clipped", max(o.rounding.clipped for o in gemm.operands.values())))
+                rows.append(Row(step, gemm.name, "underflow", max(o.rounding.underflow for o in gemm.operands.values())))
+            if gemm.total is not None:
+                rows.append(Row(step, gemm.name, "total_db", gemm.total.snr_db))
+        return rows + [Row(step, f"gradient {t.name}", "total_db", t.total.snr_db) for t in found.gradients]
+
+    def _recipe(self) -> str | Recipe | Mapping[str, Any]:
+        if self.recipe is not None:
+            return self.recipe
+        from qcompile.backend import compiled_graphs
+
+        known = compiled_graphs()
+        if not known:
+            raise StateError("monitor: no model was compiled yet, so the probe's recipe is not known; pass recipe=...")
+        return known[-1].recipe
+
+    def plot(self, path: str | Path | None = None, *, metric: str = "amax", names: Sequence[str] = ()) -> Any:
+        """Curves of one metric over the steps, as a matplotlib figure; saved where a path is given."""
+        from qcompile.inspect.plots import plot_history
+
+        return plot_history([row._asdict() for row in self.history], path, metric=metric, names=names)
+
+
+def monitor(
+    model: nn.Module,
+    *,
+    every: int = 100,
+    to: Any = None,
+    probe: Any = None,
+    probe_every: int | None = None,
+    recipe: str | Recipe | Mapping[str, Any] | None = None,
+    budget: float | None = 0.02,
+) -> Monitor:
+    """Watch a model (compiled or not) while it trains: call `.step()` on what this returns after each step.
+
+    every        steps between two samples of the range state; 0: off
+    to           where samples go, beside `.history`: a path that ends in .csv; a folder for TensorBoard, or a
+                 writer with `add_scalar`; a function (step, rows); or a list of these
+    probe        inputs of the model (a tensor or a tuple), one batch to measure errors on
+    probe_every  steps between two probes; default: 10 * every. A probe costs a capture once, and then some
+                 steps that run operator by operator
+    recipe       of the probe; default: the one that was compiled last
+    budget       the share of the run's time that samples may take (0.02: 2 %): while they have taken more, a
+                 sample that is due waits. None: no sample waits
+
+    Errors: `ValueError` for numbers out of range; `TypeError` for a sink that is none of these;
+    `ModuleNotFoundError` for a folder without TensorBoard being installed.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"monitor: got a {type(model).__name__}; give it the (compiled) nn.Module")
+    for name, value in {"every": every, "probe_every": probe_every or 0}.items():
+        if not isinstance(value, int) or value < 0:
+            raise ValueError(f"monitor: {name} is {value!r}; allowed: a number of steps, 0 or more")
+    if budget is not None and not 0 < budget <= 1:
+        raise ValueError(f"monitor: budget is {budget!r}; allowed: a share of the time, above 0 and up to 1, or None")
+    sinks = [_sink(s) for s in (to if isinstance(to, list | tuple) else [to]) if s is not None]
+    inputs = None if probe is None else probe if isinstance(probe, tuple) else (probe,)
+    return Monitor(model, every, sinks, inputs, probe_every or 10 * every, recipe, budget)
+
+
+def _sink(to: Any) -> Sink:
+    if isinstance(to, str | Path):
+        return _csv(Path(to)) if Path(to).suffix == ".csv" else _tensorboard(_writer(str(to)))
+    if hasattr(to, "add_scalar"):
+        return _tensorboard(to)
+    if callable(to):
+        return to  # type: ignore[no-any-return]
+    raise TypeError(f"monitor: to is a {type(to).__name__}; allowed: a .csv path, a TensorBoard folder or writer, a function")
+
+
+def _csv(path: Path) -> Sink:
+    def write(step: int, rows: Sequence[Row]) -> None:
+        new = not path.exists() or path.stat().st_size == 0
+        with path.open("a", newline="", encoding="utf-8") as file:
+            writer = csv.writer(file)
+            if new:
+                writer.writerow(Row._fields)
+            writer.writerows(rows)
+
+    return write
+
+
+def _writer(folder: str) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise ModuleNotFoundError(
+            f"monitor: {folder!r} would be a TensorBoard folder, and TensorBoard is not installed: pip install tensorboard, "
+            "or give a path that ends in .csv"
+        ) from error
+    return SummaryWriter(folder)
+
+
+def _tensorboard(writer: Any) -> Sink:
+    def write(step: int, rows: Iterable[Row]) -> None:
+        for row in rows:
+            writer.add_scalar(f"{row.metric}/{row.name}", row.value, row.step)
+
+    return write
+
+
+def read_csv(path: str | Path) -> list[Row]:
+    """The rows of a monitor's CSV file."""
+    with Path(path).open(newline="", encoding="utf-8") as file:
+        return [Row(int(r["step"]), r["name"], r["metric"], float(r["value"])) for r in csv.DictReader(file)]

@@ -1,0 +1,125 @@
+"""Measure the candidates for a GEMM on the GPU at hand, once for each bucket of sizes: `mode="max-autotune"`.
+
+The candidates are the rows of the Triton table for this hardware and the library's product. The fastest is remembered for the
+process: `tuning.choose` returns its configuration, `cuda.gemm_for` its name. Measured when a graph is compiled, on codes of its
+own: nothing waits for the GPU in a training step, and nothing is measured inside a CUDA graph.
+
+A candidate that does not run (out of memory, too much shared memory, an error of Triton's) is left out, with one warning for it in
+the process; if there is no memory for the operands, or nothing runs, the default stays.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._python_dispatch import _disable_current_modes
+
+from qcompile.errors import QtrainWarning
+from qcompile.kernels import cuda
+from qcompile.kernels.triton import tuning
+from qcompile.kernels.triton.launch import family, unavailable_reasons
+
+__all__ = ["Candidate", "Timer", "bench_on_gpu", "candidates", "measure", "tune"]
+
+Timer = Callable[[Callable[[], object]], float]
+"""A function -> its time, any unit."""
+
+
+class Candidate(NamedTuple):
+    """A kernel by name, with the launch configuration if it is ours."""
+
+    kernel: str
+    config: tuning.MatmulConfig | None = None
+
+    def __str__(self) -> str:
+        if self.config is None:
+            return self.kernel
+        c = self.config
+        return f"{self.kernel} {c.block_m}x{c.block_n}x{c.block_k}, {c.stages} stages, {c.warps} warps"
+
+
+_told: set[Candidate | str] = set()
+
+
+def candidates(device: torch.device, m: int) -> list[Candidate]:
+    """What can be measured for M rows, the default first; of one kernel only if `QTRAIN_CUDA_GEMM` names it."""
+    found = [Candidate("int_mm")]
+    if not unavailable_reasons(device, "scaled_mm"):
+        found = [Candidate("triton", config) for config in tuning.candidates(family(device), m)] + found
+    wanted = os.environ.get("QTRAIN_CUDA_GEMM")
+    return [c for c in found if wanted in (None, c.kernel)]
+
+
+def tune(device: torch.device, m: int, n: int, k: int, out_dtype: torch.dtype, timer: Timer | None = None) -> Candidate | None:
+    """The fastest candidate for [M, K] x [K, N], measured unless its bucket has been; None: there was nothing to measure.
+
+    timer  default: Triton's `do_bench`, the median in ms
+    """
+    known = cuda.tuned(device, m, n, k)
+    if known is not None:
+        return Candidate(known, tuning.choose(family(device), m, n, k) if known == "triton" else None)
+    found = candidates(device, m)
+    if 0 in (m, n, k) or len(found) < 2:
+        return None
+    with unset_fake_temporarily(), _disable_current_modes(), torch.no_grad():
+        times = measure(found, device, (m, n, k), out_dtype, timer or bench_on_gpu)
+    if not times:
+        return None
+    best = min(times, key=times.__getitem__)  # the first of equals
+    if best.config is not None:
+        tuning.remember(family(device), m, n, k, best.config)
+    cuda.remember(device, m, n, k, best.kernel)
+    return best
+
+
+def measure(
+    found: list[Candidate], device: torch.device, sizes: tuple[int, int, int], out_dtype: torch.dtype, timer: Timer
+) -> dict[Candidate, float]:
+    """Candidate -> its time for a product of M x N x K, of those that run."""
+    m, n, k = sizes
+    try:
+        draws = torch.Generator(device).manual_seed(0)  # the user's random numbers stay as they are
+        a, b_t = (torch.randint(-127, 128, (rows, k), generator=draws, dtype=torch.int8, device=device) for rows in (m, n))
+        scales = torch.ones((m, 1), device=device), torch.ones((1, n), device=device)
+    except torch.OutOfMemoryError as error:
+        _tell("operands", f"no memory to tune a GEMM of {m} x {n} x {k}, the default configuration is used: {_first_line(error)}")
+        return {}
+    times = {}
+    for candidate in found:
+        try:
+            times[candidate] = timer(lambda candidate=candidate: _run(candidate, a, b_t, *scales, out_dtype))  # type: ignore[misc]
+        except Exception as error:  # compiler, driver and allocator have no error in common; what is broken is just not chosen
+            _tell(candidate, f"{candidate} does not run for a GEMM of {m} x {n} x {k} and is left out: {_first_line(error)}")
+    return times
+
+
+def _run(candidate: Candidate, a: Tensor, b_t: Tensor, a_scale: Tensor, b_scale: Tensor, out_dtype: torch.dtype) -> Tensor:
+    operands: tuple[Any, ...] = (a, b_t, a_scale, b_scale, None, None, None, out_dtype)
+    if candidate.config is None:
+        return cuda.CANDIDATES[candidate.kernel](*operands)
+    from qcompile.kernels.triton.scaled_mm import scaled_mm
+
+    return scaled_mm(*operands, config=candidate.config)
+
+
+def bench_on_gpu(run: Callable[[], object]) -> float:
+    """The median in ms."""
+    from triton.testing import do_bench
+
+    return do_bench(run, return_mode="median")
+
+
+def _tell(what: Candidate | str, message: str) -> None:
+    if what not in _told:
+        _told.add(what)
+        warnings.warn(message, QtrainWarning, stacklevel=2)
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]

@@ -1,0 +1,116 @@
+"""Kernels of the user's own for integer GEMMs: where one says that it takes a GEMM, it runs in place of ours.
+
+    register_kernel("my_gemm", run, device="cpu", supports=lambda gemm: gemm.k % 64 == 0)
+
+Reports and `record_launches` call it by its name. What a kernel computes is not a matter of taste: `qtrain::scaled_mm` has one
+meaning, and `check_kernel` compares with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from qcompile.errors import KernelError
+
+__all__ = ["GemmShape", "Kernel", "check_kernel", "find_kernel", "register_kernel", "registered_kernels", "unregister_kernel"]
+
+
+@dataclass(frozen=True)
+class GemmShape:
+    """An integer GEMM as the choice of a kernel sees it: M rows, N columns, K summed."""
+
+    m: int
+    n: int
+    k: int
+    zero_points: bool = False  # whether an operand has them
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A registered kernel.
+
+    run       (a, b, a_scale, b_scale, a_zero, b_zero, bias, out_dtype) -> [M, N]; `qcompile.ops.scaled_mm` has shapes and dtypes
+    supports  whether it takes a GEMM of this shape
+    device    the device type that it runs on
+    """
+
+    name: str
+    run: Callable[..., Tensor]
+    supports: Callable[[GemmShape], bool]
+    device: str
+
+
+_KERNELS: dict[str, Kernel] = {}
+_BUILT_IN = ("onednn", "int_mm", "portable", "triton", "none")
+
+
+def register_kernel(
+    name: str, run: Callable[..., Tensor], *, device: str = "cpu", supports: Callable[[GemmShape], bool] = lambda gemm: True
+) -> Kernel:
+    """Let integer GEMMs that `supports` accepts run on `run`; a later registration comes before an earlier one.
+
+    The same name replaces. It holds for graphs that are compiled already, but their reports do not change.
+    Errors: `KernelError` for a name of ours, an unknown device, or what cannot be called.
+    """
+    if not isinstance(name, str) or not name or name in _BUILT_IN:
+        raise KernelError(f"register_kernel: name is {name!r}; allowed: a name that is none of {', '.join(_BUILT_IN)}")
+    if device not in ("cpu", "cuda"):
+        raise KernelError(f"register_kernel({name!r}): device is {device!r}; allowed: 'cpu', 'cuda'")
+    for what, value in (("run", run), ("supports", supports)):
+        if not callable(value):
+            raise KernelError(f"register_kernel({name!r}): {what} is {value!r}; allowed: a function")
+    _KERNELS.pop(name, None)
+    _KERNELS[name] = kernel = Kernel(name, run, supports, device)
+    return kernel
+
+
+def unregister_kernel(name: str) -> None:
+    """Forget a kernel. Errors: `KernelError` if there is none of that name."""
+    if name not in _KERNELS:
+        raise KernelError(f"unregister_kernel: no kernel is called {name!r}; registered: {', '.join(_KERNELS) or 'none'}")
+    del _KERNELS[name]
+
+
+def registered_kernels() -> list[Kernel]:
+    """The user's kernels, in the order in which they are asked."""
+    return list(reversed(_KERNELS.values()))
+
+
+def find_kernel(device: str, m: int, n: int, k: int, *, zero_points: bool = False) -> Kernel | None:
+    """The user's kernel for a GEMM, or None: then ours. A GEMM without elements is never handed out."""
+    if not _KERNELS or 0 in (m, n, k):
+        return None
+    shape = GemmShape(m, n, k, zero_points)
+    return next((kernel for kernel in registered_kernels() if kernel.device == device and kernel.supports(shape)), None)
+
+
+def check_kernel(kernel: Kernel, m: int, n: int, k: int) -> None:
+    """Run the kernel on random codes with the extremes among them, and compare with the operator's meaning.
+
+    Scales are powers of two, so every value has one right result, bit for bit, while the sums stay below 2**24.
+    Errors: `KernelError` for another shape, dtype or value.
+    """
+    from qcompile.ops.scaled_mm import scaled_mm_reference
+
+    random = torch.Generator().manual_seed(0)
+    a, b = (torch.randint(-128, 128, size, dtype=torch.int8, generator=random) for size in ((m, k), (k, n)))
+    a[0], b[:, 0] = 127, -128
+    a_scale = 2.0 ** torch.randint(-3, 3, (m, 1), generator=random)
+    b_scale = 2.0 ** torch.randint(-3, 3, (1, n), generator=random)
+    bias = torch.randint(-8, 8, (n,), generator=random).to(torch.float32)
+    operands = [t.to(kernel.device) for t in (a, b, a_scale, b_scale)]
+    for extra in (None, bias.to(kernel.device)):
+        for dtype in (torch.float32, torch.bfloat16):
+            got = kernel.run(*operands, None, None, extra, dtype)
+            want = scaled_mm_reference(operands[0], operands[1], operands[2], operands[3], None, None, extra, dtype)
+            alike = got.shape == want.shape and got.dtype is want.dtype
+            if not alike or not torch.equal(got, want):
+                raise KernelError(
+                    f"kernel {kernel.name!r} differs from qtrain::scaled_mm at M, N, K = {m}, {n}, {k}, "
+                    f"{'with' if extra is not None else 'without'} bias, out_dtype {dtype}: "
+                    f"it gave {'other values' if alike else f'{got.dtype} {list(got.shape)}'}"
+                )

@@ -1,0 +1,115 @@
+"""INT8 GEMM on the CPU whose result leaves as codes, by blocks of rows.
+
+A block's product, its values and what is asked about them stay in a level-2 cache; codes and four numbers are written. Every
+rounding is the reference's: `qcompile.ops.scaled_mm_requantize`.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from qcompile.kernels import cpu, note_launch
+
+__all__ = ["BLOCK_ELEMENTS", "scaled_mm_requantize"]
+
+BLOCK_ELEMENTS = 2**19
+"""Elements of a block, 2 MB of fp32. 2048 x 1024 x 4096, one core: 46 ms; 54 ms with 2**17, 50 ms with 2**21."""
+
+
+def scaled_mm_requantize(
+    a: Tensor,
+    b: Tensor,
+    a_scale: Tensor,
+    b_scale: Tensor,
+    a_zero: Tensor | None,
+    b_zero: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    relu: bool,
+    gate: Tensor | None,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bits: int,
+    low: Tensor | None,
+    high: Tensor,
+    mark: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`qtrain::scaled_mm_requantize` of checked operands."""
+    (m, k), n = a.shape, b.shape[1]
+    name = cpu.kernel_name(m, n, k, zero_points=a_zero is not None or b_zero is not None)
+    note_launch(f"{name}+requantize", m, n, k)
+    codes = a.new_empty((m, n))
+    marked = a.new_empty((m, n) if mark else (0,))
+    inverse, offset = float(torch.reciprocal(scale)), None if zero_point is None else float(zero_point)
+    qmax = 2 ** (bits - 1) - 1
+    qmin = -qmax if zero_point is None else -qmax - 1
+    top, bottom = float(high), None if low is None else float(low)
+    weight = cpu.onednn_weight(b) if name == "onednn" else None
+    lows, highs, outside = [], [], 0
+    rows = max(16, BLOCK_ELEMENTS // n)
+    for start in range(0, m, rows):
+        part = slice(start, start + rows)
+        left = a[part], _rows(a_scale, part), _rows(a_zero, part)
+        x = _values(*left, b, b_scale, b_zero, weight, name, _bias(bias, part), out_dtype)
+        if relu:
+            x.clamp_min_(0)  # keeps NaN
+        if gate is not None:
+            x = _where_above(x, gate[part].to(x.dtype), -0.5)
+        wide = x if x.dtype is torch.float32 else x.to(torch.float32)
+        smallest, largest = torch.aminmax(wide)
+        lows.append(smallest)
+        highs.append(largest)
+        if bottom is not None:
+            outside += int(((wide < bottom) | (wide > top)).sum())
+        elif not (smallest >= -top and largest <= top):
+            outside += int((wide.abs() > top).sum())
+        value = wide * inverse
+        value.round_()
+        if offset is not None:
+            value.add_(offset)
+        codes[part].copy_(value.clamp_(qmin, qmax))
+        if mark:
+            marked[part].copy_(_where_above(value.add_(1), wide, 0.0).sub_(1))
+    smallest, largest = torch.stack(lows).amin(), torch.stack(highs).amax()
+    amax = torch.maximum(smallest.abs(), largest.abs())
+    share = torch.tensor(outside, dtype=torch.float32) / (m * n)
+    return codes, marked, torch.stack([amax, smallest, largest, share])
+
+
+def _values(
+    a: Tensor,
+    a_scale: Tensor | None,
+    a_zero: Tensor | None,
+    b: Tensor,
+    b_scale: Tensor,
+    b_zero: Tensor | None,
+    weight: Tensor | None,
+    name: str,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """A block of rows of `scaled_mm`; `weight` is b for oneDNN, if `name` is."""
+    assert a_scale is not None
+    if name == "none":
+        acc = a.new_zeros((a.shape[0], b.shape[1]), dtype=torch.float32)
+    elif weight is not None:
+        acc = cpu.onednn_product(a, b, weight)
+    else:
+        acc = cpu._integer_sum(a, b, cpu.CANDIDATES[name])
+        if a_zero is not None or b_zero is not None:
+            acc = cpu._without_zero_points(acc, a, b, a_zero, b_zero)
+    return cpu._epilogue(acc, a_scale, b_scale, bias, out_dtype)
+
+
+def _where_above(x: Tensor, key: Tensor, threshold: float) -> Tensor:
+    """where(key > threshold, x, 0). Fifteen times as fast as `where` with a boolean tensor."""
+    return torch.ops.aten.threshold_backward.default(x, key, threshold)
+
+
+def _rows(values: Tensor | None, part: slice) -> Tensor | None:
+    return values if values is None or values.ndim < 2 or values.shape[0] == 1 else values[part]
+
+
+def _bias(bias: Tensor | None, part: slice) -> Tensor | None:
+    return bias if bias is None or bias.ndim < 2 else _rows(bias, part)

@@ -1,0 +1,146 @@
+"""Replicas agree on their ranges: one collective at the end of each backward pass.
+
+Under data parallelism every rank sees other samples, so its statistics differ, and without this so would its ranges, its codes and in
+the end what the replicas compute. Each rank's state is gathered in one flat tensor and brought together field by field, by what its
+estimator declares (`RangeEstimator.reductions`): "max" is right for a bound that grows with the tensor's, since the ranks started
+from equal bounds; others take the mean or the minimum. Counters of random draws stay each rank's own.
+
+Where    in a callback of the autograd engine, as DDP does its own work: after the last gradient, on whatever thread that is.
+Who      the default process group, or that of `set_range_group`. Recipes with `ranges="local"` take no part.
+Order    collectives must come in one order on all ranks. Sites are taken in the order in which their graphs were first called, and
+         the first exchange of any set of sites compares what they are: ranks that hold other parts of a model (pipeline stages,
+         tensor parallelism) get an error that says what to do, instead of ranges of another layer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from qcompile.errors import StateError
+from qcompile.state.binding import Binding
+
+__all__ = ["REPLICAS", "Replicas", "set_range_group"]
+
+_CODES = {"own": 0, "max": 1, "min": 2, "mean": 3}
+
+
+class Replicas:
+    """Collects what a backward pass has used, and exchanges it when the pass ends."""
+
+    def __init__(self) -> None:
+        self.group: Any = None  # None: the default group
+        self._lock = threading.Lock()
+        self._touched: dict[int, Binding] = {}  # serial -> binding, since the last exchange
+        self._queued: set[int] = set()  # backward passes that have a callback
+        self._plans: dict[tuple[int, ...], _Plan] = {}
+
+    def active(self) -> bool:
+        """Whether there is anyone to agree with."""
+        return dist.is_available() and dist.is_initialized() and dist.get_world_size(self.group) > 1
+
+    def touch(self, bindings: Iterable[Binding]) -> None:
+        """These took part in a training step whose backward is to come, or runs."""
+        with self._lock:
+            self._touched.update((b.serial, b) for b in bindings)
+
+    def at_end_of_backward(self) -> None:
+        """Exchange when the backward pass that runs now has ended; once, however often it is asked."""
+        task = torch._C._current_graph_task_id()
+        if task == -1 or not self.active():
+            return
+        with self._lock:
+            if task in self._queued:
+                return
+            self._queued.add(task)
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: self._end(task))
+
+    def _end(self, task: int) -> None:
+        with self._lock:
+            self._queued.discard(task)
+        self.exchange()
+
+    def exchange(self) -> None:
+        """Bring together what was touched since the last exchange. All ranks of the group must call it.
+
+        Errors: `StateError` if the ranks hold state of different sites.
+        """
+        with self._lock:
+            touched = [self._touched[serial] for serial in sorted(self._touched)]
+            self._touched.clear()
+        touched = [b for b in touched if b.current()]
+        if not self.active():
+            return
+        key = tuple(b.serial for b in touched)
+        plan = self._plans.get(key)
+        if plan is None:
+            _compare_sites(touched, self.group)
+            if len(self._plans) > 256:
+                self._plans.clear()
+            plan = self._plans[key] = _Plan(touched)
+        if touched:
+            plan.run(self.group)
+
+
+class _Plan:
+    """Which elements of which arenas are exchanged, and how each is reduced."""
+
+    def __init__(self, bindings: Sequence[Binding]) -> None:
+        self.parts: list[tuple[Binding, Tensor]] = []
+        codes = []
+        for binding in bindings:
+            ways = torch.tensor([_CODES[how] for how in binding.reductions])
+            shared = ways != _CODES["own"]
+            self.parts.append((binding, binding.index[shared.to(binding.index.device)]))
+            codes.append(ways[shared])
+        device = bindings[0].tensor.device if bindings else torch.device("cpu")
+        self.codes = torch.cat(codes).to(device) if codes else torch.empty(0)
+
+    @torch.no_grad()
+    def run(self, group: Any) -> None:
+        if self.codes.numel() == 0:  # nothing but counters of random draws
+            return
+        flat = torch.cat([binding.tensor[index] for binding, index in self.parts])
+        gathered = flat.new_empty(dist.get_world_size(group) * flat.numel())
+        dist.all_gather_into_tensor(gathered, flat, group=group)
+        ranks = gathered.view(-1, flat.numel())
+        agreed = ranks.amax(0)
+        agreed = torch.where(self.codes == _CODES["min"], ranks.amin(0), agreed)
+        agreed = torch.where(self.codes == _CODES["mean"], ranks.mean(0), agreed)
+        start = 0
+        for binding, index in self.parts:
+            binding.tensor[index] = agreed[start : start + index.numel()]
+            start += index.numel()
+
+
+def _compare_sites(bindings: Sequence[Binding], group: Any) -> None:
+    sites = [f"{s.site}.{s.operand} {s.key} {s.fields} {s.size}" for b in bindings for s in b.slots]
+    mine = (len(sites), hashlib.sha256("\n".join(sites).encode()).hexdigest())
+    everyone: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everyone, mine, group=group)
+    if len(set(everyone)) > 1:
+        counts = ", ".join(f"rank {rank}: {count}" for rank, (count, _) in enumerate(everyone))
+        raise StateError(
+            f"the ranks of the process group hold range state of different sites ({counts} entries), so their ranges cannot be "
+            "brought together. Say which ranks are replicas of each other with qcompile.set_range_group(group), or keep ranges "
+            "local: recipe.replace(ranges='local')."
+        )
+
+
+REPLICAS = Replicas()
+"""Those of the process."""
+
+
+def set_range_group(group: Any = None) -> None:
+    """Which ranks are replicas of each other, and so agree on their ranges: a `ProcessGroup` or a one-dimensional `DeviceMesh`.
+
+    None is the default group: right for plain data parallelism (DDP, FSDP2). With tensor or pipeline parallelism beside it, give the
+    data-parallel dimension, `mesh["dp"]`; on all ranks, before the first training step.
+    """
+    REPLICAS.group = group.get_group() if hasattr(group, "get_group") else group

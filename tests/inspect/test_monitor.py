@@ -1,0 +1,150 @@
+"""A monitor reports what range state holds and what compare measures, within its budget."""
+
+import csv
+import time
+
+import pytest
+import torch
+from torch import nn
+
+import qcompile
+from qcompile.inspect.monitor import read_csv
+from tests.compiling import AVERAGE, amax, compiled
+from tests.inspect.models import MLP
+
+
+def train(model, step, x, steps=1):
+    for _ in range(steps):
+        step(x).square().mean().backward()
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= 0.5 * p.grad
+                p.grad = None
+
+
+def test_ranges_and_saturation_of_every_nth_step(interpreted, tmp_path):
+    model, x = MLP(), torch.randn(24, 16)
+    step = compiled(model, AVERAGE)
+    seen = []
+    monitor = qcompile.monitor(step, every=2, to=[tmp_path / "ranges.csv", lambda n, rows: seen.append((n, rows))], budget=None)
+    for number in range(4):
+        train(model, step, x * (1 if number < 3 else 8))
+        monitor.step()
+    assert [n for n, _ in seen] == [2, 4]
+    assert {r.name for r in monitor.history} == {f"{s}.{o}" for s in ("up", "down") for o in ("input", "grad_output")}
+    last = {(r.name, r.metric): r.value for r in monitor.history if r.step == 4}
+    assert last["up.input", "amax"] == pytest.approx(amax(model, "up.input").item())
+    clipped = (8 * x.abs() > x.abs().max()).float().mean().item()  # against the range of the calm steps
+    assert last["up.input", "clipped"] == pytest.approx(clipped, abs=0.01) and clipped > 0.1
+    assert {r.metric for r in monitor.history} == {"amax", "clipped"}
+    assert read_csv(tmp_path / "ranges.csv") == [tuple(r) for _, rows in seen for r in rows]
+    with open(tmp_path / "ranges.csv", newline="") as file:
+        assert next(csv.reader(file)) == ["step", "name", "metric", "value"]
+
+
+def test_a_probe_measures_the_present_weights_and_ranges(interpreted):
+    model, x = MLP(), torch.randn(24, 16)
+    step = compiled(model, AVERAGE)
+    monitor = qcompile.monitor(step, every=1, probe=x, probe_every=1, recipe=AVERAGE, budget=None)
+    train(model, step, x)
+    monitor.step()
+    first = {(r.name, r.metric): r.value for r in monitor.history if r.step == 1}
+    train(model, step, x / 3, steps=30)
+    monitor.step()
+    now = {(r.name, r.metric): r.value for r in monitor.history if r.step == 2}
+    expected = {g.name: g for g in qcompile.compare(model, x, recipe=AVERAGE).gemms}
+    for name, gemm in expected.items():
+        assert now[name, "snr_db"] == pytest.approx(gemm.own.snr_db, abs=1e-3)
+    assert now["up.output", "clipped"] > first["up.output", "clipped"] == 0  # ranges have shrunk to x / 3
+    assert now["up.output", "snr_db"] < first["up.output", "snr_db"] - 10
+    assert ("gradient up.weight", "total_db") in now
+
+
+def test_a_sample_waits_until_the_budget_allows_it(interpreted, monkeypatch):
+    model, x = MLP(), torch.randn(24, 16)
+    step = compiled(model, AVERAGE)
+    train(model, step, x)
+    clock = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: clock[0])
+
+    def sink(number, rows):
+        clock[0] += 1.0  # a sample takes a second
+
+    monitor = qcompile.monitor(step, every=1, to=sink, budget=0.02)
+    for _ in range(300):
+        clock[0] += 0.5
+        monitor.step()
+        assert monitor.seconds <= 0.02 * clock[0] + 1.0
+    steps = sorted({r.step for r in monitor.history})
+    assert steps[0] == 1 and len(steps) == 4 and all(90 < b - a < 110 for a, b in zip(steps, steps[1:], strict=False))
+    assert monitor.overhead < 0.03
+
+
+def test_off_it_does_nothing():
+    monitor = qcompile.monitor(MLP(), every=0)
+    for _ in range(10):
+        monitor.step()
+    assert (monitor.count, monitor.history, monitor.seconds, monitor.overhead) == (0, [], 0.0, 0.0)
+
+
+class Writer:
+    def __init__(self):
+        self.scalars = []
+
+    def add_scalar(self, tag, value, step):
+        self.scalars.append((tag, value, step))
+
+
+def test_a_tensorboard_writer_gets_scalars(interpreted):
+    model, x, writer = MLP(), torch.randn(24, 16), Writer()
+    step = compiled(model, AVERAGE)
+    monitor = qcompile.monitor(step, every=1, to=writer)
+    train(model, step, x)
+    monitor.step(7)
+    assert ("amax/up.input", x.abs().max().item(), 7) in writer.scalars
+
+
+def test_tensorboard_files(interpreted, tmp_path):
+    pytest.importorskip("tensorboard")
+    model, x = MLP(), torch.randn(24, 16)
+    step = compiled(model, AVERAGE)
+    monitor = qcompile.monitor(step, every=1, to=tmp_path / "runs")
+    train(model, step, x)
+    monitor.step()
+    assert list((tmp_path / "runs").glob("events*"))
+
+
+def test_the_plot(interpreted, tmp_path):
+    pytest.importorskip("matplotlib")
+    model, x = MLP(), torch.randn(24, 16)
+    step = compiled(model, AVERAGE)
+    monitor = qcompile.monitor(step, every=1, budget=None)
+    for _ in range(3):
+        train(model, step, x)
+        monitor.step()
+    axes = monitor.plot(tmp_path / "ranges.png").axes[0]
+    curves = {line.get_label(): list(line.get_ydata()) for line in axes.lines}
+    assert set(curves) == {r.name for r in monitor.history}
+    assert curves["up.input"] == [r.value for r in monitor.history if (r.name, r.metric) == ("up.input", "amax")]
+    assert (tmp_path / "ranges.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    "options, error, message",
+    [
+        ({"every": -1}, ValueError, "every is -1"),
+        ({"budget": 0.0}, ValueError, "budget is 0.0"),
+        ({"to": 3}, TypeError, "to is a int"),
+    ],
+)
+def test_wrong_options_are_refused(options, error, message):
+    with pytest.raises(error, match=message):
+        qcompile.monitor(MLP(), **options)
+    with pytest.raises(TypeError, match="got a function"):
+        qcompile.monitor(lambda x: x)
+
+
+def test_a_probe_without_a_recipe_says_so():
+    monitor = qcompile.monitor(nn.Linear(4, 4), every=1, probe=torch.randn(2, 4), probe_every=1)
+    with pytest.raises(qcompile.StateError, match="pass recipe="):
+        monitor.step()

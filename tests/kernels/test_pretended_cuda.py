@@ -1,0 +1,139 @@
+"""What Inductor makes of a step lowered for CUDA: which kernels, and what is fused into them. Needs no GPU.
+
+One process traces and generates code for all cases (see `tests.pretend_cuda`). Our operators appear by name, Inductor's kernels by
+what they compute: "triton: max, tanh -> 2" takes a maximum, computes a tanh, and stores two tensors.
+"""
+
+import functools
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+import torch
+
+pytestmark = pytest.mark.cpu
+
+ROOT = Path(__file__).parents[2]
+CASES = [(m, r, p) for m in ("linear", "mlp") for r in ("int8_in_hindsight", "int8_tensorwise") for p in ("forward", "backward")]
+
+
+@functools.cache
+def generated():
+    """(model, recipe, phase) -> what `pretend_cuda` says of that half."""
+    environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, ROOT / "tests/pretend_cuda.py"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {(h["model"], h["recipe"], h["phase"]): h for h in json.loads(done.stdout)["halves"]}
+
+
+def calls(model, recipe, phase):
+    return generated()[model, recipe, phase]["calls"]
+
+
+def ours(*case):
+    return Counter(c for c in calls(*case) if c.startswith("qtrain."))
+
+
+def own(*case):
+    """Inductor's kernels: what each computes."""
+    return [set(c.removeprefix("triton: ").partition(" -> ")[0].split(", ")) for c in calls(*case) if c.startswith("triton:")]
+
+
+def test_only_known_operators_are_called():
+    assert {c for case in CASES for c in calls(*case) if not c.startswith("triton:")} == {
+        "qtrain.quantize_transposed",
+        "qtrain.scaled_mm",
+        "qtrain.transpose_codes",
+        "qtrain.unpack",
+    }
+
+
+@pytest.mark.parametrize("model, layers", [("linear", 1), ("mlp", 2)])
+@pytest.mark.parametrize("recipe", ["int8_in_hindsight", "int8_tensorwise"])
+def test_every_gemm_is_one_kernel_and_the_report_names_it(model, layers, recipe):
+    assert ours(model, recipe, "forward")["qtrain.scaled_mm"] == layers
+    assert ours(model, recipe, "backward")["qtrain.scaled_mm"] == 2 * layers
+    gemms = generated()[model, recipe, "forward"]["gemms"]
+    assert len(gemms) == 3 * layers and set(gemms.values()) == {"triton"}
+
+
+# ---- a linear layer: all its tensors are in memory
+
+
+@pytest.mark.parametrize("recipe", ["int8_in_hindsight", "int8_tensorwise"])
+def test_a_linear_layer_transposes_nothing_apart(recipe):
+    assert ours("linear", recipe, "forward")["qtrain.quantize_transposed"] == 2  # X and W, both ways
+    assert ours("linear", recipe, "backward")["qtrain.quantize_transposed"] == 1  # G; X^T and W^T were saved
+    for phase in ("forward", "backward"):
+        assert ours("linear", recipe, phase)["qtrain.transpose_codes"] == 0
+        assert not any("round" in kernel for kernel in own("linear", recipe, phase))
+
+
+def test_with_a_static_range_only_the_weight_has_a_reduction_of_its_own():
+    """Amax and clipped share of X and G come from the kernel that quantizes them. A maximum over a matrix takes Inductor two
+    kernels; so does the sum that is the bias's gradient."""
+    forward, backward = own("linear", "int8_in_hindsight", "forward"), own("linear", "int8_in_hindsight", "backward")
+    assert sum("max" in kernel for kernel in forward) == 2
+    assert sum("max" in kernel for kernel in backward) == 0 and sum("sum" in kernel for kernel in backward) == 2
+
+
+@pytest.mark.parametrize(
+    "recipe, forward, backward",
+    [("int8_in_hindsight", 6, 6), ("int8_tensorwise", 4, 4)],  # beside our operators; 4 of the static ones read or write state
+)
+def test_the_number_of_kernels_for_a_linear_layer(recipe, forward, backward):
+    assert len(own("linear", recipe, "forward")) == forward
+    assert len(own("linear", recipe, "backward")) == backward
+
+
+# ---- a block: LayerNorm, linear, GELU, linear
+
+
+@pytest.mark.parametrize("recipe", ["int8_in_hindsight", "int8_tensorwise"])
+def test_a_layer_norm_takes_the_maximum_of_what_it_makes(recipe):
+    static = {"round"} if recipe == "int8_in_hindsight" else set()
+    assert {"max", "sum", "rsqrt"} | static in own("mlp", recipe, "forward")
+
+
+flat = pytest.mark.skipif(
+    torch.__version__ < "2.13",
+    reason="Inductor before 2.13 fuses a maximum over a whole tensor with a normalisation, not with an activation",
+)
+
+
+@flat
+def test_static_codes_are_made_in_the_producers_kernel_with_their_statistics():
+    """Codes, amax and clipped share in one kernel with the LayerNorm, with the GELU, and with the GELU's gradient."""
+    assert [k for k in own("mlp", "int8_in_hindsight", "forward") if "round" in k] == [
+        {"round", "max", "sum", "rsqrt"},
+        {"round", "max", "sum", "tanh"},
+    ]
+    assert [k for k in own("mlp", "int8_in_hindsight", "backward") if "round" in k] == [{"round", "max", "sum", "tanh"}]
+
+
+def test_what_inductor_quantizes_is_transposed_as_codes():
+    assert ours("mlp", "int8_in_hindsight", "forward")["qtrain.quantize_transposed"] == 2  # the weights
+    assert ours("mlp", "int8_in_hindsight", "backward")["qtrain.quantize_transposed"] == 1  # the block's own gradient
+    assert ours("mlp", "int8_in_hindsight", "backward")["qtrain.transpose_codes"] == 3  # both inputs, and the GELU's gradient
+
+
+@flat
+def test_a_dynamic_amax_is_taken_in_the_producers_kernel():
+    forward, backward = own("mlp", "int8_tensorwise", "forward"), own("mlp", "int8_tensorwise", "backward")
+    assert {"max", "tanh"} in forward and {"max", "tanh"} in backward
+
+
+def test_a_tensor_with_a_dynamic_scale_is_quantized_both_ways_at_once():
+    for phase in ("forward", "backward"):
+        assert not any("round" in kernel for kernel in own("mlp", "int8_tensorwise", phase))
+    assert ours("mlp", "int8_tensorwise", "forward")["qtrain.quantize_transposed"] == 4
+    assert ours("mlp", "int8_tensorwise", "backward")["qtrain.quantize_transposed"] == 2
+    for phase in ("forward", "backward"):
+        assert ours("mlp", "int8_tensorwise", phase)["qtrain.transpose_codes"] == 0
