@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from passes.graph import ALIASES, CASTS, EXPAND, PERMUTE, VIEWS, aten
+from passes.graph import ALIASES, CASTS, DEQUANTIZE, EXPAND, PERMUTE, QUANTIZE, VIEWS, aten
 
-__all__ = ["Operand", "resolve_operand"]
+__all__ = ["Operand", "resolve_operand", "unquantized"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,21 @@ def resolve_operand(node: fx.Node, *, batched: bool = False) -> Operand:
     if view is not None and node.meta["val"].ndim == 2 and _same_shape(node.meta["val"].shape, view):
         view = None
     return Operand(node, view, transposed)
+
+
+def unquantized(source: fx.Node) -> fx.Node:
+    """The tensor that an operand's source stands for: what it was before a quantizer of the model's own, or itself."""
+    if source.op != "call_function" or source.target is not DEQUANTIZE:
+        return source
+    codes = source.args[0]
+    while codes.op == "call_function" and codes.target is not QUANTIZE and codes.target in (PERMUTE, *VIEWS, *ALIASES):
+        codes = codes.args[0]
+    if codes.op != "call_function" or codes.target is not QUANTIZE:
+        return source
+    tensor = codes.args[0]
+    while tensor.op == "call_function" and tensor.target in (PERMUTE, *VIEWS, *ALIASES, *CASTS):
+        tensor = tensor.args[0]
+    return tensor
 
 
 def _resolve_tensor(node: fx.Node) -> Operand:

@@ -6,6 +6,7 @@ aten and says what the operator means; kernels agree with it bit for bit whereve
 
 from qcompile.kernels.cuda import register_cuda_kernels
 from qcompile.ops.convolution import conv_grad_input, conv_grad_weight
+from qcompile.ops.fake_quantize import fake_quantize, fake_quantize_codes
 from qcompile.ops.pack_codes import (
     codes_per_byte,
     pack_codes,
@@ -39,6 +40,8 @@ __all__ = [
     "dequantize",
     "dequantize_reference",
     "draw_key",
+    "fake_quantize",
+    "fake_quantize_codes",
     "pack_codes",
     "pack_codes_reference",
     "quantize",
