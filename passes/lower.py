@@ -132,7 +132,7 @@ def _lay_out(graph: fx.Graph, gemm: fx.Node, transposed: dict[fx.Node, fx.Node])
     contiguous in both, the only layout of int8 `wgmma`: the left matrix row-major, the right one column-major.
     """
     changes = 0
-    for side, wants_transposed in ((0, False), (1, True)) if on_gpu(gemm) else ((0, False),):
+    for side, wants_transposed in ((0, False), (1, True)) if on_gpu(gemm.args[0]) else ((0, False),):
         matrix = gemm.args[side]
         is_transposed = matrix.target is PERMUTE
         if is_transposed == wants_transposed:
