@@ -290,7 +290,8 @@ _ROWS_ARE_TOKENS = {("input", "output"), ("grad_output", "grad_input")}
 
 def _changes_size(spec: QuantSpec, operand: str, role: str) -> str | None:
     """Why an estimator cannot remember one range for each scale: the next batch may have another number of tokens."""
-    if isinstance(spec.granularity, PerTensor) or (operand, role) not in _ROWS_ARE_TOKENS or not spec.estimator.state_fields(spec.symmetric):
+    rows_are_tokens = not isinstance(spec.granularity, PerTensor) and (operand, role) in _ROWS_ARE_TOKENS
+    if not rows_are_tokens or not spec.estimator.state_fields(spec.symmetric):
         return None
     return (
         f"{operand}: {type(spec.estimator).__name__} remembers a range for each scale, and {spec.granularity} has a scale for each "

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     )
     from qcompile.recipe import Recipe
     from qcompile.recipes import get_recipe, list_recipes, register_recipe
-    from qcompile.specs import SAME, GemmSpec, PerBlock, PerChannel, PerRow, PerTensor, QuantSpec
+    from qcompile.specs import SAME, GemmSpec, PerBlock, PerChannel, PerRow, PerTensor, QuantSpec, SavedSpec
     from qcompile.state import RangeState, range_state, set_range_group
 
 __version__ = "0.1.0"
@@ -94,7 +94,7 @@ _HOME = {
     ),
     "qcompile.recipe": ("Recipe",),
     "qcompile.recipes": ("get_recipe", "list_recipes", "register_recipe"),
-    "qcompile.specs": ("SAME", "GemmSpec", "PerBlock", "PerChannel", "PerRow", "PerTensor", "QuantSpec"),
+    "qcompile.specs": ("SAME", "GemmSpec", "PerBlock", "PerChannel", "PerRow", "PerTensor", "QuantSpec", "SavedSpec"),
     "qcompile.state": ("RangeState", "range_state", "set_range_group"),
 }
 _WHERE = {name: module for module, names in _HOME.items() for name in names}

@@ -73,6 +73,22 @@ def int8_in_hindsight() -> Recipe:
     return Recipe(name="int8_in_hindsight", input=past, weight=weight, grad_output=gradient)
 
 
+def w4a8() -> Recipe:
+    """Weights in 4 bits, inputs and gradients in 8, a scale per row. All of it is our choice."""
+    return int8().replace(weight=QuantSpec(bits=4, granularity=PerRow(), estimator=MinMax()), name="w4a8")
+
+
+def int4() -> Recipe:
+    """Every operand in 4 bits, a scale per row, gradients rounded stochastically: to nearest, most of a gradient is 0.
+
+    All of it is our choice. It is the floor to measure other 4-bit recipes against; for 8-bit gradients,
+    `get_recipe("int4").replace(grad_output=get_recipe("int8").grad_output)`.
+    """
+    row = QuantSpec(bits=4, granularity=PerRow(), estimator=MinMax())
+    gradient = QuantSpec(bits=4, granularity=PerRow(), estimator=MinMax(), rounding="stochastic")
+    return Recipe(name="int4", input=row, weight=row, grad_output=gradient)
+
+
 def int8_dai8() -> Recipe:
     """Distribution adaptive INT8 training (arXiv 2102.04782).
 
@@ -181,6 +197,8 @@ _BUILT_IN = {
         int8(),
         int8_tensorwise(),
         int8_in_hindsight(),
+        w4a8(),
+        int4(),
         int8_dai8(),
         int8_unified(),
         int8_jetfire(),

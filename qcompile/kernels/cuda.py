@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from qcompile.errors import KernelError
-from qcompile.kernels import note_launch
+from qcompile.kernels import cuda_conv, note_launch
 from qcompile.kernels.convolution import operators
 from qcompile.kernels.cpu import of_batch
 from qcompile.kernels.registry import find_kernel
@@ -234,6 +234,24 @@ def product(
     )
 
 
+def scaled_mm_packed_cuda(a: Tensor, b: Tensor, *rest: Any) -> Tensor:
+    """`qtrain::scaled_mm_packed` of checked operands: unpacked in registers by the Triton kernel, before the GEMM elsewhere."""
+    from qcompile.ops.pack_codes import codes_per_byte
+    from qcompile.ops.scaled_mm_packed import unpacked
+
+    *operands, k, a_bits, b_bits = rest
+    m, n = a.shape[0], b.shape[1]
+    fields = {codes_per_byte(bits) for bits in (a_bits, b_bits)} - {1}
+    zero_points = sum(zero is not None for zero in operands[2:4])
+    name = "none" if 0 in (m, n, k) else gemm_for(a.device, m, n, k)
+    if name != "triton" or len(fields) != 1 or k > max_k(zero_points):
+        return scaled_mm_cuda(*unpacked(a, b, k, a_bits, b_bits), *operands)
+    from qcompile.kernels.triton.scaled_mm import scaled_mm
+
+    note_launch("triton int4" if fields == {2} else "triton int2", m, n, k)
+    return scaled_mm(_rows_contiguous(a), _rows_contiguous(b.t()), *operands, k=k, a_bits=a_bits, b_bits=b_bits)
+
+
 def scaled_bmm_cuda(
     a: Tensor,
     b: Tensor,
@@ -321,7 +339,10 @@ def register_cuda_kernels() -> None:
         return  # the imports above may have called this function
     LIBRARY.impl("scaled_mm", checked(check_scaled_mm, scaled_mm_cuda), "CUDA")
     LIBRARY.impl("scaled_bmm", checked(check_scaled_bmm, scaled_bmm_cuda), "CUDA")
-    for name, implementation in operators(product, name_of).items():
+    def uses_triton(device: torch.device) -> bool:
+        return _kernel_for(device, os.environ.get("QTRAIN_CUDA_GEMM")) == "triton"
+
+    for name, implementation in cuda_conv.operators(operators(product, name_of), uses_triton).items():
         LIBRARY.impl(name, checked(CHECKS[name], implementation), "CUDA")
     LIBRARY.impl("quantize_transposed", checked(check_quantize_transposed, quantize_transposed_cuda), "CUDA")
     LIBRARY.impl("transpose_codes", transpose_codes, "CUDA")

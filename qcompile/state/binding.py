@@ -45,8 +45,8 @@ _SERIALS = itertools.count()
 class Binding:
     """The state of one instance for one half of a graph.
 
-    `tensor` is the arena, `index` (int64) says which of its elements, in the graph's order. `reductions` has, for each element, how
-    data-parallel ranks agree on it ("max", "min", "mean"; "own": they need not). `serial` counts bindings in the order they are made.
+    `tensor` is the arena, `index` (int64) says which of its elements, in the graph's order. `reductions` has, for each element,
+    how data-parallel ranks agree on it ("max", "min", "mean"; "own": they need not). `serial` counts bindings as they are made.
     """
 
     def __init__(self, store: RangeStore, layout: Any, owners: dict[str | None, object], device: torch.device) -> None:

@@ -1,8 +1,8 @@
 """The Parameters that compiled graphs see under FSDP2 (`torch.distributed.fsdp.fully_shard`).
 
-A sharded module has two Parameters for each of its tensors: the sharded one, which the optimizer and `named_parameters()` see, and
-the gathered one, which the forward pass sees and range state is bound to. The gathered one is made at the first all-gather and stays
-the same object from then on.
+A sharded module has two Parameters for each of its tensors: the sharded one, which the optimizer and `named_parameters()` see,
+and the gathered one, which the forward pass sees and range state is bound to. The gathered one is made at the first all-gather and
+stays the same object from then on.
 
 Private API, used here only, checked on torch 2.11 and 2.13: `FSDPModule._get_fsdp_state()`, its parameter groups, and
 `FSDPParam._unsharded_param`.

@@ -1,9 +1,9 @@
 """Replicas agree on their ranges: one collective at the end of each backward pass.
 
-Under data parallelism every rank sees other samples, so its statistics differ, and without this so would its ranges, its codes and in
-the end what the replicas compute. Each rank's state is gathered in one flat tensor and brought together field by field, by what its
-estimator declares (`RangeEstimator.reductions`): "max" is right for a bound that grows with the tensor's, since the ranks started
-from equal bounds; others take the mean or the minimum. Counters of random draws stay each rank's own.
+Under data parallelism every rank sees other samples, so its statistics differ, and without this so would its ranges, its codes
+and in the end what the replicas compute. Each rank's state is gathered in one flat tensor and brought together field by field, as
+its estimator declares (`RangeEstimator.reductions`): "max" is right for a bound that grows with the tensor's, since the ranks
+started from equal bounds; others take the mean or the minimum. Counters of random draws stay each rank's own.
 
 Where    in a callback of the autograd engine, as DDP does its own work: after the last gradient, on whatever thread that is.
 Who      the default process group, or that of `set_range_group`. Recipes with `ranges="local"` take no part.
@@ -140,7 +140,7 @@ REPLICAS = Replicas()
 def set_range_group(group: Any = None) -> None:
     """Which ranks are replicas of each other, and so agree on their ranges: a `ProcessGroup` or a one-dimensional `DeviceMesh`.
 
-    None is the default group: right for plain data parallelism (DDP, FSDP2). With tensor or pipeline parallelism beside it, give the
-    data-parallel dimension, `mesh["dp"]`; on all ranks, before the first training step.
+    None is the default group: right for plain data parallelism (DDP, FSDP2). With tensor or pipeline parallelism beside it, give
+    the data-parallel dimension, `mesh["dp"]`; on all ranks, before the first training step.
     """
     REPLICAS.group = group.get_group() if hasattr(group, "get_group") else group
