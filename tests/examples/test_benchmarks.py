@@ -3,7 +3,7 @@
 import sys
 
 import pytest
-from benchmarks import compile_time, kernels, linear, mlp, saved
+from benchmarks import compile_time, kernels, linear, mlp, resnet, saved
 
 
 def test_mlp_times_integer_gemms_against_bf16(capsys):
@@ -63,3 +63,12 @@ def test_compile_time_counts_the_passes(capsys):
     assert row.nodes == 15  # five linear layers with three GEMMs each
     assert 0 < row.passes < row.qtrain
     assert "passes" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_resnet_times_integer_convolutions_against_bf16(capsys):
+    baseline, ours = resnet.main("--width 0.125 --image 32 --batch 4 --rounds 1 --variants bf16,int8_tensorwise".split())
+    assert (baseline.integer_gemms, ours.integer_gemms) == (0, 21 * 3 - 1)  # 20 convolutions and the classifier
+    assert len(ours.times) == 1 and 0 < ours.saved < baseline.saved
+    assert 5 < ours.gradient_snr_db < 60
+    assert "int8_tensorwise" in capsys.readouterr().out
