@@ -3,7 +3,7 @@
 import sys
 
 import pytest
-from benchmarks import compile_time, kernels, linear, mlp
+from benchmarks import compile_time, kernels, linear, mlp, resnet, saved
 
 
 def test_mlp_times_integer_gemms_against_bf16(capsys):
@@ -23,6 +23,14 @@ def test_mlp_says_where_the_time_goes(capsys):
     assert ours["integer GEMMs"] > 0 == ours["hp GEMMs"]
     assert hp["fused kernels"] > 0 and ours["fused kernels"] > 0
     assert "integer GEMMs" in mlp.breakdown_table(found)
+
+
+def test_saved_weighs_what_the_recipe_says(capsys):
+    few, codes = saved.main("--width 32 --tokens 512 --recipes none+8,int8+8".split())[2:4]
+    assert (few["recipe"], few["model"]) == ("none+8", "MLP, relu")
+    assert 0.5 < few["x bf16"] < 0.6 and 0.4 < codes["x bf16"] < 0.6
+    assert few["SNR dB"] > codes["SNR dB"] + 3 > 15
+    assert "x bf16" in capsys.readouterr().out
 
 
 def test_linear_has_a_row_for_each_variant_with_what_ran(capsys, monkeypatch):
@@ -55,3 +63,12 @@ def test_compile_time_counts_the_passes(capsys):
     assert row.nodes == 15  # five linear layers with three GEMMs each
     assert 0 < row.passes < row.qtrain
     assert "passes" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_resnet_times_integer_convolutions_against_bf16(capsys):
+    baseline, ours = resnet.main("--width 0.125 --image 32 --batch 4 --rounds 1 --variants bf16,int8_tensorwise".split())
+    assert (baseline.integer_gemms, ours.integer_gemms) == (0, 21 * 3 - 1)  # 20 convolutions and the classifier
+    assert len(ours.times) == 1 and 0 < ours.saved < baseline.saved
+    assert 5 < ours.gradient_snr_db < 60
+    assert "int8_tensorwise" in capsys.readouterr().out
