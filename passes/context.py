@@ -17,7 +17,19 @@ from qcompile.recipe import GEMM_OPERANDS as OPERANDS
 from qcompile.recipe import Recipe, SiteRecipe
 from qcompile.specs import QuantSpec
 
-__all__ = ["EMULATED", "Block", "Entry", "Gemm", "OPERANDS", "PassContext", "Site", "StateLayout", "full_name", "parameter_source"]
+__all__ = [
+    "EMULATED",
+    "OPERANDS",
+    "Block",
+    "Crossing",
+    "Entry",
+    "Gemm",
+    "PassContext",
+    "Site",
+    "StateLayout",
+    "full_name",
+    "parameter_source",
+]
 
 
 
@@ -143,6 +155,17 @@ class StateLayout:
                 yield entry, block.field
 
 
+@dataclass(frozen=True)
+class Crossing:
+    """A tensor that was to be saved in few bits. `reason` says why it stayed as it was; None: it is stored in `bits` bits."""
+
+    node: str
+    bits: int
+    bytes: int | None  # before; None where sizes are symbolic
+    stored: int | None  # after
+    reason: str | None = None
+
+
 @dataclass
 class PassContext:
     """The recipe, names of the graph's inputs, and what the passes found."""
@@ -155,6 +178,7 @@ class PassContext:
     layouts: dict[str, StateLayout] = field(default_factory=dict)  # phase -> layout
     counts: dict[str, int] = field(default_factory=dict)  # step -> number of changes
     seconds: dict[str, float] = field(default_factory=dict)  # step -> time taken
+    crossings: list[Crossing] = field(default_factory=list)  # filled by compress_saved
     prefixes: tuple[str, ...] = ("",)  # of the compiled frame in the model, and in the module that was compiled: "blocks.3."
     layers: tuple[str, ...] = ()  # of the whole model, where it is known and the graph may be a part
     frame: str = ""  # what Dynamo calls the compiled frame, for reports

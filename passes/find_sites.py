@@ -32,7 +32,7 @@ from torch import fx
 from passes.context import Gemm, PassContext, Site
 from passes.gemms import BATCHED, CONVOLUTION, CONVOLUTIONS, GEMMS, geometry, operands, product_shape
 from passes.graph import BACKWARD, CONV_GRAD_INPUT, CONV_GRAD_WEIGHT, phase_of
-from passes.operands import Operand, resolve_operand
+from passes.operands import Operand, resolve_operand, unquantized
 
 __all__ = ["GemmNode", "enclosing_module", "find_sites", "module_path"]
 
@@ -127,7 +127,7 @@ def _forward_site(node: fx.Node, context: PassContext, names: Counter[str], weig
     module, in_linear = _module_of(node)
     kind, names_of = _kind(node, left, right, in_linear, context, weights)
     found = dict(zip(names_of, (left, right), strict=True))
-    weight = found["weight"].source if "weight" in found else None
+    weight = unquantized(found["weight"].source) if "weight" in found else None
     is_parameter = weight is not None and weight.name in context.parameters
     weight_name = context.parameters.get(weight.name) if weight is not None else None
     op = _op_name(node)
@@ -154,12 +154,12 @@ def _kind(
     """The site's kind, and what its left and right operand are called."""
     if node.target in CONVOLUTIONS:
         return "conv", ("input", "weight")
-    sides = [left.source in weights, right.source in weights]
+    sides = [unquantized(o.source) in weights for o in (left, right)]
     if not any(sides) and not in_linear and node.target not in BATCHED and left.source is not right.source:
         sides = [o.source.op == "placeholder" for o in (left, right)]  # a buffer, most likely
     if any(sides) or in_linear:
         # With both, the weight is the one that is a Parameter itself, or else the right one, as in F.linear.
-        right_is_parameter, left_is_parameter = (o.source.name in context.parameters for o in (right, left))
+        right_is_parameter, left_is_parameter = (unquantized(o.source).name in context.parameters for o in (right, left))
         left_is_weight = (left_is_parameter and not right_is_parameter) if all(sides) else sides[0]
         return "linear", ("weight", "input") if left_is_weight else ("input", "weight")
     return "bmm", ("input", "other")
@@ -214,8 +214,8 @@ def _role(node: fx.Node, sides: list[Operand], f: _Forward) -> tuple[str, tuple[
 
 def _fits(node: fx.Node, f: _Forward, role: str) -> bool:
     """Whether a node's result has the shape of the gradient, perhaps transposed."""
-    named = f.operands["input" if role == "grad_input" else f.second]
-    wanted = named.view if named.view is not None else named.source.meta["val"].shape
+    names = list(f.operands)
+    wanted = operands(f.node)[names.index("input" if role == "grad_input" else f.second)].meta["val"].shape
     got = node.meta["val"].shape
     return sorted(map(str, wanted)) == sorted(map(str, got))
 

@@ -20,6 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
+from passes.cut import give_one_name
 from passes.graph import QUANTIZE, VIEWS, aten, inline, scope_of
 
 __all__ = ["fold_masks"]
@@ -46,9 +47,11 @@ def fold_masks(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int) -> i
         with forward.inserting_before(output):
             marked = inline(forward, _mark, codes, mask, scope=scope_of(codes, "forward"), key="mark")
         marked.meta["qtrain_marked"] = True
+        marked.meta["qtrain_bits"] = codes.args[3]
         outputs[outputs.index(codes, num_fwd_outputs)] = marked
         outputs.remove(mask)
         _unfold(backward, inputs[codes.name], inputs[mask.name], shape)
+        give_one_name(marked, inputs[codes.name])
         folded += 1
     output.args = (tuple(outputs),)
     if folded:

@@ -52,6 +52,8 @@ def _dequantized(name: str) -> CallFunction:
 
 def _fuse(match: Match, *, bias: fx.Node | None = None, **p: Any) -> bool:
     gemm = match.output_node()
+    if gemm.meta.get("qtrain_hp"):  # quantized by the model, and in high precision by the recipe
+        return False
     named = args_by_name(gemm)
     beta, alpha = named.get("beta", 1), named.get("alpha", 1)
     graph, fused_op = gemm.graph, GEMMS[gemm.target].integer
@@ -77,7 +79,7 @@ def _add_scaled(product: torch.Tensor, bias: torch.Tensor, alpha: float, beta: f
 
 def _fuse_convolution(match: Match, **p: Any) -> bool:
     gemm = match.output_node()
-    if is_depthwise(gemm):
+    if is_depthwise(gemm) or gemm.meta.get("qtrain_hp"):
         return False
     graph, op = gemm.graph, GEMMS[gemm.target]
     scope = {k: gemm.meta[k] for k in (*_KEPT, "ac_graph_id", "custom") if k in gemm.meta}

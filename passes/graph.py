@@ -7,7 +7,7 @@ partitioner reads (`partitioner_tag`, `recompute`, ...): make nodes through `cal
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ prims = torch.ops.prims
 RANGE, SEED = ops.range_, ops.seed_
 QUANTIZE, DEQUANTIZE = ops.quantize, ops.dequantize
 SCALED_MM, SCALED_BMM, TRANSPOSE = ops.scaled_mm, ops.scaled_bmm, ops.transpose_codes
+PACK_CODES, UNPACK_CODES, SCALED_MM_PACKED = ops.pack_codes, ops.unpack_codes, ops.scaled_mm_packed
 SCALED_CONV, SCALED_CONV_GRAD_INPUT, SCALED_CONV_GRAD_WEIGHT = (
     ops.scaled_conv,
     ops.scaled_conv_grad_input,
@@ -183,6 +184,31 @@ def replace(node: fx.Node, by: fx.Node) -> None:
     """Let every user of `node` read `by`, and erase `node`."""
     node.replace_all_uses_with(by)
     node.graph.erase_node(node)
+
+
+def refresh_values(graph: fx.Graph, changed: Iterable[fx.Node]) -> None:
+    """Compute the fake values of what follows these nodes anew, as far as they change: their strides are not what they were.
+
+    A view that the new strides do not allow becomes a `reshape`.
+    """
+    stale = set(changed)
+    for node in graph.nodes:
+        if node.op != "call_function" or stale.isdisjoint(node.all_input_nodes):
+            continue
+        try:
+            value = _run_fake(graph, node.target, node.args, node.kwargs)
+        except RuntimeError:
+            if node.target not in VIEWS:
+                raise
+            node.target = aten.reshape.default
+            value = _run_fake(graph, node.target, node.args, node.kwargs)
+        old = node.meta.get("val")
+        if isinstance(old, torch.Tensor) and isinstance(value, torch.Tensor) and old.stride() == value.stride():
+            continue
+        node.meta["val"] = value
+        if isinstance(value, torch.Tensor):
+            node.meta["tensor_meta"] = fx.passes.shape_prop._extract_tensor_metadata(value)
+        stale.add(node)
 
 
 def on_gpu(node: fx.Node) -> bool:

@@ -7,6 +7,10 @@ Before                                          After
                                                   b = dequantize(permute(q_w), permute(s_w))
                                                   mm(a, b)
 
+  x_hat = dequantize(q, s)                        x_hat = dequantize(q, s)        # the model's own quantizer, learned
+  mm(view(x_hat), permute(w))                     a = dequantize(view(q), s)      # the same codes
+                                                  mm(a, b)
+
 A batch of matrices and a convolution's tensors are treated alike, with the axes that their GEMM sums over (`passes.gemms`). PerRow
 is one scale for each index of the axis that is left: of a convolution's `output` a scale for each sample of the input and each
 output channel of the weight; of its `grad_weight` one for each channel of either. A depthwise convolution is quantized too and
@@ -19,6 +23,9 @@ high precision (no integer kernel sums over several scales) and is reported so.
 The quantize sits directly behind the tensor that it reads, so a quantize of a forward tensor runs in the forward half even if
 only a backward GEMM reads the codes; transposes move behind it, casts are skipped.
 
+An operand that is codes already is not quantized again, whatever its spec says: the codes hold it exactly. Only where its scales
+lie along an axis that the GEMM sums over can they not be used; then the spec decides, unless that is a learned one as well.
+
 Numerics  changes numbers: this is the quantization. Everything after this pass keeps its numbers.
 Requires  meta["qtrain_gemm"] from find_sites. Ensures: both operands of a chosen GEMM are `dequantize` nodes in the GEMM's dtype;
           a GEMM that stays in high precision reads what it read before, and its reason is recorded.
@@ -29,9 +36,10 @@ from __future__ import annotations
 import json
 import operator
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import fx
+from torch.utils.checkpoint import CheckpointPolicy
 
 from passes.context import EMULATED, OPERANDS, Gemm, PassContext, Site
 from passes.find_sites import GemmNode
@@ -52,6 +60,7 @@ from passes.graph import (
     scope_of,
 )
 from passes.operands import Operand, resolve_operand
+from qcompile.estimators.learned import Learned
 from qcompile.specs import PerBlock, PerChannel, PerRow, PerTensor, QuantSpec
 
 __all__ = ["RangeUse", "insert_qdq"]
@@ -68,43 +77,136 @@ class RangeUse:
     aliases: tuple[tuple[str, str, str], ...] = ()  # (site, operand, gemm) of the uses that share it
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What becomes of one operand of a GEMM. `dims` share a scale; None: the operand is codes already."""
+
+    matrix: fx.Node
+    operand: Operand
+    name: str
+    spec: QuantSpec
+    dims: list[int] | None
+
+
 def insert_qdq(graph: fx.Graph, context: PassContext) -> int:
-    """Return the number of operands quantized."""
+    """Return the number of operands quantized, or whose codes were brought in front of their GEMM."""
     inserted = 0
+    model_quantizes = bool(graph.find_nodes(op="call_function", target=DEQUANTIZE))
     ends = _ends(context) if context.recipe.skip_first_last else ()
     for node in [n for n in graph.nodes if n.target in GEMMS and "qtrain_gemm" in n.meta]:
         where: GemmNode = node.meta["qtrain_gemm"]
         site = context.site(where.site)
         gemm = site.gemms[where.role]
         specs = _specs(site, gemm, context)
-        if specs is not None and site.name in ends:
+        if node.meta.get("qtrain_quantized"):  # by an earlier run
+            continue
+        if specs is None:
+            if all(m.target is DEQUANTIZE for m in operands(node)):  # the model's own quantizers: not to be fused
+                node.meta["qtrain_hp"] = True
+            continue
+        if site.name in ends:
             gemm.reason = f"recipe: skip_first_last, this is the {'first' if site.name == ends[0] else 'last'} layer"
             continue
-        if specs is None or any(_is_dequantized(m) for m in operands(node)):  # hp, or done already
-            continue
         plans = []
-        for side, (matrix, name) in enumerate(zip(operands(node), where.operands, strict=True)):
-            operand = resolve_operand(matrix, batched=node.target in BATCHED)
-            dims = _scale_dims(specs[name], node, side, operand, name)
-            if isinstance(dims, list) and (why := _changes_size(specs[name], name, where.role)):
-                dims = why
-            if isinstance(dims, str):
-                gemm.reason = dims
+        for side, name in enumerate(where.operands):
+            plan = _plan(node, side, name, specs[name], model_quantizes)
+            if isinstance(plan, str):
+                gemm.reason = plan
                 break
-            plans.append((matrix, operand, name, dims))
+            plans.append(plan)
         else:
-            for matrix, operand, name, dims in plans:
-                _set_operand(node, matrix, _quantize(graph, node, operand, name, specs[name], dims, where))
-                inserted += 1
-            gemm.specs = tuple(specs[name] for name in site.operands(where.role))  # type: ignore[assignment]
+            for plan in plans:
+                if plan.dims is None:
+                    new = _reuse(graph, node, plan)
+                else:
+                    new = _quantize(graph, node, plan.operand, plan.name, plan.spec, plan.dims, where)
+                if new is not plan.matrix:
+                    _set_operand(node, plan.matrix, new)
+                    inserted += 1
+            node.meta["qtrain_quantized"] = True
+            used = {plan.name: plan.spec for plan in plans}
+            gemm.specs = tuple(used[name] for name in site.operands(where.role))  # type: ignore[assignment]
             if is_depthwise(node):
                 gemm.reason = f"{EMULATED}: depthwise, where an int8 kernel does not pay"
-            by_block = [name for name, spec in specs.items() if isinstance(spec.granularity, PerBlock)]
+            by_block = [plan.name for plan in plans if plan.dims is not None and isinstance(plan.spec.granularity, PerBlock)]
             if by_block:
                 what = " and ".join(f"{name} {specs[name].granularity}" for name in by_block)
                 gemm.reason = f"{what}: quantized, and multiplied in high precision; no integer kernel sums over several scales"
     _prefer_choices(context)
     return inserted
+
+
+def _plan(node: fx.Node, side: int, name: str, spec: QuantSpec, model_quantizes: bool) -> _Plan | str:
+    """What to do with an operand, or why it cannot be codes."""
+    matrix = operands(node)[side]
+    operand = resolve_operand(matrix, batched=node.target in BATCHED)
+    learned = isinstance(spec.estimator, Learned)
+    codes = operand.source.op == "call_function" and operand.source.target is DEQUANTIZE
+    if codes and _scales_fit(node, side, operand):
+        return _Plan(matrix, operand, name, _spec_in_use(operand.source, spec), None)
+    if not learned:
+        dims = _scale_dims(spec, node, side, operand, name)
+        if isinstance(dims, list) and (why := _changes_size(spec, name, node.meta["qtrain_gemm"].role)):
+            dims = why
+        return dims if isinstance(dims, str) else _Plan(matrix, operand, name, spec, dims)
+    if codes:
+        return (
+            f"{name}: its learned scales lie along an axis that is summed over; give this GEMM a spec of its own, as in "
+            f"GemmSpec({name}=QuantSpec())"
+        )
+    if model_quantizes:
+        return f"recipe: no learned scale for {name} here; prepare left the layer out"
+    return f"{name}: its scale is to be learned, and the model has none; call qcompile.prepare(model, recipe) before torch.compile"
+
+
+def _scales_fit(node: fx.Node, side: int, operand: Operand) -> bool:
+    """Whether the codes' scales (and zero points) are constant over what the GEMM sums over."""
+    shared, _ = _axes(node, side, operand)
+    for part in operand.source.args[1:3]:
+        if part is None or part.meta["val"].numel() == 1:
+            continue
+        shape = part.meta["val"].shape
+        if operand.view is not None or any(shape[axis] != 1 for axis in shared):
+            return False
+    return True
+
+
+def _spec_in_use(dequantize: fx.Node, spec: QuantSpec) -> QuantSpec:
+    """The spec with the width that the codes have."""
+    codes = dequantize.args[0]
+    while codes.target in (PERMUTE, *VIEWS):
+        codes = codes.args[0]
+    if codes.target is not QUANTIZE:
+        return spec
+    # Unsigned codes below 8 bits lie in signed ones that are a bit wider (qcompile.ops.fake_quantize).
+    unsigned = codes.args[0].op == "call_function" and codes.args[0].target is aten.clamp_min.default
+    return replace(spec, bits=codes.args[3] - unsigned)
+
+
+def _reuse(graph: fx.Graph, gemm: fx.Node, plan: _Plan) -> fx.Node:
+    """The operand's own codes, dequantized in the form that the GEMM reads."""
+    operand, dtype = plan.operand, plan.matrix.meta["val"].dtype
+    if plan.matrix is operand.source:
+        return plan.matrix
+    codes, *ranges = operand.source.args[:3]
+    for part in ranges:
+        if part is not None and part.op == "call_function":
+            part.meta.setdefault("recompute", CheckpointPolicy.MUST_SAVE)
+    scope = scope_of(gemm, phase_of(gemm))
+    with graph.inserting_before(gemm):
+        if operand.view is not None:
+            codes = call(graph, aten.view.default, codes, list(operand.view), scope=scope)
+            ranges = [_scalar(graph, part, scope) for part in ranges]
+        if operand.transposed:
+            codes, *ranges = (_transposed(graph, n, scope) for n in (codes, *ranges))
+        return call(graph, DEQUANTIZE, codes, *ranges, dtype, scope=scope)
+
+
+def _scalar(graph: fx.Graph, part: fx.Node | None, scope: dict[str, object]) -> fx.Node | None:
+    """One scale for all elements, which fits every view of them."""
+    if part is None or part.meta["val"].ndim == 0:
+        return part
+    return call(graph, aten.view.default, part, [], scope=scope)
 
 
 def _ends(context: PassContext) -> tuple[str, ...]:
@@ -132,12 +234,6 @@ def _specs(site: Site, gemm: Gemm, context: PassContext) -> dict[str, QuantSpec]
     return dict(zip(site.operands(gemm.role), pair, strict=True))
 
 
-def _is_dequantized(matrix: fx.Node) -> bool:
-    while matrix.op == "call_function" and matrix.target in (PERMUTE, *VIEWS):
-        matrix = matrix.args[0]
-    return matrix.target is DEQUANTIZE
-
-
 def _matrix_sizes(node: fx.Node, side: int, operand: Operand) -> list[object]:
     """Rows and columns of a matrix as it is quantized: not transposed."""
     sizes = list(operands(node)[side].meta["val"].shape)
@@ -161,11 +257,7 @@ def _scale_dims(spec: QuantSpec, node: fx.Node, side: int, operand: Operand, nam
     PerChannel counts the axes of a matrix (rows 0, columns 1), and of a convolution's tensor batch or output 0, channels 1.
     """
     ndim = operands(node)[side].meta["val"].ndim
-    base = 1 if node.target in BATCHED else 0
-    shared, kept = shared_axes(node, side), kept_axis(node, side) - base
-    if operand.transposed:
-        shared = [axis if axis < ndim - 2 else 2 * ndim - 3 - axis for axis in shared]
-        kept = 1 - kept
+    shared, kept = _axes(node, side, operand)
     match spec.granularity:
         case PerTensor():
             return list(range(ndim))
@@ -179,6 +271,17 @@ def _scale_dims(spec: QuantSpec, node: fx.Node, side: int, operand: Operand, nam
             return _block_dims(block, node, side, operand, name)
         case other:
             return f"{name}: no integer kernel for granularity {other}"
+
+
+def _axes(node: fx.Node, side: int, operand: Operand) -> tuple[list[int], int]:
+    """Of what is quantized: the axes that share a scale at least, and the one that is kept (not counting a batch)."""
+    ndim = operands(node)[side].meta["val"].ndim
+    base = 1 if node.target in BATCHED else 0
+    shared, kept = shared_axes(node, side), kept_axis(node, side) - base
+    if operand.transposed:
+        shared = [axis if axis < ndim - 2 else 2 * ndim - 3 - axis for axis in shared]
+        kept = 1 - kept
+    return shared, kept
 
 
 _ROWS_ARE_TOKENS = {("input", "output"), ("grad_output", "grad_input")}

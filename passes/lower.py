@@ -5,6 +5,7 @@ Before                                          After
                                                   on a GPU perhaps one kernel with the transposed copy: passes.fuse_quantize
   x = dequantize(q, s)                            x = to_dtype(q * s)
   y = scaled_mm(permute(a), b, ...)               y = scaled_mm(transpose_codes(a), b, ...)  # the layout that the kernel reads
+  y = scaled_mm(a, unpack_codes(p), ...)          y = scaled_mm_packed(a, p, ...)            # CUDA; elsewhere shifts and a mask
   v = read_state(state, index)                    v = index(state, index)
   write_state_(state, index, v)                   index_put_(state, [index], v)
   r = select_range(stored, valid, present)        r = stored                                 # all ranges valid ("steady")
@@ -13,9 +14,9 @@ Before                                          After
 The integer GEMM itself stays one operator, which picks its kernel by device and shape when it runs (qcompile.kernels).
 
 Numerics  exact.
-Requires  a graph after the partitioner, or an inference graph. Ensures: the only `qtrain::` operators left are integer GEMMs,
-          transposes (on a GPU perhaps with their quantize) and `unpack`; every matrix of an integer GEMM has the layout that the
-          device's kernel reads without a copy.
+Requires  a graph after the partitioner, or an inference graph. Ensures: the only `qtrain::` operators left are integer GEMMs
+          (of packed codes too), transposes (on a GPU perhaps with their quantize) and `unpack`; every matrix of an integer GEMM
+          has the layout that the device's kernel reads without a copy.
 """
 
 from __future__ import annotations
@@ -30,13 +31,16 @@ from passes.context import PassContext
 from passes.fuse_quantize import fuse_quantize
 from passes.graph import (
     DEQUANTIZE,
+    PACK_CODES,
     PERMUTE,
     QUANTIZE,
     READ,
     SCALED_MM,
+    SCALED_MM_PACKED,
     SCALED_MM_REQUANTIZE,
     SELECT,
     TRANSPOSE,
+    UNPACK_CODES,
     WRITE,
     args_by_name,
     aten,
@@ -47,15 +51,16 @@ from passes.graph import (
     replace,
 )
 from qcompile import ops
+from qcompile.kernels.select import reads_packed
 
 __all__ = ["assume_valid", "lower"]
 
 
 def lower(graph: fx.Graph, context: PassContext | None = None, *, steady: bool = False) -> int:
     """Return the number of nodes lowered. `steady`: compile for the case that every stored range is valid."""
-    lowered = 0
+    lowered = _read_packed(graph)
     transposed: dict[fx.Node, fx.Node] = {}
-    for node in [n for n in graph.nodes if n.target in (SCALED_MM, SCALED_MM_REQUANTIZE)]:
+    for node in [n for n in graph.nodes if n.target in (SCALED_MM, SCALED_MM_PACKED, SCALED_MM_REQUANTIZE)]:
         lowered += _lay_out(graph, node, transposed)
     lowered += _apply(_STATE, graph, steady)  # first: what a scale depends on decides what can be fused
     lowered += fuse_quantize(graph)
@@ -88,6 +93,14 @@ def _dequantize(graph: fx.Graph, node: fx.Node, steady: bool) -> None:
     _inline_in_place(graph, node, ops.dequantize_reference, "dequantize")
 
 
+def _pack_codes(graph: fx.Graph, node: fx.Node, steady: bool) -> None:
+    _inline_in_place(graph, node, ops.pack_codes_reference, "pack_codes")
+
+
+def _unpack_codes(graph: fx.Graph, node: fx.Node, steady: bool) -> None:
+    _inline_in_place(graph, node, ops.unpack_codes_reference, "unpack_codes")
+
+
 def _select(graph: fx.Graph, node: fx.Node, steady: bool) -> None:
     if steady:
         replace(node, node.args[0])
@@ -112,7 +125,12 @@ def _write(graph: fx.Graph, node: fx.Node, steady: bool) -> None:
 
 
 _STATE: dict[Any, Callable[[fx.Graph, fx.Node, bool], None]] = {SELECT: _select, READ: _read, WRITE: _write}
-_ELEMENTWISE: dict[Any, Callable[[fx.Graph, fx.Node, bool], None]] = {QUANTIZE: _quantize, DEQUANTIZE: _dequantize}
+_ELEMENTWISE: dict[Any, Callable[[fx.Graph, fx.Node, bool], None]] = {
+    QUANTIZE: _quantize,
+    DEQUANTIZE: _dequantize,
+    PACK_CODES: _pack_codes,
+    UNPACK_CODES: _unpack_codes,
+}
 
 
 def _inline_in_place(graph: fx.Graph, node: fx.Node, fn: Callable[..., Any], key: str) -> None:
@@ -122,6 +140,41 @@ def _inline_in_place(graph: fx.Graph, node: fx.Node, fn: Callable[..., Any], key
 
 def _scope(node: fx.Node) -> dict[str, Any]:
     return {k: v for k, v in node.meta.items() if k not in ("val", "tensor_meta", "original_aten")}
+
+
+def _read_packed(graph: fx.Graph) -> int:
+    """On CUDA, let integer GEMMs read codes that are packed along the axis they sum over; return how many do."""
+    changes = 0
+    for gemm in graph.find_nodes(op="call_function", target=SCALED_MM):
+        if not reads_packed(gemm.meta["val"].device):
+            continue
+        sides = [_packed(gemm.args[side], summed=1 - side) for side in (0, 1)]
+        fields = {ops.codes_per_byte(side[1]) for side in sides if side is not None}
+        if len(fields) != 1:  # none is packed, or the two differ in codes a byte: then both are unpacked
+            continue
+        with graph.inserting_before(gemm):
+            matrices, bits = [], []
+            for matrix, side in zip(gemm.args[:2], sides, strict=True):
+                if side is not None:
+                    packed, _, transposed, _ = side
+                    matrix = call(graph, PERMUTE, packed, [1, 0], scope=_scope(gemm)) if transposed else packed
+                matrices.append(matrix)
+                bits.append(8 if side is None else side[1])
+            k = sides[0][3] if sides[0] is not None else sides[1][3]  # type: ignore[index]
+            new = call(graph, SCALED_MM_PACKED, *matrices, *gemm.args[2:], k, *bits, scope=_scope(gemm))
+        replace(gemm, new)
+        changes += 1
+    return changes
+
+
+def _packed(matrix: fx.Node, *, summed: int) -> tuple[fx.Node, int, bool, int] | None:
+    """(packed, bits, transposed, K) of a GEMM's matrix that is unpacked along axis `summed`; None if it is not."""
+    transposed = matrix.target is PERMUTE
+    source = matrix.args[0] if transposed else matrix
+    if source.target is not UNPACK_CODES:
+        return None
+    packed, bits, axis, size = source.args
+    return (packed, bits, transposed, size) if axis == (1 - summed if transposed else summed) else None
 
 
 def _lay_out(graph: fx.Graph, gemm: fx.Node, transposed: dict[fx.Node, fx.Node]) -> int:

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from passes.graph import ALIASES, CASTS, EXPAND, PERMUTE, VIEWS, aten
+from passes.graph import ALIASES, CASTS, DEQUANTIZE, EXPAND, PERMUTE, QUANTIZE, VIEWS, aten
 
-__all__ = ["Operand", "resolve_operand"]
+__all__ = ["Operand", "resolve_operand", "unquantized"]
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def resolve_operand(node: fx.Node, *, batched: bool = False) -> Operand:
             transposed = not transposed
         elif node.target in VIEWS:
             # The first view met is the GEMM's matrix; views below it only fold the same elements otherwise.
-            view = view if view is not None else tuple(node.args[1])
+            view = view if view is not None else _sizes(node)
             if source.meta["val"].ndim == 2 and _same_shape(source.meta["val"].shape, node.meta["val"].shape):
                 view = None
         elif not (node.target in ALIASES or (node.target in CASTS and _is_widening_or_autocast(source, node))):
@@ -59,6 +59,28 @@ def resolve_operand(node: fx.Node, *, batched: bool = False) -> Operand:
     if view is not None and node.meta["val"].ndim == 2 and _same_shape(node.meta["val"].shape, view):
         view = None
     return Operand(node, view, transposed)
+
+
+def _sizes(view: fx.Node) -> tuple[object, ...]:
+    """The sizes that a view asks for; what it leaves open (-1) filled in where it is a number."""
+    value = view.meta["val"]
+    sizes = zip(view.args[1], value.shape, strict=True)
+    return tuple(actual if asked == -1 and isinstance(actual, int) else asked for asked, actual in sizes)
+
+
+def unquantized(source: fx.Node) -> fx.Node:
+    """The tensor that an operand's source stands for: what it was before a quantizer of the model's own, or itself."""
+    if source.op != "call_function" or source.target is not DEQUANTIZE:
+        return source
+    codes = source.args[0]
+    while codes.op == "call_function" and codes.target is not QUANTIZE and codes.target in (PERMUTE, *VIEWS, *ALIASES):
+        codes = codes.args[0]
+    if codes.op != "call_function" or codes.target is not QUANTIZE:
+        return source
+    tensor = codes.args[0]
+    while tensor.op == "call_function" and tensor.target in (PERMUTE, *VIEWS, *ALIASES, *CASTS):
+        tensor = tensor.args[0]
+    return tensor
 
 
 def _resolve_tensor(node: fx.Node) -> Operand:

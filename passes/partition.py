@@ -46,9 +46,13 @@ def min_cut_partition(
     joint_inputs: Sequence[object],
     *,
     partitioner: Callable[..., Any] = partitioners.min_cut_rematerialization_partition,
+    context: PassContext | None = None,
     **kwargs: Any,
 ) -> tuple[fx.GraphModule, fx.GraphModule]:
-    """Split a joint graph; the arguments are those of PyTorch's partitioners."""
+    """Split a joint graph; the arguments are those of PyTorch's partitioners.
+
+    context  its recipe says whether saved tensors are compressed
+    """
     own_list = partitioners.get_default_op_list
 
     def with_ours() -> Any:
@@ -60,7 +64,7 @@ def min_cut_partition(
 
     with unittest.mock.patch.object(partitioners, "get_default_op_list", with_ours):
         forward, backward = partitioner(joint, joint_inputs, **kwargs)
-    if run_cut_steps(forward.graph, backward.graph, kwargs["num_fwd_outputs"]):
+    if run_cut_steps(forward.graph, backward.graph, kwargs["num_fwd_outputs"], context):
         forward.recompile()
         backward.recompile()
     return forward, backward
@@ -91,7 +95,7 @@ class QtrainPartition:
         joint.recompile()
         tell_what_stays_hp(context)
         writes = count_writes(joint.graph)
-        forward, backward = min_cut_partition(joint, joint_inputs, partitioner=self.partitioner, **kwargs)
+        forward, backward = min_cut_partition(joint, joint_inputs, partitioner=self.partitioner, context=context, **kwargs)
         if self.state == "buffers":
             bind_state(forward, backward)
         for phase, half in ((FORWARD, forward), (BACKWARD, backward)):

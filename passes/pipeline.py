@@ -30,6 +30,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from passes.attach_range_state import attach_range_state
 from passes.canonicalize import canonicalize
+from passes.compress_saved import compress_saved
 from passes.context import PassContext
 from passes.environment import dump, number_of, skipped
 from passes.find_sites import find_sites
@@ -41,7 +42,10 @@ from passes.identity import describe
 from passes.insert_qdq import insert_qdq
 from passes.lower import lower
 from passes.matching import Row, rewrite
+from passes.pack_codes import pack_codes
+from passes.pack_masks import pack_masks
 from passes.restore_decompositions import restore_decompositions
+from passes.save_codes import save_codes
 from passes.save_transposed import save_transposed
 from passes.share_quantized import share_quantized
 from passes.split_convolution_backward import restore_convolution_backward, split_convolution_backward
@@ -103,10 +107,14 @@ class CutStep:
     numerics: Literal["exact", "changes"] = "exact"
 
 
-def cut_steps() -> list[CutStep]:
-    """The passes over the two halves behind the partitioner, in order."""
+def cut_steps(context: PassContext | None = None) -> list[CutStep]:
+    """The passes over the two halves behind the partitioner, in order. `context`: its recipe's `compress_saved`."""
     return [
+        CutStep("save_codes", partial(save_codes, context=context)),
         CutStep("fold_masks", fold_masks),
+        CutStep("compress_saved", partial(compress_saved, context=context), "changes"),
+        CutStep("pack_masks", partial(pack_masks, context=context)),
+        CutStep("pack_codes", pack_codes),
         CutStep("save_transposed", save_transposed),  # not codes that a mask has been folded into
         CutStep("store_masks", store_masks),
     ]
@@ -154,7 +162,7 @@ def list_passes() -> list[PassInfo]:
 
 
 def _info(name: str, stage: Literal["joint", "cut", "half"], run: Callable[..., object], numerics: str) -> PassInfo:
-    contract = (sys.modules[run.__module__].__doc__ or "").strip()
+    contract = (sys.modules[getattr(run, "func", run).__module__].__doc__ or "").strip()
     return PassInfo(name, stage, contract.split("\n\n")[0].partition(": ")[2].replace("\n", " "), numerics, contract)
 
 
@@ -236,11 +244,13 @@ class Pipeline(PassBase):
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def run_cut_steps(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int) -> int:
+def run_cut_steps(
+    forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int, context: PassContext | None = None
+) -> int:
     """Run `cut_steps` on the two halves of a joint graph; return the number of changes."""
     names = skipped()
     changes, position = 0, len(joint_steps())
-    for number, step in enumerate(cut_steps(), start=position):
+    for number, step in enumerate(cut_steps(context), start=position):
         if step.name in names:
             continue
         for when in ("before", "after"):

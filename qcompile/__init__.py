@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from qcompile.backend import compiled_graphs, qtrain
     from qcompile.errors import GraphError, KernelError, QtrainWarning, RecipeError, StateError, UnsupportedError
     from qcompile.estimators import (
+        EWGS,
+        LGLSQ,
+        LSQ,
         DirectionSensitive,
         DistributionAdaptive,
         EagerRange,
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
         InHindsightMax,
         IntervalUpdate,
         LeastSquaredError,
+        LSQPlus,
         MinMax,
         Percentile,
         RangeEstimator,
@@ -34,9 +38,19 @@ if TYPE_CHECKING:
     from qcompile.hooks import inductor_hooks, with_range_state
     from qcompile.inspect import capture, compare, explain, monitor, saved_bytes  # type: ignore[no-redef]
     from qcompile.kernels.registry import GemmShape, check_kernel, register_kernel, unregister_kernel
+    from qcompile.qat import (
+        BlockReplacement,
+        calibrate,
+        convert,
+        learned_quantizers,
+        load_converted,
+        prepare,
+        qat_step,
+        scale_parameters,
+    )
     from qcompile.recipe import Recipe
     from qcompile.recipes import get_recipe, list_recipes, register_recipe
-    from qcompile.specs import SAME, GemmSpec, PerBlock, PerChannel, PerRow, PerTensor, QuantSpec
+    from qcompile.specs import SAME, GemmSpec, PerBlock, PerChannel, PerRow, PerTensor, QuantSpec, SavedSpec
     from qcompile.state import RangeState, range_state, set_range_group
 
 __version__ = "0.1.0"
@@ -47,10 +61,14 @@ _HOME = {
     "qcompile.estimators": (
         "DirectionSensitive",
         "DistributionAdaptive",
+        "EWGS",
         "EagerRange",
         "InHindsight",
         "InHindsightMax",
         "IntervalUpdate",
+        "LGLSQ",
+        "LSQ",
+        "LSQPlus",
         "LeastSquaredError",
         "MinMax",
         "Percentile",
@@ -64,9 +82,19 @@ _HOME = {
     "qcompile.hooks": ("inductor_hooks", "with_range_state"),
     "qcompile.inspect": ("capture", "compare", "explain", "monitor", "saved_bytes"),
     "qcompile.kernels.registry": ("GemmShape", "check_kernel", "register_kernel", "unregister_kernel"),
+    "qcompile.qat": (
+        "BlockReplacement",
+        "calibrate",
+        "convert",
+        "learned_quantizers",
+        "load_converted",
+        "prepare",
+        "qat_step",
+        "scale_parameters",
+    ),
     "qcompile.recipe": ("Recipe",),
     "qcompile.recipes": ("get_recipe", "list_recipes", "register_recipe"),
-    "qcompile.specs": ("SAME", "GemmSpec", "PerBlock", "PerChannel", "PerRow", "PerTensor", "QuantSpec"),
+    "qcompile.specs": ("SAME", "GemmSpec", "PerBlock", "PerChannel", "PerRow", "PerTensor", "QuantSpec", "SavedSpec"),
     "qcompile.state": ("RangeState", "range_state", "set_range_group"),
 }
 _WHERE = {name: module for module, names in _HOME.items() for name in names}

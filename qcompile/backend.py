@@ -21,7 +21,7 @@ from passes.context import PassContext
 from passes.dynamo_inputs import DynamoInputs
 from passes.fuse_requantize import fuse_requantize
 from passes.gemms import INTEGER
-from passes.graph import BACKWARD, FORWARD, SCALED_MM, SCALED_MM_REQUANTIZE, SELECT
+from passes.graph import BACKWARD, FORWARD, SCALED_MM, SCALED_MM_PACKED, SCALED_MM_REQUANTIZE, SELECT
 from passes.lower import lower
 from passes.pipeline import Pipeline, Step, joint_steps, lower_half
 from passes.report import tell_what_stays_hp
@@ -142,6 +142,8 @@ qtrain.reset = _reset  # type: ignore[attr-defined]  # torch.compiler.reset() ca
 
 def quantizes_nothing(recipe: Recipe) -> bool:
     """Whether the recipe is "none" in all but name: then no pass runs."""
+    if recipe.compress_saved is not None:
+        return False
     if not recipe.ops:
         return True
     return recipe.input is recipe.weight is recipe.grad_output is None and not recipe.overrides and all(
@@ -198,6 +200,7 @@ class Compilation:
             identity=self.identity,
             inner=self.compile_half,
             config=self.config,
+            context=self.context,
         )
         self.record.seconds["compile"] = time.perf_counter() - start
         return compiled
@@ -209,6 +212,7 @@ class Compilation:
         context = self.context
         context.sites.clear()
         context.layouts.clear()
+        context.crossings.clear()
         context.parameters = self._parameters(graph)
         parameters = self._own_parameters(graph)
         context.prefixes, context.layers = prefixes(parameters), tuple(layers_around(parameters))
@@ -313,7 +317,7 @@ class Compilation:
     def _record_kernels(self, graph: fx.Graph) -> None:
         for node in graph.nodes:
             where = node.meta.get("qtrain_gemm")
-            integer = node.op == "call_function" and node.target in (*INTEGER, SCALED_MM_REQUANTIZE)
+            integer = node.op == "call_function" and node.target in (*INTEGER, SCALED_MM_PACKED, SCALED_MM_REQUANTIZE)
             if where is None or not (integer or "qtrain_kernel" in node.meta):
                 continue
             gemm = self.context.site(where.site).gemms[where.role]

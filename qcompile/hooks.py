@@ -49,6 +49,7 @@ def inductor_hooks(
     steps = joint_steps() if passes is None else list(passes)
     identity = Pipeline(steps, PassContext(recipe, strict=strict)).fingerprint()
     inputs = None if graph is None else DynamoInputs.of(*graph)
+    at_the_cut = PassContext(recipe)  # the graph that joint_pass has seen last is the one that is cut
 
     def joint_pass(joint: fx.Graph) -> None:
         if quantizes_nothing(recipe):
@@ -56,6 +57,7 @@ def inductor_hooks(
         parameters = {} if inputs is None else inputs.parameters(joint)
         context = PassContext.of(joint, recipe, strict=strict, parameters=parameters)
         Pipeline(steps, context).run(joint)
+        at_the_cut.parameters = context.parameters
         tell_what_stays_hp(context)
         if context.layouts and inputs is None:
             first = next(e for layout in context.layouts.values() for e in layout.entries)
@@ -68,7 +70,7 @@ def inductor_hooks(
     def half_pass(half: fx.Graph) -> None:
         lower_half(half, PassContext(recipe), phase="forward" if not _is_backward(half) else "backward", steady=False)
 
-    return inductor.hook_options(joint_pass, half_pass, identity, dict(options or {}))
+    return inductor.hook_options(joint_pass, half_pass, identity, dict(options or {}), at_the_cut)
 
 
 def _is_backward(half: fx.Graph) -> bool:

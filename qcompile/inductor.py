@@ -19,6 +19,7 @@ from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn
 
+from passes.context import PassContext
 from passes.partition import min_cut_partition
 from passes.restore_decompositions import decompositions
 
@@ -56,8 +57,8 @@ class _JointPass(CustomGraphPass):
 class _Partition(CustomPartitionerFn):
     """Our partitioner, or the user's own with our operators made known to it."""
 
-    def __init__(self, identity: str, own: Any) -> None:
-        self.identity, self.own = identity, own
+    def __init__(self, identity: str, own: Any, context: PassContext | None) -> None:
+        self.identity, self.own, self.context = identity, own, context
 
     def __call__(self, gm: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any) -> Any:
         # A budget of 0 saves inputs only, without a min-cut, and then the scales that must be saved are lost.
@@ -65,8 +66,8 @@ class _Partition(CustomPartitionerFn):
         positive = functorch_config.patch(activation_memory_budget=1e-6) if budget == 0 else contextlib.nullcontext()
         with positive:
             if self.own is not None:
-                return min_cut_partition(gm, joint_inputs, partitioner=self.own, **kwargs)
-            return min_cut_partition(gm, joint_inputs, **kwargs)
+                return min_cut_partition(gm, joint_inputs, partitioner=self.own, context=self.context, **kwargs)
+            return min_cut_partition(gm, joint_inputs, context=self.context, **kwargs)
 
     def uuid(self) -> Any:
         own = None if self.own is None else self.own.uuid()
@@ -90,7 +91,11 @@ class _HalfPass(CustomGraphPass):
 
 
 def hook_options(
-    joint_pass: Callable[[fx.Graph], object], half_pass: Callable[[fx.Graph], object], identity: str, config: dict[str, Any]
+    joint_pass: Callable[[fx.Graph], object],
+    half_pass: Callable[[fx.Graph], object],
+    identity: str,
+    config: dict[str, Any],
+    context: PassContext | None = None,
 ) -> dict[str, Any]:
     """Options of Inductor that run our passes at its hooks, with the user's own hooks (of `config`, or set globally) chained."""
 
@@ -100,7 +105,7 @@ def hook_options(
     return {
         **config,
         "joint_custom_pre_pass": _JointPass(joint_pass, identity, users("joint_custom_pre_pass")),
-        "custom_partitioner_fn": _Partition(identity, users("custom_partitioner_fn")),
+        "custom_partitioner_fn": _Partition(identity, users("custom_partitioner_fn"), context),
         "post_grad_custom_pre_pass": _HalfPass(half_pass, identity, users("post_grad_custom_pre_pass")),
     }
 
@@ -150,6 +155,7 @@ def compile_with_inductor(
     identity: str,
     inner: InnerHook,
     config: dict[str, Any],
+    context: PassContext | None = None,
 ) -> Callable[..., Any]:
     """Compile a Dynamo graph.
 
@@ -157,6 +163,7 @@ def compile_with_inductor(
     identity    what the passes and the recipe are: part of Inductor's cache key
     inner       (inductor's inner compile, half, its example inputs, keyword arguments) -> the function that runs the half
     config      Inductor options of the user's
+    context     what the passes share; the partitioner reads what the recipe says about saved tensors
     """
 
     users_pass = config.get("joint_custom_pre_pass", inductor_config.joint_custom_pre_pass)
@@ -164,7 +171,7 @@ def compile_with_inductor(
     patches = {
         **config,
         "joint_custom_pre_pass": _JointPass(joint_pass, identity, users_pass),
-        "custom_partitioner_fn": _Partition(identity, users_partitioner),
+        "custom_partitioner_fn": _Partition(identity, users_partitioner, context),
     }
     table = decompositions()
     # AOTAutograd's cache would skip the joint pass and our wrapper, and cannot store the wrapper: off for this compile only.

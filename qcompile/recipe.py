@@ -27,7 +27,7 @@ from qcompile.site_recipe import (
     operand_pair,
     why_hp,
 )
-from qcompile.specs import OPERANDS, SAME, GemmSpec, QuantSpec, Same, operand_from_dict
+from qcompile.specs import OPERANDS, SAME, GemmSpec, QuantSpec, Same, SavedSpec, operand_from_dict
 
 __all__ = ["GEMM_OPERANDS", "OverrideFields", "Recipe", "SiteRecipe"]
 
@@ -69,6 +69,8 @@ class Recipe:
     overrides                        (pattern, {field: value}) pairs: other values of the six fields above for
                                      the sites that match; where several match, the later one wins field by
                                      field. `skip` wins over all.
+    compress_saved                   what tensors that no integer GEMM reads are stored in between forward and backward: 8 or 4
+                                     bits, a `SavedSpec`, or None (hp, the default).
     ranges                           under data parallelism: "replicated", the ranks agree on the memory of their
                                      estimators after each backward pass; "local", each keeps its own.
     name                             for people; no part of the fingerprint.
@@ -91,6 +93,7 @@ class Recipe:
     skip: tuple[str, ...] = ()
     skip_first_last: bool = False
     overrides: tuple[tuple[str, Mapping[str, QuantSpec | GemmSpec | Same | None]], ...] = ()
+    compress_saved: SavedSpec | int | None = None
     ranges: Literal["replicated", "local"] = "replicated"
     name: str = "custom"
 
@@ -103,6 +106,7 @@ class Recipe:
         _check_site_fields("Recipe", own)
         check_contracted_axes("Recipe", own)
         # Lists and dicts are taken too, and stored as what can be hashed.
+        object.__setattr__(self, "compress_saved", SavedSpec.of(self.compress_saved, "Recipe.compress_saved"))
         if not isinstance(self.skip_first_last, bool):
             refuse("Recipe.skip_first_last", self.skip_first_last, "True or False")
         object.__setattr__(self, "ops", _checked_ops(self.ops))
@@ -192,6 +196,7 @@ class Recipe:
                 {"pattern": pattern, **{field: _choice_to_dict(value) for field, value in changes.items()}}
                 for pattern, changes in self.overrides
             ],
+            "compress_saved": SavedSpec.to_dict(self.compress_saved) if isinstance(self.compress_saved, SavedSpec) else None,
             "ranges": self.ranges,
         }
 
@@ -246,6 +251,8 @@ class Recipe:
         for pattern, changes in self.overrides:
             settings = "; ".join(f"{field} = {value or 'hp'}" for field, value in changes.items())
             rows.append(("override", f"{pattern}: {settings}"))
+        if self.compress_saved is not None:
+            rows.append(("saved", str(self.compress_saved)))
         return "\n".join([f"recipe {self.name}", *(f"  {label:<12} {text}" for label, text in rows)])
 
 

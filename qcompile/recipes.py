@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 from qcompile._checks import refuse, suggestion
 from qcompile.errors import RecipeError
-from qcompile.estimators import DirectionSensitive, DistributionAdaptive, InHindsight, IntervalUpdate, MinMax, Sigma
+from qcompile.estimators import (
+    EWGS,
+    LGLSQ,
+    LSQ,
+    DirectionSensitive,
+    DistributionAdaptive,
+    InHindsight,
+    IntervalUpdate,
+    Learned,
+    LSQPlus,
+    MinMax,
+    Sigma,
+)
 from qcompile.recipe import Recipe
 from qcompile.recipe_files import SUFFIXES
 from qcompile.specs import GemmSpec, PerBlock, PerRow, PerTensor, QuantSpec
 
-__all__ = ["GRADIENT_ROUNDING", "get_recipe", "list_recipes", "register_recipe"]
+__all__ = ["GRADIENT_ROUNDING", "get_recipe", "learned", "list_recipes", "register_recipe"]
 
 # What the integer recipes do with gradients. Papers on quantized training commonly round gradients
 # stochastically; which one is the default here is decided by measurement.
@@ -58,6 +71,22 @@ def int8_in_hindsight() -> Recipe:
         granularity=PerTensor(), estimator=InHindsight(momentum=0.9), rounding=GRADIENT_ROUNDING
     )
     return Recipe(name="int8_in_hindsight", input=past, weight=weight, grad_output=gradient)
+
+
+def w4a8() -> Recipe:
+    """Weights in 4 bits, inputs and gradients in 8, a scale per row. All of it is our choice."""
+    return int8().replace(weight=QuantSpec(bits=4, granularity=PerRow(), estimator=MinMax()), name="w4a8")
+
+
+def int4() -> Recipe:
+    """Every operand in 4 bits, a scale per row, gradients rounded stochastically: to nearest, most of a gradient is 0.
+
+    All of it is our choice. It is the floor to measure other 4-bit recipes against; for 8-bit gradients,
+    `get_recipe("int4").replace(grad_output=get_recipe("int8").grad_output)`.
+    """
+    row = QuantSpec(bits=4, granularity=PerRow(), estimator=MinMax())
+    gradient = QuantSpec(bits=4, granularity=PerRow(), estimator=MinMax(), rounding="stochastic")
+    return Recipe(name="int4", input=row, weight=row, grad_output=gradient)
 
 
 def int8_dai8() -> Recipe:
@@ -116,6 +145,51 @@ def int4_interval() -> Recipe:
     )
 
 
+def learned(
+    method: Learned, *, weight_bits: int = 4, input_bits: int = 4, grad_output: QuantSpec | None = None, name: str = "custom"
+) -> Recipe:
+    """Quantization-aware training: learned scales of weights and inputs, per tensor, for `qcompile.prepare`.
+
+    The gradients are left in hp unless `grad_output` says otherwise: then the backward GEMMs are integer GEMMs too, on the codes
+    of the forward. LG-LSQ's scaling by the discretization error is for weights only (our choice).
+    """
+    of_input = replace(method, delta=0.0) if isinstance(method, LGLSQ) else method
+    return Recipe(
+        name=name,
+        weight=QuantSpec(bits=weight_bits, estimator=method),
+        input=QuantSpec(bits=input_bits, estimator=of_input),
+        grad_output=grad_output,
+    )
+
+
+def qat_lsq() -> Recipe:
+    """Learned step sizes at 4 bits (arXiv 1902.08153). Symmetric weights and gradients in hp are our choice."""
+    return learned(LSQ(), name="qat_lsq")
+
+
+def qat_lsq_plus() -> Recipe:
+    """Learned step sizes and, for inputs, offsets, at 4 bits (arXiv 2004.09576)."""
+    return learned(LSQPlus(), name="qat_lsq_plus")
+
+
+def qat_ewgs() -> Recipe:
+    """Learned step sizes with element-wise gradient scaling at 4 bits (after Lee, Kim, Ham, CVPR 2021)."""
+    return learned(EWGS(), name="qat_ewgs")
+
+
+def qat_lg_lsq() -> Recipe:
+    """LG-LSQ-style at 4 bits: our construction after the abstract of arXiv 2202.09009."""
+    return learned(LGLSQ(), name="qat_lg_lsq")
+
+
+def qat_int4_interval() -> Recipe:
+    """All three GEMMs at 4 bits: learned step sizes of weights and inputs, `int4_interval`'s gradients (arXiv 2407.12637).
+
+    The release of that paper learns its ranges too; that LSQ is the way is our choice.
+    """
+    return learned(LSQ(), grad_output=int4_interval().grad_output, name="qat_int4_interval")
+
+
 _BUILT_IN = {
     recipe.name: recipe
     for recipe in (
@@ -123,10 +197,17 @@ _BUILT_IN = {
         int8(),
         int8_tensorwise(),
         int8_in_hindsight(),
+        w4a8(),
+        int4(),
         int8_dai8(),
         int8_unified(),
         int8_jetfire(),
         int4_interval(),
+        qat_lsq(),
+        qat_lsq_plus(),
+        qat_ewgs(),
+        qat_lg_lsq(),
+        qat_int4_interval(),
     )
 }
 _REGISTRY = dict(_BUILT_IN)

@@ -1,7 +1,7 @@
 """How one operand is quantized: bits, granularity, range estimator, rounding.
 
-Every class is a frozen value, complete and checked when it is made. What no kernel can run yet (fewer bits,
-PerBlock) is a legal value all the same: the compiler reports it for the site and the device at hand.
+Every class is a frozen value, complete and checked when it is made. What no kernel can run yet (PerBlock) is
+a legal value all the same: the compiler reports it for the site and the device at hand.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ __all__ = [
     "PerTensor",
     "QuantSpec",
     "Same",
+    "SavedSpec",
 ]
 
 
@@ -230,3 +231,38 @@ class GemmSpec:
 def operand_from_dict(data: object, where: str) -> QuantSpec | None:
     """A table -> `QuantSpec`; None or "hp" -> None."""
     return None if data is None or data == "hp" else QuantSpec.from_dict(data, where)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SavedSpec:
+    """How a tensor is stored between forward and backward that no integer GEMM reads.
+
+    bits   8 or 4 (two codes a byte): symmetric codes, rounded to nearest.
+    group  how many consecutive elements share a scale (bf16), 16 to 4096, a power of two.
+    """
+
+    bits: int = 8
+    group: int = 64
+
+    def __post_init__(self) -> None:
+        if self.bits not in (4, 8) or isinstance(self.bits, bool):
+            refuse("SavedSpec.bits", self.bits, "8 or 4")
+        check_int("SavedSpec.group", self.group, "a power of two from 16 to 4096", low=16, high=4096)
+        if self.group & (self.group - 1):
+            refuse("SavedSpec.group", self.group, "a power of two from 16 to 4096")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values only; `from_dict` reads it."""
+        return {"bits": self.bits, "group": self.group}
+
+    @classmethod
+    def of(cls, value: object, where: str = "compress_saved") -> SavedSpec | None:
+        """A spec from itself, a number of bits, a table, or None ("hp"). Errors: `RecipeError`."""
+        if value is None or value == "hp" or isinstance(value, cls):
+            return value if isinstance(value, cls) else None
+        if isinstance(value, dict):
+            value = check_keys(where, value, ("bits", "group"))
+            return cls(**value)
+        if isinstance(value, int) and not isinstance(value, bool) and value in (4, 8):
+            return cls(bits=value)
+        refuse(where, value, "8, 4, a SavedSpec, or None (hp)")

@@ -2,15 +2,30 @@
 
 from hypothesis import strategies as st
 
-from qcompile.estimators import InHindsight, InHindsightMax, MinMax, Percentile, RunningMinMax, Sigma
+from qcompile.estimators import (
+    EWGS,
+    LGLSQ,
+    LSQ,
+    InHindsight,
+    InHindsightMax,
+    LSQPlus,
+    MinMax,
+    Percentile,
+    RunningMinMax,
+    Sigma,
+)
 from qcompile.recipe import GEMM_OPERANDS, Recipe
 from qcompile.specs import SAME, GemmSpec, PerBlock, PerRow, PerTensor, QuantSpec
 
 SHARES = st.floats(0, 1) | st.sampled_from([0, 1])
 
+LEARNED = st.sampled_from([LSQ(), LSQPlus()]) | st.builds(EWGS, SHARES) | st.builds(LGLSQ, SHARES, SHARES, SHARES, st.booleans())
+
 # Those that have asymmetric ranges too.
-ESTIMATORS = st.sampled_from([MinMax(), RunningMinMax(0.5), InHindsightMax(4, None), Percentile(0.9, 100), Sigma(2.5)]) | st.builds(
-    InHindsight, SHARES, st.none() | SHARES
+ESTIMATORS = (
+    st.sampled_from([MinMax(), RunningMinMax(0.5), InHindsightMax(4, None), Percentile(0.9, 100), Sigma(2.5)])
+    | st.builds(InHindsight, SHARES, st.none() | SHARES)
+    | LEARNED
 )
 
 # No PerChannel: a random one may lie on a contracted axis, which is refused. It has tests of its own.

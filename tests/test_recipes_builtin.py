@@ -2,7 +2,7 @@ import pytest
 
 from qcompile import recipes
 from qcompile.errors import RecipeError
-from qcompile.estimators import InHindsight, MinMax
+from qcompile.estimators import EWGS, LGLSQ, InHindsight, Learned, MinMax
 from qcompile.recipe import GEMM_OPERANDS, Recipe
 from qcompile.recipes import get_recipe, list_recipes, register_recipe
 from qcompile.specs import PerRow, PerTensor, QuantSpec
@@ -44,10 +44,34 @@ def test_the_integer_recipes_run_every_gemm_in_int8(name, granularity, estimator
     assert (recipe.skip, recipe.overrides) == ((), ())
 
 
-@pytest.mark.parametrize("name", ["none", "int8", "int8_tensorwise", "int8_in_hindsight"])
+@pytest.mark.parametrize("name", list_recipes())
 def test_built_in_recipes_survive_text(name):
     recipe = get_recipe(name)
     assert Recipe.from_json(recipe.to_json()) == Recipe.from_toml(recipe.to_toml()) == recipe
+
+
+@pytest.mark.parametrize("name", ["qat_lsq", "qat_lsq_plus", "qat_ewgs", "qat_lg_lsq", "qat_int4_interval"])
+def test_recipes_with_learned_scales(name):
+    recipe = get_recipe(name)
+    assert all(isinstance(spec.estimator, Learned) and spec.bits == 4 for spec in (recipe.input, recipe.weight))
+    if name == "qat_int4_interval":
+        assert recipe.grad_output == get_recipe("int4_interval").grad_output
+    else:
+        assert recipe.grad_output is None and recipe.resolve("fc").gemm("grad_input") is None
+
+
+@pytest.mark.parametrize(
+    "make, field",
+    [
+        (lambda: LGLSQ(delta=2.0), "LGLSQ.delta"),
+        (lambda: LGLSQ(sharpness_start=-1.0), "LGLSQ.sharpness_start"),
+        (lambda: LGLSQ(simulated=1), "LGLSQ.simulated"),
+        (lambda: EWGS(delta="a"), "EWGS.delta"),
+    ],
+)
+def test_learned_estimators_refuse_wrong_parameters(make, field):
+    with pytest.raises(RecipeError, match=field):
+        make()
 
 
 def test_a_recipe_from_whatever_describes_it(tmp_path):

@@ -9,6 +9,7 @@ from qcompile.estimators.direction_sensitive import DirectionSensitive, learning
 from qcompile.estimators.distribution_adaptive import DistributionAdaptive
 from qcompile.estimators.in_hindsight import InHindsight, InHindsightMax, RunningMinMax
 from qcompile.estimators.interval_update import IntervalUpdate
+from qcompile.estimators.learned import EWGS, LGLSQ, LSQ, Learned, LSQPlus
 from qcompile.estimators.least_error import LeastSquaredError, Percentile
 from qcompile.estimators.min_max import MinMax
 from qcompile.estimators.sigma import Sigma
@@ -18,11 +19,16 @@ from qcompile.estimators.step import EagerRange
 __all__ = [
     "DirectionSensitive",
     "DistributionAdaptive",
+    "EWGS",
     "EagerRange",
     "Elements",
     "InHindsight",
     "InHindsightMax",
     "IntervalUpdate",
+    "LGLSQ",
+    "LSQ",
+    "LSQPlus",
+    "Learned",
     "LeastSquaredError",
     "MinMax",
     "Percentile",

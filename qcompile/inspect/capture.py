@@ -62,6 +62,7 @@ class Capture:
     range_state: RangeState | None = None
     seconds: float = 0.0
     loss: Callable[[Any], Tensor] | None = None
+    gradients: dict[str, Tensor] = field(default_factory=dict)  # of the Parameters, by name, in the captured step
 
     @property
     def first(self) -> CapturedGraph:
@@ -226,10 +227,11 @@ def capture(
                 raise error.inner_exception from None
             raise
         _backward(outputs, loss)
+    gradients = {clean_name(n): p.grad.detach().clone() for n, p in copied.named_parameters() if p.grad is not None}
     copied.zero_grad()
     graphs = [r.captured() for r in recordings if r.calls]
     state = RangeState(copied, store)
-    return Capture(copied, recipe, graphs, notes.graph_breaks, state, time.perf_counter() - start, loss)
+    return Capture(copied, recipe, graphs, notes.graph_breaks, state, time.perf_counter() - start, loss, gradients)
 
 
 def _names(model: nn.Module) -> dict[int, list[str]]:

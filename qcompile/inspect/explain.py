@@ -15,13 +15,14 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from passes.context import OPERANDS, Gemm, Site
+from passes.context import OPERANDS, Crossing, Gemm, Site
 from passes.pipeline import Step
 from qcompile.backend import quantizes_nothing
 from qcompile.inspect.capture import Capture, capture
@@ -94,6 +95,8 @@ class Report:
 
     hp_saved   what plain Inductor saves for the same step
     unmatched  patterns of the recipe that mean no site
+    crossings  under `compress_saved`: the tensors looked at, and what they are stored in
+    gradient_snr_db  under `compress_saved`: Parameter -> signal-to-noise ratio of its gradient against the same recipe without it
     outside    layers with matrix products that are in no graph: the step does not use them, or runs them in eager
                mode around a graph break, as Dynamo does with nn.LSTM, nn.GRU and nn.RNN
     others     class -> number of the layers with parameters that have no matrix product: embeddings, norms
@@ -109,6 +112,8 @@ class Report:
     outside: list[str] = field(default_factory=list)
     others: dict[str, int] = field(default_factory=dict)
     range_state: list[Entry] = field(default_factory=list)
+    crossings: list[Crossing] = field(default_factory=list)
+    gradient_snr_db: dict[str, float] = field(default_factory=dict)
     device: str = "cpu"
     torch_version: str = torch.__version__
     model: str = ""
@@ -141,6 +146,10 @@ class Report:
                 "weight_copies": self.saved.weight_copies,
                 "hp_total": self.hp_saved.total,
                 "hp_weight_copies": self.hp_saved.weight_copies,
+            },
+            "compress_saved": {
+                "tensors": [asdict(c) for c in self.crossings],
+                "gradient_snr_db": {n: v if math.isfinite(v) else None for n, v in self.gradient_snr_db.items()},
             },
             "sites": [
                 {
@@ -256,10 +265,27 @@ class Report:
             if entries:
                 values = sum(e.size * len(e.fields) for e in entries)
                 lines.append(f"range state, {phase}: {len(entries)} entries, {values} values")
+        lines += self._compressed()
         if self.saved.weight_copies or self.hp_saved.weight_copies:
             copies = f"{size_text(self.saved.weight_copies)} against {size_text(self.hp_saved.weight_copies)} hp"
             lines.append(f"copies of weights saved beside that: {copies}")
         return "\n".join(lines)
+
+    def _compressed(self) -> Iterator[str]:
+        stored = [c for c in self.crossings if c.reason is None]
+        if stored:
+            before, after = (sum(getattr(c, name) or 0 for c in stored) for name in ("bytes", "stored"))
+            tensors = "1 tensor" if len(stored) == 1 else f"{len(stored)} tensors"
+            yield f"compress_saved: {tensors} of {size_text(before)} stored in {size_text(after)}"
+        reasons = Counter(c.reason for c in self.crossings if c.reason is not None)
+        yield from (f"compress_saved: {count} left in hp: {reason}" for reason, count in reasons.items())
+        snr = {n: v for n, v in self.gradient_snr_db.items() if not math.isnan(v)}
+        if snr:
+            worst = min(snr, key=snr.__getitem__)
+            yield (
+                f"compress_saved: gradients against the recipe without it: "
+                f"median {median(snr.values()):.1f} dB, lowest {snr[worst]:.1f} dB ({worst})"
+            )
 
 
 def explain(
@@ -280,14 +306,25 @@ def explain(
             by operator
 
     It goes through the compiler twice, up to code generation: under the recipe, and as plain Inductor, for
-    what that saves.
+    what that saves; under `compress_saved` a third time, without it, for what that does to gradients.
 
     Errors: those of `capture`, but for strict.
     """
     found = capture(model, *inputs, recipe=recipe, loss=loss, passes=passes, **kwargs)
     hp = found if quantizes_nothing(found.recipe) else capture(model, *inputs, recipe="none", loss=loss, **kwargs)
     times = [measure(graph) if timed else {} for graph in found.graphs]
-    return _report(found, hp, times)
+    report = _report(found, hp, times)
+    if found.recipe.compress_saved is not None:
+        exact = capture(model, *inputs, recipe=found.recipe.replace(compress_saved=None), loss=loss, passes=passes, **kwargs)
+        report.crossings = [crossing for graph in found.graphs for crossing in graph.context.crossings]
+        report.gradient_snr_db = {n: _snr_db(g, exact.gradients[n]) for n, g in found.gradients.items() if n in exact.gradients}
+    return report
+
+
+def _snr_db(got: Tensor, want: Tensor) -> float:
+    """Signal-to-noise ratio in dB, of all elements; infinite where they are equal."""
+    noise = (got.double() - want.double()).square().sum()
+    return float(10 * torch.log10(want.double().square().sum() / noise))
 
 
 def _report(found: Capture, hp: Capture, times: list[dict[tuple[str, str], Measured]]) -> Report:

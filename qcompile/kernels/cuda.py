@@ -234,6 +234,24 @@ def product(
     )
 
 
+def scaled_mm_packed_cuda(a: Tensor, b: Tensor, *rest: Any) -> Tensor:
+    """`qtrain::scaled_mm_packed` of checked operands: unpacked in registers by the Triton kernel, before the GEMM elsewhere."""
+    from qcompile.ops.pack_codes import codes_per_byte
+    from qcompile.ops.scaled_mm_packed import unpacked
+
+    *operands, k, a_bits, b_bits = rest
+    m, n = a.shape[0], b.shape[1]
+    fields = {codes_per_byte(bits) for bits in (a_bits, b_bits)} - {1}
+    zero_points = sum(zero is not None for zero in operands[2:4])
+    name = "none" if 0 in (m, n, k) else gemm_for(a.device, m, n, k)
+    if name != "triton" or len(fields) != 1 or k > max_k(zero_points):
+        return scaled_mm_cuda(*unpacked(a, b, k, a_bits, b_bits), *operands)
+    from qcompile.kernels.triton.scaled_mm import scaled_mm
+
+    note_launch("triton int4" if fields == {2} else "triton int2", m, n, k)
+    return scaled_mm(_rows_contiguous(a), _rows_contiguous(b.t()), *operands, k=k, a_bits=a_bits, b_bits=b_bits)
+
+
 def scaled_bmm_cuda(
     a: Tensor,
     b: Tensor,

@@ -10,7 +10,7 @@ from qcompile.errors import KernelError
 from qcompile.kernels import cpu, cuda
 from qcompile.kernels.registry import find_kernel
 
-__all__ = ["KERNELS", "fallback_reason", "gemm_kernel", "unsupported_device"]
+__all__ = ["KERNELS", "fallback_reason", "gemm_kernel", "reads_packed", "unsupported_device"]
 
 SUPPORTED = ("cpu", "cuda")
 
@@ -43,6 +43,11 @@ def unsupported_device(devices: Iterable[torch.device]) -> str | None:
             except KernelError as error:
                 return str(error)
     return None
+
+
+def reads_packed(device: torch.device) -> bool:
+    """Whether a GEMM on this device is to read packed codes as they are; else they are unpacked before it."""
+    return device.type == "cuda"
 
 
 def fallback_reason(devices: Iterable[torch.device]) -> str | None:

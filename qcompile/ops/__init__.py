@@ -6,6 +6,14 @@ aten and says what the operator means; kernels agree with it bit for bit whereve
 
 from qcompile.kernels.cuda import register_cuda_kernels
 from qcompile.ops.convolution import conv_grad_input, conv_grad_weight
+from qcompile.ops.fake_quantize import fake_quantize, fake_quantize_codes
+from qcompile.ops.pack_codes import (
+    codes_per_byte,
+    pack_codes,
+    pack_codes_reference,
+    unpack_codes,
+    unpack_codes_reference,
+)
 from qcompile.ops.quantize import code_range, dequantize, dequantize_reference, quantize, quantize_reference
 from qcompile.ops.quantize_transposed import quantize_transposed, quantize_transposed_reference
 from qcompile.ops.random import draw_key, uniform_draws
@@ -20,16 +28,22 @@ from qcompile.ops.scaled_conv import (
     scaled_conv_reference,
 )
 from qcompile.ops.scaled_mm import scaled_mm, scaled_mm_reference
+from qcompile.ops.scaled_mm_packed import scaled_mm_packed, scaled_mm_packed_reference
 from qcompile.ops.scaled_mm_requantize import scaled_mm_requantize, scaled_mm_requantize_reference
 from qcompile.ops.transpose import transpose_codes, transpose_codes_reference
 
 __all__ = [
     "code_range",
+    "codes_per_byte",
     "conv_grad_input",
     "conv_grad_weight",
     "dequantize",
     "dequantize_reference",
     "draw_key",
+    "fake_quantize",
+    "fake_quantize_codes",
+    "pack_codes",
+    "pack_codes_reference",
     "quantize",
     "quantize_reference",
     "quantize_transposed",
@@ -45,6 +59,8 @@ __all__ = [
     "scaled_conv_grad_weight_reference",
     "scaled_conv_reference",
     "scaled_mm",
+    "scaled_mm_packed",
+    "scaled_mm_packed_reference",
     "scaled_mm_reference",
     "scaled_mm_requantize",
     "scaled_mm_requantize_reference",
@@ -54,6 +70,8 @@ __all__ = [
     "transpose_codes_reference",
     "uniform_draws",
     "unpack",
+    "unpack_codes",
+    "unpack_codes_reference",
     "write_state_",
 ]
 

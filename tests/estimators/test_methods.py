@@ -151,7 +151,7 @@ def test_dai8_per_output_channel_follows_the_page_and_is_really_per_channel():
         np.testing.assert_allclose(ours.high.numpy()[alive], high[alive], rtol=3e-6)
         assert_same_codes(g[:, alive[0]], scale[:, alive[0]], zero, low[:, alive[0]], high[:, alive[0]], spec)
         used = quantize(g, scale, None, 8, None, 0).abs().amax(0)
-        assert (used[alive[0]] >= 32).all() and used.median() > 100  # whatever a channel's size
+        assert (used[alive[0]] >= 16).all() and used.median() > 100  # whatever a channel's size
     assert len(np.unique(ours.state["bound"].numpy())) > 12
 
 

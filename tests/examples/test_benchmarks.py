@@ -3,7 +3,7 @@
 import sys
 
 import pytest
-from benchmarks import compile_time, kernels, linear, mlp, resnet
+from benchmarks import compile_time, kernels, linear, mlp, resnet, saved
 
 
 def test_mlp_times_integer_gemms_against_bf16(capsys):
@@ -23,6 +23,14 @@ def test_mlp_says_where_the_time_goes(capsys):
     assert ours["integer GEMMs"] > 0 == ours["hp GEMMs"]
     assert hp["fused kernels"] > 0 and ours["fused kernels"] > 0
     assert "integer GEMMs" in mlp.breakdown_table(found)
+
+
+def test_saved_weighs_what_the_recipe_says(capsys):
+    few, codes = saved.main("--width 32 --tokens 512 --recipes none+8,int8+8".split())[2:4]
+    assert (few["recipe"], few["model"]) == ("none+8", "MLP, relu")
+    assert 0.5 < few["x bf16"] < 0.6 and 0.4 < codes["x bf16"] < 0.6
+    assert 30 < codes["SNR dB"] < few["SNR dB"] + 3 < 50
+    assert "x bf16" in capsys.readouterr().out
 
 
 def test_linear_has_a_row_for_each_variant_with_what_ran(capsys, monkeypatch):

@@ -136,7 +136,11 @@ def scaled_mm_case(
     even_k: bool = True,
     bias: bool = True,
     zero_points: bool = False,
+    packed: tuple[bool, bool] = (False, False),
+    fields: int = 2,
 ) -> Case:
+    if any(packed):
+        config = tuning.for_packed(config, fields)
     arguments = {
         "a_ptr": "*i8",
         "b_ptr": "*i8",
@@ -152,6 +156,7 @@ def scaled_mm_case(
         "M": I32_16,
         "N": I32_16,
         "K": I32_16,
+        "PART": I32_16,
         "stride_a": I32_16,
         "stride_b": I32_16,
         "stride_o": I32_16,
@@ -162,6 +167,9 @@ def scaled_mm_case(
         "A_ZERO": int(Layout.ROW),
         "B_ZERO": int(Layout.COLUMN),
         "BIAS": int(Layout.COLUMN),
+        "A_PACKED": packed[0],
+        "B_PACKED": packed[1],
+        "FIELDS": fields if any(packed) else 1,
         "EVEN_K": even_k,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
@@ -172,6 +180,9 @@ def scaled_mm_case(
     tile = f"{config.block_m}x{config.block_n}x{config.block_k}"
     variant = f"{tile}, {config.stages} stages, {config.warps} warps, {extras}"
     options = {"num_warps": config.warps, "num_stages": config.stages}
+    if any(packed):
+        sides = " and ".join(side for side, is_packed in zip("ab", packed, strict=True) if is_packed)
+        return Case("scaled_mm packed", f"{variant}, {sides} packed, {fields} a byte", scaled_mm_kernel, arguments, options)
     return Case("scaled_mm", variant, scaled_mm_kernel, arguments, options)
 
 
@@ -242,6 +253,8 @@ def cases(family: str, *, everything: bool) -> list[Case]:
         transpose_case(),
         scaled_mm_case(tuning.candidates(family, 4096)[0]),
         scaled_mm_case(tuning.candidates(family, 16)[0]),
+        scaled_mm_case(tuning.candidates(family, 4096)[0], packed=(True, True)),
+        scaled_mm_case(tuning.candidates(family, 4096)[0], packed=(False, True)),
         conv_case(family),
         conv_weight_case(family),
     ]
@@ -262,6 +275,9 @@ def cases(family: str, *, everything: bool) -> list[Case]:
             scaled_mm_case(first, dtype="fp32", bias=False),
             scaled_mm_case(first, even_k=False),
             scaled_mm_case(first, zero_points=True),
+            scaled_mm_case(first, packed=(True, False), zero_points=True),
+            scaled_mm_case(first, packed=(True, True), even_k=False),
+            scaled_mm_case(first, packed=(True, True), fields=4),
             *(conv_case(family, channels=channels, scatter=scatter) for channels in (64, 512) for scatter in (False, True)),
             conv_case(family, zero=True),
             conv_case(family, even_c=False),

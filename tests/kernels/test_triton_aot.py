@@ -57,14 +57,14 @@ def number_of(facts, *prefixes):
     return sum(n for name, n in facts["instructions"].items() if name.startswith(prefixes))
 
 
-@each("quantize", "amax", "transpose", "scaled_mm", "conv", "conv_weight")
+@each("quantize", "amax", "transpose", "scaled_mm", "scaled_mm packed", "conv", "conv_weight")
 def test_nothing_spills_and_shared_memory_suffices(facts):
     assert facts["spilled"] == 0 and number_of(facts, "ld.local", "st.local", "scratch_") == 0
     assert facts.get("sass_local", 0) == 0
     assert facts["shared"] <= tuning.SHARED_MEMORY[facts["target"]]
 
 
-@each("scaled_mm", "conv", "conv_weight")
+@each("scaled_mm", "scaled_mm packed", "conv", "conv_weight")
 def test_int8_tensor_cores_multiply(facts):
     tile = facts["tile"]
     if facts["target"] == "gfx942":
@@ -82,11 +82,24 @@ def test_int8_tensor_cores_multiply(facts):
         assert facts["sass_tensor"] and all(name.startswith(unit) for name in facts["sass_tensor"])
 
 
-@each("scaled_mm", "conv", targets=NVIDIA)
+@each("scaled_mm", "scaled_mm packed", "conv", targets=NVIDIA)
 def test_codes_reach_the_tensor_cores_in_16_byte_copies_and_unshuffled(facts):
     assert facts["async_bytes"] == [16]
     assert number_of(facts, "ld.shared.b8", "st.shared.b8", "st.shared.v4.b8", "ld.shared.v4.b8") == 0
     assert number_of(facts, "st.global") == number_of(facts, "st.global.v4.b32") > 0
+
+
+@pytest.mark.parametrize("packed", [(True, True), (False, True)], ids=["both", "b"])
+@pytest.mark.parametrize("target", NVIDIA)
+def test_unpacking_in_registers_is_cheap(target, packed):
+    """As many products a step as the GEMM of plain codes, from less shared memory, in 1.45 times the instructions at most."""
+    config = tuning.candidates(target, 4096)[0]
+    plain, few = (
+        compiled(False)[target, case.kernel, case.variant]
+        for case in (aot.scaled_mm_case(config), aot.scaled_mm_case(config, packed=packed))
+    )
+    assert sum(few["sass_tensor"].values()) == sum(plain["sass_tensor"].values())
+    assert few["sass"] < 1.45 * plain["sass"] and few["shared"] <= 0.75 * plain["shared"]
 
 
 @each("conv_weight", targets=NVIDIA)

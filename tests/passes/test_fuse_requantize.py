@@ -139,6 +139,7 @@ def test_without_grad_a_result_leaves_as_codes_where_training_left_ranges(halves
     assert len(launches) == 2
 
 
+@pytest.mark.slow
 def test_generated_code_agrees():
     model = mlp(bias=False)
     plain, state, _ = steps(model, AVERAGE, False)

@@ -10,6 +10,11 @@ core reads without shuffling bytes: on compute capability 9.0 the other one goes
 stores, below it through byte loads. int8, scale and cast in one kernel spare the int32 product a trip through
 memory (4 bytes written, 4 read, 2 written; against 2).
 
+Operands of few bits may be packed along K (`qcompile.ops.pack_codes`): field j of a byte is a code of the j-th part of
+K. The kernel takes bytes once and multiplies field by field, each field moved to the upper bits of its byte and the
+others masked away: a shift and a mask, no sign to restore. The sum is then 2**(8 - width) times too large for each packed
+operand, exactly, and is shifted back; its terms are products of bytes as before, so the longest K is the same.
+
 An int32 holds a sum of `tuning.max_k` products. A longer K is split: every part is exact, and the parts are
 added in fp32, in order. Within a part single terms of the corrected sum may wrap, their total modulo 2**32
 does not care.
@@ -26,6 +31,7 @@ from qcompile.errors import KernelError
 from qcompile.kernels.triton import tuning
 from qcompile.kernels.triton.launch import EXACT, device_guard, family
 from qcompile.kernels.triton.numerics import COLUMN, FULL, ROW, Layout, layout_of, load_shared
+from qcompile.ops.pack_codes import codes_per_byte, unpack_codes_reference
 
 __all__ = ["scaled_mm", "scaled_mm_kernel", "scaled_mm_reference"]
 
@@ -66,6 +72,14 @@ def scaled_mm_reference(
 
 
 @triton.jit
+def field_of(packed, FIELD: tl.constexpr, FIELDS: tl.constexpr):
+    """Field of int8 bytes, as the upper bits of a byte: code * 2**(8 - 8 / FIELDS)."""
+    WIDTH: tl.constexpr = 8 // FIELDS
+    upper: tl.constexpr = -(1 << (8 - WIDTH))
+    return ((packed << (8 - (FIELD + 1) * WIDTH)) & upper).to(tl.int8)
+
+
+@triton.jit
 def scaled_mm_kernel(
     a_ptr,  # int8 [M, K], rows stride_a apart
     b_ptr,  # int8 [N, K], rows stride_b apart
@@ -81,6 +95,7 @@ def scaled_mm_kernel(
     M,
     N,
     K,
+    PART,  # bytes of a packed operand along K; K itself if none is
     stride_a,
     stride_b,
     stride_o,
@@ -91,7 +106,10 @@ def scaled_mm_kernel(
     A_ZERO: tl.constexpr,
     B_ZERO: tl.constexpr,
     BIAS: tl.constexpr,
-    EVEN_K: tl.constexpr,  # BLOCK_K divides K
+    A_PACKED: tl.constexpr,
+    B_PACKED: tl.constexpr,
+    FIELDS: tl.constexpr,  # codes a byte of packed operands: 2 or 4; 1 if none is
+    EVEN_K: tl.constexpr,  # BLOCK_K divides PART, and PART * FIELDS is K
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -113,17 +131,29 @@ def scaled_mm_kernel(
     b_ptrs = b_ptr + (rn % N).to(tl.int64)[None, :] * stride_b + rk[:, None]
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
-    for k in range(0, tl.cdiv(K, BLOCK_K)):
-        if EVEN_K:
-            a = tl.load(a_ptrs)
-            b = tl.load(b_ptrs)
-        else:
-            inside = rk < K - k * BLOCK_K
-            a = tl.load(a_ptrs, mask=inside[None, :], other=0)
-            b = tl.load(b_ptrs, mask=inside[:, None], other=0)
-        acc = tl.dot(a, b, acc, out_dtype=tl.int32)
+    for k in range(0, tl.cdiv(PART, BLOCK_K)):
+        for field in tl.static_range(FIELDS):
+            if EVEN_K:
+                if field == 0 or not A_PACKED:
+                    a = tl.load(a_ptrs + field * PART)
+                if field == 0 or not B_PACKED:
+                    b = tl.load(b_ptrs + field * PART)
+            else:
+                inside = (rk < PART - k * BLOCK_K) & (rk < K - field * PART - k * BLOCK_K)
+                if not A_PACKED:
+                    a = tl.load(a_ptrs + field * PART, mask=inside[None, :], other=0)
+                elif field == 0:
+                    a = tl.load(a_ptrs, mask=inside[None, :], other=0)
+                if not B_PACKED:
+                    b = tl.load(b_ptrs + field * PART, mask=inside[:, None], other=0)
+                elif field == 0:
+                    b = tl.load(b_ptrs, mask=inside[:, None], other=0)
+            a_codes = field_of(a, field, FIELDS) if A_PACKED else a
+            b_codes = field_of(b, field, FIELDS) if B_PACKED else b
+            acc = tl.dot(a_codes, b_codes, acc, out_dtype=tl.int32)
         a_ptrs += BLOCK_K
         b_ptrs += BLOCK_K
+    acc = acc >> ((8 - 8 // FIELDS) * (A_PACKED + B_PACKED))
 
     if b_zero_ptr is not None:
         b_zero = load_shared(b_zero_ptr, B_ZERO, rm, rn, M, N, 0)
@@ -170,6 +200,9 @@ def scaled_mm(
     *,
     a_sum: Tensor | None = None,
     b_sum: Tensor | None = None,
+    k: int | None = None,
+    a_bits: int = 8,
+    b_bits: int = 8,
     config: tuning.MatmulConfig | None = None,
 ) -> Tensor:
     """a int8 [M, K] and b_t int8 [N, K], both with contiguous rows -> out_dtype [M, N], contiguous.
@@ -179,22 +212,30 @@ def scaled_mm(
         bias             any float dtype, broadcastable to [M, N], or None
         out_dtype        fp32, bf16 or fp16; int32: the bare sum, no scales, no bias, K up to `tuning.max_k`
         a_sum, b_sum     int32, M and N values: sums of the codes over K, if the caller has them
+        k, a_bits,       packed operands: the number of codes along K, and 4, 3 or 2 bits for one that is packed; both packed:
+        b_bits           with equally many codes a byte; K up to `tuning.max_k`
         config           launch configuration; `tuning.choose` picks one if not given
 
     Errors: `KernelError`.
     """
     _check(a, b_t, a_scale, b_scale, a_zero, b_zero, bias, out_dtype)
-    (m, k), n = a.shape, b_t.shape[0]
+    m, n = a.shape[0], b_t.shape[0]
+    k, fields = _fields(a, b_t, k, a_bits, b_bits)
+    packed = (a_bits < 5, b_bits < 5, fields, k)
     out = a.new_empty((m, n), dtype=out_dtype)
     if m == 0 or n == 0:
         return out
     if config is None:
         config = tuning.choose(family(a.device), m, n, k)
+        if fields > 1:
+            config = tuning.for_packed(config, fields)
 
     longest = tuning.max_k((a_zero is not None) + (b_zero is not None))
     if k <= longest:
-        _launch(a, b_t, out, None, a_scale, b_scale, a_zero, b_zero, a_sum, b_sum, bias, config)
+        _launch(a, b_t, out, None, a_scale, b_scale, a_zero, b_zero, a_sum, b_sum, bias, config, packed)
         return out
+    if fields > 1:
+        raise KernelError(f"scaled_mm: K is {k}; packed operands go up to {longest}. Unpack them first.")
     if out_dtype is torch.int32:
         raise KernelError(f"scaled_mm: K is {k}; an int32 sum holds at most {longest} products. Ask for a float out_dtype.")
     length = longest // CHUNK * CHUNK
@@ -208,6 +249,21 @@ def scaled_mm(
         else:
             _launch(*parts, out, partial, a_scale, b_scale, a_zero, b_zero, None, None, bias, config)
     return out
+
+
+def _fields(a: Tensor, b_t: Tensor, k: int | None, a_bits: int, b_bits: int) -> tuple[int, int]:
+    """K, and how many codes a byte of a packed operand holds (1: none is packed). Errors: `KernelError`."""
+    counts = {"a": codes_per_byte(a_bits), "b_t": codes_per_byte(b_bits)}
+    packed = {count for count in counts.values() if count > 1}
+    if len(packed) > 1:
+        raise KernelError(f"scaled_mm: a has {counts['a']} codes a byte and b_t {counts['b_t']}; unpack one of them.")
+    if k is None:
+        k = a.shape[1]
+    for name, codes in (("a", a), ("b_t", b_t)):
+        if codes.shape[1] != -(-k // counts[name]):
+            what = "both must have K columns" if not packed else f"{k} codes, {counts[name]} a byte, must lie along K of {name}"
+            raise KernelError(f"scaled_mm: a is {list(a.shape)} and b_t {list(b_t.shape)}; {what}.")
+    return k, max(packed, default=1)
 
 
 def _check(
@@ -228,8 +284,6 @@ def _check(
                 f"scaled_mm: {name} has strides {codes.stride()}; its rows (the summed axis) must be "
                 f"contiguous. Pass a transposed copy (`transpose`)."
             )
-    if a.shape[1] != b_t.shape[1]:
-        raise KernelError(f"scaled_mm: a is {list(a.shape)} and b_t {list(b_t.shape)}; both must have K columns.")
     if out_dtype not in OUTPUTS:
         raise KernelError(f"scaled_mm: out_dtype is {out_dtype}; allowed: {', '.join(map(str, OUTPUTS))}.")
     if out_dtype is torch.int32:
@@ -264,8 +318,11 @@ def _launch(
     b_sum: Tensor | None,
     bias: Tensor | None,
     config: tuning.MatmulConfig,
+    packed: tuple[bool, bool, int, int] | None = None,
 ) -> None:
-    (m, k), n = a.shape, b_t.shape[0]
+    m, n = a.shape[0], b_t.shape[0]
+    a_packed, b_packed, fields, k = packed or (False, False, 1, a.shape[1])
+    part = -(-k // fields)
 
     def shared(name: str, values: Tensor | None, *allowed: Layout) -> tuple[Tensor | None, Layout]:
         if values is None:
@@ -294,12 +351,13 @@ def _launch(
             b_scale,
             a_zero,
             b_zero,
-            None if b_zero is None else _row_sums(a, a_sum),
-            None if a_zero is None else _row_sums(b_t, b_sum),
+            None if b_zero is None else _row_sums(a, a_sum, fields if a_packed else 1),
+            None if a_zero is None else _row_sums(b_t, b_sum, fields if b_packed else 1),
             bias,
             m,
             n,
             k,
+            part,
             a.stride(0),
             b_t.stride(0),
             n,
@@ -309,7 +367,10 @@ def _launch(
             A_ZERO=int(a_zero_layout),
             B_ZERO=int(b_zero_layout),
             BIAS=int(bias_layout),
-            EVEN_K=k % config.block_k == 0,
+            A_PACKED=a_packed,
+            B_PACKED=b_packed,
+            FIELDS=fields,
+            EVEN_K=part % config.block_k == 0 and part * fields == k,
             BLOCK_M=config.block_m,
             BLOCK_N=config.block_n,
             BLOCK_K=config.block_k,
@@ -320,5 +381,9 @@ def _launch(
         )
 
 
-def _row_sums(codes: Tensor, known: Tensor | None) -> Tensor:
-    return codes.sum(1, dtype=torch.int32) if known is None else known.contiguous()
+def _row_sums(codes: Tensor, known: Tensor | None, fields: int) -> Tensor:
+    if known is not None:
+        return known.contiguous()
+    if fields > 1:  # what pads the last byte is 0
+        codes = unpack_codes_reference(codes, 8 // fields, 1, codes.shape[1] * fields)
+    return codes.sum(1, dtype=torch.int32)

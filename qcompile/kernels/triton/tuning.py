@@ -23,6 +23,7 @@ __all__ = [
     "candidates",
     "choose",
     "conv_config",
+    "for_packed",
     "forget",
     "max_k",
     "remember",
@@ -149,6 +150,16 @@ def forget() -> None:
     """Forget what was tuned."""
     with _lock:
         _chosen.clear()
+
+
+def for_packed(config: MatmulConfig, fields: int) -> MatmulConfig:
+    """A configuration of as many codes a step for packed operands: fewer bytes along K.
+
+    A tensor core takes 32 bytes along K at least. Where that makes a step longer, more warps share its registers.
+    """
+    if config.block_k // fields < 32:
+        return config._replace(block_k=32, warps=max(8, config.warps))
+    return config._replace(block_k=config.block_k // fields)
 
 
 def max_k(zero_points: int) -> int:

@@ -1,0 +1,305 @@
+"""compress_saved: what else crosses the cut is stored in 8 or 4 bits.
+
+Before                                          After
+  forward   return (..., h)                       return (..., codes, scale)     # int8, two 4-bit codes a byte; bf16 a group
+  backward  gelu_backward(g, h)                   gelu_backward(g, view(to_dtype(codes * scale)))
+
+`h` is any high-precision tensor that the forward half computes and saves: the input of GELU, SiLU or a normalization, query, key
+and value, an attention's output. A group is `spec.group` consecutive elements in the tensor's memory order. The dequantize is
+plain aten, so Inductor fuses it into the backward kernel that reads it. Where the tensor's own codes are saved for a GEMM anyway,
+in no fewer bits, these are dequantized and nothing is stored for it.
+
+No GEMM's operand sees the difference: before, `save_codes` has had the forward half save the codes, scales and zero points that
+backward GEMMs read, and masks. What stays as it is: a tensor from which codes would be recomputed after all; copies of weights;
+statistics, which are tensors of less than 1/64 of the largest one, and all results but the first of an operator with several (the
+log-sum-exp of attention). What an exponential of a softmax reads is stored in 8 bits even where the spec says 4: an error there
+multiplies.
+
+Numerics  changes gradients: everything that backward computes from h sees it rounded. The forward result and all integer GEMMs'
+          forward operands are as before. A group that is not finite stays not finite: its scale is NaN or infinite.
+Requires  the two graphs after the partitioner, before lowering. Ensures: outputs and inputs of the cut still correspond; every
+          tensor that was looked at is in `context.crossings`, with the reason if it stayed.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+from torch.utils.checkpoint import CheckpointPolicy
+
+from passes.context import Crossing, PassContext
+from passes.cut import Cut, Saved, view_shape
+from passes.gemms import INTEGER
+from passes.graph import (
+    ALIASES,
+    CASTS,
+    DEQUANTIZE,
+    FORWARD,
+    PERMUTE,
+    QUANTIZE,
+    VIEWS,
+    aten,
+    call,
+    erase_unused,
+    inline,
+    phase_of,
+)
+from passes.save_codes import sources
+from qcompile.ops import code_range
+from qcompile.specs import SavedSpec
+
+__all__ = ["compress_saved", "fixed_size", "inverse", "memory_order"]
+
+SMALLEST_SHARE = 64
+"""A tensor of less than 1/64 of the largest is left alone: a statistic (of a row, of a channel) that gains nothing and is used for
+a whole row."""
+
+SMALLEST_GROUP = 16
+"""Elements that share a scale at least. Where the spec's group does not divide a tensor, a smaller power of two is tried."""
+
+
+def compress_saved(
+    forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int, context: PassContext | None = None
+) -> int:
+    """Return the number of tensors that are stored in fewer bits; none unless the context's recipe says so."""
+    spec = None if context is None else context.recipe.compress_saved
+    if context is None or not isinstance(spec, SavedSpec):
+        return 0
+    cut = Cut(forward, backward, num_fwd_outputs)
+    saved = list(cut.saved())
+    codes = [s for s in saved if s.node.target is QUANTIZE]
+    tensors = [s for s in saved if s.value.is_floating_point() and not _is_scale(s)]
+    sizes = {s: _size(s.value) for s in saved}
+    largest = max(sizes.values(), default=0)
+    compressed = 0
+    for s in tensors:
+        if sizes[s] * SMALLEST_SHARE < largest or sizes[s] < SMALLEST_GROUP:
+            continue
+        bits = 8 if _feeds_softmax(s.there) else spec.bits
+        group = math.gcd(fixed_size(s.value), spec.group)
+        reason = _why_not(s, group, context)
+        stored = None
+        if reason is None:
+            if any(c.node.args[3] >= bits and _restore_from_codes(cut, s, c) for c in codes):
+                stored = 0
+            else:
+                _store(cut, s, bits, group)
+                stored = sizes[s] * bits // 8 + 2 * sizes[s] // group
+            compressed += 1
+        size = sizes[s] * s.value.dtype.itemsize
+        known = all(isinstance(d, int) for d in s.value.shape)
+        context.crossings.append(Crossing(s.node.name, bits, size if known else None, stored if known else None, reason))
+    cut.close()
+    erase_unused(forward)
+    return compressed
+
+
+def _is_scale(saved: Saved) -> bool:
+    """Whether it belongs to codes, or to range state."""
+    if saved.node.meta.get("recompute") is CheckpointPolicy.MUST_SAVE:
+        return True
+    readers = [r for u in saved.there.users for r in ([*u.users] if u.target is PERMUTE else [u])]
+    return any(r.target is DEQUANTIZE or (r.target in INTEGER and saved.there not in r.args[6:7]) for r in readers)
+
+
+def _why_not(saved: Saved, group: int, context: PassContext) -> str | None:
+    if all(n.name in context.parameters for n in sources(saved.node)):
+        return "a copy of a weight"
+    if saved.node.target is operator.getitem and saved.node.args[1] > 0:
+        return "a statistic beside the result of its operator"
+    if group < SMALLEST_GROUP:
+        return f"too small to compress: no group of {SMALLEST_GROUP} elements or more divides {list(saved.value.shape)}"
+    if _feeds_recomputed_quantize(saved.there):
+        return "codes of a GEMM are recomputed from it"
+    if view_shape(saved.value.shape) is None:
+        return "more than one of its sizes is symbolic"
+    if any(isinstance(s, int) and s == 0 for s in saved.value.stride()):
+        return "expanded: it takes less memory than it has elements"
+    return None
+
+
+def _feeds_recomputed_quantize(node: fx.Node) -> bool:
+    """Whether backward repeats a forward quantize on something computed from `node`."""
+    seen, stack = set(), [node]
+    while stack:
+        for user in stack.pop().users:
+            if user in seen or user.op != "call_function" or phase_of(user) != FORWARD:
+                continue
+            if user.target is QUANTIZE:
+                return True
+            seen.add(user)
+            stack.append(user)
+    return False
+
+
+_UNCHANGED = (*VIEWS, *ALIASES, *CASTS, PERMUTE)
+
+
+def _feeds_softmax(node: fx.Node) -> bool:
+    """Whether backward takes exp(node - something), as softmax, log-softmax and cross entropy do."""
+    for user in node.users:
+        if user.target in _UNCHANGED and _feeds_softmax(user):
+            return True
+        if user.target is aten.sub.Tensor and user.args[0] is node and _feeds_exp(user):
+            return True
+        if user.target in (aten._softmax_backward_data.default, aten._log_softmax_backward_data.default):
+            return True
+    return False
+
+
+def _feeds_exp(node: fx.Node) -> bool:
+    return any(
+        user.target is aten.exp.default or (user.target in (*_UNCHANGED, aten.sub.Tensor) and _feeds_exp(user))
+        for user in node.users
+    )
+
+
+# ---- codes of its own
+
+
+def _store(cut: Cut, saved: Saved, bits: int, group: int) -> None:
+    value = saved.value
+    order = memory_order(value)
+    shape = view_shape([value.shape[i] for i in order])
+
+    def store(scope: dict[str, object]) -> list[tuple[str, fx.Node]]:
+        codes, scale = inline(cut.forward, _compress, saved.node, order, bits, group, scope=scope, key="compress")
+        return [("codes", codes), ("scale", scale)]
+
+    def restore(parts: list[fx.Node], scope: dict[str, object]) -> fx.Node:
+        constants = bits, value.dtype, shape, inverse(order)
+        return inline(cut.backward, _decompress, *parts, *constants, scope=scope, key="decompress")
+
+    cut.store(saved, store, restore)
+
+
+def _compress(x: Tensor, order: tuple[int, ...], bits: int, group: int) -> tuple[Tensor, Tensor]:
+    """x -> codes int8 [groups, group] (4 bits: [groups, group / 2]), scale bf16 [groups, 1].
+
+    scale = bf16(amax / qmax), codes = round_half_even(x / scale) with this rounded scale: qmax * 2**-9 at most is lost in it, less
+    than half a code, so no code is clipped by more than its own rounding.
+    """
+    _, qmax = code_range(bits, symmetric=True)
+    x = x.permute(order).reshape(-1, group).to(torch.float32)
+    scale = (x.abs().amax(1, keepdim=True) / qmax).clamp_min(torch.finfo(torch.float32).tiny).to(torch.bfloat16)
+    codes = torch.round(x * torch.reciprocal(scale.to(torch.float32))).clamp(-qmax, qmax)
+    if bits == 4:  # the first half of a group in the low nibbles; in fp32, exact, and the form that vectorizes on a CPU
+        low, high = codes[:, : group // 2], codes[:, group // 2 :]
+        codes = 16.0 * high + low + 8.0
+    return codes.to(torch.int8), scale
+
+
+def _decompress(
+    codes: Tensor, scale: Tensor, bits: int, dtype: torch.dtype, shape: tuple[int, ...] | None, axes: tuple[int, ...]
+) -> Tensor:
+    """What `_compress` stored -> `dtype`, of `shape` (in memory order), its axes then put in order."""
+    assert shape is not None
+    values = codes.to(torch.float32)
+    if bits == 4:
+        high = torch.floor(values * 0.0625)
+        values = torch.cat([values - 16.0 * high - 8.0, high], 1)
+    return (values * scale.to(torch.float32)).to(dtype).view(shape).permute(axes)
+
+
+def inverse(axes: Sequence[int]) -> tuple[int, ...]:
+    return tuple(sorted(range(len(axes)), key=axes.__getitem__))
+
+
+def memory_order(value: Tensor) -> tuple[int, ...]:
+    """The axes by falling stride: the order in which the elements lie."""
+    strides = [_hint(s) for s in value.stride()]
+    return tuple(sorted(range(value.ndim), key=lambda i: -strides[i]))
+
+
+def fixed_size(value: Tensor) -> int:
+    """The product of the sizes that are fixed, from the innermost axis in memory outwards to the first symbolic one."""
+    inner = 1
+    for i in reversed(memory_order(value)):
+        if not isinstance(value.shape[i], int):
+            break
+        inner *= value.shape[i]
+    return inner
+
+
+def _hint(size: int | torch.SymInt) -> int:
+    return size if isinstance(size, int) else int(size.node.hint or 1)
+
+
+def _size(value: Tensor) -> int:
+    """Number of elements, as far as it is known."""
+    return math.prod(_hint(s) for s in value.shape)
+
+
+# ---- a GEMM's codes
+
+
+def _path(tensor: fx.Node, codes: fx.Node) -> list[fx.Node] | None:
+    """The views and casts through which `codes` were quantized from `tensor`, the last one first; None if there is more between."""
+    path: list[fx.Node] = []
+    node = codes.args[0]
+    while node is not tensor:
+        if node.op != "call_function" or node.target not in _UNCHANGED:
+            return None
+        path.append(node)
+        node = node.args[0]
+    return path
+
+
+@dataclass(frozen=True)
+class _Dequantize:
+    """How the backward half turns codes into values: nodes of scale and zero point, in the orientation of the codes as saved."""
+
+    scale: fx.Node
+    zero: fx.Node | None
+
+
+def _dequantize_of(codes: fx.Node) -> _Dequantize | None:
+    """From the GEMM (or the dequantize) that reads the codes; None where its scale is not an input of the backward graph."""
+    for reader, transposed in [(u, False) for u in codes.users] + [
+        (u, True) for p in codes.users if p.target is PERMUTE for u in p.users
+    ]:
+        matrix = next((n for n in codes.users if n.target is PERMUTE and n in reader.all_input_nodes), codes)
+        if reader.target in INTEGER and matrix in reader.args[:2]:
+            side = reader.args.index(matrix)
+            found = reader.args[2 + side], reader.args[4 + side]
+        elif reader.target is DEQUANTIZE:
+            found = reader.args[1], reader.args[2]
+        else:
+            continue
+        scale, zero = (_as_saved(n, transposed) for n in found)
+        if scale is not None and (zero is None) == (found[1] is None):
+            return _Dequantize(scale, zero)
+    return None
+
+
+def _as_saved(node: fx.Node | None, transposed: bool) -> fx.Node | None:
+    """The placeholder behind a scale or zero point, of a transposed matrix: behind its transpose."""
+    if node is not None and transposed and node.meta["val"].ndim == 2:
+        node = node.args[0] if node.target is PERMUTE else None
+    return node if node is not None and node.op == "placeholder" else None
+
+
+def _restore_from_codes(cut: Cut, saved: Saved, own: Saved) -> bool:
+    """Let the backward half dequantize the codes that it gets anyway. False: it cannot, and nothing has changed."""
+    path, how = _path(saved.node, own.node), _dequantize_of(own.there)
+    if path is None or how is None or any(n.target in VIEWS and view_shape(n.args[0].meta["val"].shape) is None for n in path):
+        return False
+
+    def restore(_: list[fx.Node], scope: dict[str, object]) -> fx.Node:
+        graph = cut.backward
+        value = call(graph, DEQUANTIZE, own.there, how.scale, how.zero, saved.value.dtype, scope=scope)
+        for node in path:
+            before = node.args[0].meta["val"]
+            if node.target in VIEWS:
+                value = call(graph, aten.reshape.default, value, list(view_shape(before.shape) or ()), scope=scope)
+            elif node.target is PERMUTE:
+                value = call(graph, PERMUTE, value, list(inverse(node.args[1])), scope=scope)
+        return value
+
+    cut.store(saved, lambda scope: [], restore)
+    return True

@@ -1,0 +1,288 @@
+"""compress_saved: fewer bytes cross the cut, forward and codes stay as they were, gradients lose what the bits say."""
+
+import functools
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from passes import compress_saved as module
+from passes import pipeline, save_codes
+from passes.graph import DEQUANTIZE, FORWARD, QUANTIZE, SCALED_MM, phase_of
+from qcompile import Recipe, RecipeError, SavedSpec, capture, explain, get_recipe, saved_bytes
+from qcompile.kernels import record_launches
+from tests.compiling import compiled, gradients
+
+C = 64
+
+
+class Block(nn.Module):
+    """Attention and a GELU MLP, with LayerNorms."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(C), nn.LayerNorm(C)
+        self.qkv, self.proj = nn.Linear(C, 3 * C), nn.Linear(C, C)
+        self.up, self.down = nn.Linear(C, 4 * C), nn.Linear(4 * C, C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, T, _ = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, 2, C // 2).permute(2, 0, 3, 1, 4)
+        x = x + self.proj(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, C))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+@functools.cache
+def captured(recipe, bits=None):
+    """A step of a block under bf16 autocast."""
+    torch.manual_seed(0)
+    recipe = get_recipe(recipe) if isinstance(recipe, str) else recipe
+    with torch.autocast("cpu", torch.bfloat16):
+        return capture(Block(), torch.randn(4, 64, C), recipe=recipe.replace(compress_saved=bits))
+
+
+def snr_db(got, want):
+    ratios = []
+    for name, g in got.items():
+        if g.ndim >= 2:
+            ratios.append(10 * math.log10(want[name].square().sum() / (g - want[name]).square().sum()))
+    return ratios
+
+
+@pytest.mark.parametrize(
+    "recipe, bits, share",
+    [("int8", 8, 0.53), ("int8_in_hindsight", 8, 0.53), ("int8", 4, 0.4), ("none", 8, 0.53), ("none", 4, 0.28)],
+)
+def test_what_is_stored_shrinks_and_gradients_lose_what_the_bits_say(recipe, bits, share):
+    hp = captured("none").saved_bytes().total
+    exact, few = captured(recipe), captured(recipe, bits)
+    assert few.saved_bytes().total < share * hp
+    (out, *_), got = few.run()
+    (want_out, *_), want = exact.run()
+    assert torch.equal(out, want_out)
+    median = torch.tensor(snr_db(got, want)).median().item()
+    low, high = {("none", 8): (43, 49), ("none", 4): (18, 25)}.get((recipe, bits), (25, 50))
+    assert low < median < high
+    assert all(c.reason is None or "statistic" in c.reason or "weight" in c.reason for c in few.first.context.crossings)
+
+
+def test_each_bit_of_what_is_stored_is_worth_6_db():
+    want = captured("none").run()[1]
+    eight, four = (torch.tensor(snr_db(captured("none", bits).run()[1], want)) for bits in (8, 4))
+    assert 20 * math.log10(127 / 7) == pytest.approx(25.2, abs=0.1)
+    assert (eight - four).median().item() == pytest.approx(25.2, abs=2)
+
+
+@pytest.mark.parametrize("recipe", ["int8", "int8_tensorwise"])
+def test_gemms_read_the_codes_of_the_exact_tensor(recipe):
+    few = captured(recipe, 4)
+    recomputed = [n for n in few.backward.graph.find_nodes(op="call_function", target=QUANTIZE) if phase_of(n) == FORWARD]
+    compressed = {c.node for c in few.first.context.crossings if c.reason is None}
+    assert len(compressed) >= 6
+    for node in recomputed:
+        names = {n.name for n in save_codes.sources(node)}
+        assert not any(name.startswith(f"{c}_") for c in compressed for name in names)
+
+
+class Last(nn.Module):
+    """The gradient of `down`'s output is 1 everywhere: its weight's gradient sees nothing but codes of gelu(up(x))."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x))).sum()
+
+
+@pytest.mark.parametrize("recipe", ["int8", "int8_tensorwise"])
+def test_a_weights_gradient_is_that_of_exact_codes(recipe, monkeypatch):
+    model, x = Last(), torch.randn(64, 32)
+    want = capture(model, x, recipe=recipe).run()[1]
+    spec = get_recipe(recipe).replace(compress_saved=4)
+    got = capture(model, x, recipe=spec).run()[1]
+    assert torch.equal(got["down.weight"], want["down.weight"])
+    assert not torch.equal(got["up.weight"], want["up.weight"])  # through gelu's stored input
+    if recipe == "int8":  # without the step that saves codes they are recomputed: then their source stays as it is
+        monkeypatch.setattr(pipeline, "save_codes", lambda *_, **__: 0)
+        kept = capture(model, x, recipe=spec)
+        assert torch.equal(kept.run()[1]["up.weight"], want["up.weight"])
+        assert [c.reason for c in kept.first.context.crossings] == ["codes of a GEMM are recomputed from it"]
+        monkeypatch.setattr(module, "_feeds_recomputed_quantize", lambda *_: False)
+        wrong = capture(model, x, recipe=spec).run()[1]
+        assert not torch.equal(wrong["down.weight"], want["down.weight"])
+
+
+def test_codes_that_are_saved_anyway_stand_for_their_tensor():
+    """An attention's output is the next GEMM's input: its codes are dequantized for attention's backward."""
+    few = captured("int8", 8)
+    free = [c for c in few.first.context.crossings if c.stored == 0]
+    assert len(free) == 1
+    dequantized = few.backward.graph.find_nodes(op="call_function", target=DEQUANTIZE)
+    read = {m for n in few.backward.graph.find_nodes(op="call_function", target=SCALED_MM) for m in n.args[:2]}
+    assert len(dequantized) == 1 and all(n.args[0] in read for n in dequantized)
+    four_bit = Recipe(**{o: get_recipe("int8").input.__class__(bits=4) for o in ("input", "weight", "grad_output")})
+    assert not any(c.stored == 0 for c in captured(four_bit, 8).first.context.crossings)  # too few bits
+
+
+# ---- masks
+
+
+@pytest.mark.parametrize(
+    "activation, recipe", [(nn.ReLU(), "int8"), (nn.ReLU(), "int8_tensorwise"), (nn.Hardtanh(), "int8")], ids=str
+)
+def test_masks_are_exact_and_take_a_bit_at_most(activation, recipe):
+    model = nn.Sequential(nn.Linear(32, 64), activation, nn.Linear(64, 32))
+    x = torch.randn(48, 32)
+    exact = capture(model, x, recipe=recipe)
+    few = capture(model, x, recipe=get_recipe(recipe).replace(compress_saved=8))
+    for name, g in few.run()[1].items():
+        assert torch.equal(g, exact.run()[1][name]), name
+    wide = [e for e in few.saved_bytes().entries if e.weight is None and e.bytes >= 48 * 64 // 8]
+    codes = 48 * 64 + 48 * 32
+    assert sum(e.bytes for e in wide) <= codes + (0 if isinstance(activation, nn.ReLU) else 48 * 64 // 8)
+
+
+def test_packed_masks_have_an_eighth_of_a_byte(monkeypatch):
+    model, x = nn.Sequential(nn.Linear(32, 64), nn.Hardtanh(), nn.Linear(64, 32)), torch.randn(48, 32)
+    spec = get_recipe("int8_tensorwise").replace(compress_saved=8)
+    packed = capture(model, x, recipe=spec).saved_bytes()
+    assert [e.bytes for e in packed.entries if e.dtype is torch.uint8] == [48 * 64 // 8]
+    monkeypatch.setattr(pipeline, "pack_masks", lambda *_, **__: 0)
+    apart = capture(model, x, recipe=spec).saved_bytes()
+    assert apart.total - packed.total == 48 * 64 * 7 // 8
+
+
+# ---- what stays
+
+
+def test_what_cannot_be_grouped_stays_and_says_so():
+    model = nn.Sequential(nn.Linear(9, 9), nn.GELU(), nn.Linear(9, 9))
+    found = capture(model, torch.randn(5, 9), recipe=Recipe(compress_saved=8))
+    reason = "too small to compress: no group of 16 elements or more divides [5, 9]"
+    assert [c.reason for c in found.first.context.crossings] == [reason] * 2
+
+
+def test_statistics_and_copies_of_weights_stay():
+    few = captured("none", 8)
+    placeholders = {n.name for n in few.backward.graph.find_nodes(op="placeholder")}
+    assert sum("rsqrt" in name for name in placeholders) >= 1
+    assert not any("rsqrt" in c.node for c in few.first.context.crossings)
+    copies = [e for e in few.saved_bytes().entries if e.weight is not None]
+    assert copies and all(e.dtype is torch.bfloat16 for e in copies)
+
+
+def test_softmax_inputs_keep_eight_bits():
+    class Loss(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.head = nn.Linear(64, 256)
+
+        def forward(self, x):
+            return F.cross_entropy(self.head(x), torch.arange(len(x)) % 64)
+
+    found = capture(Loss(), torch.randn(64, 64), recipe=Recipe(compress_saved=4))
+    assert [c.bits for c in found.first.context.crossings if c.reason is None] == [8]
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+def test_what_is_not_finite_stays_visible(value):
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.GELU()), torch.randn(64, 64)
+    x[3, 5] = value
+    for bits in (8, 4):
+        grads = capture(model, x, recipe=Recipe(compress_saved=bits)).run()[1]
+        assert not grads["0.weight"].isfinite().all()
+
+
+# ---- end to end
+
+
+def test_a_compiled_step_is_the_captured_one(engine):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.LayerNorm(C), nn.Linear(C, 4 * C), nn.GELU(), nn.Linear(4 * C, C), nn.ReLU()), torch.randn(64, C)
+    spec = get_recipe("int8").replace(compress_saved=SavedSpec(bits=4, group=32))
+    want = capture(model, x, recipe=spec)
+    step = compiled(model, spec)
+    with record_launches() as launches:
+        step(x).square().mean().backward()
+    assert len(launches) == 6
+    got = {name: p.grad for name, p in model.named_parameters()}
+    for name, g in want.gradients.items():
+        torch.testing.assert_close(got[name], g, rtol=2e-2, atol=2e-2 * g.abs().max().item())
+    assert saved_bytes(step, x).total == want.saved_bytes().total
+
+
+def test_batch_sizes_may_change(interpreted):
+    model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+    spec = get_recipe("int8_tensorwise").replace(compress_saved=8)
+    step = compiled(model, spec)
+    for batch in (32, 40, 48):
+        x = torch.randn(batch, 32, requires_grad=True)
+        step(x).square().mean().backward()
+        got = gradients(model, x)
+        model.zero_grad()
+        exact = x.detach().clone().requires_grad_()
+        model(exact).square().mean().backward()
+        for g, w in zip(got, gradients(model, exact), strict=True):
+            assert 0.002 < ((g - w).norm() / w.norm()).item() < 0.1
+        model.zero_grad()
+    # of 50 rows and 60, half the bytes of fp32's, and less for what is wide
+    assert saved_bytes(step, x).total < 0.4 * saved_bytes(model, x).total
+
+
+def test_checkpointed_regions_keep_their_replay_exact(interpreted):
+    from torch.utils.checkpoint import checkpoint
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = nn.Sequential(nn.Linear(64, 128), nn.GELU(), nn.Linear(128, 64))
+            self.first = nn.Sequential(nn.Linear(64, 64), nn.GELU())
+
+        def forward(self, x):
+            return checkpoint(self.block, self.first(x), use_reentrant=False)
+
+    torch.manual_seed(0)
+    model, x = Checkpointed(), torch.randn(64, 64)
+    grads = {}
+    for bits in (None, 8):
+        model.zero_grad()
+        torch._dynamo.reset()
+        compiled(model, get_recipe("int8").replace(compress_saved=bits))(x).square().mean().backward()
+        grads[bits] = {n: p.grad.clone() for n, p in model.named_parameters()}
+    last = "block.2.weight"
+    torch.testing.assert_close(grads[8][last], grads[None][last], rtol=0, atol=0)
+    for name, g in grads[8].items():
+        assert (g - grads[None][name]).norm() < 0.05 * grads[None][name].norm(), name
+
+
+def test_explain_has_bytes_and_gradient_snr():
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)), torch.randn(64, 64)
+    report = explain(model, x, recipe=get_recipe("int8").replace(compress_saved=4))
+    assert "compress_saved: 1 tensor of 16.4 kB stored in 2.2 kB" in str(report)
+    data = report.to_dict()["compress_saved"]
+    assert data["tensors"] == [{"node": data["tensors"][0]["node"], "bits": 4, "bytes": 16384, "stored": 2176, "reason": None}]
+    assert data["gradient_snr_db"]["2.weight"] is None  # equal
+    assert 10 < data["gradient_snr_db"]["0.weight"] < 40 and "lowest" in str(report)
+
+
+# ---- the field
+
+
+def test_the_field_takes_bits_a_spec_or_a_table():
+    spec = SavedSpec(bits=4)
+    for value in (4, spec, {"bits": 4}, {"bits": 4, "group": 64}):
+        assert Recipe(compress_saved=value).compress_saved == spec
+    recipe = Recipe(compress_saved=SavedSpec(bits=8, group=128))
+    assert Recipe.from_toml(recipe.to_toml()) == Recipe.from_json(recipe.to_json()) == recipe
+    assert Recipe.from_toml(Recipe().to_toml()).compress_saved is None
+    assert len({r.fingerprint() for r in (recipe, Recipe(), Recipe(compress_saved=8), Recipe(compress_saved=4))}) == 4
+    assert "saved" in str(recipe)
+
+
+@pytest.mark.parametrize("value", [2, 16, True, "8", {"bits": 5}, {"group": 48}, {"group": 8192}, {"size": 1}, SavedSpec])
+def test_a_wrong_value_is_refused(value):
+    with pytest.raises(RecipeError, match="compress_saved|SavedSpec"):
+        Recipe(compress_saved=value)
