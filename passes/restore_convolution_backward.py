@@ -6,8 +6,8 @@ Before                                          After
   sum(g, [0, 2, 3])
 
 Numerics  exact: it undoes `passes.split_convolution_backward`, so that a library computes both in one call.
-Requires  the form that fuse_matmul leaves, meta["qtrain_split"]. Ensures: a convolution neither of whose gradients is integer is what
-          it was; one with a single gradient, or an integer one, keeps its parts.
+Requires  the form that fuse_matmul leaves, meta["qtrain_split"]. Ensures: a convolution neither of whose gradients is integer is
+          what it was; one with a single gradient, or an integer one, keeps its parts.
 """
 
 from __future__ import annotations
