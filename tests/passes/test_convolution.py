@@ -19,7 +19,8 @@ from passes.graph import (
     SCALED_CONV_GRAD_WEIGHT,
     aten,
 )
-from passes.split_convolution_backward import restore_convolution_backward, split_convolution_backward
+from passes.restore_convolution_backward import restore_convolution_backward
+from passes.split_convolution_backward import split_convolution_backward
 from qcompile import ops
 from qcompile.kernels import record_launches
 from qcompile.recipe import Recipe
