@@ -108,6 +108,20 @@ def _resolve_batch(node: fx.Node) -> Operand:
         node = source
         if node.meta["val"].ndim == 3 and _axes(node, (0, 1, 2)) in (rows, columns):
             found = Operand(node, None, _axes(node, (0, 1, 2)) != rows)
+    return _first_of_both_ways(found)
+
+
+def _first_of_both_ways(found: Operand) -> Operand:
+    """Where neither way to lay out a batch is the tensor behind it (`permute(x, [1, 0, 2])` forward, `[1, 2, 0]` backward): the
+    first of the two permutes stands for both."""
+    node = found.source
+    if node.op != "call_function" or node.target is not PERMUTE or node.meta["val"].ndim != 3:
+        return found
+    batch, row, column = (axis % 3 for axis in node.args[1])  # type: ignore[union-attr]
+    for other in node.args[0].users:  # type: ignore[union-attr]
+        turned = other.target is PERMUTE and [axis % 3 for axis in other.args[1]] == [batch, column, row]  # type: ignore[union-attr]
+        if turned and other < node:
+            return Operand(other, None, not found.transposed)
     return found
 
 
