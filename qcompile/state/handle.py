@@ -7,6 +7,8 @@ field `amax` of the operand `input` of the site `blocks.0.mlp.up`. What belongs 
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -137,6 +139,29 @@ class RangeState:
             self.store.set_pending(parameter, key, fields)
         self.store.epoch += 1
         return LoadResult(missing, unexpected)
+
+    def load_distributed(self, checkpoint_id: str | os.PathLike[str], key: str = "ranges", strict: bool = True) -> LoadResult:
+        """Load what `torch.distributed.checkpoint.save({key: range_state(model), ...}, checkpoint_id=...)` has saved.
+
+        `torch.distributed.checkpoint.load` fills the entries that it is given, and before the first step there are none: it would
+        load nothing, and say nothing. This reads from the checkpoint which there are. All ranks of the default process group must
+        call it; their number may differ from when it was saved.
+
+        Errors: `StateError` if the checkpoint has nothing under `key`, and those of `load_state_dict`.
+        """
+        from torch.distributed import checkpoint, is_available, is_initialized
+
+        names = checkpoint.FileSystemReader(checkpoint_id).read_metadata().state_dict_metadata
+        mine = {n.removeprefix(f"{key}."): m for n, m in names.items() if n.startswith(f"{key}.")}
+        if not mine:
+            keys = sorted({n.partition(".")[0] for n in names})
+            raise StateError(f"load_distributed: {checkpoint_id} has no range state under {key!r}. It has {', '.join(keys) or 'nothing'}")
+        values = {n: torch.empty(m.size) for n, m in mine.items()}
+        alone = not (is_available() and is_initialized())
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is no mistake
+            checkpoint.load({key: values}, checkpoint_id=checkpoint_id, no_dist=alone)
+        return self.load_state_dict(values, strict)
 
     def _grouped(self, state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         if not isinstance(state, Mapping):
