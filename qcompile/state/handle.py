@@ -154,8 +154,8 @@ class RangeState:
         names = checkpoint.FileSystemReader(checkpoint_id).read_metadata().state_dict_metadata
         mine = {n.removeprefix(f"{key}."): m for n, m in names.items() if n.startswith(f"{key}.")}
         if not mine:
-            keys = sorted({n.partition(".")[0] for n in names})
-            raise StateError(f"load_distributed: {checkpoint_id} has no range state under {key!r}. It has {', '.join(keys) or 'nothing'}")
+            keys = ", ".join(sorted({n.partition(".")[0] for n in names})) or "nothing"
+            raise StateError(f"load_distributed: {checkpoint_id} has no range state under {key!r}. It has {keys}")
         values = {n: torch.empty(m.size) for n, m in mine.items()}
         alone = not (is_available() and is_initialized())
         with warnings.catch_warnings():
