@@ -1,0 +1,65 @@
+"""PyTorch Lightning: compile the network inside the module, in place; ranges go into the checkpoint by two hooks of Lightning's."""
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from torch import Tensor, nn
+
+import qcompile
+
+
+class Module(lightning.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+        self.net.compile(backend="qtrain", options={"recipe": "int8_in_hindsight"})
+        self.losses: list[float] = []
+
+    def training_step(self, batch: Tensor, index: int) -> Tensor:
+        loss = (self.net(batch) - batch).square().mean()
+        self.losses.append(loss.item())
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=3e-3)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["ranges"] = qcompile.range_state(self).state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        qcompile.range_state(self).load_state_dict(checkpoint["ranges"])
+
+
+def train(folder: Path, steps: int, resume: Path | None = None) -> Module:
+    torch.manual_seed(0)
+    module = Module()
+    trainer = lightning.Trainer(
+        max_steps=steps,
+        accelerator="cpu" if not torch.cuda.is_available() else "gpu",
+        devices=1,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+    )
+    batches = torch.randn(4, 64, 32, generator=torch.Generator().manual_seed(1))
+    data = torch.utils.data.DataLoader(batches, batch_size=None)
+    trainer.fit(module, data, ckpt_path=resume, weights_only=True if resume else None)
+    trainer.save_checkpoint(folder / f"step-{steps}.ckpt")
+    return module
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        train(folder, 2)
+        print("to the end:", train(folder, 4).losses[2:])
+        print("resumed:   ", train(folder, 4, resume=folder / "step-2.ckpt").losses)
+
+
+if __name__ == "__main__":
+    main()
