@@ -11,10 +11,21 @@ from torch import Tensor, nn
 import qcompile
 
 
+class Net(nn.Module):
+    """A class of one's own: `compile` of one of torch's own, such as `nn.Sequential`, compiles nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(32, 64), nn.Linear(64, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(nn.functional.gelu(self.up(x)))
+
+
 class Module(lightning.LightningModule):
     def __init__(self) -> None:
         super().__init__()
-        self.net = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+        self.net = Net()
         self.net.compile(backend="qtrain", options={"recipe": "int8_in_hindsight"})
         self.losses: list[float] = []
 
@@ -46,7 +57,8 @@ def train(folder: Path, steps: int, resume: Path | None = None) -> Module:
         enable_model_summary=False,
         default_root_dir=folder,
     )
-    batches = torch.randn(4, 64, 32, generator=torch.Generator().manual_seed(1))
+    # An epoch is two batches. Lightning starts an interrupted epoch anew unless the data loader has a state of its own.
+    batches = torch.randn(2, 64, 32, generator=torch.Generator().manual_seed(1))
     data = torch.utils.data.DataLoader(batches, batch_size=None)
     trainer.fit(module, data, ckpt_path=resume, weights_only=True if resume else None)
     trainer.save_checkpoint(folder / f"step-{steps}.ckpt")

@@ -10,10 +10,11 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from qcompile._checks import suggestion
 from qcompile.errors import StateError
@@ -50,7 +51,7 @@ class RangeState:
             parameters[id(parameter)] = parameter
         gathered = gathered_parameters(self.model)
         for key, parameter in parameters.items():
-            yield names[key], gathered.get(key, parameter)
+            yield names[key], _as_graphs_see_it(gathered.get(key, parameter))
 
     def _slots(self) -> Iterator[tuple[str, Slot]]:
         for names, parameter in self._parameters():
@@ -212,6 +213,16 @@ def range_state(model: nn.Module) -> RangeState:
     if not isinstance(model, nn.Module):
         raise StateError(f"range_state: got a {type(model).__name__}; give it the (compiled) nn.Module")
     return RangeState(model)
+
+
+def _as_graphs_see_it(parameter: nn.Parameter) -> Any:
+    """Of a DTensor (tensor parallelism) this rank's tensor: AOTAutograd hands compiled code that, the same object each time."""
+    if is_traceable_wrapper_subclass(parameter):
+        names, _ = parameter.__tensor_flatten__()
+        tensors = [part for part in (getattr(parameter, name) for name in names) if isinstance(part, Tensor)]  # beside a mesh
+        if len(tensors) == 1:
+            return _as_graphs_see_it(tensors[0])
+    return parameter
 
 
 def clean_name(name: str) -> str:

@@ -38,6 +38,18 @@ def assert_integer_gemms_and_ranges(launches, model, *, a_step, steps, entries):
     assert all(entry["steps"].item() == steps for entry in state.values())
 
 
+@pytest.mark.parametrize("make", [lambda: torch.nn.Linear(4, 4), lambda: torch.nn.Sequential(torch.nn.Linear(4, 4))])
+def test_modules_of_torchs_own_are_not_compiled_in_place(make):
+    """By no backend: a fact about torch that docs/training.md warns of. Where this fails, it has been mended."""
+    seen = []
+    module = make()
+    module.compile(backend=lambda gm, inputs: seen.append(gm) or gm.forward)
+    module(torch.randn(2, 4))
+    assert not seen
+    torch.compile(module, backend=lambda gm, inputs: seen.append(gm) or gm.forward)(torch.randn(2, 4))
+    assert seen
+
+
 def test_per_block(interpreted):
     with record_launches() as launches:
         model, losses = example("per_block").train(steps=3)
@@ -59,8 +71,8 @@ def test_hugging_face_trainer(interpreted, one_thread, tmp_path):
     trainer = module.make_trainer(tmp_path, steps=3)
     with record_launches() as launches:
         trainer.train()
-    # 2 layers of 7 linears with 3 GEMMs each; two micro-batches a step
-    assert_integer_gemms_and_ranges(launches, trainer.model, a_step=2 * 7 * 3, steps=3 * 2, entries=(4 + 4) * 2 + 6 * 0 + 6)
+    # 2 layers of 7 linears with 3 GEMMs each, two micro-batches a step; q, k and v share an input, as gate and up do
+    assert_integer_gemms_and_ranges(launches, trainer.model, a_step=2 * 7 * 3, steps=3 * 2, entries=2 * (4 + 7))
     want = module.losses(trainer)
     assert want[2] < want[0]
 
