@@ -6,6 +6,7 @@ from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 import qcompile
@@ -44,33 +45,30 @@ class Module(lightning.LightningModule):
         qcompile.range_state(self).load_state_dict(checkpoint["ranges"])
 
 
-def train(folder: Path, steps: int, resume: Path | None = None) -> Module:
+def train(folder: Path, epochs: int, resume: Path | None = None) -> Module:
     torch.manual_seed(0)
     module = Module()
     trainer = lightning.Trainer(
-        max_steps=steps,
+        max_epochs=epochs,
         accelerator="cpu" if not torch.cuda.is_available() else "gpu",
         devices=1,
         logger=False,
-        enable_checkpointing=False,
+        callbacks=[ModelCheckpoint(folder, filename="{epoch}", save_top_k=-1, save_on_train_epoch_end=True)],
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,
     )
-    # An epoch is two batches. Lightning starts an interrupted epoch anew unless the data loader has a state of its own.
     batches = torch.randn(2, 64, 32, generator=torch.Generator().manual_seed(1))
     data = torch.utils.data.DataLoader(batches, batch_size=None)
     trainer.fit(module, data, ckpt_path=resume, weights_only=True if resume else None)
-    trainer.save_checkpoint(folder / f"step-{steps}.ckpt")
     return module
 
 
 def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        train(folder, 2)
-        print("to the end:", train(folder, 4).losses[2:])
-        print("resumed:   ", train(folder, 4, resume=folder / "step-2.ckpt").losses)
+        print("to the end:", train(folder, 2).losses[2:])
+        print("resumed:   ", train(folder, 2, resume=folder / "epoch=0.ckpt").losses)
 
 
 if __name__ == "__main__":
