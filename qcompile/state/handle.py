@@ -153,7 +153,8 @@ class RangeState:
         from torch.distributed import checkpoint, is_available, is_initialized
 
         names = checkpoint.FileSystemReader(checkpoint_id).read_metadata().state_dict_metadata
-        mine = {n.removeprefix(f"{key}."): m for n, m in names.items() if n.startswith(f"{key}.")}
+        tensors = {n: m for n, m in names.items() if isinstance(m, checkpoint.TensorStorageMetadata)}
+        mine = {n.removeprefix(f"{key}."): m for n, m in tensors.items() if n.startswith(f"{key}.")}
         if not mine:
             keys = ", ".join(sorted({n.partition(".")[0] for n in names})) or "nothing"
             raise StateError(f"load_distributed: {checkpoint_id} has no range state under {key!r}. It has {keys}")
