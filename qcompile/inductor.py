@@ -174,9 +174,17 @@ def compile_with_inductor(
         "custom_partitioner_fn": _Partition(identity, users_partitioner, context),
     }
     table = decompositions()
+
+    def cacheable(
+        compile_inner: InnerCompile, half: fx.GraphModule, inputs: list[Any], kwargs: dict[str, Any]
+    ) -> Callable[..., Any]:
+        if "get_decomp_fn" in kwargs:  # torch 2.13 hands the table on, which has no stable key: its cache would be passed over
+            kwargs["get_decomp_fn"] = decompositions
+        return inner(compile_inner, half, inputs, kwargs)
+
     # AOTAutograd's cache would skip the joint pass and our wrapper, and cannot store the wrapper: off for this compile only.
     with functorch_config.patch(enable_autograd_cache=False):
-        return compile_fx(gm, example_inputs, inner_compile=_hooked(inner), config_patches=patches, decompositions=table)
+        return compile_fx(gm, example_inputs, inner_compile=_hooked(cacheable), config_patches=patches, decompositions=table)
 
 
 _RANDOM = frozenset(
