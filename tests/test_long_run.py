@@ -12,7 +12,6 @@ from qcompile import compiled_graphs, range_state
 from qcompile.state import STORE
 from tests.compiling import STOCHASTIC, compiled
 
-
 pytestmark = pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux's account of memory")
 
 
