@@ -17,6 +17,7 @@ from typing import Any
 import cnn_models
 import torch
 import torch.nn.functional as F
+from checkpoints import load_whole, save_whole
 from cnn_trainer import CNNConfig, CNNTask
 from experiments import Outcome, Reading, config_hash
 from torch import Tensor, nn
@@ -124,7 +125,7 @@ class QATTask(CNNTask):
         model = self.fresh()
         path = self.out / f"fp32-{config_hash(self)}-seed{seed}.pt"
         if path.exists():
-            model.load_state_dict(torch.load(path, weights_only=True, map_location=self.device))
+            model.load_state_dict(load_whole(path))
             return model
         torch.manual_seed(seed)
         model = self.fresh()
@@ -139,8 +140,7 @@ class QATTask(CNNTask):
             F.cross_entropy(run(x.to(self.device)), y.to(self.device)).backward()
             optimizer.step()
             optimizer.zero_grad()
-        self.out.mkdir(parents=True, exist_ok=True)
-        torch.save(model.state_dict(), path)
+        save_whole(model.state_dict(), path)
         return model
 
     def fresh(self) -> nn.Module:

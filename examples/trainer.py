@@ -7,13 +7,13 @@ embedding is not: Inductor adds its rows in the order in which threads arrive.
 from __future__ import annotations
 
 import math
-import os
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from checkpoints import load_whole, save_whole
 from data import Corpus
 from gpt import GPT, PRESETS, GPTConfig
 
@@ -160,13 +160,7 @@ class Run:
 
     def save(self, path: Path) -> None:
         """Write the checkpoint whole or not at all: a run killed meanwhile keeps the one before."""
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_name(path.name + ".unfinished")
-        with open(unfinished, "wb") as file:
-            torch.save(self.state_dict(), file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
+        save_whole(self.state_dict(), path)
 
     def load(self, path: Path) -> None:
-        self.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        self.load_state_dict(load_whole(path))

@@ -32,10 +32,17 @@ class DynamoInputs:
         found = {}
         primals = [n for n in graph.nodes if n.op == "placeholder" and "tangents" not in str(n.target)]
         for position, node in enumerate(primals):
-            index = getattr(node.meta.get("desc"), "idx", position)  # AOTAutograd may have dropped or added inputs
+            index = getattr(_whole(node.meta.get("desc")), "idx", position)  # AOTAutograd may have dropped or added inputs
             if index < len(self.is_parameter) and self.is_parameter[index]:
                 found[node.name] = index
         return found
+
+
+def _whole(desc: Any) -> Any:
+    """The input that a part belongs to: AOTAutograd takes a tensor subclass, such as a DTensor, apart into its tensors."""
+    while not hasattr(desc, "idx") and hasattr(desc, "base"):
+        desc = desc.base
+    return desc
 
 
 def _source_name(placeholder: fx.Node) -> str:

@@ -31,6 +31,7 @@ from qcompile import inductor
 from qcompile.enclosing import layers_around, prefixes
 from qcompile.errors import QtrainWarning, UnsupportedError
 from qcompile.kernels.autotune import tune
+from qcompile.kernels.fallback import strictly
 from qcompile.kernels.select import fallback_reason, gemm_kernel, unsupported_device
 from qcompile.recipe import Recipe
 from qcompile.recipes import get_recipe
@@ -240,6 +241,12 @@ class Compilation:
     # ---- the halves
 
     def compile_half(
+        self, compile_inner: Any, half: fx.GraphModule, inputs: list[Any], kwargs: dict[str, Any]
+    ) -> Callable[..., Any]:
+        compiled = self._compile_half(compile_inner, half, inputs, kwargs)
+        return strictly(compiled) if self.context.strict else compiled
+
+    def _compile_half(
         self, compile_inner: Any, half: fx.GraphModule, inputs: list[Any], kwargs: dict[str, Any]
     ) -> Callable[..., Any]:
         start = time.perf_counter()

@@ -77,7 +77,8 @@ class _Partition(CustomPartitionerFn):
         return self  # Inductor copies its configuration for its cache key; a context holds graphs, which cannot be copied
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"identity": self.identity, "own": self.own, "context": None}  # what the cache key reads
+        """Torch's cache key may be made of the object itself: what it holds besides is another one at every compilation."""
+        return {"uuid": self.uuid()}
 
 
 class _HalfPass(CustomGraphPass):
@@ -180,9 +181,17 @@ def compile_with_inductor(
         "custom_partitioner_fn": _Partition(identity, users_partitioner, context),
     }
     table = decompositions()
+
+    def cacheable(
+        compile_inner: InnerCompile, half: fx.GraphModule, inputs: list[Any], kwargs: dict[str, Any]
+    ) -> Callable[..., Any]:
+        if "get_decomp_fn" in kwargs:  # torch 2.13 hands the table on, which has no stable key: its cache would be passed over
+            kwargs["get_decomp_fn"] = decompositions
+        return inner(compile_inner, half, inputs, kwargs)
+
     # AOTAutograd's cache would skip the joint pass and our wrapper, and cannot store the wrapper: off for this compile only.
     with functorch_config.patch(enable_autograd_cache=False):
-        return compile_fx(gm, example_inputs, inner_compile=_hooked(inner), config_patches=patches, decompositions=table)
+        return compile_fx(gm, example_inputs, inner_compile=_hooked(cacheable), config_patches=patches, decompositions=table)
 
 
 _RANDOM = frozenset(

@@ -30,6 +30,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from qcompile.errors import KernelError
 from qcompile.kernels import note_launch
 from qcompile.kernels.convolution import operators
+from qcompile.kernels.fallback import first_that_runs
 from qcompile.kernels.registry import find_kernel
 
 __all__ = [
@@ -158,6 +159,7 @@ _PREFERENCE = {
 }
 
 _forced: str | None = None
+_failed: set[str] = set()  # passed the self-test, and then failed in use
 
 
 @functools.cache
@@ -220,19 +222,25 @@ def kernel_name(m: int, n: int, k: int, *, zero_points: bool = False) -> str:
     oneDNN's fp32 output is not: then the best of the others is used, also when "onednn" is forced.
     Errors: `KernelError`.
     """
+    return _choices(m, n, k, zero_points)[0]
+
+
+def _choices(m: int, n: int, k: int, zero_points: bool) -> tuple[str, ...]:
+    """`kernel_name`, and what can stand in for it."""
     if 0 in (m, n, k):
-        return "none"
+        return ("none",)
     choice = _forced or os.environ.get("QTRAIN_CPU_GEMM")
     if choice:
         _check_candidate(choice, "QTRAIN_CPU_GEMM")
-    names = (choice, *_usable()) if choice else _usable()
+    usable = tuple(name for name in _usable() if name not in _failed)
+    names = (choice, *usable) if choice else usable
     if zero_points or k > MAX_K:
         names = tuple(name for name in names if name not in FLOAT_PRODUCTS)
     if not names:
         raise KernelError(
             "no int8 product is exact on this CPU. `python -m qcompile doctor` has each self-test's result."
         )
-    return names[0]
+    return names[:1] if choice in names else names
 
 
 def _check_candidate(name: str, source: str) -> None:
@@ -264,10 +272,11 @@ def scaled_mm(
     if users is not None:
         note_launch(users.name, m, n, k)
         return users.run(a, b, a_scale, b_scale, a_zero, b_zero, bias, out_dtype)
+    out = product(a, b, a_scale, b_scale, a_zero, b_zero, bias, out_dtype)
     name = kernel_name(m, n, k, zero_points=a_zero is not None or b_zero is not None)
     if name != "none":
         note_launch(name, m, n, k)
-    return product(a, b, a_scale, b_scale, a_zero, b_zero, bias, out_dtype)
+    return out
 
 
 def product(
@@ -282,7 +291,25 @@ def product(
 ) -> Tensor:
     """`scaled_mm` as a part of another operator, which notes the launch."""
     (m, k), n = a.shape, b.shape[1]
-    name = kernel_name(m, n, k, zero_points=a_zero is not None or b_zero is not None)
+    names = _choices(m, n, k, a_zero is not None or b_zero is not None)
+    operands = (a, b, a_scale, b_scale, a_zero, b_zero, bias, out_dtype)
+    ran, out = first_that_runs(names, lambda name: _product(name, *operands), f"a GEMM of {m} x {n} x {k}")
+    _failed.update(names[: names.index(ran)])
+    return out
+
+
+def _product(
+    name: str,
+    a: Tensor,
+    b: Tensor,
+    a_scale: Tensor,
+    b_scale: Tensor,
+    a_zero: Tensor | None,
+    b_zero: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    m, n = a.shape[0], b.shape[1]
     if name == "none":
         acc = a.new_zeros((m, n), dtype=torch.float32)
         return _epilogue(acc, a_scale, b_scale, bias, out_dtype)

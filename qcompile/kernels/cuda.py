@@ -28,6 +28,7 @@ from qcompile.errors import KernelError
 from qcompile.kernels import cuda_conv, note_launch
 from qcompile.kernels.convolution import operators
 from qcompile.kernels.cpu import of_batch
+from qcompile.kernels.fallback import first_that_runs
 from qcompile.kernels.registry import find_kernel
 from qcompile.kernels.triton.launch import MINIMUM_CAPABILITY, unavailable_reasons
 from qcompile.kernels.triton.tuning import bucket, max_k
@@ -208,9 +209,10 @@ def scaled_mm_cuda(
     if users is not None:
         note_launch(users.name, m, n, k)
         return users.run(a, b, a_scale, b_scale, a_zero, b_zero, bias, out_dtype)
+    out = product(a, b, a_scale, b_scale, a_zero, b_zero, bias, out_dtype)
     if 0 not in (m, n, k):
         note_launch(gemm_for(a.device, m, n, k), m, n, k)
-    return product(a, b, a_scale, b_scale, a_zero, b_zero, bias, out_dtype)
+    return out
 
 
 def product(
@@ -228,10 +230,15 @@ def product(
     if m == 0 or n == 0 or k == 0:
         out = a.new_zeros((m, n), dtype=torch.float32) * (a_scale * b_scale)
         return (out if bias is None else out + bias.to(torch.float32)).to(out_dtype)
-    run = CANDIDATES[gemm_for(a.device, m, n, k)]
-    return run(
-        _rows_contiguous(a), _rows_contiguous(b.t()), a_scale, b_scale, a_zero, b_zero, bias, out_dtype
-    )
+    chosen = gemm_for(a.device, m, n, k)
+    others = () if "QTRAIN_CUDA_GEMM" in os.environ else tuple(name for name in CANDIDATES if name != chosen)
+    if "triton" in others and unavailable_reasons(a.device, "scaled_mm"):
+        others = ()
+    operands = (_rows_contiguous(a), _rows_contiguous(b.t()), a_scale, b_scale, a_zero, b_zero, bias, out_dtype)
+    ran, out = first_that_runs((chosen, *others), lambda name: CANDIDATES[name](*operands), f"a GEMM of {m} x {n} x {k}")
+    if ran != chosen:
+        remember(a.device, m, n, k, ran)
+    return out
 
 
 def scaled_mm_packed_cuda(a: Tensor, b: Tensor, *rest: Any) -> Tensor:

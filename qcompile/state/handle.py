@@ -7,11 +7,14 @@ field `amax` of the operand `input` of the site `blocks.0.mlp.up`. What belongs 
 
 from __future__ import annotations
 
+import os
+import warnings
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from qcompile._checks import suggestion
 from qcompile.errors import StateError
@@ -48,7 +51,7 @@ class RangeState:
             parameters[id(parameter)] = parameter
         gathered = gathered_parameters(self.model)
         for key, parameter in parameters.items():
-            yield names[key], gathered.get(key, parameter)
+            yield names[key], _as_graphs_see_it(gathered.get(key, parameter))
 
     def _slots(self) -> Iterator[tuple[str, Slot]]:
         for names, parameter in self._parameters():
@@ -138,6 +141,30 @@ class RangeState:
         self.store.epoch += 1
         return LoadResult(missing, unexpected)
 
+    def load_distributed(self, checkpoint_id: str | os.PathLike[str], key: str = "ranges", strict: bool = True) -> LoadResult:
+        """Load what `torch.distributed.checkpoint.save({key: range_state(model), ...}, checkpoint_id=...)` has saved.
+
+        `torch.distributed.checkpoint.load` fills the entries that it is given, and before the first step there are none: it would
+        load nothing, and say nothing. This reads from the checkpoint which there are. All ranks of the default process group must
+        call it; their number may differ from when it was saved.
+
+        Errors: `StateError` if the checkpoint has nothing under `key`, and those of `load_state_dict`.
+        """
+        from torch.distributed import checkpoint, is_available, is_initialized
+
+        names = checkpoint.FileSystemReader(checkpoint_id).read_metadata().state_dict_metadata
+        tensors = {n: m for n, m in names.items() if isinstance(m, checkpoint.TensorStorageMetadata)}
+        mine = {n.removeprefix(f"{key}."): m for n, m in tensors.items() if n.startswith(f"{key}.")}
+        if not mine:
+            keys = ", ".join(sorted({n.partition(".")[0] for n in names})) or "nothing"
+            raise StateError(f"load_distributed: {checkpoint_id} has no range state under {key!r}. It has {keys}")
+        values = {n: torch.empty(m.size) for n, m in mine.items()}
+        alone = not (is_available() and is_initialized())
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is no mistake
+            checkpoint.load({key: values}, checkpoint_id=checkpoint_id, no_dist=alone)
+        return self.load_state_dict(values, strict)
+
     def _grouped(self, state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         if not isinstance(state, Mapping):
             raise StateError(f"load_state_dict: got a {type(state).__name__}; give it what RangeState.state_dict() returned")
@@ -187,6 +214,16 @@ def range_state(model: nn.Module) -> RangeState:
     if not isinstance(model, nn.Module):
         raise StateError(f"range_state: got a {type(model).__name__}; give it the (compiled) nn.Module")
     return RangeState(model)
+
+
+def _as_graphs_see_it(parameter: nn.Parameter) -> Any:
+    """Of a DTensor (tensor parallelism) this rank's tensor: AOTAutograd hands compiled code that, the same object each time."""
+    if is_traceable_wrapper_subclass(parameter):
+        names, _ = parameter.__tensor_flatten__()
+        tensors = [part for part in (getattr(parameter, name) for name in names) if isinstance(part, Tensor)]  # beside a mesh
+        if len(tensors) == 1:
+            return _as_graphs_see_it(tensors[0])
+    return parameter
 
 
 def clean_name(name: str) -> str:

@@ -3,7 +3,7 @@
 import sys
 
 import pytest
-from benchmarks import compile_time, kernels, linear, mlp, resnet, saved
+from benchmarks import compile_time, kernels, linear, mlp, resnet, saved, state_cost
 
 
 def test_mlp_times_integer_gemms_against_bf16(capsys):
@@ -72,3 +72,15 @@ def test_resnet_times_integer_convolutions_against_bf16(capsys):
     assert len(ours.times) == 1 and 0 < ours.saved < baseline.saved
     assert 5 < ours.gradient_snr_db < 60
     assert "int8_tensorwise" in capsys.readouterr().out
+
+
+def test_state_handling_is_timed(interpreted, capsys):
+    """The bookkeeping is found and timed, and is no more than a small part of a step of any size."""
+    found = state_cost.main("--width 64 --layers 1 --context 16 --batch 4 --steps 5 --device cpu".split())
+    assert 0 < found["state"] < 0.1 * found["step"]
+    assert found["share"] == found["state"] / found["step"]
+    assert "ms of state handling" in capsys.readouterr().out
+    with state_cost.stopwatch() as spent:
+        config = state_cost.GPTConfig(width=32, layers=1, heads=1, context=8)
+        state_cost.measure(config, batch=2, steps=1, recipe="int8", device="cpu")
+    assert not spent  # a recipe without state has none to handle

@@ -1,0 +1,65 @@
+"""A kernel that was chosen, and then fails when it is called: the next candidate runs in its place, with one warning.
+
+Under `strict=True` that is an error instead, and so it is where a kernel was asked for by name. What fails with every candidate is
+no kernel's fault (memory, a device that is gone), and is raised as it is.
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+
+from qcompile.errors import KernelError, QtrainWarning
+
+__all__ = ["first_that_runs", "strictly"]
+
+T = TypeVar("T")
+
+_here = threading.local()  # a compiled half calls its kernels on the thread that it runs on
+
+
+def strictly(compiled: Callable[..., Any]) -> Callable[..., Any]:
+    """A compiled half whose kernels may not be replaced by others."""
+
+    def run(args: list[Any]) -> Any:
+        before = getattr(_here, "strict", False)
+        _here.strict = True
+        try:
+            return compiled(args)
+        finally:
+            _here.strict = before
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
+
+
+def first_that_runs(names: Sequence[str], run: Callable[[str], T], gemm: str) -> tuple[str, T]:
+    """(name, result) of the first candidate that does not raise. The caller remembers it: failing takes time.
+
+    gemm  what was to be computed, for the messages
+    Errors: `KernelError` if the first fails under `strict=True`; its own error if there is no other, or they fail too.
+    """
+    first: Exception | None = None
+    for name in names:
+        try:
+            result = run(name)
+        except (torch.OutOfMemoryError, KernelError):
+            raise
+        except Exception as error:  # compilers, drivers and libraries have no error in common
+            if getattr(_here, "strict", False):
+                raise KernelError(f"strict: {_failure(name, gemm, error)}. Without strict=True the next candidate runs") from error
+            first = first or error
+            continue
+        if first is not None:
+            warnings.warn(f"{_failure(names[0], gemm, first)}; {name!r} runs in its place from now on", QtrainWarning, stacklevel=3)
+        return name, result
+    raise first or KernelError(f"no candidate for {gemm}")
+
+
+def _failure(name: str, gemm: str, error: Exception) -> str:
+    lines = f"{type(error).__name__}: {error}".strip().splitlines()
+    return f"kernel {name!r} failed for {gemm} ({lines[0]})"

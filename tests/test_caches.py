@@ -1,0 +1,151 @@
+"""Inductor's cache of compiled graphs is on and safe; resetting and recompiling leave nothing behind."""
+
+import gc
+import os
+import subprocess
+import sys
+import uuid
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch._dynamo.utils import counters
+
+from passes import Step, joint_steps
+from qcompile import compiled_graphs, range_state
+from qcompile.kernels import record_launches
+from qcompile.state import STORE
+from qcompile.state.binding import Binder, Binding
+from tests.compiling import AVERAGE, compiled
+
+M, K, N = 12, 16, 8
+
+
+def does_nothing(graph, context):
+    return 0
+
+
+def hits_and_misses(mark, recipe="int8_tensorwise"):
+    """Compile and run a layer with the cache on; `mark` is part of what the passes are called, and so of the cache's key."""
+    torch.manual_seed(0)
+    counters.clear()
+    torch._dynamo.reset()
+    layer = nn.Linear(K, N)
+    x = torch.ones(M, K, requires_grad=True)
+    steps = [*joint_steps(), Step(f"mark {mark}", does_nothing)]
+    with torch.compiler.config.patch(force_disable_caches=False), record_launches() as launches:
+        for _ in range(2):
+            y = compiled(layer, recipe, passes=steps)(x)
+            y.sum().backward()
+    assert len(launches) == 6
+    return counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"], y.sum().item(), layer
+
+
+def test_the_cache_serves_the_same_passes_and_recipe_and_no_others(monkeypatch):
+    mark = uuid.uuid4()  # nothing of an earlier run; the generated code is the same, and compiled once a machine
+    hits, misses, want, _ = hits_and_misses(mark)
+    assert (hits, misses) == (0, 2)  # forward and backward
+    assert hits_and_misses(mark)[:3] == (2, 0, want)
+    assert hits_and_misses(uuid.uuid4())[:2] == (0, 2)  # another pass
+    monkeypatch.setattr("passes.pipeline.source_fingerprint", lambda: "other sources")
+    assert hits_and_misses(mark)[:2] == (0, 2)
+
+
+@pytest.mark.slow
+def test_a_second_process_starts_warm_with_state_of_its_own():
+    mark = str(uuid.uuid4())
+    hits, misses, want, layer = hits_and_misses(mark, AVERAGE)
+    assert (hits, misses) == (0, 2)
+    code = f"""
+from tests.test_caches import hits_and_misses, AVERAGE, range_state
+hits, misses, got, layer = hits_and_misses({mark!r}, AVERAGE)
+print(hits, misses, got, range_state(layer)["input"]["steps"].item())
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300)
+    assert done.stdout.split() == ["2", "0", str(want), "2.0"], done.stderr
+    assert range_state(layer)["input"]["steps"] == 2
+
+
+@pytest.mark.slow
+def test_torch_logs_show_the_integer_operators():
+    code = """
+import torch
+from tests.compiling import compiled
+compiled(torch.nn.Linear(16, 8), "int8_tensorwise")(torch.ones(12, 16)).sum().backward()
+"""
+    environment = os.environ | {"TORCH_LOGS": "aot_graphs,post_grad_graphs,recompiles", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert "AFTER POST GRAD" in done.stderr and "torch.ops.qtrain.scaled_mm" in done.stderr
+
+
+# ---- nothing is left behind
+
+
+@pytest.fixture
+def alive(caplog):
+    """How many objects of some kinds there are."""
+
+    def count(*kinds):
+        caplog.clear()  # torch logs graphs, and pytest keeps what is logged
+        gc.collect()
+        return sum(issubclass(type(o), kinds) for o in gc.get_objects())
+
+    return count
+
+
+def in_use():
+    """Elements of range state that belong to someone."""
+    return sum(slot.numel for slot in STORE)
+
+
+def step(layer, rows=M):
+    compiled(layer)(torch.randn(rows, K)).sum().backward()
+
+
+def test_a_reset_leaves_nothing_behind(interpreted, alive):
+    torch.compiler.reset()
+    before = alive(Binder, Binding), in_use()
+    parameter = train_through_a_reset(before, alive)  # in a frame of its own: Python keeps what was looked up in one
+    torch.compiler.reset()
+    assert (alive(Binder, Binding), in_use()) == before
+    assert parameter() is None
+
+
+def train_through_a_reset(before, alive):
+    layer = nn.Linear(K, N)
+    step(layer)
+    assert len(compiled_graphs()) == 1 and in_use() > before[1] and alive(Binder, Binding) > before[0]
+    torch.compiler.reset()
+    assert compiled_graphs() == []
+    assert range_state(layer)["input"]["steps"] == 1  # state is the model's, not the compiler's
+    step(layer)
+    assert range_state(layer)["input"]["steps"] == 2
+    return weakref.ref(layer.weight)
+
+
+def check_recompilations(times, alive):
+    """Every time the same model is compiled anew, and trained on another size."""
+    torch.compiler.reset()
+    layer = nn.Linear(K, N)
+    sizes = []
+    for number in range(times):
+        torch.compiler.reset()
+        step(layer, rows=M + number)
+        if number in (2, times - 1):
+            sizes.append((alive(Binder, Binding), in_use(), [t.numel() for t in STORE.tensors()]))
+    assert range_state(layer)["input"]["steps"] == times
+    first, last = sizes
+    assert first == last
+
+
+def test_recompilations_leak_nothing(interpreted, alive):
+    check_recompilations(8, alive)
+
+
+@pytest.mark.slow
+def test_200_recompilations_leak_nothing(interpreted, alive):
+    check_recompilations(200, alive)
