@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 import qcompile
 from passes.graph import DEQUANTIZE, QUANTIZE, SCALED_MM
 from passes.pipeline import Step, insert_after, joint_steps, without
-from qcompile import GemmSpec, MinMax, PerRow, QtrainWarning, QuantSpec, Recipe, compiled_graphs, get_recipe, range_state
+from qcompile import GemmSpec, MinMax, PerBlock, PerRow, QtrainWarning, QuantSpec, Recipe, compiled_graphs, get_recipe, range_state
 from qcompile.backend import qtrain
 from qcompile.inspect import saved_bytes
 from qcompile.kernels import record_launches
@@ -516,22 +516,17 @@ def test_wrong_options_are_refused(options, message):
     assert message in message_of(nn.Linear(4, 4), options, torch.randn(2, 4))
 
 
-class Product(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.proj = nn.Linear(8, 8)
-
-    def forward(self, x):
-        return self.proj(x) @ x.transpose(-1, -2)
+BLOCKS = QuantSpec(granularity=PerBlock(8, 8))  # quantized by blocks, and multiplied in high precision
 
 
 def test_strict_refuses_what_has_no_integer_kernel(interpreted):
-    x = torch.randn(2, 4, 8)
-    message = message_of(Product(), {"recipe": "int8", "strict": True}, x)
-    assert "UnsupportedError: strict: 1 GEMM(s)" in message and "bmm.output: bmm has no integer kernel" in message
-    with pytest.warns(QtrainWarning, match="1 of 3 GEMMs stay in high precision.*bmm.output"):
-        assert len(train(compiled(Product(), "int8"), x)) == 2
-    skipped = compiled(Product(), get_recipe("int8").replace(skip=("bmm",)), strict=True)
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8)), torch.randn(4, 8)
+    recipe = get_recipe("int8").replace(overrides=(("1", {"weight": BLOCKS}),))
+    message = message_of(model, {"recipe": recipe, "strict": True}, x)
+    assert "UnsupportedError: strict: 2 GEMM(s)" in message and "1.output:" in message
+    with pytest.warns(QtrainWarning, match="2 of 5 GEMMs stay in high precision.*1.output"):
+        assert len(train(compiled(model, recipe), x)) == 3
+    skipped = compiled(model, recipe.replace(skip=("1",)), strict=True)
     assert len(train(skipped, x)) == 2  # by choice is no reason to complain
 
 
