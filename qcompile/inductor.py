@@ -73,10 +73,6 @@ class _Partition(CustomPartitionerFn):
         own = None if self.own is None else self.own.uuid()
         return (self.identity, own)
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Torch's cache key may be made of the object itself: what it holds besides is another one at every compilation."""
-        return {"uuid": self.uuid()}
-
 
 class _HalfPass(CustomGraphPass):
     """A function of ours over each half as Inductor's `post_grad_custom_pre_pass`, before whatever the user has set there."""
