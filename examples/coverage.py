@@ -253,7 +253,7 @@ def table(found: Iterable[Coverage], skipped: dict[str, str] | None = None) -> s
                 "GEMMs": len(coverage.gemms),
                 "integer": coverage.integer,
                 "hp [reason]": ", ".join(f"{count} {number(reason)}" for reason, count in coverage.reasons.most_common()),
-                "fused attention": f"{len(fused)} {number(fused[0])}" if fused else "",
+                "fused attention": f"{coverage.sites['attention']} {number(fused[0])}" if fused else "",
             }
         )
     lines = [tabulate(rows, headers="keys", tablefmt="github", disable_numparse=True), ""]

@@ -214,8 +214,8 @@ def _role(node: fx.Node, sides: list[Operand], f: _Forward) -> tuple[str, tuple[
 
 def _fits(node: fx.Node, f: _Forward, role: str) -> bool:
     """Whether a node's result has the shape of the gradient, perhaps transposed."""
-    named = f.operands["input" if role == "grad_input" else f.second]
-    wanted = named.view if named.view is not None else named.source.meta["val"].shape
+    names = list(f.operands)
+    wanted = operands(f.node)[names.index("input" if role == "grad_input" else f.second)].meta["val"].shape
     got = node.meta["val"].shape
     return sorted(map(str, wanted)) == sorted(map(str, got))
 

@@ -50,7 +50,7 @@ def resolve_operand(node: fx.Node, *, batched: bool = False) -> Operand:
             transposed = not transposed
         elif node.target in VIEWS:
             # The first view met is the GEMM's matrix; views below it only fold the same elements otherwise.
-            view = view if view is not None else tuple(node.args[1])
+            view = view if view is not None else _sizes(node)
             if source.meta["val"].ndim == 2 and _same_shape(source.meta["val"].shape, node.meta["val"].shape):
                 view = None
         elif not (node.target in ALIASES or (node.target in CASTS and _is_widening_or_autocast(source, node))):
@@ -59,6 +59,13 @@ def resolve_operand(node: fx.Node, *, batched: bool = False) -> Operand:
     if view is not None and node.meta["val"].ndim == 2 and _same_shape(node.meta["val"].shape, view):
         view = None
     return Operand(node, view, transposed)
+
+
+def _sizes(view: fx.Node) -> tuple[object, ...]:
+    """The sizes that a view asks for; what it leaves open (-1) filled in where it is a number."""
+    value = view.meta["val"]
+    sizes = zip(view.args[1], value.shape, strict=True)
+    return tuple(actual if asked == -1 and isinstance(actual, int) else asked for asked, actual in sizes)
 
 
 def unquantized(source: fx.Node) -> fx.Node:
@@ -101,6 +108,20 @@ def _resolve_batch(node: fx.Node) -> Operand:
         node = source
         if node.meta["val"].ndim == 3 and _axes(node, (0, 1, 2)) in (rows, columns):
             found = Operand(node, None, _axes(node, (0, 1, 2)) != rows)
+    return _first_of_both_ways(found)
+
+
+def _first_of_both_ways(found: Operand) -> Operand:
+    """Where neither way to lay out a batch is the tensor behind it (`permute(x, [1, 0, 2])` forward, `[1, 2, 0]` backward): the
+    first of the two permutes stands for both."""
+    node = found.source
+    if node.op != "call_function" or node.target is not PERMUTE or node.meta["val"].ndim != 3:
+        return found
+    batch, row, column = (axis % 3 for axis in node.args[1])  # type: ignore[union-attr]
+    for other in node.args[0].users:  # type: ignore[union-attr]
+        turned = other.target is PERMUTE and [axis % 3 for axis in other.args[1]] == [batch, column, row]  # type: ignore[union-attr]
+        if turned and other < node:
+            return Operand(other, None, not found.transposed)
     return found
 
 

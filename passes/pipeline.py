@@ -44,11 +44,12 @@ from passes.lower import lower
 from passes.matching import Row, rewrite
 from passes.pack_codes import pack_codes
 from passes.pack_masks import pack_masks
+from passes.restore_convolution_backward import restore_convolution_backward
 from passes.restore_decompositions import restore_decompositions
 from passes.save_codes import save_codes
 from passes.save_transposed import save_transposed
 from passes.share_quantized import share_quantized
-from passes.split_convolution_backward import restore_convolution_backward, split_convolution_backward
+from passes.split_convolution_backward import split_convolution_backward
 from passes.store_masks import store_masks
 from passes.verify import count_writes, verify
 from qcompile.kernels.registry import registered_kernels

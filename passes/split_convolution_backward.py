@@ -5,8 +5,8 @@ Before                                          After
   b[0], b[1], b[2]                                conv_grad_weight(g, x, size of w, ...)
                                                   sum(g, [0, 2, 3])
 
-A gradient that the mask leaves out, or that nobody reads, gets no node. `restore_convolution_backward` puts back the single node
-where both GEMMs stayed in high precision.
+A gradient that the mask leaves out, or that nobody reads, gets no node. `passes.restore_convolution_backward` puts back the single
+node where both GEMMs stayed in high precision.
 
 Numerics  the bias gradient is a sum, as Inductor itself has it on a GPU; the others are what they were.
 Requires  nothing. Ensures: no `convolution_backward` is left; each part carries meta["qtrain_split"], what it is a part of.
@@ -21,10 +21,10 @@ from typing import Any
 from torch import fx
 
 from passes.context import PassContext
-from passes.graph import CONV_GRAD_INPUT, CONV_GRAD_WEIGHT, DEQUANTIZE, args_by_name, aten, call, inline, replace
+from passes.graph import CONV_GRAD_INPUT, CONV_GRAD_WEIGHT, args_by_name, aten, call, inline, replace
 from qcompile.geometry import Geometry
 
-__all__ = ["Part", "restore_convolution_backward", "split_convolution_backward"]
+__all__ = ["CONVOLUTION_BACKWARD", "Part", "split_convolution_backward"]
 
 CONVOLUTION_BACKWARD = aten.convolution_backward.default
 
@@ -80,37 +80,3 @@ def _sizes(graph: fx.Graph, tensor: fx.Node, scope: dict[str, Any]) -> list[Any]
     return [
         s if isinstance(s, int) else call(graph, aten.sym_size.int, tensor, axis, scope=scope) for axis, s in enumerate(shape)
     ]
-
-
-def restore_convolution_backward(graph: fx.Graph, context: PassContext | None = None) -> int:
-    """Return the number of nodes restored: those whose gradients of input and weight both stayed in high precision."""
-    splits: dict[str, dict[int, fx.Node]] = {}
-    for node in graph.nodes:
-        part = node.meta.get("qtrain_split") if node.op == "call_function" else None
-        if part is not None:
-            splits.setdefault(part.of, {})[part.position] = node
-    restored = 0
-    for parts in splits.values():
-        if _is_hp(parts.get(0), CONV_GRAD_INPUT) and _is_hp(parts.get(1), CONV_GRAD_WEIGHT):
-            _restore(graph, parts)
-            restored += 1
-    return restored
-
-
-def _is_hp(node: fx.Node | None, target: Any) -> bool:
-    return node is not None and node.target is target and all(a.target is not DEQUANTIZE for a in node.args[:2])  # type: ignore[union-attr]
-
-
-def _restore(graph: fx.Graph, parts: dict[int, fx.Node]) -> None:
-    grad, w = parts[0].args[:2]
-    x, geometry = parts[1].args[1], parts[1].args[3:]
-    order = {n: i for i, n in enumerate(graph.nodes)}
-    first = min(parts.values(), key=order.__getitem__)
-    scope = {k: v for k, v in first.meta.items() if k not in ("val", "tensor_meta", "qtrain_split", "qtrain_gemm")}
-    bias_sizes = parts[0].meta["qtrain_split"].bias_sizes
-    mask = [position in parts for position in range(3)]
-    with graph.inserting_before(first):
-        whole = call(graph, CONVOLUTION_BACKWARD, grad, x, w, bias_sizes, *geometry, mask, scope=scope)
-        items = {position: call(graph, operator.getitem, whole, position, scope=scope) for position in parts}
-    for position, node in parts.items():
-        replace(node, items[position])

@@ -2,18 +2,21 @@
 
 Before                                          After
   scaled_dot_product_attention(q, k, v, ...)      attention(q, k, v, ...)        # traced: matmul, softmax, matmul
+  multi_head_attention_forward(...)               multi_head_attention(...)      # the same inside nn.MultiheadAttention
 
 AOTAutograd would make one fused operator of it, forward and backward, with no product left to quantize. So where the recipe
 quantizes products of activations (`ops` has "bmm"), it is taken apart before the joint graph is traced. The price is the fused
 kernel's gain: the matrix of attention weights is written to memory.
 
 Numerics  the fused kernel's but for the order of its sums; dropout draws other numbers.
-Requires  a graph from Dynamo. Ensures: no `scaled_dot_product_attention` is left in a module whose products the recipe quantizes.
+Requires  a graph from Dynamo. Ensures: no fused attention is left in a module whose products the recipe quantizes.
 """
 
 from __future__ import annotations
 
 import math
+import types
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +25,9 @@ from torch import Tensor, fx
 from passes.find_sites import enclosing_module
 from qcompile.recipe import Recipe
 
-__all__ = ["attention", "unfuse_attention"]
+__all__ = ["attention", "multi_head_attention", "unfuse_attention"]
 
-_FUSED = (torch._C._nn.scaled_dot_product_attention, F.scaled_dot_product_attention)
+_FUSED = (torch._C._nn.scaled_dot_product_attention, F.scaled_dot_product_attention, F.multi_head_attention_forward)
 
 
 def unfuse_attention(module: fx.GraphModule, recipe: Recipe) -> int:
@@ -36,7 +39,7 @@ def unfuse_attention(module: fx.GraphModule, recipe: Recipe) -> int:
         found = [n for target in _FUSED for n in part.graph.find_nodes(op="call_function", target=target)]
         found = [n for n in dict.fromkeys(found) if _is_quantized(n, recipe)]
         for node in found:
-            node.target = attention
+            node.target = multi_head_attention if node.target is F.multi_head_attention_forward else attention
         if found:
             part.recompile()
         changes += len(found)
@@ -81,3 +84,18 @@ def attention(
     if dropout_p > 0:
         weights = F.dropout(weights, dropout_p)
     return torch.matmul(weights.to(value.dtype), value)
+
+
+
+# torch's own code, with `attention` in place of the fused one, and without the way back to itself through __torch_function__.
+_multi_head_attention = types.FunctionType(
+    F.multi_head_attention_forward.__code__,
+    {**vars(F), "scaled_dot_product_attention": attention, "has_torch_function": lambda tensors: False},
+    "multi_head_attention",
+    F.multi_head_attention_forward.__defaults__,
+)
+
+
+def multi_head_attention(*args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+    """What `nn.MultiheadAttention` calls, `torch.nn.functional.multi_head_attention_forward`: one node of Dynamo's graph."""
+    return _multi_head_attention(*args, **kwargs)  # type: ignore[no-any-return]

@@ -73,6 +73,12 @@ class _Partition(CustomPartitionerFn):
         own = None if self.own is None else self.own.uuid()
         return (self.identity, own)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Partition:
+        return self  # Inductor copies its configuration for its cache key; a context holds graphs, which cannot be copied
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"identity": self.identity, "own": self.own, "context": None}  # what the cache key reads
+
 
 class _HalfPass(CustomGraphPass):
     """A function of ours over each half as Inductor's `post_grad_custom_pre_pass`, before whatever the user has set there."""

@@ -196,6 +196,26 @@ def test_attention_is_quantized_in_both_directions_where_the_recipe_asks(interpr
     assert all(distance(g, f) < 0.1 for g, f in zip(quantized, full, strict=True) if f.ndim > 1)
 
 
+@pytest.mark.parametrize("need_weights", [True, False])
+def test_multihead_attention_is_quantized_in_both_directions(interpreted, need_weights):
+    """It lays out keys and values by a permute of its own for forward and for backward, and hides its fused attention."""
+
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = nn.MultiheadAttention(16, 2)
+
+        def forward(self, x):
+            return self.attention(x, x, x, need_weights=need_weights)[0]
+
+    model, x = Layer(), torch.randn(6, 3, 16)
+    want, full, _ = step(model, model, x)
+    got, quantized, launches = step(compiled(model, EVERYTHING, strict=True), model, x)
+    assert counts(launches) == {"bmm": 6, "mm": 5}
+    assert 1e-3 < distance(got, want) < 0.05
+    assert all(1e-3 < distance(g, f) < 0.1 for g, f in zip(quantized, full, strict=True) if f.ndim > 1)
+
+
 def test_fused_attention_stays_and_is_reported(interpreted):
     model, x = Attention(fused=True), torch.randn(3, 6, 16)
     for recipe in (TENSORWISE, EVERYTHING.replace(skip=("op=bmm",))):

@@ -19,7 +19,8 @@ from passes.graph import (
     SCALED_CONV_GRAD_WEIGHT,
     aten,
 )
-from passes.split_convolution_backward import restore_convolution_backward, split_convolution_backward
+from passes.restore_convolution_backward import restore_convolution_backward
+from passes.split_convolution_backward import split_convolution_backward
 from qcompile import ops
 from qcompile.kernels import record_launches
 from qcompile.recipe import Recipe
@@ -36,7 +37,13 @@ def conv(x, w, b):
 
 
 def inputs(groups=1):
-    return torch.randn(3, 4, 7, 6), torch.randn(6, 4 // groups, 3, 3), torch.randn(6)
+    return random((3, 4, 7, 6), (6, 4 // groups, 3, 3), (6,))
+
+
+def random(*sizes):
+    """The same numbers wherever they are made: some are made when the tests are collected."""
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(size, generator=generator) for size in sizes)
 
 
 def traced(function=conv, tensors=None, recipe=TENSORWISE, **options):
@@ -99,19 +106,19 @@ def test_what_is_read_by_nobody_gets_no_gemm():
         (conv, inputs(), "conv2d", {"output": (36, 6, 36), "grad_input": (36, 36, 6), "grad_weight": (6, 36, 36)}),
         (
             lambda x, w: F.conv1d(x, w, padding="same", groups=2).cos(),
-            (torch.randn(2, 4, 9), torch.randn(6, 2, 3)),
+            random((2, 4, 9), (6, 2, 3)),
             "conv1d",
             {"output": (18, 3, 6), "grad_input": (18, 6, 3), "grad_weight": (3, 6, 18)},
         ),
         (
             lambda x, w: F.conv_transpose2d(x, w, stride=2, output_padding=1).cos(),
-            (torch.randn(2, 4, 5, 5), torch.randn(4, 3, 3, 3)),
+            random((2, 4, 5, 5), (4, 3, 3, 3)),
             "conv_transpose2d",
             {"output": (50, 27, 4), "grad_input": (50, 4, 27), "grad_weight": (4, 27, 50)},
         ),
         (
             lambda x, w: F.conv3d(x, w, dilation=(1, 2, 1)).cos(),
-            (torch.randn(1, 2, 4, 7, 5), torch.randn(3, 2, 2, 3, 1)),
+            random((1, 2, 4, 7, 5), (3, 2, 2, 3, 1)),
             "conv3d",
             {"output": (45, 3, 12), "grad_input": (45, 12, 3), "grad_weight": (3, 12, 45)},
         ),
@@ -156,17 +163,17 @@ CASES = {
     ),
     "transposed": (
         lambda x, w, b: F.conv_transpose2d(x, w, b, stride=3, padding=1, output_padding=1, groups=2),
-        (torch.randn(2, 4, 3, 5), torch.randn(4, 3, 3, 3), torch.randn(6)),
+        random((2, 4, 3, 5), (4, 3, 3, 3), (6,)),
         ([3, 3], [1, 1], [1, 1], True, [1, 1], 2),
     ),
     "1d": (
         lambda x, w, b: F.conv1d(x, w, b),
-        (torch.randn(2, 3, 9), torch.randn(5, 3, 2), torch.randn(5)),
+        random((2, 3, 9), (5, 3, 2), (5,)),
         ([1], [0], [1], False, [0], 1),
     ),
     "3d": (
         lambda x, w, b: F.conv3d(x, w, b, padding=1),
-        (torch.randn(2, 3, 3, 4, 5), torch.randn(5, 3, 3, 1, 2), torch.randn(5)),
+        random((2, 3, 3, 4, 5), (5, 3, 3, 1, 2), (5,)),
         ([1, 1, 1], [1, 1, 1], [1, 1, 1], False, [0, 0, 0], 1),
     ),
 }  # fmt: skip
@@ -193,7 +200,7 @@ def test_a_step_equals_the_one_by_hand(case, recipe):
 @pytest.mark.filterwarnings("ignore:Using padding='same'")
 def test_a_padding_of_its_own_is_quantized_with_the_tensor():
     """padding="same" with an even kernel pads one side more, in a node of its own: zeros, of which codes are made."""
-    joint = traced(lambda x, w: F.conv2d(x, w, padding="same"), (torch.randn(2, 3, 5, 5), torch.randn(4, 3, 2, 4)))
+    joint = traced(lambda x, w: F.conv2d(x, w, padding="same"), random((2, 3, 5, 5), (4, 3, 2, 4)))
     want = joint.run()
     joint.through("restore_decompositions")
     assert joint.count(SCALED_CONV) == 1

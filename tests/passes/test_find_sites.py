@@ -141,3 +141,23 @@ def test_names_of_sites(interpreted):
     assert [s.name for s in graph.context.sites] == ["proj", "proj#1", "inner.0", "self", "mm"]
     uses = [s.weight_use for s in graph.context.sites if s.weight_name and "proj" in s.weight_name]
     assert uses == [0, 1]
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize("sizes", [lambda x: (x.size(0), -1), lambda x: (-1, 32)], ids=["rest", "batch"])
+def test_a_flattened_input_may_leave_a_size_open(dynamic, sizes, interpreted):
+    class Flat(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(32, 5)
+
+        def forward(self, x):
+            x = x.sin()
+            return self.head(x.view(*sizes(x)))
+
+    x = torch.randn(6, 8, 4, requires_grad=True)
+    if dynamic:
+        torch._dynamo.mark_dynamic(x, 0)
+    compiled(Flat())(x).sum().backward()
+    (site,) = compiled_graphs()[-1].context.sites
+    assert set(site.gemms) == ROLES and all(g.reason is None for g in site.gemms.values())

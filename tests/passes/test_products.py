@@ -113,28 +113,28 @@ def test_a_batched_weight_owns_its_ranges_and_takes_the_spec_of_weights():
 
 
 @pytest.mark.parametrize(
-    "function, tensors, sites",
+    "function, left, right",
     [
-        (lambda x, y: torch.einsum("bhqd,bhkd->bhqk", x, y).cos(), (torch.randn(2, 3, 4, 5), torch.randn(2, 3, 6, 5)), 1),
-        (lambda x, y: (torch.sin(x) @ torch.sin(y)).cos(), (torch.randn(2, 1, 4, 5), torch.randn(3, 5, 6)), 1),
-        (lambda x, y: torch.matmul(torch.sin(x), torch.sin(y)).cos(), (torch.randn(2, 7, 5), torch.randn(5, 6)), 1),
-        (lambda x, y: torch.baddbmm(x.sum(1, keepdim=True)[:, :, :1], x, y).cos(), matrices(), 1),
-        (lambda x, y: torch.addbmm(x.sum(), x, y, alpha=0.5).cos(), matrices(), 1),
-        (product, (torch.randn(1, 4, 5), torch.randn(1, 5, 6)), 1),
-        (product, (torch.randn(2, 1, 5), torch.randn(2, 5, 1)), 1),
-        (product, (torch.randn(2, 4, 1), torch.randn(2, 1, 6)), 1),
+        (lambda x, y: torch.einsum("bhqd,bhkd->bhqk", x, y), (2, 3, 4, 5), (2, 3, 6, 5)),
+        (lambda x, y: torch.sin(x) @ torch.sin(y), (2, 1, 4, 5), (3, 5, 6)),
+        (lambda x, y: torch.matmul(torch.sin(x), torch.sin(y)), (2, 7, 5), (5, 6)),
+        (lambda x, y: torch.baddbmm(x.sum(1, keepdim=True)[:, :, :1], x, y), (3, 4, 5), (3, 5, 6)),
+        (lambda x, y: torch.addbmm(x.sum(), x, y, alpha=0.5), (3, 4, 5), (3, 5, 6)),
+        (torch.bmm, (1, 4, 5), (1, 5, 6)),
+        (torch.bmm, (2, 1, 5), (2, 5, 1)),
+        (torch.bmm, (2, 4, 1), (2, 1, 6)),
     ],
     ids=["einsum", "broadcast", "folded", "baddbmm", "addbmm", "batch of 1", "rows of 1", "sums of 1"],
 )
-def test_whatever_reaches_a_product_is_quantized(function, tensors, sites):
-    joint = traced(function, *tensors)
+def test_whatever_reaches_a_product_is_quantized(function, left, right):
+    joint = traced(lambda x, y: 2 * function(x, y), torch.randn(left), torch.randn(right))
     want = joint.run()
     joint.through("restore_decompositions")
-    assert len(joint.context.sites) == sites
-    assert all(set(s.gemms) == ROLES and all(g.reason is None for g in s.gemms.values()) for s in joint.context.sites)
-    assert sum(n.target in INTEGER for n in joint.graph.nodes) == 3 * sites
+    (site,) = joint.context.sites
+    assert set(site.gemms) == ROLES and all(g.reason is None for g in site.gemms.values())
+    assert sum(n.target in INTEGER for n in joint.graph.nodes) == 3
     for got, full in zip(joint.run(), want, strict=True):
-        assert 0 < (got - full).norm() / full.norm() < 0.06
+        assert 0 < (got - full).norm() / full.norm() < 0.05
 
 
 @pytest.mark.parametrize("beta, alpha", [(1, 0.25), (0.5, 1), (2.0, -3.0), (0, 2)])
