@@ -43,7 +43,6 @@ def hits_and_misses(mark, recipe="int8_tensorwise"):
     return counters["inductor"]["fxgraph_cache_hit"], counters["inductor"]["fxgraph_cache_miss"], y.sum().item(), layer
 
 
-@pytest.mark.xfail(strict=True, reason="torch 2.13 puts the partitioner object, with its context, into the key: never a hit")
 def test_the_cache_serves_the_same_passes_and_recipe_and_no_others(monkeypatch):
     mark = uuid.uuid4()  # nothing of an earlier run; the generated code is the same, and compiled once a machine
     hits, misses, want, _ = hits_and_misses(mark)
@@ -54,7 +53,6 @@ def test_the_cache_serves_the_same_passes_and_recipe_and_no_others(monkeypatch):
     assert hits_and_misses(mark)[:2] == (0, 2)
 
 
-@pytest.mark.xfail(strict=True, reason="torch 2.13 puts the partitioner object, with its context, into the key: never a hit")
 @pytest.mark.slow
 def test_a_second_process_starts_warm_with_state_of_its_own():
     mark = str(uuid.uuid4())
