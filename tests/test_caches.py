@@ -14,11 +14,11 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from passes import Step, joint_steps
-from qcompile import compiled_graphs, range_state
+from qcompile import compiled_graphs, get_recipe, range_state
 from qcompile.kernels import record_launches
 from qcompile.state import STORE
 from qcompile.state.binding import Binder, Binding
-from tests.compiling import AVERAGE, compiled
+from tests.compiling import compiled
 
 M, K, N = 12, 16, 8
 
@@ -48,24 +48,50 @@ def test_the_cache_serves_the_same_passes_and_recipe_and_no_others(monkeypatch):
     hits, misses, want, _ = hits_and_misses(mark)
     assert (hits, misses) == (0, 2)  # forward and backward
     assert hits_and_misses(mark)[:3] == (2, 0, want)
+    compressed = get_recipe("int8_tensorwise").replace(compress_saved=8)  # its partitioner knows the context of the passes
+    assert hits_and_misses(mark, compressed)[:2] == (0, 2) and hits_and_misses(mark, compressed)[:2] == (2, 0)
     assert hits_and_misses(uuid.uuid4())[:2] == (0, 2)  # another pass
     monkeypatch.setattr("passes.pipeline.source_fingerprint", lambda: "other sources")
     assert hits_and_misses(mark)[:2] == (0, 2)
 
 
-@pytest.mark.slow
-def test_a_second_process_starts_warm_with_state_of_its_own():
-    mark = str(uuid.uuid4())
-    hits, misses, want, layer = hits_and_misses(mark, AVERAGE)
-    assert (hits, misses) == (0, 2)
-    code = f"""
-from tests.test_caches import hits_and_misses, AVERAGE, range_state
-hits, misses, got, layer = hits_and_misses({mark!r}, AVERAGE)
-print(hits, misses, got, range_state(layer)["input"]["steps"].item())
+TWO_STEPS = """
+import sys, torch
+from torch import nn
+from torch._dynamo.utils import counters
+from qcompile import get_recipe, range_state
+torch.manual_seed(0)
+model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 16))
+recipe = get_recipe("int8_in_hindsight").replace(**eval(sys.argv[1]))
+run = torch.compile(model, backend="qtrain", options={"recipe": recipe})
+for _ in range(2):
+    loss = run(torch.randn(8, 16)).square().mean()
+    loss.backward()
+hits, misses = (counters["inductor"][f"fxgraph_cache_{what}"] for what in ("hit", "miss"))
+print(hits, misses, loss.item(), range_state(model)["0.input"]["steps"].item())
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True, timeout=300)
-    assert done.stdout.split() == ["2", "0", str(want), "2.0"], done.stderr
-    assert range_state(layer)["input"]["steps"] == 2
+
+
+def in_a_process_of_its_own(folder, changes):
+    """(hits, misses, loss, steps) of two steps, as they are printed."""
+    environment = os.environ | {
+        "TORCHINDUCTOR_CACHE_DIR": str(folder),
+        "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "0",
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
+    command = [sys.executable, "-c", TWO_STEPS, repr(changes)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{}, {"compress_saved": 8}], ids=["codes", "compressed"])
+def test_a_second_process_starts_warm_with_state_of_its_own(tmp_path, changes):
+    hits, misses, loss, steps = in_a_process_of_its_own(tmp_path, changes)
+    assert (hits, misses, steps) == ("0", "2", "2.0")
+    assert in_a_process_of_its_own(tmp_path, changes) == ["2", "0", loss, "2.0"]
+    assert in_a_process_of_its_own(tmp_path, changes | {"grad_weight": None})[:2] == ["0", "2"]
 
 
 @pytest.mark.slow
