@@ -51,9 +51,7 @@ def fold_masks(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int) -> i
         outputs[outputs.index(codes, num_fwd_outputs)] = marked
         outputs.remove(mask)
         _unfold(backward, inputs[codes.name], inputs[mask.name], shape)
-        saved_codes = inputs[codes.name]
-        saved_codes.meta["qtrain_first_name"] = codes.meta.get("qtrain_first_name", codes.name)  # reports: still these codes
-        give_one_name(marked, saved_codes)
+        give_one_name(marked, inputs[codes.name])
         folded += 1
     output.args = (tuple(outputs),)
     if folded:

@@ -48,6 +48,7 @@ def check_run(steps, caplog):
     assert range_state(model)["0.input"]["steps"] == steps - bad
 
 
+@pytest.mark.slow  # what else runs beside it moves the process's memory
 def test_a_short_run_is_flat(interpreted, caplog):
     check_run(60, caplog)
 

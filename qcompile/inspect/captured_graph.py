@@ -202,8 +202,10 @@ class CapturedGraph:
         """The nodes of `joint` whose values cross the cut from forward to backward."""
         if self.backward is None:
             return set()
-        saved = {first_name(n) for n in self.backward.graph.find_nodes(op="placeholder")}
-        return {n.name for n in self.joint.graph.nodes if first_name(n) in saved and "tangents" not in str(n.target)}
+        inputs = self.backward.graph.find_nodes(op="placeholder")
+        saved = {first_name(n) for n in inputs} | {n.name for n in inputs}  # codes that a mask was folded into keep their label
+        nodes = (n for n in self.joint.graph.nodes if "tangents" not in str(n.target))
+        return {n.name for n in nodes if first_name(n) in saved or n.name in saved}
 
     def reset_state(self, modules: Sequence[fx.GraphModule] | None = None) -> None:
         """Set the buffers of range state to what they were before the first call."""
