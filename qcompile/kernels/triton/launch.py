@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import os
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
 
 import torch
 from torch import Tensor
@@ -52,10 +52,8 @@ def interpreting() -> bool:
 
 @functools.cache
 def _triton_version() -> str | None:
-    try:
+    with suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        pass
     try:
         import triton  # a build without metadata of that name, such as pytorch-triton-rocm
     except ImportError:
