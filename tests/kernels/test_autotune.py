@@ -97,7 +97,7 @@ def test_a_candidate_that_does_not_run_is_left_out_with_one_warning(error):
     with pytest.warns(QtrainWarning, match="triton 64x64x64, 1 stages, 4 warps does not run for a GEMM of 100 x 40 x 64"):
         assert tune(error, 2, 3)[0] == OURS[1]
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
+        warnings.simplefilter("error", QtrainWarning)
         assert tune(error, 3, 2, sizes=(300, 40, 64))[0] == LIBRARY  # said already
 
 
