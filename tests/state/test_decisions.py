@@ -211,7 +211,7 @@ def _on_a_rank(rank):
     """Every rank's own clock says otherwise; the first one's counts."""
     asked = []
     profit.measure = made_up([UP_OUTPUT] if rank == 0 else [], asked)
-    run = compiled(nn.parallel.DistributedDataParallel(model()), AVERAGE, profit_filter=True)
+    run = compiled(nn.parallel.DistributedDataParallel(model()), "int8", profit_filter=True)
     launched = step(run)
     decided = {name: float(d.integer) for name, d in range_state(run).decisions().items()}
     late = step(run, rows=9 if rank else ROWS)  # a recompilation on one rank alone waits for nobody
@@ -242,6 +242,7 @@ def test_the_first_rank_decides():
     assert asked > 0
 
 
+@pytest.mark.slow
 def test_all_hp_is_inductor_itself(clock):
     """Compiled code: nothing of ours is left in it."""
     clock(UP_OUTPUT, (ROWS, 8, 16), (ROWS, 16, 8), (16, 12, ROWS), (8, 16, ROWS))
