@@ -101,7 +101,8 @@ def _cost(gemm: fx.Node, where: GemmNode) -> GemmCost:
         quantize, transposed = _quantize_behind(operand)
         x, scale, zero = quantize.args[:3]
         dims, text = _range_of(scale).args[1:3]
-        integer_parts["quantize", quantize.name] = Quantize(_like(x), tuple(dims), QuantSpec.from_dict(json.loads(text)))
+        spec = replace(QuantSpec.from_dict(json.loads(text)), bits=8)  # codes of few bits take the same time
+        integer_parts["quantize", quantize.name] = Quantize(_like(x), tuple(dims), spec)
         like = _like(operand.args[0])
         if target is SCALED_MM:
             wants_transposed = side == 1 and on_gpu(operand)  # as `lower` lays out codes

@@ -86,8 +86,11 @@ class SearchResult:
         limits = ", ".join(f"{what} at most {limit:g}" for what, limit in self.budget.items())
         lines = [f"Found by qcompile.search_recipe under {limits}.", ""]
         lines += [f"{name}: {t.beside(self.hp)}" for name, t in self._totals().items()]
-        lines += ["", f"The sum of what the GEMMs lose one by one: {_percent(self.predicted)}. In a row of overrides are a site's GEMMs"]
-        lines += ["with their options: what a step loses by each alone, what it takes and saves (what GEMMs share counts for each)."]
+        lines += [
+            "",
+            f"The sum of what the GEMMs lose one by one: {_percent(self.predicted)}. In a row of overrides are a site's GEMMs",
+            "with their options: what a step loses by each alone, what it takes and saves (what GEMMs share counts for each).",
+        ]
         lines += ["", *self._choices().splitlines()]
         return lines + [f"Note: {note}" for note in self.notes]
 
