@@ -99,7 +99,7 @@ def search(subject: Subject, uniform: Sequence[str], kinds: Sequence[str], out: 
     """Recipe files, one for each uniform recipe's share of each kind, and what every recipe costs."""
     out.mkdir(parents=True, exist_ok=True)
     with subject.autocast():
-        measured = Search(subject.model, subject.batches, candidates=uniform, loss=subject.loss)
+        measured = Search(subject.model, subject.batches, candidates=uniform, loss=subject.loss, timed="time" in kinds)
         costs = {"hp": measured.hp, **measured.uniform}
         files = []
         for kind in kinds:

@@ -68,12 +68,12 @@ def integer_gemms(graph: CapturedGraph) -> list[tuple[str, str]]:
     return [(site.name, role) for site in graph.sites for role, gemm in site.gemms.items() if gemm.reason is None]
 
 
-def gemm_options(candidates: Sequence[Candidate], hp: Capture) -> list[GemmOptions]:
-    """Every GEMM that some candidate has in integers, with its options; seconds are measured on this device.
+def gemm_options(candidates: Sequence[Candidate], hp: Capture, *, timed: bool) -> list[GemmOptions]:
+    """Every GEMM that some candidate has in integers, with its options; `timed`: with seconds, measured on this device.
 
     hp  the same step without quantization, for what it saves
     """
-    costs = {c.name: _costs(c.capture) for c in candidates}
+    costs = {c.name: _costs(c.capture, timed) for c in candidates}
     saved = {c.name: _all_saved(c.capture, costs[c.name]) for c in candidates}
     gain = {c.name: _gain(c.capture, hp, saved[c.name].values()) for c in candidates}
     gemms = []
@@ -95,13 +95,14 @@ def gemm_options(candidates: Sequence[Candidate], hp: Capture) -> list[GemmOptio
 # ---- seconds
 
 
-def _costs(found: Capture) -> dict[Gemm, GemmCost]:
+def _costs(found: Capture, timed: bool) -> dict[Gemm, GemmCost]:
     costs: dict[Gemm, GemmCost] = {}
     for number, graph in enumerate(found.graphs):
         if "share_quantized" not in graph.steps:
             continue
         own = gemm_costs(graph.steps["share_quantized"], graph.context)
-        measured_costs(own, graph.context.device, profit.measure)
+        if timed:
+            measured_costs(own, graph.context.device, profit.measure)
         costs |= {(number, cost.site, cost.role): cost for cost in own}
     order = [(n, site, role) for n, graph in enumerate(found.graphs) for site, role in integer_gemms(graph)]
     return {gemm: costs[gemm] for gemm in order if gemm in costs}
@@ -109,13 +110,13 @@ def _costs(found: Capture) -> dict[Gemm, GemmCost]:
 
 def _hp_time(number: int, cost: GemmCost) -> dict[object, float]:
     return {(HP, number, cost.site, cost.role): cost.hp_seconds} | {
-        (HP, number, part): cost.part_seconds[part] for part in cost.hp_parts
+        (HP, number, part): seconds for part in cost.hp_parts if (seconds := cost.part_seconds.get(part))
     }
 
 
 def _integer_time(name: str, number: int, cost: GemmCost) -> dict[object, float]:
     return {(name, number, cost.site, cost.role): cost.integer_seconds} | {
-        (name, number, part): cost.part_seconds[part] for part in cost.integer_parts
+        (name, number, part): seconds for part in cost.integer_parts if (seconds := cost.part_seconds.get(part))
     }
 
 

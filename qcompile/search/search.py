@@ -62,19 +62,20 @@ def search_recipe(
     loss        outputs -> scalar, as in `capture`, or one for each batch; give it where the model does not return its loss
 
     Everything happens on copies, under the caller's autocast. A model that has trained for a while tells more than one at its
-    start. It takes a captured step for each candidate and batch, and a step operator by operator for each GEMM of each. For several
-    budgets, `Search` measures once.
+    start. It takes a captured step for each candidate and batch, and a step operator by operator for each GEMM of each; kernels are
+    timed unless the budget is on memory without time. For several budgets, `Search` measures once.
 
     Errors: `ValueError` for no batches, no GEMM to quantize, a budget of another kind or that no choice meets, and candidates that
     disagree; `RecipeError`; those of `capture`.
     """
-    _checked_budget(budget)
-    return Search(model, batches, candidates=candidates, loss=loss).under(budget, name)
+    timed = "memory" not in _checked_budget(budget) or "time" in budget
+    return Search(model, batches, candidates=candidates, loss=loss, timed=timed).under(budget, name)
 
 
 class Search:
     """What a search measures, once; `under(budget)` chooses. The arguments are those of `search_recipe`.
 
+    timed    False: no kernel is timed, which takes most of a search of a small model, and no budget may limit the time
     gemms    the GEMMs with their options
     hp       what high precision costs
     uniform  what each candidate costs on its own
@@ -87,7 +88,9 @@ class Search:
         *,
         candidates: Sequence[str | Recipe] = ("int8", "int4"),
         loss: Loss | Sequence[Loss] | None = None,
+        timed: bool = True,
     ) -> None:
+        self.timed = timed
         self._recipes = _checked_candidates(candidates)
         self._model = model
         self._steps = [_arguments(batch) for batch in _checked_batches(batches)]
@@ -97,8 +100,8 @@ class Search:
             hp = self._capture("none")
             bar.update()
             measured = [self._measured(recipe, bar) for recipe in self._recipes.values()]
-            bar.set_description("timing kernels")
-            self.gemms = gemm_options(measured, hp)
+            bar.set_description("timing kernels" if timed else "counting bytes")
+            self.gemms = gemm_options(measured, hp, timed=timed)
         if not self.gemms:
             raise ValueError(_nothing_to_quantize(measured))
         self.hp = Totals(0.0, hp.saved_bytes().total, total(self.gemms, [HP] * len(self.gemms), "time"))
@@ -134,6 +137,8 @@ class Search:
     def under(self, budget: Mapping[str, float], name: str = "searched") -> SearchResult:
         """The recipe for a budget. Errors: `ValueError` for a budget of another kind or that no choice meets."""
         limits = _checked_budget(budget)
+        if "time" in limits and not self.timed:
+            raise ValueError("budget: time is limited, and Search(..., timed=False) has not measured it")
         with progress(len(self._steps), "choosing") as bar:
             choice, recipe, found = self._within(limits, name)
             losses = [_loss_of(found)]

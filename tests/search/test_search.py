@@ -191,7 +191,7 @@ def test_convolutions_and_several_arguments():
     named = {"x": given[0], "y": given[1]}
     before = [p.clone() for p in model.parameters()]
     random = torch.get_rng_state()
-    found = qcompile.search_recipe(model, [given, named], budget={"time": 0.8, "memory": 1.0})
+    found = qcompile.search_recipe(model, [given, named], budget={"time": 0.8, "memory": 1.0}, candidates=["int8"])
     assert {site for site, _ in found.chosen()} == {"stem", "body", "head"}
     assert found.found.seconds <= 0.8 * found.hp.seconds and found.found.bytes <= found.hp.bytes
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
@@ -230,6 +230,21 @@ def test_a_budget_that_cannot_be_met_is_refused(planted):
         search.under({"time": 0.1, "loss": 0.5})
 
 
+def test_nothing_is_timed_for_a_budget_on_memory_alone(monkeypatch):
+    def measure(trials, device):
+        raise AssertionError("timed")
+
+    monkeypatch.setattr(profit, "measure", measure)
+    torch.manual_seed(0)
+    model = Planted()
+    found = qcompile.search_recipe(model, batches(), budget={"memory": 0.9}, candidates=["int8"])
+    assert found.found.bytes <= 0.9 * found.hp.bytes and found.hp.seconds == 0
+    assert " ms" not in found.to_toml() and Recipe.from_toml(found.to_toml()) == found.recipe
+    untimed = Search(model, batches(), candidates=["int8"], timed=False)
+    with pytest.raises(ValueError, match="time is limited, and Search"):
+        untimed.under({"time": 0.9})
+
+
 def test_a_model_without_gemms_is_refused():
     with pytest.raises(ValueError, match="none of the model's GEMMs can be an integer GEMM under int8, int4: .*float64"):
         qcompile.search_recipe(nn.Linear(8, 8).double(), [torch.randn(4, 8).double()], budget={"memory": 0.9})
@@ -252,12 +267,11 @@ def make_several():
 
 def test_the_command_writes_a_recipe(tmp_path, capsys):
     path = tmp_path / "found.toml"
-    arguments = ["search", f"{__name__}:make", "--budget", "time=0.85", "--candidates", "int8"]
-    assert command_line([*arguments, "--out", str(path)]) == 0
+    assert command_line(["search", f"{__name__}:make", "--budget", "memory=0.9", "--candidates", "int8", "--out", str(path)]) == 0
     shown = capsys.readouterr().out
     assert "layers.2" in shown and f"written to {path}" in shown
-    assert Recipe.load(path).overrides
-    assert command_line(["search", f"{__name__}:make_several", *arguments[2:], "--json"]) == 0
+    assert "bytes saved" in path.read_text() and Recipe.load(path).name == "searched"
+    assert command_line(["search", f"{__name__}:make_several", "--budget", "time=0.85", "--candidates", "int8", "--json"]) == 0
     data = json.loads(capsys.readouterr().out)
     assert data["budget"] == {"time": 0.85} and data["totals"]["found"]["seconds"] <= 0.85 * data["totals"]["hp"]["seconds"]
     assert Recipe.from_dict(data["recipe"]).name == "searched" and len(data["choice"]) == 14
