@@ -24,6 +24,7 @@ a reduction stands in front of the quantize.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 from typing import ClassVar
 
 import torch
@@ -103,7 +104,7 @@ class InHindsight(_Average):
         if self.max_excess is None:
             return averages
         present = _present(stats)
-        reach = self.max_excess * torch.stack([now.abs() for now in present.values()]).amax(0)
+        reach = self.max_excess * reduce(torch.maximum, [now.abs() for now in present.values()])
         return {field: torch.minimum(torch.maximum(average, -reach), reach) for field, average in averages.items()}
 
 
