@@ -5,6 +5,8 @@ import sys
 import pytest
 from benchmarks import compile_time, kernels, linear, mlp, resnet, saved, state_cost
 
+from qcompile import QtrainWarning
+
 
 def test_mlp_times_integer_gemms_against_bf16(capsys):
     baseline, ours = mlp.main("--width 32 --tokens 64 --blocks 1 --rounds 2 --variants bf16,int8_in_hindsight".split())
@@ -44,6 +46,21 @@ def test_linear_has_a_row_for_each_variant_with_what_ran(capsys, monkeypatch):
         assert hp < 0.005 < int8 < 0.05  # 8 bits, in all three products
     printed = capsys.readouterr().out
     assert "torch 2." in printed and "64 64 48" in printed and "int8_in_hindsight" in printed
+
+
+def test_linear_says_where_the_profit_filter_did_not_help(capsys, monkeypatch):
+    from qcompile.kernels import profit
+
+    monkeypatch.setattr(profit, "measure", lambda trials, device: dict.fromkeys(trials, 1.0))  # nothing is faster in integers
+    monkeypatch.setattr(linear, "_milliseconds", lambda step, device: 1.0)
+    arguments = "--shapes 64x48 --tokens 64 --rounds 2 --device cpu --variants bf16,int8 --profit-filter"
+    with pytest.warns(QtrainWarning, match="3 of 3 GEMMs stay"):
+        base, ours, filtered = linear.main(arguments.split())
+    assert (ours.variant, filtered.variant) == ("int8", "int8+filter")
+    assert len(ours.kernels) == 1 and filtered.kernels == []
+    assert "profit filter: 0 of 1 slower than bf16 by more than 5%" in capsys.readouterr().out
+    filtered.times = [1.2, 1.04]
+    assert "1 of 1" in linear.verdict([base, filtered]) and "1.12 x bf16's time, all hp" in linear.verdict([base, filtered])
 
 
 def test_kernels_times_every_candidate():
