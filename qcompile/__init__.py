@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qcompile.backend import compiled_graphs, qtrain
+    from qcompile.deploy import continue_training, convert, load_converted
     from qcompile.errors import GraphError, KernelError, QtrainWarning, RecipeError, StateError, UnsupportedError
     from qcompile.estimators import (
         EWGS,
@@ -41,9 +42,7 @@ if TYPE_CHECKING:
     from qcompile.qat import (
         BlockReplacement,
         calibrate,
-        convert,
         learned_quantizers,
-        load_converted,
         prepare,
         qat_step,
         scale_parameters,
@@ -57,6 +56,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "qcompile.backend": ("compiled_graphs", "qtrain"),
+    "qcompile.deploy": ("continue_training", "convert", "load_converted"),
     "qcompile.errors": ("GraphError", "KernelError", "QtrainWarning", "RecipeError", "StateError", "UnsupportedError"),
     "qcompile.estimators": (
         "DirectionSensitive",
@@ -85,9 +85,7 @@ _HOME = {
     "qcompile.qat": (
         "BlockReplacement",
         "calibrate",
-        "convert",
         "learned_quantizers",
-        "load_converted",
         "prepare",
         "qat_step",
         "scale_parameters",
