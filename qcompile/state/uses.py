@@ -1,15 +1,15 @@
 """Which use of a Parameter a site is, over all graphs that use it.
 
-Within a graph the uses of a weight are counted: `proj`, `proj#1`. A graph break between two uses makes two graphs, each with a first
-use, and they are not the same one: their inputs differ, and so must their ranges. What tells them apart is where in the program they
-stand: the calls that led there, by file and line. A graph that is compiled again (other sizes, no gradients, the module by itself or
-inside another) stands where it stood.
+Within a graph the uses of a weight are counted: `proj`, `proj#1`. A graph break between two uses makes two graphs, each with a
+first use, and they are not the same one: their inputs differ, and so must their ranges. What tells them apart is where in the
+program they stand: the calls that led there, by file and line. A graph that is compiled again (other sizes, no gradients, the
+module by itself or inside another) stands where it stood.
 
 Places are known to this process only. What is saved is the number: the how-manieth use it was when the program first ran, which is
 the same in every run of it.
 
-What this cannot tell apart is one compiled graph that is called twice in a step (a block that is compiled by itself, and used twice):
-two such calls look like two micro-batches, and share their ranges.
+What this cannot tell apart is one compiled graph that is called twice in a step (a block that is compiled by itself, and used
+twice): two such calls look like two micro-batches, and share their ranges.
 """
 
 from __future__ import annotations
