@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from qcompile.backend import compiled_graphs, qtrain
     from qcompile.deploy import continue_training, convert, load_converted
-    from qcompile.errors import GraphError, KernelError, QtrainWarning, RecipeError, StateError, UnsupportedError
+    from qcompile.errors import GraphError, KernelError, QtrainWarning, RecipeError, SecurityError, StateError, UnsupportedError
     from qcompile.estimators import (
         EWGS,
         LGLSQ,
@@ -57,7 +57,15 @@ __version__ = "0.1.0"
 _HOME = {
     "qcompile.backend": ("compiled_graphs", "qtrain"),
     "qcompile.deploy": ("continue_training", "convert", "load_converted"),
-    "qcompile.errors": ("GraphError", "KernelError", "QtrainWarning", "RecipeError", "StateError", "UnsupportedError"),
+    "qcompile.errors": (
+        "GraphError",
+        "KernelError",
+        "QtrainWarning",
+        "RecipeError",
+        "SecurityError",
+        "StateError",
+        "UnsupportedError",
+    ),
     "qcompile.estimators": (
         "DirectionSensitive",
         "DistributionAdaptive",

@@ -18,11 +18,13 @@ from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from passes.context import PassContext
 from passes.partition import min_cut_partition
 from passes.restore_decompositions import decompositions
+from qcompile.cache_folders import check_cache_folders
 
 __all__ = [
     "compile_alone",
@@ -131,6 +133,7 @@ def _uuid(graph_pass: Any) -> Any:
 
 def compile_plain(gm: fx.GraphModule, example_inputs: Sequence[Any], config: dict[str, Any]) -> Callable[..., Any]:
     """Inductor itself: no pass runs and no input is added."""
+    check_cache_folders(default_cache_dir())
     return compile_fx(gm, example_inputs, config_patches=config)
 
 
@@ -174,7 +177,7 @@ def compile_with_inductor(
     config      Inductor options of the user's
     context     what the passes share; the partitioner reads what the recipe says about saved tensors
     """
-
+    check_cache_folders(default_cache_dir())
     users_pass = config.get("joint_custom_pre_pass", inductor_config.joint_custom_pre_pass)
     users_partitioner = config.get("custom_partitioner_fn", inductor_config.custom_partitioner_fn)
     patches = {
