@@ -25,9 +25,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from qcompile.errors import KernelError
-from qcompile.kernels import cuda_conv, note_launch
+from qcompile.kernels import batched, cuda_conv, note_launch
 from qcompile.kernels.convolution import operators
-from qcompile.kernels.cpu import of_batch
 from qcompile.kernels.fallback import first_that_runs
 from qcompile.kernels.registry import find_kernel
 from qcompile.kernels.triton.launch import MINIMUM_CAPABILITY, unavailable_reasons
@@ -270,16 +269,9 @@ def scaled_bmm_cuda(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """`qtrain::scaled_bmm` of checked operands, matrix by matrix."""
-    (batch, m, k), n = a.shape, b.shape[2]
-    out = a.new_empty((batch, m, n), dtype=out_dtype)
-    if batch and 0 not in (m, n, k):
-        note_launch(gemm_for(a.device, m, n, k), m, n, k, "bmm", batch)
-    bias = None if bias is None else bias.reshape((1,) * (3 - bias.ndim) + tuple(bias.shape))
-    for i in range(batch):
-        scales = of_batch(a_scale, i), of_batch(b_scale, i)
-        zeros = of_batch(a_zero, i), of_batch(b_zero, i)
-        out[i] = product(a[i], b[i], *scales, *zeros, of_batch(bias, i), out_dtype)
-    return out
+    (m, k), n = a.shape[1:], b.shape[2]
+    name = "none" if 0 in (m, n, k) else gemm_for(a.device, m, n, k)
+    return batched.scaled_bmm(product, name, a, b, a_scale, b_scale, a_zero, b_zero, bias, out_dtype)
 
 
 def transpose_codes_cuda(codes: Tensor) -> Tensor:
