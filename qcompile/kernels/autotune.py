@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import _disable_current_modes
 
 from qcompile.errors import KernelError, QtrainWarning
-from qcompile.kernels import cuda
+from qcompile.kernels import cuda, measured
 from qcompile.kernels.triton import tuning
 from qcompile.kernels.triton.launch import family
 
@@ -73,6 +73,9 @@ def tune(device: torch.device, m: int, n: int, k: int, out_dtype: torch.dtype, t
 
     timer  default: Triton's `do_bench`, the median in ms
     """
+    forced = "QTRAIN_CUDA_GEMM" in os.environ  # then what is measured is a part of the candidates, for this process
+    if not forced:
+        _recall(device)
     known = cuda.tuned(device, m, n, k)
     if known is not None:
         return Candidate(known, tuning.choose(family(device), m, n, k, known) if known in tuning.TABLES else None)
@@ -84,10 +87,27 @@ def tune(device: torch.device, m: int, n: int, k: int, out_dtype: torch.dtype, t
     if not times:
         return None
     best = min(times, key=times.__getitem__)  # the first of equals
-    if best.config is not None:
-        tuning.remember(family(device), m, n, k, best.config, best.kernel)
-    cuda.remember(device, m, n, k, best.kernel)
+    _remember(device, (m, n, k), best)
+    if not forced:
+        measured.store(device, tuning.bucket(m, n, k), best, times[best])
     return best
+
+
+def _remember(device: torch.device, sizes: tuple[int, int, int], best: Candidate) -> None:
+    if best.config is not None:
+        tuning.remember(family(device), *sizes, best.config, best.kernel)
+    cuda.remember(device, *sizes, best.kernel)
+
+
+_recalled: set[torch.device] = set()
+
+
+def _recall(device: torch.device) -> None:
+    """Take over what an earlier process measured, once in this one."""
+    if device not in _recalled:
+        _recalled.add(device)
+        for sizes, choice in measured.load(device).items():
+            _remember(device, sizes, Candidate(*choice))
 
 
 def measure(

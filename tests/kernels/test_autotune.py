@@ -28,6 +28,8 @@ def nothing_measured(monkeypatch):
     monkeypatch.setattr(tuning, "_chosen", {})
     monkeypatch.setattr(cuda, "_tuned", {})
     monkeypatch.setattr(autotune, "_told", set())
+    monkeypatch.setattr(autotune, "_recalled", set())
+    monkeypatch.setenv("QTRAIN_CACHE_DIR", "")
     monkeypatch.setitem(tuning.MATMUL, launch.family(HERE), (FIRST, SECOND))
     monkeypatch.setattr(tuning, "TABLES", {"triton": tuning.MATMUL})
 
