@@ -27,17 +27,19 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 from tabulate import tabulate
+from torch import nn
 from tqdm import tqdm
 
 import qcompile
-from qcompile import GemmSpec, QuantSpec, Recipe
+from qcompile import DirectionSensitive, GemmSpec, IntervalUpdate, MinMax, QuantSpec, RangeEstimator, Recipe, RunningMinMax
+from qcompile.estimators.learned import Learned
 
 HP_RECIPES = ("fp32", "bf16")  # the baselines: plain Inductor, without and with autocast
 
@@ -49,6 +51,8 @@ HP_RECIPES = ("fp32", "bf16")  # the baselines: plain Inductor, without and with
 class Method:
     """A recipe by name, and bit widths in place of its own ("": its own). "fp32" and "bf16" are plain Inductor.
 
+    "int8+4" is `int8` that stores what else it saves for backward in 4 bits (`compress_saved`).
+
     Errors: ValueError for an unknown recipe, and for widths beside "8" or "w4a4g8"; for a baseline with widths.
     """
 
@@ -59,7 +63,7 @@ class Method:
         if self.is_hp and self.width:
             raise ValueError(f"{self.recipe} has no bit widths; leave out {self.width!r}")
         if not self.is_hp:
-            with_width(qcompile.get_recipe(self.recipe), self.width)
+            with_width(recipe_named(self.recipe), self.width)
 
     @property
     def is_hp(self) -> bool:
@@ -72,8 +76,37 @@ class Method:
         """The recipe with these widths that leaves `skip` in high precision too; None for a baseline."""
         if self.is_hp:
             return None
-        recipe = with_width(qcompile.get_recipe(self.recipe), self.width)
+        recipe = with_width(recipe_named(self.recipe), self.width)
         return recipe.replace(skip=(*recipe.skip, *skip)) if skip else recipe
+
+
+def _gradients_by(recipe: str, estimator: RangeEstimator, *, inputs: bool = False) -> Recipe:
+    """A built-in recipe whose gradients, and inputs where it says so, have their ranges from another estimator."""
+    found = qcompile.get_recipe(recipe)
+    operands = ("grad_output", "input") if inputs else ("grad_output",)
+    return found.replace(**{o: dataclasses.replace(getattr(found, o), estimator=estimator) for o in operands})
+
+
+RIVALS: dict[str, Callable[[], Recipe]] = {
+    "interval_gamma1": lambda: _gradients_by("int4_interval", IntervalUpdate(fixed=1.0)),
+    "interval_gamma0.8": lambda: _gradients_by("int4_interval", IntervalUpdate(fixed=0.8)),
+    "interval_gamma0.6": lambda: _gradients_by("int4_interval", IntervalUpdate(fixed=0.6)),
+    "interval_dsgc": lambda: _gradients_by("int4_interval", DirectionSensitive()),
+    "hindsight_running": lambda: _gradients_by("int8_in_hindsight", RunningMinMax(), inputs=True),
+    "hindsight_current": lambda: _gradients_by("int8_in_hindsight", MinMax(), inputs=True),
+}
+"""What papers compare their method with: their recipe with another range for gradients. Not for use, so not built in."""
+
+
+def recipe_named(name: str) -> Recipe:
+    """A built-in recipe or one of `RIVALS`; "int8+4" is `int8` with `compress_saved=4`."""
+    plain, _, bits = name.partition("+")
+    if bits not in ("4", "8") and name != plain:
+        raise ValueError(f"recipe {name!r}; behind the '+' stand the bits of compress_saved, 4 or 8")
+    if plain in RIVALS:
+        return RIVALS[plain]().replace(name=plain, **({"compress_saved": int(bits)} if bits else {}))
+    recipe = qcompile.get_recipe(plain)
+    return recipe.replace(compress_saved=int(bits), name=name) if bits else recipe
 
 
 _WIDTHS = re.compile(r"w([2-8])a([2-8])g([2-8])")
@@ -107,6 +140,24 @@ def methods_of(recipes: Iterable[str], widths: Iterable[str] = ("",)) -> list[Me
     """Every recipe at every width, baselines once, in order and without repetitions."""
     found = [Method(r, "" if r in HP_RECIPES else w) for r in recipes for w in widths]
     return list(dict.fromkeys(found))
+
+
+def learned_scales(
+    model: nn.Module, recipe: Recipe | None, *, steps: int, calibration: Any, call: Callable[..., Any] | None = None
+) -> list[nn.Parameter]:
+    """Put learned quantizers into the model if the recipe has any; return their scales, which an optimizer is to own."""
+    specs = (recipe.weight, recipe.input) if recipe is not None else ()
+    if not any(isinstance(spec, QuantSpec) and isinstance(spec.estimator, Learned) for spec in specs):
+        return []
+    qcompile.prepare(model, recipe, steps=steps, calibration=calibration, call=call)
+    return qcompile.scale_parameters(model)
+
+
+def groups_of(model: nn.Module, scales: Sequence[nn.Parameter], *, weight_decay: float) -> list[dict[str, Any]]:
+    """An optimizer's parameter groups: scales, where there are any, without weight decay."""
+    ours = {id(p) for p in scales}
+    groups: list[dict[str, Any]] = [{"params": [p for p in model.parameters() if id(p) not in ours], "weight_decay": weight_decay}]
+    return groups + ([{"params": list(scales), "weight_decay": 0.0}] if scales else [])
 
 
 # ---- tasks
@@ -325,6 +376,23 @@ def _finished(results: Results, config: str, method: Method, seed: int) -> Row |
     wanted = (method.recipe, method.width, fingerprint(method), seed)
     rows = [r for r in results.rows(config) if (r.recipe, r.width, r.fingerprint, r.seed) == wanted]
     return rows[-1] if rows else None
+
+
+def as_json(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """Rows as plain values; a score that is not finite is None, which JSON can hold."""
+    return [{k: _finite(v) for k, v in dataclasses.asdict(row).items() if k not in ("config", "fingerprint")} for row in rows]
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def from_json(values: Iterable[Mapping[str, Any]]) -> list[Row]:
+    """What `as_json` made."""
+    return [
+        Row(config="", fingerprint="", **{k: math.nan if v is None and k in ("score", "train_loss") else v for k, v in value.items()})
+        for value in values
+    ]
 
 
 # ---- comparing
