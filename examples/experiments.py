@@ -44,6 +44,10 @@ from qcompile.estimators.learned import Learned
 HP_RECIPES = ("fp32", "bf16")  # the baselines: plain Inductor, without and with autocast
 
 
+for file in sorted((Path(__file__).parent / "recipes").glob("*.toml")):
+    qcompile.register_recipe(Recipe.load(file))  # what papers compare with, by name in every experiment
+
+
 # ---- methods
 
 
