@@ -38,7 +38,7 @@ from torch import nn
 from tqdm import tqdm
 
 import qcompile
-from qcompile import DirectionSensitive, GemmSpec, IntervalUpdate, MinMax, QuantSpec, RangeEstimator, Recipe, RunningMinMax
+from qcompile import GemmSpec, QuantSpec, Recipe
 from qcompile.estimators.learned import Learned
 
 HP_RECIPES = ("fp32", "bf16")  # the baselines: plain Inductor, without and with autocast
@@ -84,31 +84,11 @@ class Method:
         return recipe.replace(skip=(*recipe.skip, *skip)) if skip else recipe
 
 
-def _gradients_by(recipe: str, estimator: RangeEstimator, *, inputs: bool = False) -> Recipe:
-    """A built-in recipe whose gradients, and inputs where it says so, have their ranges from another estimator."""
-    found = qcompile.get_recipe(recipe)
-    operands = ("grad_output", "input") if inputs else ("grad_output",)
-    return found.replace(**{o: dataclasses.replace(getattr(found, o), estimator=estimator) for o in operands})
-
-
-RIVALS: dict[str, Callable[[], Recipe]] = {
-    "interval_gamma1": lambda: _gradients_by("int4_interval", IntervalUpdate(fixed=1.0)),
-    "interval_gamma0.8": lambda: _gradients_by("int4_interval", IntervalUpdate(fixed=0.8)),
-    "interval_gamma0.6": lambda: _gradients_by("int4_interval", IntervalUpdate(fixed=0.6)),
-    "interval_dsgc": lambda: _gradients_by("int4_interval", DirectionSensitive()),
-    "hindsight_running": lambda: _gradients_by("int8_in_hindsight", RunningMinMax(), inputs=True),
-    "hindsight_current": lambda: _gradients_by("int8_in_hindsight", MinMax(), inputs=True),
-}
-"""What papers compare their method with: their recipe with another range for gradients. Not for use, so not built in."""
-
-
 def recipe_named(name: str) -> Recipe:
-    """A built-in recipe or one of `RIVALS`; "int8+4" is `int8` with `compress_saved=4`."""
+    """A recipe by name; "int8+4" is `int8` with `compress_saved=4`."""
     plain, _, bits = name.partition("+")
     if bits not in ("4", "8") and name != plain:
         raise ValueError(f"recipe {name!r}; behind the '+' stand the bits of compress_saved, 4 or 8")
-    if plain in RIVALS:
-        return RIVALS[plain]().replace(name=plain, **({"compress_saved": int(bits)} if bits else {}))
     recipe = qcompile.get_recipe(plain)
     return recipe.replace(compress_saved=int(bits), name=name) if bits else recipe
 
@@ -393,10 +373,11 @@ def _finite(value: Any) -> Any:
 
 def from_json(values: Iterable[Mapping[str, Any]]) -> list[Row]:
     """What `as_json` made."""
-    return [
-        Row(config="", fingerprint="", **{k: math.nan if v is None and k in ("score", "train_loss") else v for k, v in value.items()})
-        for value in values
-    ]
+    found = []
+    for value in values:
+        lost = {key: math.nan for key in ("score", "train_loss") if value[key] is None}
+        found.append(Row(config="", fingerprint="", **{**value, **lost}))
+    return found
 
 
 # ---- comparing
