@@ -3,10 +3,10 @@
     python examples/benchmarks/linear.py --device cuda             # squares, and the layers of Llama-3 8B
     python examples/benchmarks/linear.py --shapes 512x512 --tokens 256
 
-A step is forward and backward in bf16 ("fp32": in fp32), quantization included: weight, input and gradient arrive in high precision,
-and the gradients of both leave in it. The variants take turns round by round; the table has medians, the ratio to bf16 round by round
-with the middle half of the rounds, the most memory that a step takes beside what was there before it, the relative error of the three
-results (norm of the difference to fp32 over the norm), and the integer kernels that ran.
+A step is forward and backward in bf16 ("fp32": in fp32), quantization included: weight, input and gradient arrive in high
+precision, and the gradients of both leave in it. The variants take turns round by round; the table has medians, the ratio to bf16
+round by round with the middle half of the rounds, the most memory that a step takes beside what was there before it, the relative
+error of the three results (norm of the difference to fp32 over the norm), and the integer kernels that ran.
 """
 
 from __future__ import annotations
