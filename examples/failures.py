@@ -106,7 +106,7 @@ def _train(recipe: Recipe | str, config: TrainConfig, corpus: data.Corpus, watch
     run = Run(recipe, 0, config, corpus)
     if watch is not None:
         watch(run)
-    for _ in tqdm(range(config.steps), desc=str(recipe), leave=False):
+    for _ in tqdm(range(config.steps), desc=recipe if isinstance(recipe, str) else recipe.name, leave=False):
         run.step()
     return run
 
