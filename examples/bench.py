@@ -38,7 +38,7 @@ def finished(path: Path, settings: Settings) -> str | None:
     found = json.loads(path.read_text())
     plain = json.loads(json.dumps(settings))
     if changed := [key for key, value in plain.items() if found["arguments"].get(key) != value]:
-        raise ValueError(f"{path} holds a run under other settings ({', '.join(changed)}); --again replaces it")
+        raise ValueError(f"{path.name} holds a run under other settings ({', '.join(changed)}); --again replaces it")
     return found["date"]
 
 

@@ -402,7 +402,11 @@ class Difference:
 
 
 def paired_difference(rows: Sequence[Row], method: str, baseline: str) -> Difference:
-    """Scores of `method` minus those of `baseline`, seed by seed: what seeds have in common drops out."""
+    """Scores of `method` minus those of `baseline`, seed by seed: what seeds have in common drops out.
+
+    A run whose score is not finite has no difference.
+    """
+    rows = [row for row in rows if math.isfinite(row.score)]
     base = {row.seed: row.score for row in rows if row.method == baseline}
     differences = [row.score - base[row.seed] for row in rows if row.method == method and row.seed in base]
     mean = statistics.fmean(differences) if differences else math.nan
@@ -428,7 +432,7 @@ def comparison(rows: Sequence[Row], task: Task, baseline: str = "") -> str:
             {
                 "method": name,
                 "seeds": len(runs),
-                f"{task.metric}: mean ± spread": _mean_and([run.score for run in runs], statistics.stdev),
+                f"{task.metric}: mean ± spread": _mean_and([r.score for r in runs if math.isfinite(r.score)], statistics.stdev),
                 f"minus {baseline}, ± standard error": "" if name == baseline else _signed(difference),
                 "beyond 2 errors": "" if name == baseline else difference.verdict(task.better),
                 "train loss": f"{statistics.fmean(run.train_loss for run in runs):.4f}",
@@ -441,6 +445,8 @@ def comparison(rows: Sequence[Row], task: Task, baseline: str = "") -> str:
 
 
 def _mean_and(values: list[float], spread: Any) -> str:
+    if not values:
+        return "diverged"
     return f"{statistics.fmean(values):.3f}" + (f" ± {spread(values):.3f}" if len(values) > 1 else "")
 
 

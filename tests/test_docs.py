@@ -17,7 +17,17 @@ mkdocs = pytest.importorskip("mkdocs")
 
 def build(root, out):
     """(exit status, what it said) of a strict build of a copy's docs."""
-    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "-f", str(root / "docs" / "site" / "mkdocs.yml"), "-d", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "mkdocs",
+        "build",
+        "--strict",
+        "-f",
+        str(root / "docs" / "site" / "mkdocs.yml"),
+        "-d",
+        str(out),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "NO_COLOR": "1"})
     return done.returncode, done.stdout + done.stderr
 
