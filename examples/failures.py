@@ -6,8 +6,8 @@
 A small GPT is trained from the same start on the same batches in every run. Three cases:
 
     bits      all three GEMMs at fewer and fewer bits. Shown by `qcompile.compare`: the signal-to-noise ratio of the gradients.
-    nearest   4-bit gradients, one scale a tensor, rounded to nearest. Most become 0 and the rest does not make up for it. Shown by
-              `compare` (underflow) and by how much of the true gradient is left in the quantized one, `capture(...).gradients`.
+    nearest   gradients of few bits, one scale a tensor, rounded to nearest or stochastically. Shown by `compare` (underflow) and by
+              how much of the true gradient is left in the quantized one, `capture(...).gradients`.
     spike     one batch whose gradients are a million times as large. Ranges in hindsight are stale afterwards, much too wide, and
               every code is 0. Shown by the range state: ranges against what they were before.
 
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import data
@@ -32,6 +32,8 @@ from trainer import HP_RECIPES, Run, TrainConfig
 
 import qcompile
 from qcompile import QuantSpec, Recipe
+from qcompile.inspect.capture import Capture
+from qcompile.inspect.compare import compare_captured
 
 LAST = 20  # steps whose mean loss is a run's
 SPIKE = 1e6
@@ -73,25 +75,32 @@ def gradients_at(recipe: str, bits: int, rounding: str) -> Recipe:
 # ---- signs: what the tools say of a model and a batch, without training
 
 
-def gradient_signs(run: Run, recipe: Recipe) -> dict[str, float]:
-    """From `compare` and `capture`, at the model's present weights, on copies.
+class Signs:
+    """Of recipes on one model and batch, on copies: what they do to its gradients.
 
     lowest gradient SNR   of all parameters, dB: what the step's noise is against its gradient
     underflow             of gradients as operands: the largest share of values that became 0, in %
-    gradient left         <quantized, exact> / <exact, exact>, in %: the median over matrices. 100 where errors cancel out
+    gradient left         <quantized, exact> / <exact, exact>, in %: the lowest of all matrices. 100 where errors cancel out
     """
-    tokens, targets = run.batch(0)
-    with run.autocast():
-        compared = qcompile.compare(run.model, tokens, targets, recipe=recipe)
-        exact = qcompile.capture(run.model, tokens, targets, recipe="none").gradients
-        found = qcompile.capture(run.model, tokens, targets, recipe=recipe).gradients
-    underflow = [g.operands["grad_output"].rounding.underflow for g in compared.gemms if "grad_output" in g.operands]
-    left = [float((found[n] * e).sum() / e.square().sum()) for n, e in exact.items() if e.ndim == 2 and bool(e.any())]
-    return {
-        "lowest gradient SNR, dB": compared.worst_snr_db(),
-        "most underflow of gradients, %": 100 * max(underflow),
-        "gradient left, %": 100 * statistics.median(left),
-    }
+
+    NAMES = ("lowest gradient SNR, dB", "most underflow of gradients, %", "lowest gradient left, %")
+
+    def __init__(self, run: Run):
+        self.run, self.inputs = run, run.batch(0)
+        self.exact = self._capture("none").gradients
+
+    def _capture(self, recipe: Recipe | str) -> Capture:
+        with self.run.autocast():
+            return qcompile.capture(self.run.model, *self.inputs, recipe=recipe)
+
+    def of(self, recipe: Recipe) -> dict[str, float]:
+        found = self._capture(recipe)
+        compared = compare_captured(found)
+        operands = [g.operands["grad_output"] for g in compared.gemms if "grad_output" in g.operands]
+        exact = {name: gradient for name, gradient in self.exact.items() if gradient.ndim == 2 and bool(gradient.any())}
+        left = [float((found.gradients[name] * e).sum() / e.square().sum()) for name, e in exact.items()]
+        values = (compared.worst_snr_db(), 100 * max(o.rounding.underflow for o in operands), 100 * min(left))
+        return dict(zip(self.NAMES, values, strict=True))
 
 
 # ---- cases
@@ -101,25 +110,23 @@ def _row(case: str, name: str, loss: float, base: float, signs: dict[str, float 
     return {"case": case, "run": name, "loss": loss, "percent": 100 * (loss / base - 1), "signs": signs}
 
 
-def _train(recipe: Recipe | str, config: TrainConfig, corpus: data.Corpus, watch: Callable[[Run], None] | None = None) -> Run:
+def _train(recipe: Recipe | str, config: TrainConfig, corpus: data.Corpus) -> Run:
     torch.compiler.reset()
     run = Run(recipe, 0, config, corpus)
-    if watch is not None:
-        watch(run)
     for _ in tqdm(range(config.steps), desc=recipe if isinstance(recipe, str) else recipe.name, leave=False):
         run.step()
     return run
 
 
 def _compared(case: str, recipes: Sequence[tuple[str, Recipe]], config: TrainConfig, corpus: data.Corpus) -> list[dict[str, Any]]:
-    """Train bf16 and each recipe; signs are taken at the start."""
-    base = statistics.fmean(_train("bf16", config, corpus).losses[-LAST:])
-    rows = [_row(case, "bf16", base, base, {})]
+    """Train bf16 and each recipe. Signs are those of the model that bf16 has trained, so that all see the same gradients."""
+    run = _train("bf16", config, corpus)
+    base = statistics.fmean(run.losses[-LAST:])
+    signs = Signs(run)
+    rows = [_row(case, "bf16", base, base, dict.fromkeys(Signs.NAMES))]
     for name, recipe in recipes:
-        signs: dict[str, Any] = {}
-        run = _train(recipe, config, corpus, lambda run, recipe=recipe, signs=signs: signs.update(gradient_signs(run, recipe)))  # type: ignore[misc]
-        rows.append(_row(case, name, statistics.fmean(run.losses[-LAST:]), base, signs))
-    rows[0]["signs"] = dict.fromkeys(rows[-1]["signs"])
+        seen: dict[str, float | None] = {**signs.of(recipe)}
+        rows.append(_row(case, name, statistics.fmean(_train(recipe, config, corpus).losses[-LAST:]), base, seen))
     return rows
 
 
@@ -130,8 +137,7 @@ def bits(config: TrainConfig, corpus: data.Corpus) -> list[dict[str, Any]]:
 
 
 def nearest(config: TrainConfig, corpus: data.Corpus) -> list[dict[str, Any]]:
-    found = [(f"4-bit gradients, {r}", gradients_at("int8_tensorwise", 4, r)) for r in ("nearest", "stochastic")]
-    found.append(("4-bit gradients, a scale for each row, stochastic", with_width(recipe_named("int4"), "w8a8g4")))
+    found = [(f"{n}-bit gradients, {r}", gradients_at("int8_tensorwise", n, r)) for n in (4, 3) for r in ("nearest", "stochastic")]
     return _compared("Gradients rounded to nearest", found, config, corpus)
 
 
@@ -144,27 +150,28 @@ def spike(config: TrainConfig, corpus: data.Corpus) -> list[dict[str, Any]]:
         torch.compiler.reset()
         run = SpikedRun(name if name in HP_RECIPES else recipe_named(name), 0, config, corpus)
         run.spike_at = at
-        before, after, lost = None, None, 0
+        before: dict[str, float] = {}
+        grown, lost = None, 0
         for step in tqdm(range(config.steps), desc=name, leave=False):
             run.step()
             lost += run.without_gradient
-            if step in (at - 1, at + 1):
-                before, after = (_range(run), after) if step == at - 1 else (before, _range(run))
+            if step == at - 1:
+                before = _ranges(run)
+            elif step == at + 2 and before:
+                grown = max(value / before[entry] for entry, value in _ranges(run).items() if before[entry] > 0)
         loss = statistics.fmean(run.losses[at + 1 : at + 1 + AFTER])
         base = base or loss
-        grown = after / before if before and after else None
-        signs = {"ranges two steps later, x before": grown, "steps without any gradient": float(lost)}
+        signs = {"widest range three steps later, x before": grown, "steps without any gradient": float(lost)}
         rows.append(_row("Stale ranges after a spike", name if name == "bf16" else f"`{name}`", loss, base, signs))
     return rows
 
 
-def _range(run: Run) -> float | None:
-    """Median amax of all gradients, from the range state; None where there is none."""
+def _ranges(run: Run) -> dict[str, float]:
+    """Entry of the range state -> amax, of gradients; {} where there are none."""
     if run.recipe in HP_RECIPES:
-        return None
+        return {}
     state = qcompile.range_state(run.compiled)
-    found = [state[name]["amax"].max().item() for name in state.names() if ".grad_output" in name]
-    return statistics.median(found) if found else None
+    return {name: state[name]["amax"].max().item() for name in state.names() if ".grad_output" in name}
 
 
 CASES = {"bits": bits, "nearest": nearest, "spike": spike}
