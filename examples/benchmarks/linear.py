@@ -1,13 +1,13 @@
-"""One linear layer, forward and backward: qtrain's recipes against Inductor bf16 and torchao's int8, timed alternately.
+"""One linear layer, forward and backward: qtrain's recipes against Inductor and other libraries (`peers`), timed alternately.
 
     python examples/benchmarks/linear.py --device cuda             # squares, and the layers of Llama-3 8B
     python examples/benchmarks/linear.py --shapes 512x512 --tokens 256
     python examples/benchmarks/linear.py --profit-filter           # each recipe also as "RECIPE+filter": is any shape slower than bf16?
 
-A step is forward and backward in bf16, quantization included: weight, input and gradient arrive in high precision, and the
-gradients of both leave in it. The variants take turns round by round; the table has medians, the ratio to bf16 round by round with
-the middle half of the rounds, the most memory that a step takes beside what was there before it, the relative error of the three
-results (norm of the difference to fp32 over the norm), and the integer kernels that ran.
+A step is forward and backward in bf16 ("fp32": in fp32), quantization included: weight, input and gradient arrive in high
+precision, and the gradients of both leave in it. The variants take turns round by round; the table has medians, the ratio to bf16
+round by round with the middle half of the rounds, the most memory that a step takes beside what was there before it, the relative
+error of the three results (norm of the difference to fp32 over the norm), and the integer kernels that ran.
 """
 
 from __future__ import annotations
@@ -17,14 +17,19 @@ import copy
 import importlib.metadata
 import platform
 import statistics
+import sys
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script: examples/ is not on the path
+from benchmarks.peers import PEERS
 
 from qcompile.kernels import record_launches
 
@@ -49,24 +54,23 @@ class Result:
     peak: int | None = None  # bytes; None: the device does not say
     errors: tuple[float, float, float] = (0.0, 0.0, 0.0)
     kernels: list[str] = field(default_factory=list)
+    skipped: str = ""  # why a peer was not measured
 
 
 Step = Callable[[], tuple[Tensor, Tensor, Tensor]]
 
 
 def make_step(variant: str, layer: nn.Linear, x: Tensor, grad: Tensor) -> Step:
-    """A compiled step on a copy of the layer: output, grad_input, grad_weight. `ImportError` where torchao is missing."""
-    layer, x = copy.deepcopy(layer), x.detach().clone().requires_grad_()
-    if variant == "bf16":
+    """A compiled step on a copy of the layer: output, grad_input, grad_weight. `ImportError` where a peer is not installed."""
+    dtype = torch.float32 if variant == "fp32" else x.dtype
+    layer, x, grad = copy.deepcopy(layer).to(dtype), x.detach().clone().to(dtype).requires_grad_(), grad.to(dtype)
+    compiled: Callable[..., Tensor]
+    if variant in ("bf16", "fp32"):
         compiled = torch.compile(layer)
-    elif variant == "torchao":
-        from torchao.prototype.quantized_training import Int8MixedPrecisionTrainingConfig
-        from torchao.quantization import quantize_
-
-        holder = nn.Sequential(layer)
-        quantize_(holder, Int8MixedPrecisionTrainingConfig(module_swap=True))
-        layer = holder[0]
-        compiled = torch.compile(layer)
+    elif variant in PEERS:
+        make, is_compiled = PEERS[variant]
+        layer = make(layer)
+        compiled = torch.compile(layer) if is_compiled else layer
     else:
         recipe, filtered = variant.removesuffix(FILTER), variant.endswith(FILTER)
         compiled = torch.compile(layer, backend="qtrain", options={"recipe": recipe, "profit_filter": filtered})
@@ -87,7 +91,7 @@ def exact(layer: nn.Linear, x: Tensor, grad: Tensor) -> list[Tensor]:
 
 
 def measure(variants: list[str], shape: tuple[int, int, int], rounds: int, device: str) -> list[Result]:
-    """Time the variants alternately on one shape. torchao is left out where it cannot be imported."""
+    """Time the variants alternately on one shape. A peer that is not installed, or fails, has its reason in place of times."""
     tokens, width, out = shape
     torch.manual_seed(0)
     with torch.device(device):
@@ -99,12 +103,17 @@ def measure(variants: list[str], shape: tuple[int, int, int], rounds: int, devic
     for variant in variants:
         torch._dynamo.reset()
         try:
-            steps[variant] = make_step(variant, layer, x, grad)
-        except ImportError as error:
-            warnings.warn(f"torchao is left out: {error}", stacklevel=2)
+            step = make_step(variant, layer, x, grad)
+            for _ in range(WARM):
+                step()
+        except Exception as error:  # other libraries fail in ways of their own
+            if variant not in PEERS:
+                raise
+            reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"[:200]
+            warnings.warn(f"{variant} is left out: {reason}", stacklevel=2)
+            results[variant] = Result(variant, shape, skipped=reason)
             continue
-        for _ in range(WARM):
-            steps[variant]()
+        steps[variant] = step
         with record_launches() as launches:
             peak, got = _peak(steps[variant], device)
         errors = tuple(((g.float() - w).norm() / w.norm()).item() for g, w in zip(got, want, strict=True))
@@ -147,7 +156,7 @@ def _peak(step: Step, device: str) -> tuple[int | None, tuple[Tensor, Tensor, Te
 
 def table(results: list[Result]) -> str:
     rows = []
-    for r in results:
+    for r in [r for r in results if not r.skipped]:
         base = next((b for b in results if b.variant == BASELINE and b.shape == r.shape), r)
         ratios = [b / t for b, t in zip(base.times, r.times, strict=True)]
         quarters = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
