@@ -13,8 +13,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qcompile.backend import compiled_graphs, qtrain
-    from qcompile.deploy import continue_training, convert, load_converted
-    from qcompile.errors import GraphError, KernelError, QtrainWarning, RecipeError, StateError, UnsupportedError
+    from qcompile.deploy import continue_training, convert, export_onnx, export_program, load_converted
+    from qcompile.errors import (
+        GraphError,
+        KernelError,
+        MissingPackageError,
+        QtrainWarning,
+        RecipeError,
+        StateError,
+        UnsupportedError,
+    )
     from qcompile.estimators import (
         EWGS,
         LGLSQ,
@@ -56,8 +64,16 @@ __version__ = "0.1.0"
 
 _HOME = {
     "qcompile.backend": ("compiled_graphs", "qtrain"),
-    "qcompile.deploy": ("continue_training", "convert", "load_converted"),
-    "qcompile.errors": ("GraphError", "KernelError", "QtrainWarning", "RecipeError", "StateError", "UnsupportedError"),
+    "qcompile.deploy": ("continue_training", "convert", "export_onnx", "export_program", "load_converted"),
+    "qcompile.errors": (
+        "GraphError",
+        "KernelError",
+        "MissingPackageError",
+        "QtrainWarning",
+        "RecipeError",
+        "StateError",
+        "UnsupportedError",
+    ),
     "qcompile.estimators": (
         "DirectionSensitive",
         "DistributionAdaptive",
