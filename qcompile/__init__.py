@@ -13,8 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qcompile.backend import compiled_graphs, qtrain
-    from qcompile.deploy import continue_training, convert, load_converted
-    from qcompile.errors import GraphError, KernelError, QtrainWarning, RecipeError, SecurityError, StateError, UnsupportedError
+    from qcompile.deploy import continue_training, convert, export_onnx, export_program, load_converted
+    from qcompile.errors import (
+        GraphError,
+        KernelError,
+        MissingPackageError,
+        QtrainWarning,
+        RecipeError,
+        SecurityError,
+        StateError,
+        UnsupportedError,
+    )
     from qcompile.estimators import (
         EWGS,
         LGLSQ,
@@ -56,10 +65,11 @@ __version__ = "0.1.0"
 
 _HOME = {
     "qcompile.backend": ("compiled_graphs", "qtrain"),
-    "qcompile.deploy": ("continue_training", "convert", "load_converted"),
+    "qcompile.deploy": ("continue_training", "convert", "export_onnx", "export_program", "load_converted"),
     "qcompile.errors": (
         "GraphError",
         "KernelError",
+        "MissingPackageError",
         "QtrainWarning",
         "RecipeError",
         "SecurityError",

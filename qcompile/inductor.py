@@ -1,6 +1,7 @@
 """The one place where Inductor's and AOTAutograd's private entry points are used. Checked on torch 2.11 and 2.13.
 
     watch_plain             Inductor itself under observation, for `recipe="none"` in inspection
+    compile_frozen          Inductor alone on an inference module, with its weights as constants
     compile_with_inductor   runs `compile_fx` with our pipeline before Inductor's joint passes, our partitioner at the cut, and a
                             function of ours around the compilation of each half
 """
@@ -28,6 +29,7 @@ from qcompile.cache_folders import check_cache_folders
 
 __all__ = [
     "compile_alone",
+    "compile_frozen",
     "compile_plain",
     "compile_with_inductor",
     "hook_options",
@@ -129,6 +131,20 @@ def _as_list(passes: Any) -> list[Any]:
 
 def _uuid(graph_pass: Any) -> Any:
     return graph_pass.uuid() if isinstance(graph_pass, CustomGraphPass) else None
+
+
+def compile_frozen(module: nn.Module) -> Callable[..., Any]:
+    """The module compiled for inference with its weights as constants: only so does Inductor look for int8 products on x86.
+
+    Dynamo reads the switch too, so `options=` of torch.compile would come too late.
+    """
+    compiled = torch.compile(module)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad(), inductor_config.patch(freezing=True):
+            return compiled(*args, **kwargs)
+
+    return run
 
 
 def compile_plain(gm: fx.GraphModule, example_inputs: Sequence[Any], config: dict[str, Any]) -> Callable[..., Any]:
