@@ -20,6 +20,7 @@ from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from passes.context import PassContext
@@ -220,11 +221,11 @@ def compile_alone(fn: Callable[..., Sequence[torch.Tensor]], inputs: Sequence[to
 
     fn  traced without gradients; it returns a list of tensors
     """
-    graph = make_fx(fn, decomposition_table=decompositions(), tracing_mode="fake")(*inputs)
-    values = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
-    mode = next(value.fake_mode for value in values)
-    outside = torch._guards.TracingContext(mode)  # not that of the compilation around us, which waits for strides and guards
+    # Not the context of the compilation around us, which waits for strides and would take our sizes for symbols of its own.
+    outside = torch._guards.TracingContext(FakeTensorMode(static_shapes=True))
     with torch._guards.tracing(outside), inductor_config.patch({"triton.cudagraphs": False}):
+        graph = make_fx(fn, decomposition_table=decompositions(), tracing_mode="fake")(*inputs)
+        values = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
         return compile_fx_inner(graph, values, is_inference=True)
 
 

@@ -2,7 +2,7 @@
 
     python examples/benchmarks/linear.py --device cuda             # squares, and the layers of Llama-3 8B
     python examples/benchmarks/linear.py --shapes 512x512 --tokens 256
-    python examples/benchmarks/linear.py --profit-filter           # each recipe also as "RECIPE+filter": is any shape slower than bf16?
+    python examples/benchmarks/linear.py --profit-filter           # each recipe with it too: is any shape slower than bf16?
 
 A step is forward and backward in bf16 ("fp32": in fp32), quantization included: weight, input and gradient arrive in high
 precision, and the gradients of both leave in it. The variants take turns round by round; the table has medians, the ratio to bf16
@@ -185,7 +185,8 @@ def verdict(results: list[Result]) -> str:
         base = next(b for b in results if b.variant == BASELINE and b.shape == r.shape)
         ratio = statistics.median(t / b for b, t in zip(base.times, r.times, strict=True))
         if ratio > 1 + SLOWER:
-            slow.append(f"{r.variant} on {' '.join(map(str, r.shape))}: {ratio:.2f} x {BASELINE}'s time, {', '.join(r.kernels) or 'all hp'}")
+            shape, ran = " ".join(map(str, r.shape)), ", ".join(r.kernels) or "all hp"
+            slow.append(f"{r.variant} on {shape}: {ratio:.2f} x {BASELINE}'s time, {ran}")
     head = f"profit filter: {len(slow)} of {len(filtered)} slower than {BASELINE} by more than {SLOWER:.0%}"
     return "\n".join([head, *slow])
 
