@@ -271,7 +271,7 @@ def _script(
 _MLP = "fp32,bf16,int8_in_hindsight,int8_tensorwise,int8"
 SCRIPTS = [
     _script("peers", "speed", "a linear layer against other libraries", "benchmarks.peers",
-            "--shapes 1024x1024 --tokens 1024 --rounds 10", "--shapes 4096x4096,4096x14336 --tokens 8192 --rounds 30"),
+            "--shapes 1024x1024x1024 --rounds 10", "--shapes 8192x4096x4096,8192x4096x14336 --rounds 30"),
     _script("linear", "speed", "linear layers against bf16", "benchmarks.linear", None, "--rounds 30"),
     _script("mlp_relu", "speed", "MLP blocks with ReLU", "benchmarks.mlp",
             f"--variants {_MLP}", f"--width 4096 --tokens 16384 --variants {_MLP}"),

@@ -143,23 +143,23 @@ def blocks(run: Run) -> str:
 
 def layers(run: Run) -> str:
     """Single linear layers: a line for each variant and shape, and why a peer is missing."""
-    rows = [row for row in run["rows"] if not row.get("skipped")]
+    rows = [row for row in run["rows"] if not row["left_out"]]
     lines = []
     for row in rows:
-        base = next(r for r in rows if r["variant"] == BASE and r["shape"] == row["shape"])
+        base = next(r for r in rows if r["variant"] == BASE and r["subject"] == row["subject"])
         ms, ratio = times(row, base)
         lines.append(
             {
-                "tokens, in, out": " x ".join(map(str, row["shape"])),
+                "tokens, in, out": " x ".join(str(row["subject"][size]) for size in ("tokens", "in", "out")),
                 "variant": row["variant"],
                 "ms": f"{ms:.2f}",
                 f"against {BASE} (quartiles)": "" if row is base else ratio,
-                "relative error of y, dx, dw, %": ", ".join(f"{100 * e:.2f}" for e in row["errors"]),
+                "relative error of y, dx, dw, %": ", ".join(f"{100 * e:.2f}" for e in row["errors"].values()),
                 "peak MB": "" if row.get("peak") is None else f"{row['peak'] / 1e6:.0f}",
                 "integer kernels": ", ".join(row["kernels"]) or "",
             }
         )
-    left_out = "".join(f"\n- {row['variant']}: {row['skipped']}" for row in run["rows"] if row.get("skipped"))
+    left_out = "".join(f"\n- {row['variant']}: {row['left_out']}" for row in run["rows"] if row["left_out"])
     return f"{table(lines)}\n" + (f"\nLeft out:\n{left_out}\n" if left_out else "") + f"\n{caption(run)}"
 
 

@@ -1,7 +1,7 @@
 """Other libraries' ways to train a linear layer in few bits, beside ours and beside Inductor: times, memory and relative errors.
 
     pip install --no-deps torchao bitsandbytes brevitas dependencies unfoldNd sdnq
-    python examples/benchmarks/peers.py --shapes 1024x1024 --tokens 1024
+    python examples/benchmarks/peers.py --shapes 1024x1024x1024
 
 What is measured is what `linear.py` measures: one layer, forward and backward in bf16, variants in turn in one process. The
 relative error stands beside every time because a library that quantizes nothing is quick. What is not installed or does not run is
@@ -105,10 +105,11 @@ PEERS: dict[str, tuple[Callable[[nn.Linear], Any], bool]] = {
 
 def main(argv: list[str] | None = None) -> list[Any]:
     from benchmarks import linear
+    from benchmarks.harness import BASELINE
 
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not any(argument.startswith("--variants") for argument in arguments):
-        arguments += ["--variants", ",".join((linear.BASELINE, "fp32", "int8_in_hindsight", "int8", *PEERS))]
+        arguments += ["--variants", ",".join((BASELINE, "fp32", "int8_in_hindsight", "int8", *PEERS))]
     return linear.main(arguments)
 
 

@@ -121,17 +121,18 @@ def test_times_are_compared_round_by_round():
 
 
 def test_a_peer_that_is_missing_has_its_reason():
+    subject = {"shape": "small", "tokens": 8, "in": 8, "out": 8}
     row = {
         "variant": "bf16",
-        "shape": [8, 8, 8],
+        "subject": subject,
         "times": [1.0, 1.0],
         "peak": 2_000_000,
-        "errors": [0.001, 0.0, 0.0],
+        "errors": {"y": 0.001, "dx": 0.0, "dw": 0.0},
         "kernels": [],
+        "left_out": None,
     }
-    text = show_results.layers(
-        run_of([row | {"skipped": ""}, {"variant": "other", "skipped": "ImportError: no other", "shape": [8, 8, 8]}])
-    )
+    missing = row | {"variant": "other", "times": [], "left_out": "ImportError: no other"}
+    text = show_results.layers(run_of([row, missing]))
     assert "- other: ImportError: no other" in text and "0.10, 0.00, 0.00" in text and "| 2 " in text
 
 
