@@ -1,9 +1,11 @@
 """The benchmark scripts run at toy size and report what they claim to."""
 
-import sys
+import math
 
 import pytest
-from benchmarks import compile_time, kernels, linear, mlp, resnet, saved, state_cost
+import torch
+from benchmarks import compile_time, growth, kernels, linear, mlp, peers, resnet, saved, state_cost
+from torch import nn
 
 
 def test_mlp_times_integer_gemms_against_bf16(capsys):
@@ -34,16 +36,67 @@ def test_saved_weighs_what_the_recipe_says(capsys):
 
 
 def test_linear_has_a_row_for_each_variant_with_what_ran(capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "torchao.prototype.quantized_training", None)
-    arguments = "--shapes 64x48 --tokens 64 --rounds 2 --device cpu --variants bf16,int8_in_hindsight,torchao"
-    with pytest.warns(UserWarning, match="torchao is left out"):
-        baseline, ours = linear.main(arguments.split())
+    def exact(layer):
+        return layer
+
+    def broken(layer):
+        raise ImportError("no such library\nand more")
+
+    monkeypatch.setattr(linear, "PEERS", {"exact": (exact, False), "broken": (broken, True)})
+    arguments = "--shapes 64x48 --tokens 64 --rounds 2 --device cpu --variants bf16,int8_in_hindsight,exact,broken"
+    with pytest.warns(UserWarning, match="broken is left out: ImportError: no such library"):
+        baseline, ours, peer, missing = linear.main(arguments.split())
     assert baseline.kernels == [] and len(ours.kernels) == 1
     assert len(ours.times) == 2 and min(ours.times) > 0
-    for hp, int8 in zip(baseline.errors, ours.errors, strict=True):
+    for hp, int8, theirs in zip(baseline.errors, ours.errors, peer.errors, strict=True):
         assert hp < 0.005 < int8 < 0.05  # 8 bits, in all three products
+        assert theirs < 0.005, "a peer that quantizes nothing has the error of bf16"
+    assert missing.skipped == "ImportError: no such library" and missing.times == []
     printed = capsys.readouterr().out
     assert "torch 2." in printed and "64 64 48" in printed and "int8_in_hindsight" in printed
+
+
+def test_a_failure_of_our_own_is_not_left_out(monkeypatch):
+    monkeypatch.setattr(linear, "make_step", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        linear.measure(["bf16"], (8, 8, 8), 1, "cpu")
+
+
+def test_peers_are_measured_beside_ours(monkeypatch):
+    seen = []
+    monkeypatch.setattr(linear, "main", lambda arguments: seen.append(arguments) or [])
+    peers.main(["--shapes", "64x48"])
+    peers.main(["--variants", "bf16,torchao"])
+    assert seen[0][:2] == ["--shapes", "64x48"] and {"bf16", "fp32", "int8", *peers.PEERS} <= set(seen[0][3].split(","))
+    assert seen[1] == ["--variants", "bf16,torchao"]
+
+
+@pytest.mark.parametrize("name", ["torchao (eager)", "torchao_qat", "bitsandbytes (eager)", "brevitas (eager)", "sdnq (eager)"])
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_peer_that_is_installed_quantizes(name):
+    pytest.importorskip(name.partition(" ")[0].partition("_")[0])
+    layer = nn.Linear(64, 48, bias=False).bfloat16()
+    x, grad = torch.randn(64, 64).bfloat16(), torch.randn(64, 48).bfloat16()
+    y, dx, dw = linear.make_step(name, layer, x, grad)()
+    want = linear.exact(layer, x, grad)
+    errors = [((g.float() - w).norm() / w.norm()).item() for g, w in zip((y, dx, dw), want, strict=True)]
+    assert 0.003 < errors[0] < 0.1 and max(errors) < 0.1
+
+
+def test_slopes_are_powers():
+    assert growth.slope([(1, 3.0), (2, 12.0), (4, 48.0)]) == pytest.approx(2)
+    assert growth.slope([(1, 5.0), (10, 5.0)]) == pytest.approx(0)
+    assert math.isnan(growth.slope([(2, 1.0)]))
+
+
+@pytest.mark.slow
+def test_growth_measures_every_size(tmp_path):
+    base = "--base-layers 1 --base-width 64 --base-sequence 32 --base-batch 2 --widths= --sequences= --batches="
+    points = growth.main(f"{base} --layers 1,2 --variants bf16,int8 --rounds 2 --device cpu --plot {tmp_path / 'g.png'}".split())
+    assert [(p.axis, p.value, p.variant) for p in points] == [("layers", n, v) for n in (1, 2) for v in ("bf16", "int8")]
+    assert all(p.ms > 0 and p.compile_s > 0 and p.peak is None for p in points)
+    assert points[3].saved > points[1].saved > 0 and (tmp_path / "g.png").stat().st_size > 1000
 
 
 def test_kernels_times_every_candidate():
