@@ -102,13 +102,16 @@ def accuracy(run: Run) -> str:
 
 def against(rows: Sequence[Row], method: str, base: str, relative: bool) -> str:
     """The mean of the paired differences with its standard error; relative ones in percent of the baseline's score."""
-    if relative:
-        unit = {row.seed: row.score / 100 for row in rows if row.method == base}
-        rows = [Row(**{**vars(row), "score": row.score / unit[row.seed]}) for row in rows if row.seed in unit]
-    difference = paired_difference(rows, method, base)
+    difference = paired_difference(_relative(rows, base) if relative else rows, method, base)
     if not difference.pairs:
         return "no common seed"
     return f"{difference.mean:+.2f}" + ("" if math.isnan(difference.error) else f" ± {difference.error:.2f}")
+
+
+def _relative(rows: Sequence[Row], base: str) -> list[Row]:
+    """Scores in percent of the baseline's of the same seed."""
+    unit = {row.seed: row.score / 100 for row in rows if row.method == base}
+    return [Row(**{**vars(row), "score": row.score / unit[row.seed]}) for row in rows if row.seed in unit]
 
 
 def times(row: Mapping[str, Any], base: Mapping[str, Any]) -> tuple[float, str]:
@@ -254,6 +257,56 @@ def summary(*runs: Run) -> str:
     return f"Against Inductor bf16 autocast on a CPU ({where}):\n\n{table(lines)}"
 
 
+TARGETS = (
+    ("gpt", "int8", 0.3), ("gpt", "int8_in_hindsight", 0.5), ("smollm2", "int8", 0.3), ("smollm2", "int8_in_hindsight", 0.5),
+    ("resnet", "int8", 0.3), ("static_ranges", "int8_in_hindsight", 0.5), ("mobilenet", "int8", 0.3), ("vit", "int8", 0.3),
+    ("mobilenet", "int8_in_hindsight", 0.5), ("vit", "int8_in_hindsight", 0.5), ("efficientnet", "int8", 0.3),
+    ("interval_update", "int4_interval", 3.5),
+)  # fmt: skip
+"""(benchmark, recipe, how much worse than the baseline it may be: % of a loss, points of an accuracy)."""
+SAVED_TARGETS = (("int8+8", 0.55), ("int8+4", 0.35), ("none+8", 0.55), ("none+4", 0.35), ("int4+4", 0.35))
+
+
+def targets(*_: Run) -> str:
+    """What was aimed at, and whether the best run that there is reaches it: the full one, else the small one."""
+    lines = []
+    for name, recipe, bound in TARGETS:
+        runs = [
+            (size, load(f"{name}_{size}_{device}"))
+            for size, device in (("full", "cuda"), ("small", "cpu"))
+            if size in BENCHES[name].sizes
+        ]
+        size, run = next(((size, run) for size, run in runs if run is not None), ("", None))
+        line = {"benchmark": f"`{name}`", "recipe": f"`{recipe}`", "may lose": f"{bound} % or points, or two standard errors"}
+        measured, verdict = "", "not run"
+        if run is not None and any(row["recipe"] == recipe for row in run["rows"]):
+            rows, lower = from_json(run["rows"]), run["arguments"]["better"] == "lower"
+            measured, verdict = f"{against(rows, recipe, rows[0].method, lower)} ({size})", _reached(rows, recipe, bound, lower)
+        lines.append(line | {"measured": measured, "reached": verdict})
+    saved_run = load("saved_small_cpu")
+    for recipe, bound in SAVED_TARGETS if saved_run else ():
+        ratios = {row["model"]: row["x bf16"] for row in saved_run["rows"] if row["recipe"] == recipe}
+        verdict = "yes" if max(ratios.values()) <= bound else "no"
+        measured = ", ".join(f"{model} {ratio:.2f}x" for model, ratio in ratios.items())
+        lines.append(
+            {
+                "benchmark": "`saved`",
+                "recipe": f"`{recipe}`",
+                "may lose": f"at most {bound}x",
+                "measured": measured,
+                "reached": verdict,
+            }
+        )
+    return table(lines)
+
+
+def _reached(rows: Sequence[Row], recipe: str, bound: float, lower: bool) -> str:
+    scaled = _relative(rows, rows[0].method) if lower else rows
+    found = paired_difference(scaled, recipe, rows[0].method)
+    lost = found.mean if lower else -found.mean
+    return "yes" if lost <= bound or (not math.isnan(found.error) and lost <= 2 * found.error) else "no"
+
+
 def status(*_: Run) -> str:
     """Every benchmark at both sizes: when and where it ran, or that it did not."""
     lines = []
@@ -269,7 +322,7 @@ def status(*_: Run) -> str:
 
 VIEWS: dict[str, Callable[..., str]] = {
     "accuracy": accuracy, "blocks": blocks, "layers": layers, "saved": saved, "compile_time": compile_time, "growth": growing,
-    "failures": failures, "summary": summary, "status": status,
+    "failures": failures, "summary": summary, "status": status, "targets": targets,
 }  # fmt: skip
 
 

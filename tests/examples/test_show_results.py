@@ -151,6 +151,18 @@ def test_slopes_saved_bytes_and_failures():
     assert "diverged" in show_results.failures(run_of(wrong)) and "-3.14" in show_results.failures(run_of(wrong))
 
 
+def test_targets_are_reached_within_the_bound_or_the_noise():
+    def verdict(ours, bound, lower=True):
+        rows = show_results.from_json(scores("bf16", [2.0, 2.0, 2.0]) + scores("int8", ours))
+        return show_results._reached(rows, "int8", bound, lower)
+
+    assert verdict([2.002, 2.004, 2.006], 0.3) == "yes" and verdict([2.01, 2.0101, 2.0102], 0.3) == "no"
+    assert verdict([2.2, 1.9, 2.0], 0.3) == "yes", "within two standard errors"
+    assert verdict([1.6, 1.61, 1.62], 0.3, lower=False) == "no" and verdict([2.5, 2.5, 2.5], 0.3, lower=False) == "yes"
+    text = show_results.targets()
+    assert "`saved`" in text and "not run" in text
+
+
 def test_images_are_found_from_every_page():
     ways = {str(p.relative_to(ROOT)): show_results.way_to_images(p) for p in pages()}
     assert (
