@@ -57,6 +57,17 @@ class CNNConfig:
     hp_backend: str = "inductor"  # what compiles the baselines
     probe_every: int = 0  # steps between two calls of the probe; 0: never
 
+    def __post_init__(self) -> None:
+        for name in ("images", "test_images", "epochs", "batch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; allowed: 1 or more")
+        for name in ("lr", "model_width"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; allowed: more than 0")
+        if self.warmup < 0:
+            raise ValueError(f"warmup is {self.warmup} steps; allowed: 0 or more")
+
     def lr_at(self, step: int, steps: int) -> float:
         if step < self.warmup:
             return self.lr * (step + 1) / self.warmup
@@ -79,6 +90,7 @@ class CNNTask:
     def __init__(self, config: CNNConfig, images: Images, probe: Probe | None = None):
         self.settings, self.probe = config, probe
         self.images = images.first(config.images, config.test_images)
+        self.images.test_batches(config.batch)  # refuses a batch that they cannot fill before anything is trained
         self.steps = config.epochs * self.images.steps_per_epoch(config.batch)
         self.device = config.device
 

@@ -128,7 +128,7 @@ def load(source: str = "auto", directory: Path = Path("data")) -> Images:
         if found is not None and source == "auto":
             print(f"Fashion-MNIST was not found; using scikit-learn's digits instead. {INSTALL.format(directory=directory)}")
     if found is None:
-        wanted = "scikit-learn is not installed, which brings the digits." if source == "digits" else INSTALL
+        wanted = "The digits come with scikit-learn: pip install scikit-learn." if source == "digits" else INSTALL
         raise FileNotFoundError(f"no images ({source}). {wanted.format(directory=directory)}")
     return found
 

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qcompile.backend import compiled_graphs, qtrain
-    from qcompile.errors import GraphError, KernelError, QtrainWarning, RecipeError, StateError, UnsupportedError
+    from qcompile.deploy import continue_training, convert, load_converted
+    from qcompile.errors import GraphError, KernelError, QtrainWarning, RecipeError, SecurityError, StateError, UnsupportedError
     from qcompile.estimators import (
         EWGS,
         LGLSQ,
@@ -41,9 +42,7 @@ if TYPE_CHECKING:
     from qcompile.qat import (
         BlockReplacement,
         calibrate,
-        convert,
         learned_quantizers,
-        load_converted,
         prepare,
         qat_step,
         scale_parameters,
@@ -57,7 +56,16 @@ __version__ = "0.1.0"
 
 _HOME = {
     "qcompile.backend": ("compiled_graphs", "qtrain"),
-    "qcompile.errors": ("GraphError", "KernelError", "QtrainWarning", "RecipeError", "StateError", "UnsupportedError"),
+    "qcompile.deploy": ("continue_training", "convert", "load_converted"),
+    "qcompile.errors": (
+        "GraphError",
+        "KernelError",
+        "QtrainWarning",
+        "RecipeError",
+        "SecurityError",
+        "StateError",
+        "UnsupportedError",
+    ),
     "qcompile.estimators": (
         "DirectionSensitive",
         "DistributionAdaptive",
@@ -85,9 +93,7 @@ _HOME = {
     "qcompile.qat": (
         "BlockReplacement",
         "calibrate",
-        "convert",
         "learned_quantizers",
-        "load_converted",
         "prepare",
         "qat_step",
         "scale_parameters",

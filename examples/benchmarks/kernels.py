@@ -32,7 +32,7 @@ def gemms(m: int, n: int, k: int, device: torch.device, timer: autotune.Timer) -
     """Every candidate of the autotuner, and bf16's library product."""
     a, b = torch.randn(m, k, device=device).bfloat16(), torch.randn(n, k, device=device).bfloat16()
     times: dict[str, float] = {"bf16 mm": timer(lambda: a @ b.t())}
-    found = autotune.candidates(device, m)
+    found = autotune.candidates(device, m, k)
     times |= {str(c): t for c, t in autotune.measure(found, device, (m, n, k), torch.bfloat16, timer).items()}
     return [Row(f"{m} x {n} x {k}", name, ms, f"{2 * m * n * k / ms / 1e9:.0f} Tera ops/s") for name, ms in times.items()]
 

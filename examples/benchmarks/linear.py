@@ -2,6 +2,7 @@
 
     python examples/benchmarks/linear.py --device cuda             # squares, and the layers of Llama-3 8B
     python examples/benchmarks/linear.py --shapes 512x512 --tokens 256
+    python examples/benchmarks/linear.py --profit-filter           # each recipe also as "RECIPE+filter": is any shape slower than bf16?
 
 A step is forward and backward in bf16 ("fp32": in fp32), quantization included: weight, input and gradient arrive in high
 precision, and the gradients of both leave in it. The variants take turns round by round; the table has medians, the ratio to bf16
@@ -38,6 +39,8 @@ LLAMA_8B = {"q, o": (4096, 4096), "k, v": (4096, 1024), "gate, up": (4096, 14336
 
 VARIANTS = ("bf16", "int8_in_hindsight", "int8_tensorwise", "int8", "torchao")
 BASELINE = "bf16"
+FILTER = "+filter"  # behind a recipe: with the profit filter
+SLOWER = 0.05  # a filtered recipe should not be slower than bf16 by more, as a share of bf16's time
 WARM = 6  # steps: compilation, then until range state is known to be valid
 
 
@@ -69,7 +72,8 @@ def make_step(variant: str, layer: nn.Linear, x: Tensor, grad: Tensor) -> Step:
         layer = make(layer)
         compiled = torch.compile(layer) if is_compiled else layer
     else:
-        compiled = torch.compile(layer, backend="qtrain", options={"recipe": variant})
+        recipe, filtered = variant.removesuffix(FILTER), variant.endswith(FILTER)
+        compiled = torch.compile(layer, backend="qtrain", options={"recipe": recipe, "profit_filter": filtered})
 
     def step() -> tuple[Tensor, Tensor, Tensor]:
         layer.weight.grad = x.grad = None
@@ -173,6 +177,19 @@ def table(results: list[Result]) -> str:
     return tabulate(rows, headers="keys", disable_numparse=True)
 
 
+def verdict(results: list[Result]) -> str:
+    """On which shapes recipes under the profit filter are slower than bf16 by more than `SLOWER`, by the median of the ratios."""
+    filtered = [r for r in results if r.variant.endswith(FILTER)]
+    slow = []
+    for r in filtered:
+        base = next(b for b in results if b.variant == BASELINE and b.shape == r.shape)
+        ratio = statistics.median(t / b for b, t in zip(base.times, r.times, strict=True))
+        if ratio > 1 + SLOWER:
+            slow.append(f"{r.variant} on {' '.join(map(str, r.shape))}: {ratio:.2f} x {BASELINE}'s time, {', '.join(r.kernels) or 'all hp'}")
+    head = f"profit filter: {len(slow)} of {len(filtered)} slower than {BASELINE} by more than {SLOWER:.0%}"
+    return "\n".join([head, *slow])
+
+
 def machine(device: str) -> str:
     name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.processor() or platform.machine()}"
     return ", ".join([name, f"torch {torch.__version__}", *(f"{p} {v}" for p in ("triton", "torchao") if (v := _version(p)))])
@@ -191,6 +208,7 @@ def main(argv: list[str] | None = None) -> list[Result]:
     parser.add_argument("--tokens", type=int, default=None, help="default: 8192 for Llama's layers, the width for squares")
     parser.add_argument("--variants", default=",".join(VARIANTS))
     parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--profit-filter", action="store_true", help="also time each recipe with the profit filter")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args(argv)
     if args.shapes:
@@ -199,12 +217,17 @@ def main(argv: list[str] | None = None) -> list[Result]:
     else:
         shapes = [(args.tokens or n, n, n) for n in SQUARES] + [(args.tokens or 8192, *pair) for pair in LLAMA_8B.values()]
     print(f"{machine(args.device)}; medians of {args.rounds} rounds\n")
+    variants = args.variants.split(",")
+    if args.profit_filter:
+        variants += [name + FILTER for name in variants if name not in (BASELINE, "torchao")]
     results = []
     for shape in shapes:
-        found = measure(args.variants.split(","), shape, args.rounds, args.device)
+        found = measure(variants, shape, args.rounds, args.device)
         print(table(found), flush=True)
         print()
         results += found
+    if args.profit_filter:
+        print(verdict(results))
     return results
 
 

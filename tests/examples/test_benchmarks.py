@@ -7,6 +7,8 @@ import torch
 from benchmarks import compile_time, growth, kernels, linear, mlp, peers, resnet, saved, state_cost
 from torch import nn
 
+from qcompile import QtrainWarning
+
 
 def test_mlp_times_integer_gemms_against_bf16(capsys):
     baseline, ours = mlp.main("--width 32 --tokens 64 --blocks 1 --rounds 2 --variants bf16,int8_in_hindsight".split())
@@ -97,6 +99,21 @@ def test_growth_measures_every_size(tmp_path):
     assert [(p.axis, p.value, p.variant) for p in points] == [("layers", n, v) for n in (1, 2) for v in ("bf16", "int8")]
     assert all(p.ms > 0 and p.compile_s > 0 and p.peak is None for p in points)
     assert points[3].saved > points[1].saved > 0 and (tmp_path / "g.png").stat().st_size > 1000
+
+
+def test_linear_says_where_the_profit_filter_did_not_help(capsys, monkeypatch):
+    from qcompile.kernels import profit
+
+    monkeypatch.setattr(profit, "measure", lambda trials, device: dict.fromkeys(trials, 1.0))  # nothing is faster in integers
+    monkeypatch.setattr(linear, "_milliseconds", lambda step, device: 1.0)
+    arguments = "--shapes 64x48 --tokens 64 --rounds 2 --device cpu --variants bf16,int8 --profit-filter"
+    with pytest.warns(QtrainWarning, match="3 of 3 GEMMs stay"):
+        base, ours, filtered = linear.main(arguments.split())
+    assert (ours.variant, filtered.variant) == ("int8", "int8+filter")
+    assert len(ours.kernels) == 1 and filtered.kernels == []
+    assert "profit filter: 0 of 1 slower than bf16 by more than 5%" in capsys.readouterr().out
+    filtered.times = [1.2, 1.04]
+    assert "1 of 1" in linear.verdict([base, filtered]) and "1.12 x bf16's time, all hp" in linear.verdict([base, filtered])
 
 
 def test_kernels_times_every_candidate():

@@ -250,7 +250,10 @@ def test_train_cnn_prints_a_comparison(tmp_path, capsys):
     assert (tmp_path / "differences.png").exists()
 
 
-@pytest.mark.parametrize("wrong", ["--recipes int9", "--data mnist", "--protocol tiny", "--batch 4096"])
+@pytest.mark.parametrize(
+    "wrong",
+    ["--recipes int9", "--data mnist", "--protocol tiny", "--batch 4096", "--test-images 10", "--epochs 0", "--lr 0"],
+)
 def test_train_cnn_refuses_wrong_arguments(wrong, capsys):
     with pytest.raises(SystemExit):
         train_cnn.main([*TOY_ARGUMENTS, *wrong.split()])

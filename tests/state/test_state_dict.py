@@ -422,13 +422,13 @@ def test_state_follows_the_parameter_to_another_arena():
 
 def test_a_full_arena_keeps_its_slots():
     """Claiming what is there already needs no room; what is new goes where everything of the graph fits."""
-    from qcompile.state import RangeStore
+    from qcompile.state.store import RangeStore, Request
 
     store, device = RangeStore(), torch.device("cpu")
     owner = nn.Parameter(torch.zeros(1))
 
     def claim(*keys):
-        requests = [(owner, key, ("amax",), (0.0,), 4, "fc", key, ()) for key in keys]
+        requests = [Request(owner, key, ("amax",), (0.0,), 4, "fc", key) for key in keys]
         return store.claim(requests, device, 8)
 
     arena, slots = claim("a", "b")  # full now
