@@ -18,6 +18,7 @@ import image_data
 import pretrained
 import qat_encoder
 import torch
+from benchmarks import harness
 from cnn_trainer import CNNConfig, CNNTask
 from experiments import Results, Task, as_json, comparison, methods_of, run_all
 from gpt import GPTConfig
@@ -248,7 +249,8 @@ def script(module: str, *, device: bool = True) -> Callable[[Settings, Place], t
 
     def run(settings: Settings, place: Place) -> tuple[Settings, list[dict[str, Any]]]:
         arguments = [*settings["command"].split(), *(["--device", place.device] if device else [])]
-        return {}, [_plain(row) for row in importlib.import_module(module).main(arguments)]
+        found = importlib.import_module(module).main(arguments)
+        return {}, [_plain(row) for row in (harness.rows(found) if isinstance(found[0], harness.Result) else found)]
 
     return run
 
@@ -276,7 +278,7 @@ def _script(
 _MLP = "fp32,bf16,int8_in_hindsight,int8_tensorwise,int8"
 SCRIPTS = [
     _script("peers", "speed", "a linear layer against other libraries", "benchmarks.peers",
-            "--shapes 1024x1024 --tokens 1024 --rounds 10", "--shapes 4096x4096,4096x14336 --tokens 8192 --rounds 30"),
+            "--shapes 1024x1024x1024 --rounds 10", "--shapes 8192x4096x4096,8192x4096x14336 --rounds 30"),
     _script("linear", "speed", "linear layers against bf16", "benchmarks.linear", None, "--rounds 30"),
     _script("mlp_relu", "speed", "MLP blocks with ReLU", "benchmarks.mlp",
             f"--variants {_MLP}", f"--width 4096 --tokens 16384 --variants {_MLP}"),

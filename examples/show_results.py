@@ -145,25 +145,27 @@ def blocks(run: Run) -> str:
 
 
 def layers(run: Run) -> str:
-    """Single linear layers: a line for each variant and shape, and why a peer is missing."""
-    rows = [row for row in run["rows"] if not row.get("skipped")]
-    lines = []
-    for row in rows:
-        base = next(r for r in rows if r["variant"] == BASE and r["shape"] == row["shape"])
-        ms, ratio = times(row, base)
+    """What `harness` measured: a line for each variant and subject, and why a peer is missing."""
+    lines, missing = [], []
+    for row in run["rows"]:
+        if "left_out" in row:
+            missing.append(f"- `{row['variant']}`: {row['left_out']}")
+            continue
+        low, high = row.get("quartiles_of_ratio", (None, None))
+        ratio = f"{row[f'times_{BASE}']:.2f}x ({low:.2f} - {high:.2f})" if f"times_{BASE}" in row else ""
         lines.append(
             {
-                "tokens, in, out": " x ".join(map(str, row["shape"])),
-                "variant": row["variant"],
-                "ms": f"{ms:.2f}",
-                f"against {BASE} (quartiles)": "" if row is base else ratio,
-                "relative error of y, dx, dw, %": ", ".join(f"{100 * e:.2f}" for e in row["errors"]),
-                "peak MB": "" if row.get("peak") is None else f"{row['peak'] / 1e6:.0f}",
-                "integer kernels": ", ".join(row["kernels"]) or "",
+                "tokens x in x out": " x ".join(str(row[size]) for size in ("tokens", "in", "out")),
+                "variant": f"`{row['variant']}`",
+                "ms": f"{row['ms']:.2f}",
+                f"against {BASE} (quartiles)": "" if row["variant"] == BASE else ratio,
+                "relative error, %": ", ".join(f"{name} {100 * error:.2f}" for name, error in row["relative_error"].items()),
+                "peak MB": "" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}",
+                "our integer GEMMs": row["integer_gemms"],
             }
         )
-    left_out = "".join(f"\n- {row['variant']}: {row['skipped']}" for row in run["rows"] if row.get("skipped"))
-    return f"{table(lines)}\n" + (f"\nLeft out:\n{left_out}\n" if left_out else "") + f"\n{caption(run)}"
+    left_out = "\n\nLeft out:\n\n" + "\n".join(dict.fromkeys(missing)) if missing else ""
+    return f"{table(lines)}{left_out}\n\n{caption(run)}"
 
 
 def saved(run: Run) -> str:
