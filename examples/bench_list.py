@@ -299,8 +299,13 @@ SCRIPTS = [
             device=False),
     _script("state_cost", "speed", "what handling ranges costs the host", "benchmarks.state_cost", None,
             "--width 1024 --layers 12"),
-    _script("failures", "failures", "runs where few bits fail, and how it shows", "failures", "--steps 300",
-            "--size small --steps 1000"),
+    *(
+        _script(f"failures_{case}", "failures", what, "failures",
+                f"--cases {case} --steps 300", f"--cases {case} --size small --steps 1000")
+        for case, what in (
+            ("spike", "stale ranges after a spike"), ("bits", "too few bits"), ("nearest", "gradients rounded to nearest"),
+        )
+    ),
 ]  # fmt: skip
 
 BENCHES = {bench.name: bench for bench in (*ACCURACY, *SCRIPTS)}

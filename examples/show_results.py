@@ -219,21 +219,17 @@ def _picture(run: Run) -> str:
 
 
 def failures(run: Run) -> str:
-    """What failed, how it showed, and the same with the remedy; a table for each case."""
-    text = []
-    for case in dict.fromkeys(row["case"] for row in run["rows"]):
-        lines = [
-            {
-                "run": row["run"],
-                "final loss": "diverged" if row["loss"] is None else f"{row['loss']:.3f}",
-                "against bf16, %": "" if row["loss"] is None or row["run"] == BASE else f"{row['percent']:+.1f}",
-                **{name: "" if value is None else f"{value:.3g}" for name, value in row["signs"].items()},
-            }
-            for row in run["rows"]
-            if row["case"] == case
-        ]
-        text.append(f"**{case}**\n\n{table(lines)}")
-    return "\n\n".join(text) + f"\n\n{caption(run)}"
+    """What failed, how it showed, and the same with the remedy."""
+    lines = []
+    for row in run["rows"]:
+        diverged = row["loss"] is None
+        line = {
+            "run": row["run"],
+            "loss": "diverged" if diverged else f"{row['loss']:.3f}",
+            f"against {BASE}, %": "" if diverged or row["run"] == BASE else f"{row['percent']:+.1f}",
+        }
+        lines.append(line | {name: "" if value is None else f"{value:.3g}" for name, value in row["signs"].items()})
+    return f"{table(lines)}\n\n{caption(run)}"
 
 
 def summary(*runs: Run) -> str:

@@ -24,7 +24,7 @@ from passes.share_quantized import share_quantized
 from qcompile.kernels.profit import Cast, Like, Product, Quantize, Transpose, Trial
 from qcompile.specs import QuantSpec
 
-__all__ = ["GemmCost", "Measure", "gemm_costs", "measured_costs", "quantized_copy"]
+__all__ = ["GemmCost", "Measure", "gemm_costs", "measured_costs", "quantized_copy", "root_of"]
 
 Measure = Callable[[Sequence[Trial], torch.device], dict[Trial, float]]
 """Trials -> seconds of each; `qcompile.kernels.profit.measure`."""
@@ -101,7 +101,8 @@ def _cost(gemm: fx.Node, where: GemmNode) -> GemmCost:
         quantize, transposed = _quantize_behind(operand)
         x, scale, zero = quantize.args[:3]
         dims, text = _range_of(scale).args[1:3]
-        integer_parts["quantize", quantize.name] = Quantize(_like(x), tuple(dims), QuantSpec.from_dict(json.loads(text)))
+        spec = replace(QuantSpec.from_dict(json.loads(text)), bits=8)  # codes of few bits take the same time
+        integer_parts["quantize", quantize.name] = Quantize(_like(x), tuple(dims), spec)
         like = _like(operand.args[0])
         if target is SCALED_MM:
             wants_transposed = side == 1 and on_gpu(operand)  # as `lower` lays out codes
@@ -111,7 +112,7 @@ def _cost(gemm: fx.Node, where: GemmNode) -> GemmCost:
         codes.append(like)
         scales.append(_like(operand.args[1]))
         zeros.append(None if operand.args[2] is None else _like(operand.args[2]))
-        source = _root(x)
+        source = root_of(x)
         if source.meta["val"].dtype != operand.args[3]:
             hp_parts["cast", source.name] = Cast(_like(source), operand.args[3])
     wide = where.role == "grad_weight" and _cast_to_fp32(gemm)
@@ -146,7 +147,7 @@ def _range_of(scale: fx.Node) -> fx.Node:
     return node
 
 
-def _root(x: fx.Node) -> fx.Node:
+def root_of(x: fx.Node) -> fx.Node:
     """The tensor behind the view in which it is quantized."""
     return x.args[0] if x.op == "call_function" and "view" in str(x.target) else x
 

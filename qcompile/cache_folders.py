@@ -62,6 +62,6 @@ def check_private(folder: Path, variable: str, *, make: bool, close: bool = Fals
         _trusted.add(folder)
         return
     raise SecurityError(
-        f"the cache folder {folder} {problem}, so others could have code run as you. Remove it, or `chmod o-w` what is yours, or set "
-        f"{variable} to a folder of your own"
+        f"the cache folder {folder} {problem}, so others could have code run as you. Remove it, or `chmod o-w` what is yours, or "
+        f"set {variable} to a folder of your own"
     )

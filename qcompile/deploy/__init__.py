@@ -3,5 +3,17 @@
 from qcompile.deploy.conversion import convert
 from qcompile.deploy.integer_layer import IntegerLayer
 from qcompile.deploy.loading import continue_training, load_converted
+from qcompile.deploy.onnx_file import INTEGER_OPERATORS, export_onnx, onnx_operators
+from qcompile.deploy.program import compile_program, export_program
 
-__all__ = ["IntegerLayer", "continue_training", "convert", "load_converted"]
+__all__ = [
+    "INTEGER_OPERATORS",
+    "IntegerLayer",
+    "compile_program",
+    "continue_training",
+    "convert",
+    "export_onnx",
+    "export_program",
+    "load_converted",
+    "onnx_operators",
+]

@@ -13,8 +13,9 @@ A convolution whose output is no codes, such as one in front of an addition, has
 in fp32. ConvInteger is the standard's own integer convolution. `convolutions="qdq"` writes DQ for those too, for readers that know
 nothing else.
 
-Codes of fewer values than uint8 has are clamped behind Q (Clip), in uint8, where it costs little and hides no pattern. On x86 CPUs
-without VNNI onnxruntime's products of uint8 and int8 may saturate; the session option "session.x64quantprecision" = "1" avoids that.
+Codes of fewer values than uint8 has are clamped behind Q (Clip), in uint8, where it costs little and hides no pattern. On x86
+CPUs without VNNI onnxruntime's products of uint8 and int8 may saturate; the session option "session.x64quantprecision" = "1"
+avoids that.
 """
 
 from __future__ import annotations

@@ -2,9 +2,7 @@
 
     program = qcompile.export_program(deployed, (x,))
     torch.export.save(program, "model.pt2")
-    run = torch.compile(program.module())
-    with torch.no_grad(), torch._inductor.config.patch(freezing=True):       # x86: qlinear and qconv, in int8
-        y = run(x)
+    y = qcompile.deploy.compile_program(program)(x)                          # x86: qlinear and qconv, in int8
 
 The operators are those of PT2E quantization (`torch.ops.quantized_decomposed`), so what reads such programs reads this one.
 """
@@ -12,7 +10,7 @@ The operators are those of PT2E quantization (`torch.ops.quantized_decomposed`),
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,7 +21,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from qcompile.deploy.standard_layer import StandardLayer, standard_layers, with_standard_layers
 from qcompile.errors import UnsupportedError
 
-__all__ = ["export_program", "exportable", "traced"]
+__all__ = ["compile_program", "export_program", "exportable", "traced"]
 
 _Q = torch.ops.quantized_decomposed
 _RELU = (torch.ops.aten.relu.default, torch.ops.aten.relu_.default)
@@ -53,6 +51,16 @@ def export_program(
     if not partial:
         _check_lowers(model)
     return traced(model, args, kwargs, dynamic_shapes, "export_program")
+
+
+def compile_program(program: torch.export.ExportedProgram) -> Callable[..., Any]:
+    """The program compiled by Inductor for inference, in int8 on x86: `torch.compile` with weights frozen, which int8 needs.
+
+    Call it as the model; the first call compiles.
+    """
+    from qcompile.inductor import compile_frozen  # the compiler: a reader of programs needs none
+
+    return compile_frozen(program.module())
 
 
 def _check_lowers(model: nn.Module) -> None:

@@ -115,7 +115,8 @@ def _forward_gemms(graph: CapturedGraph) -> list[tuple[Site, fx.Node]]:
 
 def _module_name(model: nn.Module, site: Site, name: str, gemm: Gemm) -> str:
     """The module that a site is. Errors: `UnsupportedError` for a site that is none, or has no integer GEMM."""
-    base = name.partition("#")[0].removeprefix("self")
+    base = name.partition("#")[0]
+    base = "" if base == "self" else base  # the model itself
     todo = f"Leave it in high precision: convert(..., skip=({name!r},)); its numbers then differ from the trained model's in eval"
     try:
         module = model.get_submodule(base)

@@ -53,7 +53,7 @@ class Binding:
 
     def __init__(self, store: RangeStore, layout: Any, owners: dict[str | None, object], device: torch.device) -> None:
         requests = [
-            Request(owners[e.owner], e.key, e.fields, e.initial, e.size, e.site, e.operand, e.aliases, e.place)
+            Request(owners[e.owner], e.key, e.fields, e.initial, e.size, e.site, e.operand, e.aliases, e.place, _bits(e))
             for e in layout.entries
         ]
         self.store = store
@@ -120,6 +120,10 @@ class Binding:
             return None
         self._answer = None
         return bool(flag) and epoch == self.store.epoch
+
+
+def _bits(entry: Entry) -> int:
+    return 8 if entry.spec is None else entry.spec.bits
 
 
 def _fingerprint(owners: Iterable[object]) -> str:

@@ -23,10 +23,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qcompile.errors import QtrainWarning
+from qcompile.errors import QtrainWarning, StateError
 from qcompile.state.uses import Place, number_uses
 
 __all__ = ["STORE", "Arena", "RangeStore", "Request", "Slot", "SlotKey", "initial_values"]
+
+BITS = "bits"
+"""Beside the fields of an entry in a saved state: the width of the codes that its range is for. 8 where it is not there."""
 
 SlotKey = tuple[str, tuple[str, ...], int]
 """(key, fields, size): two recipes that remember other things about one operand keep them apart."""
@@ -44,6 +47,7 @@ class Request(NamedTuple):
     operand: str
     aliases: tuple[str, ...] = ()
     place: Place = ()
+    bits: int = 8  # of the codes that the range is for
 
 
 @dataclass
@@ -83,6 +87,7 @@ class Slot:
     aliases: tuple[str, ...] = ()
     live: bool = True  # False once the entry has moved to another arena
     identity: str = ""  # of the instance that it belongs to, for random numbers: equal in a run that is repeated
+    bits: int = 8
 
     @property
     def numel(self) -> int:
@@ -220,15 +225,18 @@ class RangeStore:
         return arenas[-1]
 
     def _settle(self, arena: Arena, slot: Slot | None, request: Request, identity: str) -> Slot:
-        owner, key, fields, initial, size, site, operand, aliases, _ = request
+        owner, key, fields, initial, size, site, operand, aliases, _, bits = request
         if slot is not None and slot.arena is arena:
+            slot.bits = bits
             return slot
+        record = self._owner(owner)
+        if slot is None and key in record.pending:
+            check_bits(f"{site}.{operand}", record.pending[key], bits)
         offset = arena.take(len(fields) * size)
         if offset is None:
             raise RuntimeError("an arena with enough room was chosen, and had none")
         new = Slot(arena, offset, key, fields, initial, size, site, operand, aliases)
-        new.identity = identity if slot is None else slot.identity
-        record = self._owner(owner)
+        new.identity, new.bits = identity if slot is None else slot.identity, bits
         if slot is not None:  # the model moved to another device: its memory moves with it
             for name in fields:
                 new.write(name, slot.read(name))
@@ -246,6 +254,7 @@ class RangeStore:
 
     def _load_pending(self, slot: Slot, fields: dict[str, Tensor]) -> None:
         """What was loaded before there was a graph to say what fits. Inside a compiled call an error would come too late."""
+        fields = {name: value for name, value in fields.items() if name != BITS}
         if set(fields) != set(slot.fields) or any(v.numel() != slot.size for v in fields.values()):
             warnings.warn(
                 f"range state that was loaded for {slot.site}.{slot.operand} does not fit and is left out: it has "
@@ -283,6 +292,17 @@ class RangeStore:
         with self._lock:
             owners = list(self._owners.values())  # one may be collected, and forgotten, during the walk
             return iter([s for record in owners for s in record.slots.values()])
+
+
+def check_bits(name: str, fields: Mapping[str, Tensor], bits: int) -> None:
+    """Refuse ranges that were learnt for codes of another width. Errors: `StateError`."""
+    saved = int(fields[BITS].item()) if BITS in fields else 8
+    if saved != bits:
+        raise StateError(
+            f"the range state of {name} was saved under {saved} bits, the recipe has {bits}: what is a good range depends on the "
+            f"width. Resume with the recipe that it was saved under, or leave the state out and start with dynamic ranges. If the "
+            f"ranges are to serve all the same, set the state's '.{BITS}' entries to {bits} (none: 8)"
+        )
 
 
 _NUMBERED = re.compile(r"(\w+)#(\d+)\.(.+)")

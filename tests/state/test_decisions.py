@@ -251,3 +251,17 @@ def test_all_hp_is_inductor_itself(clock):
     torch.compile(plain)(seeded(ROWS, 12, seed=0)).square().sum().backward()
     assert all_equal(gradients(net), gradients(plain))
     assert {name.rpartition(".")[2] for name in range_state(net).state_dict()} == {"integer", "integer_seconds", "hp_seconds"}
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_the_real_clock_within_a_compilation(interpreted, dynamic):
+    """Measured for real, whatever comes of it: what is compiled around it must not notice."""
+    profit.forget()
+    net, plain = model(), model()
+    run = torch.compile(net, backend="qtrain", dynamic=dynamic, options={"recipe": AVERAGE, "profit_filter": True})
+    for rows in (6, 9, 11):
+        step(run, rows), step(plain, rows)
+        got, want = (torch.cat([p.grad.flatten() for p in m.parameters()]) for m in (net, plain))
+        assert (got - want).norm() < 0.05 * want.norm()
+    decisions = range_state(run).decisions()
+    assert len(decisions) == 5 and all(0 < d.integer_seconds < 1 and 0 < d.hp_seconds < 1 for d in decisions.values())
