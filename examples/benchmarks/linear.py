@@ -1,13 +1,8 @@
 """One linear layer, forward and backward: qtrain's recipes against Inductor bf16 and what torchao offers, timed alternately.
 
-<<<<<<< HEAD
     python examples/benchmarks/linear.py --device cuda                     # squares, Llama-3 8B's layers, TransformerEngine's set
     python examples/benchmarks/linear.py --device cuda --sets te --save
     python examples/benchmarks/linear.py --shapes 256x512x512
-=======
-    python examples/benchmarks/linear.py --device cuda             # squares, and the layers of Llama-3 8B
-    python examples/benchmarks/linear.py --shapes 512x512 --tokens 256
->>>>>>> main
     python examples/benchmarks/linear.py --profit-filter           # each recipe with it too: is any shape slower than bf16?
 
 A step is forward and backward in bf16, quantization included: weight, input and gradient arrive in high precision, and the
@@ -79,15 +74,9 @@ def verdict(found: list[harness.Result]) -> str:
         assert base is not None, "bf16 is timed beside the filtered recipes"
         ratio = statistics.median(t / b for b, t in zip(base.times, result.times, strict=True))
         if ratio > 1 + SLOWER:
-<<<<<<< HEAD
             ran = ", ".join(result.kernels) or "all hp"
             slow.append(f"{result.variant} on {result.subject['shape']}: {ratio:.2f} x {base.variant}'s time, {ran}")
     head = f"profit filter: {len(slow)} of {len(filtered)} slower than {harness.BASELINE} by more than {SLOWER:.0%}"
-=======
-            shape, ran = " ".join(map(str, r.shape)), ", ".join(r.kernels) or "all hp"
-            slow.append(f"{r.variant} on {shape}: {ratio:.2f} x {BASELINE}'s time, {ran}")
-    head = f"profit filter: {len(slow)} of {len(filtered)} slower than {BASELINE} by more than {SLOWER:.0%}"
->>>>>>> main
     return "\n".join([head, *slow])
 
 
