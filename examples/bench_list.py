@@ -18,6 +18,7 @@ import image_data
 import pretrained
 import qat_encoder
 import torch
+from benchmarks import harness
 from cnn_trainer import CNNConfig, CNNTask
 from experiments import Results, Task, as_json, comparison, methods_of, run_all
 from gpt import GPTConfig
@@ -196,12 +197,15 @@ _LEARNED_FULL: Settings = {
 }  # fmt: skip
 
 
-def _task(name: str, what: str, small: Settings, full: Settings, make: Any, needs: Any = None, *, group: str = "accuracy") -> Bench:
+def _task(
+    name: str, what: str, small: Settings, full: Settings | None, make: Any, needs: Any = None, *, group: str = "accuracy"
+) -> Bench:
     run = accuracy(make, _qat_methods if "methods" in small else _recipes)
-    return Bench(name, group, what, {"small": small, "full": full}, run, needs or (lambda place: None))
+    sizes: dict[Size, Settings] = {"small": small} | ({} if full is None else {"full": full})  # type: ignore[dict-item]
+    return Bench(name, group, what, sizes, run, needs or (lambda place: None))
 
 
-def _paper(name: str, what: str, small: Settings, full: Settings, make: Any = _cnn) -> Bench:
+def _paper(name: str, what: str, small: Settings, full: Settings | None, make: Any = _cnn) -> Bench:
     return _task(name, what, small, full, make, _images, group="papers")
 
 
@@ -210,7 +214,7 @@ ACCURACY = [
     _task("smollm2", "SmolLM2-135M with its weights, fine-tuned on Shakespeare", _LM_SMALL, _LM_FULL, _smollm2,
           _packages(*pretrained.SMOLLM2)),
     _task("resnet", "a ResNet-8 (full: ResNet-20) on Fashion-MNIST",
-          {"model": "resnet8", **_SMALL, "recipes": ["fp32", "int8", "int8_tensorwise", "int8_in_hindsight"]},
+          {"model": "resnet8", **_SMALL, "recipes": ["fp32", "int8"], "seeds": MANY},
           {"model": "resnet20", **_FULL_ALL}, _cnn, _images),
     _task("mobilenet", "MobileNetV2 on Fashion-MNIST",
           {**_QUARTER, **_SHORT_FEW}, {"model": "mobilenet_v2", **_FULL_ALL}, _cnn, _images),
@@ -225,6 +229,8 @@ ACCURACY = [
     _paper("interval_update", "arXiv 2407.12637: the interval of 4-bit gradients against fixed ones and DSGC",
            {"model": "resnet8", **_SMALL, **_ENDS, "recipes": _INT4},
            {"model": "resnet20", **_FULL, **_ENDS, "epochs": 60, "recipes": [*_INT4, "int4_gamma_0.8", "qat_int4_interval"]}),
+    _paper("static_ranges", "arXiv 2105.04246: a scale for each tensor, of the present one or of past ones, in a ResNet-8",
+           {"model": "resnet8", **_SMALL, "recipes": ["fp32", "int8_tensorwise", "int8_in_hindsight"]}, None),
     _paper("in_hindsight", "arXiv 2105.04246: ranges of past tensors against those of the present one",
            {**_QUARTER, **_SHORT, "recipes": _RANGES}, {"model": "mobilenet_v2", **_FULL, "recipes": _RANGES}),
     _paper("gradients", "arXiv 2102.04782 and 1912.12607: int8 gradients by distribution and by direction",
@@ -243,7 +249,8 @@ def script(module: str, *, device: bool = True) -> Callable[[Settings, Place], t
 
     def run(settings: Settings, place: Place) -> tuple[Settings, list[dict[str, Any]]]:
         arguments = [*settings["command"].split(), *(["--device", place.device] if device else [])]
-        return {}, [_plain(row) for row in importlib.import_module(module).main(arguments)]
+        found = importlib.import_module(module).main(arguments)
+        return {}, [_plain(row) for row in (harness.rows(found) if isinstance(found[0], harness.Result) else found)]
 
     return run
 
@@ -292,8 +299,13 @@ SCRIPTS = [
             device=False),
     _script("state_cost", "speed", "what handling ranges costs the host", "benchmarks.state_cost", None,
             "--width 1024 --layers 12"),
-    _script("failures", "failures", "runs where few bits fail, and how it shows", "failures", "--steps 300",
-            "--size small --steps 1000"),
+    *(
+        _script(f"failures_{case}", "failures", what, "failures",
+                f"--cases {case} --steps 300", f"--cases {case} --size small --steps 1000")
+        for case, what in (
+            ("spike", "stale ranges after a spike"), ("bits", "too few bits"), ("nearest", "gradients rounded to nearest"),
+        )
+    ),
 ]  # fmt: skip
 
 BENCHES = {bench.name: bench for bench in (*ACCURACY, *SCRIPTS)}

@@ -131,13 +131,17 @@ def _compared(case: str, recipes: Sequence[tuple[str, Recipe]], config: TrainCon
 
 
 def bits(config: TrainConfig, corpus: data.Corpus) -> list[dict[str, Any]]:
-    found = [(f"`int4` at {n} bits" if n != 4 else "`int4`", with_width(recipe_named("int4"), str(n))) for n in (2, 3, 4)]
-    found.append(("`int4`, gradients at 8 bits", with_width(recipe_named("int4"), "w4a4g8")))
-    return _compared("Too few bits", [*found, ("`int8`", recipe_named("int8"))], config, corpus)
+    found = [
+        ("`int4` at 2 bits", with_width(recipe_named("int4"), "2")),
+        ("`int4`", recipe_named("int4")),
+        ("`int4`, gradients at 8 bits", with_width(recipe_named("int4"), "w4a4g8")),
+        ("`int8`", recipe_named("int8")),
+    ]
+    return _compared("Too few bits", found, config, corpus)
 
 
 def nearest(config: TrainConfig, corpus: data.Corpus) -> list[dict[str, Any]]:
-    found = [(f"{n}-bit gradients, {r}", gradients_at("int8_tensorwise", n, r)) for n in (4, 3) for r in ("nearest", "stochastic")]
+    found = [(f"3-bit gradients, {r}", gradients_at("int8_tensorwise", 3, r)) for r in ("nearest", "stochastic")]
     return _compared("Gradients rounded to nearest", found, config, corpus)
 
 
@@ -146,7 +150,7 @@ def spike(config: TrainConfig, corpus: data.Corpus) -> list[dict[str, Any]]:
     at = config.steps // 2
     rows: list[dict[str, Any]] = []
     base = 0.0
-    for name in ("bf16", "int8_stale", "int8_in_hindsight", "int8"):
+    for name in ("bf16", "int8_stale", "int8_in_hindsight"):
         torch.compiler.reset()
         run = SpikedRun(name if name in HP_RECIPES else recipe_named(name), 0, config, corpus)
         run.spike_at = at

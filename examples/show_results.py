@@ -102,13 +102,16 @@ def accuracy(run: Run) -> str:
 
 def against(rows: Sequence[Row], method: str, base: str, relative: bool) -> str:
     """The mean of the paired differences with its standard error; relative ones in percent of the baseline's score."""
-    if relative:
-        unit = {row.seed: row.score / 100 for row in rows if row.method == base}
-        rows = [Row(**{**vars(row), "score": row.score / unit[row.seed]}) for row in rows if row.seed in unit]
-    difference = paired_difference(rows, method, base)
+    difference = paired_difference(_relative(rows, base) if relative else rows, method, base)
     if not difference.pairs:
         return "no common seed"
     return f"{difference.mean:+.2f}" + ("" if math.isnan(difference.error) else f" ± {difference.error:.2f}")
+
+
+def _relative(rows: Sequence[Row], base: str) -> list[Row]:
+    """Scores in percent of the baseline's of the same seed."""
+    unit = {row.seed: row.score / 100 for row in rows if row.method == base}
+    return [Row(**{**vars(row), "score": row.score / unit[row.seed]}) for row in rows if row.seed in unit]
 
 
 def times(row: Mapping[str, Any], base: Mapping[str, Any]) -> tuple[float, str]:
@@ -142,25 +145,27 @@ def blocks(run: Run) -> str:
 
 
 def layers(run: Run) -> str:
-    """Single linear layers: a line for each variant and shape, and why a peer is missing."""
-    rows = [row for row in run["rows"] if not row["left_out"]]
-    lines = []
-    for row in rows:
-        base = next(r for r in rows if r["variant"] == BASE and r["subject"] == row["subject"])
-        ms, ratio = times(row, base)
+    """What `harness` measured: a line for each variant and subject, and why a peer is missing."""
+    lines, missing = [], []
+    for row in run["rows"]:
+        if "left_out" in row:
+            missing.append(f"- `{row['variant']}`: {row['left_out']}")
+            continue
+        low, high = row.get("quartiles_of_ratio", (None, None))
+        ratio = f"{row[f'times_{BASE}']:.2f}x ({low:.2f} - {high:.2f})" if f"times_{BASE}" in row else ""
         lines.append(
             {
-                "tokens, in, out": " x ".join(str(row["subject"][size]) for size in ("tokens", "in", "out")),
-                "variant": row["variant"],
-                "ms": f"{ms:.2f}",
-                f"against {BASE} (quartiles)": "" if row is base else ratio,
-                "relative error of y, dx, dw, %": ", ".join(f"{100 * e:.2f}" for e in row["errors"].values()),
-                "peak MB": "" if row.get("peak") is None else f"{row['peak'] / 1e6:.0f}",
-                "integer kernels": ", ".join(row["kernels"]) or "",
+                "tokens x in x out": " x ".join(str(row[size]) for size in ("tokens", "in", "out")),
+                "variant": f"`{row['variant']}`",
+                "ms": f"{row['ms']:.2f}",
+                f"against {BASE} (quartiles)": "" if row["variant"] == BASE else ratio,
+                "relative error, %": ", ".join(f"{name} {100 * error:.2f}" for name, error in row["relative_error"].items()),
+                "peak MB": "" if row["peak_mb"] is None else f"{row['peak_mb']:.0f}",
+                "our integer GEMMs": row["integer_gemms"],
             }
         )
-    left_out = "".join(f"\n- {row['variant']}: {row['left_out']}" for row in run["rows"] if row["left_out"])
-    return f"{table(lines)}\n" + (f"\nLeft out:\n{left_out}\n" if left_out else "") + f"\n{caption(run)}"
+    left_out = "\n\nLeft out:\n\n" + "\n".join(dict.fromkeys(missing)) if missing else ""
+    return f"{table(lines)}{left_out}\n\n{caption(run)}"
 
 
 def saved(run: Run) -> str:
@@ -214,21 +219,17 @@ def _picture(run: Run) -> str:
 
 
 def failures(run: Run) -> str:
-    """What failed, how it showed, and the same with the remedy; a table for each case."""
-    text = []
-    for case in dict.fromkeys(row["case"] for row in run["rows"]):
-        lines = [
-            {
-                "run": row["run"],
-                "final loss": "diverged" if row["loss"] is None else f"{row['loss']:.3f}",
-                "against bf16, %": "" if row["loss"] is None or row["run"] == BASE else f"{row['percent']:+.1f}",
-                **{name: "" if value is None else f"{value:.3g}" for name, value in row["signs"].items()},
-            }
-            for row in run["rows"]
-            if row["case"] == case
-        ]
-        text.append(f"**{case}**\n\n{table(lines)}")
-    return "\n\n".join(text) + f"\n\n{caption(run)}"
+    """What failed, how it showed, and the same with the remedy."""
+    lines = []
+    for row in run["rows"]:
+        diverged = row["loss"] is None
+        line = {
+            "run": row["run"],
+            "loss": "diverged" if diverged else f"{row['loss']:.3f}",
+            f"against {BASE}, %": "" if diverged or row["run"] == BASE else f"{row['percent']:+.1f}",
+        }
+        lines.append(line | {name: "" if value is None else f"{value:.3g}" for name, value in row["signs"].items()})
+    return f"{table(lines)}\n\n{caption(run)}"
 
 
 def summary(*runs: Run) -> str:
@@ -254,6 +255,56 @@ def summary(*runs: Run) -> str:
     return f"Against Inductor bf16 autocast on a CPU ({where}):\n\n{table(lines)}"
 
 
+TARGETS = (
+    ("gpt", "int8", 0.3), ("gpt", "int8_in_hindsight", 0.5), ("smollm2", "int8", 0.3), ("smollm2", "int8_in_hindsight", 0.5),
+    ("resnet", "int8", 0.3), ("static_ranges", "int8_in_hindsight", 0.5), ("mobilenet", "int8", 0.3), ("vit", "int8", 0.3),
+    ("mobilenet", "int8_in_hindsight", 0.5), ("vit", "int8_in_hindsight", 0.5), ("efficientnet", "int8", 0.3),
+    ("interval_update", "int4_interval", 3.5),
+)  # fmt: skip
+"""(benchmark, recipe, how much worse than the baseline it may be: % of a loss, points of an accuracy)."""
+SAVED_TARGETS = (("int8+8", 0.55), ("int8+4", 0.35), ("none+8", 0.55), ("none+4", 0.35), ("int4+4", 0.35))
+
+
+def targets(*_: Run) -> str:
+    """What was aimed at, and whether the best run that there is reaches it: the full one, else the small one."""
+    lines = []
+    for name, recipe, bound in TARGETS:
+        runs = [
+            (size, load(f"{name}_{size}_{device}"))
+            for size, device in (("full", "cuda"), ("small", "cpu"))
+            if size in BENCHES[name].sizes
+        ]
+        size, run = next(((size, run) for size, run in runs if run is not None), ("", None))
+        line = {"benchmark": f"`{name}`", "recipe": f"`{recipe}`", "may lose": f"{bound} % or points, or two standard errors"}
+        measured, verdict = "", "not run"
+        if run is not None and any(row["recipe"] == recipe for row in run["rows"]):
+            rows, lower = from_json(run["rows"]), run["arguments"]["better"] == "lower"
+            measured, verdict = f"{against(rows, recipe, rows[0].method, lower)} ({size})", _reached(rows, recipe, bound, lower)
+        lines.append(line | {"measured": measured, "reached": verdict})
+    saved_run = load("saved_small_cpu")
+    for recipe, bound in SAVED_TARGETS if saved_run else ():
+        ratios = {row["model"]: row["x bf16"] for row in saved_run["rows"] if row["recipe"] == recipe}
+        verdict = "yes" if max(ratios.values()) <= bound else "no"
+        measured = ", ".join(f"{model} {ratio:.2f}x" for model, ratio in ratios.items())
+        lines.append(
+            {
+                "benchmark": "`saved`",
+                "recipe": f"`{recipe}`",
+                "may lose": f"at most {bound}x",
+                "measured": measured,
+                "reached": verdict,
+            }
+        )
+    return table(lines)
+
+
+def _reached(rows: Sequence[Row], recipe: str, bound: float, lower: bool) -> str:
+    scaled = _relative(rows, rows[0].method) if lower else rows
+    found = paired_difference(scaled, recipe, rows[0].method)
+    lost = found.mean if lower else -found.mean
+    return "yes" if lost <= bound or (not math.isnan(found.error) and lost <= 2 * found.error) else "no"
+
+
 def status(*_: Run) -> str:
     """Every benchmark at both sizes: when and where it ran, or that it did not."""
     lines = []
@@ -269,7 +320,7 @@ def status(*_: Run) -> str:
 
 VIEWS: dict[str, Callable[..., str]] = {
     "accuracy": accuracy, "blocks": blocks, "layers": layers, "saved": saved, "compile_time": compile_time, "growth": growing,
-    "failures": failures, "summary": summary, "status": status,
+    "failures": failures, "summary": summary, "status": status, "targets": targets,
 }  # fmt: skip
 
 

@@ -1,8 +1,7 @@
 """What the benchmarks of training steps share: variants of a model, and their times taken in turn.
 
-A variant is Inductor in some precision ("fp32", "bf16"), a recipe of qtrain by name, or what others offer for the same purpose:
-"torchao" (int8 with `module_swap=True`; without it no int8 kernel runs) and "float8" (torchao's, tensorwise), both under Inductor.
-A recipe with "+filter" behind it runs with the profit filter.
+A variant is Inductor in some precision ("fp32", "bf16"), a recipe of qtrain by name, with "+filter" behind it under the profit
+filter, or what others offer for the same purpose, by the names of `peers.PEERS`.
 In each round every variant makes a step, beginning with another one each time, so what the machine does meanwhile meets them all.
 """
 
@@ -10,14 +9,20 @@ from __future__ import annotations
 
 import contextlib
 import statistics
+import sys
 import time
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # examples/ is not on the path of a script in benchmarks/
+
+from benchmarks.peers import PEERS
 
 from qcompile.kernels import record_launches
 
@@ -38,16 +43,15 @@ __all__ = [
     "relative_error",
     "rows",
     "table",
-    "verdict",
 ]
 
 VARIANTS = ("bf16", "int8_in_hindsight", "int8_tensorwise", "int8", "torchao", "float8")
 BASELINE = "bf16"
-FOREIGN = ("torchao", "float8")
+FOREIGN = tuple(PEERS)
 """Left out, with the reason, where they are not installed or do not run."""
 
 FILTER = "+filter"
-SLOWER = 0.05  # a filtered recipe should not be slower than the baseline by more, as a share of the baseline's time
+
 WARM = 6  # steps: compilation, then until range state is known to be valid
 
 Results = Mapping[str, Sequence[Tensor]]
@@ -104,20 +108,11 @@ def compiled(variant: str, model: nn.Module) -> Any:
     """The model as the variant trains it; `model` is changed. `ImportError` where a package is missing."""
     if variant in ("fp32", "bf16"):
         return torch.compile(model)
-    if variant == "torchao":
-        from torchao.prototype.quantized_training import Int8MixedPrecisionTrainingConfig
-        from torchao.quantization import quantize_
-
-        model = nn.Sequential(model)  # a linear layer alone can only be replaced in something
-        quantize_(model, Int8MixedPrecisionTrainingConfig(module_swap=True))
-        return torch.compile(model)
-    if variant == "float8":
-        from torchao.float8 import convert_to_float8_training
-
-        model = nn.Sequential(model)
-        convert_to_float8_training(model, module_filter_fn=lambda m, _: m.in_features % 16 == 0 and m.out_features % 16 == 0)
-        return torch.compile(model)
-    options = {"recipe": variant.removesuffix(FILTER), "profit_filter": variant.endswith(FILTER)}
+    if variant in PEERS:
+        convert, is_compiled = PEERS[variant]
+        model = convert(nn.Sequential(model))  # a linear layer alone can only be replaced in something
+        return torch.compile(model) if is_compiled else model
+    options = {"recipe": variant.removesuffix(FILTER)} | ({"profit_filter": True} if variant.endswith(FILTER) else {})
     return torch.compile(model, backend="qtrain", options=options)
 
 
@@ -128,13 +123,11 @@ def measure(
     exact: Results,
     rounds: int,
     device: str,
-    foreign: Container[str] = FOREIGN,
 ) -> list[Result]:
     """Time the variants in turn; one `Result` each, in order.
 
     make_step  variant -> a step on a model of its own
     exact      the step's results in fp32
-    foreign    variants that are left out where they do not run
     """
     steps: dict[str, Step] = {}
     results = []
@@ -152,7 +145,7 @@ def measure(
             result.left_out = _first_line(error)
             continue
         except Exception as error:
-            if variant not in foreign:
+            if variant not in FOREIGN:
                 raise
             result.left_out = _first_line(error)
             continue
@@ -247,21 +240,6 @@ def table(results: Sequence[Result]) -> str:
             }
         )
     return "\n".join([tabulate(lines, headers="keys", disable_numparse=True), *dict.fromkeys(missing)])
-
-
-def verdict(results: Sequence[Result]) -> str:
-    """On which subjects recipes under the profit filter are slower than the baseline by more than `SLOWER`, by the median ratio."""
-    filtered = [r for r in results if r.variant.endswith(FILTER)]
-    slow = []
-    for result in filtered:
-        baseline = baseline_of(result, results)
-        assert baseline is not None, f"{BASELINE} is among the variants"
-        ratio = statistics.median(t / b for b, t in zip(baseline.times, result.times, strict=True))
-        if ratio > 1 + SLOWER:
-            ran = ", ".join(result.kernels) or "all hp"
-            slow.append(f"{result.variant} on {dict(result.subject)}: {ratio:.2f} x {BASELINE}'s time, {ran}")
-    head = f"profit filter: {len(slow)} of {len(filtered)} slower than {BASELINE} by more than {SLOWER:.0%}"
-    return "\n".join([head, *slow])
 
 
 def autocast(device: str, enabled: bool) -> contextlib.AbstractContextManager[object]:

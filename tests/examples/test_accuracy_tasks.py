@@ -88,6 +88,7 @@ def test_a_gpt_learns_with_learned_scales(corpus, interpreted):
 # The sentence encoder
 
 
+@pytest.mark.slow
 def test_the_encoder_is_a_task():
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(
@@ -127,12 +128,13 @@ def trained(corpus):
     return run
 
 
+@pytest.mark.slow
 def test_the_signs_tell_few_bits_from_many(trained, interpreted):
     signs = failures.Signs(trained)
     two, eight = (signs.of(with_width(recipe_named("int4"), bits)) for bits in ("2", "8"))
     snr, underflow, left = failures.Signs.NAMES
     assert eight[snr] - two[snr] > 12 and eight[left] > 90
-    assert two[underflow] > 3 * eight[underflow]
+    assert two[underflow] > eight[underflow] + 5
 
 
 @pytest.mark.slow
@@ -144,21 +146,20 @@ def test_every_case_has_a_row_for_each_run(corpus, interpreted, monkeypatch):
 
     monkeypatch.setattr(failures, "_train", not_trained)
     rows = failures.bits(CONFIG, corpus)
-    few = ["`int4` at 2 bits", "`int4` at 3 bits", "`int4`", "`int4`, gradients at 8 bits"]
-    assert [r["run"] for r in rows] == ["bf16", *few, "`int8`"]
+    assert [r["run"] for r in rows] == ["bf16", "`int4` at 2 bits", "`int4`", "`int4`, gradients at 8 bits", "`int8`"]
     snr = [row["signs"][failures.Signs.NAMES[0]] for row in rows[1:]]
     assert snr == sorted(snr) and snr[-1] - snr[0] > 20, "six decibels a bit"
-    assert len(failures.nearest(CONFIG, corpus)) == 5
+    assert len(failures.nearest(CONFIG, corpus)) == 3
     assert failures.gradients_at("int8_tensorwise", 3, "nearest").grad_output.rounding == "nearest"
 
 
 def test_a_spike_leaves_ranges_stale_but_for_a_step(corpus, interpreted):
     rows = {row["run"]: row for row in failures.spike(dataclasses.replace(CONFIG, steps=12), corpus)}
-    stale, ours, dynamic = (rows[f"`{name}`"]["signs"] for name in ("int8_stale", "int8_in_hindsight", "int8"))
+    stale, ours = (rows[f"`{name}`"]["signs"] for name in ("int8_stale", "int8_in_hindsight"))
     grown, lost = "widest range three steps later, x before", "steps without any gradient"
     assert stale[grown] > 1e4 and stale[lost] == 5, "every step after the spike"
     assert ours[grown] < 1e3 and ours[lost] <= 1
-    assert dynamic[grown] is None and dynamic[lost] == 0 == rows["bf16"]["signs"][lost]
+    assert rows["bf16"]["signs"] == {grown: None, lost: 0}
 
 
 def test_a_spike_does_not_touch_high_precision(corpus):
