@@ -46,6 +46,7 @@ __all__ = [
     "remember",
     "scaled_bmm_cuda",
     "scaled_mm_cuda",
+    "scaled_mm_requantize_cuda",
     "transpose_codes_cuda",
     "tuned",
 ]
@@ -283,6 +284,22 @@ def scaled_mm_packed_cuda(a: Tensor, b: Tensor, *rest: Any) -> Tensor:
 
     note_launch("triton int4" if fields == {2} else "triton int2", m, n, k)
     return scaled_mm(_rows_contiguous(a), _rows_contiguous(b.t()), *operands, k=k, a_bits=a_bits, b_bits=b_bits)
+
+
+def scaled_mm_requantize_cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """`qtrain::scaled_mm_requantize` of checked operands: one Triton kernel where it can run, else the operator's parts."""
+    from qcompile.ops.scaled_mm_requantize import scaled_mm_requantize_reference
+
+    a, b, *rest = args
+    (m, k), n = a.shape, b.shape[1]
+    zero_points = sum(zero is not None for zero in rest[2:4])
+    name = "none" if 0 in (m, n, k) else gemm_for(a.device, m, n, k)
+    if not name.startswith("triton") or k > max_k(zero_points):
+        return scaled_mm_requantize_reference(*args)
+    from qcompile.kernels.triton.requantize import scaled_mm_requantize
+
+    note_launch("triton+requantize", m, n, k)
+    return scaled_mm_requantize(_rows_contiguous(a), _rows_contiguous(b.t()), *rest)
 
 
 def scaled_bmm_cuda(
