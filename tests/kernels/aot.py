@@ -192,6 +192,7 @@ def scaled_mm_case(
 
 def requantize_case(config: tuning.MatmulConfig, *, dtype: str = "bf16", gate: bool = False) -> Case:
     """A ReLU with its mask, or the backward's gate."""
+    config = tuning.for_requantize(config)
     case = scaled_mm_case(config, dtype=dtype, bias=not gate)
     left_out = {"out_ptr", "partial_ptr", "PART", "stride_o", "A_PACKED", "B_PACKED", "FIELDS"}
     arguments = {name: value for name, value in case.arguments.items() if name not in left_out} | {

@@ -172,7 +172,7 @@ def scaled_mm_requantize(
     config  launch configuration; the one for `scaled_mm` if not given
     """
     (m, k), n = a.shape, b_t.shape[0]
-    config = tuning.choose(family(a.device), m, n, k) if config is None else config
+    config = tuning.for_requantize(tuning.choose(family(a.device), m, n, k)) if config is None else config
     codes = a.new_empty((m, n))
     marked = a.new_empty((m, n) if mark else (0,))
     found, statistics = a.new_zeros(4, dtype=torch.int64), a.new_empty(4, dtype=torch.float32)
