@@ -164,8 +164,8 @@ def _entry(node: fx.Node, use: RangeUse, context: PassContext, labels: set[str])
         )
     fields = initial_state(use.spec.estimator, use.spec.symmetric)
     return Entry(
-        owner=site.weight or _first_owner(context),
-        key=f"{'layer' if site.is_layer else site.op}#{site.weight_use}.{operand}" if site.weight else label,
+        owner=context.owner(site),
+        key=site.state_key(operand),
         fields=tuple(fields),
         initial=tuple(fields.values()),
         size=size,

@@ -16,10 +16,12 @@ from qcompile.errors import GraphError
 from qcompile.recipe import GEMM_OPERANDS as OPERANDS
 from qcompile.recipe import Recipe, SiteRecipe
 from qcompile.specs import QuantSpec
+from qcompile.state.decisions import Decisions
 
 __all__ = [
     "EMULATED",
     "OPERANDS",
+    "PROFIT_FILTER",
     "Block",
     "Crossing",
     "Entry",
@@ -35,6 +37,9 @@ __all__ = [
 
 EMULATED = "quantized operands, high-precision arithmetic"
 """How the reason of a GEMM begins that no integer kernel would run faster, so that none does."""
+
+PROFIT_FILTER = "profit filter"
+"""How the reason of a GEMM begins that was measured slower in integers."""
 
 
 @dataclass
@@ -73,6 +78,12 @@ class Site:
         if self.kind != "bmm":
             return first, second
         return ("other" if first == "weight" else first), ("other" if second == "weight" else second)
+
+    def state_key(self, what: str) -> str:
+        """Under which key the owner of the site's state keeps what belongs to an operand, or to a GEMM."""
+        if self.weight is None:
+            return f"{self.name}.{what}"
+        return f"{'layer' if self.is_layer else self.op}#{self.weight_use}.{what}"
 
 
 @dataclass(frozen=True)
@@ -185,6 +196,7 @@ class PassContext:
     prefixes: tuple[str, ...] = ("",)  # of the compiled frame in the model, and in the module that was compiled: "blocks.3."
     layers: tuple[str, ...] = ()  # of the whole model, where it is known and the graph may be a part
     frame: str = ""  # what Dynamo calls the compiled frame, for reports
+    profit: Decisions | None = None  # where the profit filter finds and leaves its decisions; None: it is off
 
     @classmethod
     def of(
@@ -210,6 +222,10 @@ class PassContext:
         values = (n.meta.get("val") for n in inputs.values())
         device = next((v.device for v in values if isinstance(v, torch.Tensor) and v.ndim > 0), torch.device("cpu"))
         return cls(recipe, strict=strict, device=device, parameters=found)
+
+    def owner(self, site: Site) -> str | None:
+        """The placeholder of the Parameter that owns the site's state: what belongs to no weight is the first Parameter's."""
+        return site.weight or next(iter(self.parameters), None)
 
     def site(self, name: str) -> Site:
         return next(s for s in self.sites if s.name == name)

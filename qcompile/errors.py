@@ -7,6 +7,7 @@ invariant of our own (a defect to report).
 __all__ = [
     "GraphError",
     "KernelError",
+    "MissingPackageError",
     "QtrainWarning",
     "RecipeError",
     "SecurityError",
@@ -29,6 +30,10 @@ class SecurityError(RuntimeError):
 
 class UnsupportedError(RuntimeError):
     """Something the recipe asks for cannot run on an integer kernel here (raised under `strict=True`)."""
+
+
+class MissingPackageError(UnsupportedError, ImportError):
+    """A package that this needs, and qtrain itself does not, is not installed."""
 
 
 class KernelError(RuntimeError):

@@ -112,6 +112,7 @@ class _Owner:
     reference: weakref.ref[Any]
     slots: dict[SlotKey, Slot] = field(default_factory=dict)
     pending: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # key -> fields, loaded before any graph claimed them
+    decisions: dict[str, Any] = field(default_factory=dict)  # key -> what the profit filter decided (qcompile.state.decisions)
     uses: dict[str, dict[Place, int]] = field(default_factory=dict)  # what is counted -> where it stands -> its number
 
 
@@ -163,6 +164,18 @@ class RangeStore:
     def set_pending(self, owner: object, key: str, fields: Mapping[str, Tensor]) -> None:
         with self._lock:
             self._owner(owner).pending[key] = {name: value.detach().clone() for name, value in fields.items()}
+
+    # ---- decisions of the profit filter
+
+    def decisions_of(self, owner: object) -> dict[str, Any]:
+        """Key -> decision, of one owner."""
+        with self._lock:
+            record = self._owners.get(id(owner))
+            return dict(record.decisions) if record is not None and record.reference() is owner else {}
+
+    def decide(self, owner: object, key: str, decision: Any) -> None:
+        with self._lock:
+            self._owner(owner).decisions[key] = decision
 
     # ---- slots
 

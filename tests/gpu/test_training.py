@@ -182,7 +182,7 @@ def test_tuning_measures_on_the_gpu(monkeypatch):
     monkeypatch.setattr(cuda, "_tuned", {})
     device = torch.device("cuda", torch.cuda.current_device())
     best = autotune.tune(device, 512, 256, 512, torch.bfloat16)
-    assert best in autotune.candidates(device, 512) and cuda.gemm_for(device, 512, 256, 512) == best.kernel
+    assert best in autotune.candidates(device, 512, 512) and cuda.gemm_for(device, 512, 256, 512) == best.kernel
 
 
 # ---- state

@@ -9,6 +9,7 @@ from torch import nn
 from qcompile import KernelError, QtrainWarning, ops
 from qcompile.geometry import Geometry
 from qcompile.kernels import cpu, cuda, cuda_conv, fallback, record_launches
+from qcompile.kernels.cpu import choice, matmul
 from qcompile.kernels.fallback import first_that_runs
 from qcompile.kernels.triton import launch
 from tests.compiling import compiled
@@ -20,16 +21,16 @@ pytestmark = pytest.mark.cpu
 @pytest.fixture
 def broken(monkeypatch):
     """The best kernel of this CPU passes its self-test and fails in use; its name, and that of the one that is left."""
-    first, *others = cpu._choices(8, 8, 8, False)
-    monkeypatch.setattr(cpu, "_failed", set())
-    whole = cpu._product
+    first, *others = choice.choices(8, 8, 8, False)
+    monkeypatch.setattr(choice, "_failed", set())
+    whole = matmul._product
 
     def product(name, *operands):
         if name == first:
             raise RuntimeError("could not create a primitive\nand more")
         return whole(name, *operands)
 
-    monkeypatch.setattr(cpu, "_product", product)
+    monkeypatch.setattr(matmul, "_product", product)
     return first, others[0]
 
 
