@@ -116,6 +116,7 @@ def _attach_phase(
     if layout is None:
         return
     context.layouts[phase] = layout
+    layout.learns = is_joint(graph)
     scope: dict[str, object] = {"partitioner_tag": f"is_{phase}"} if is_joint(graph) else {}
     pinned = dict(scope)
     if is_joint(graph):
@@ -172,6 +173,7 @@ def _entry(node: fx.Node, use: RangeUse, context: PassContext, labels: set[str])
         operand=operand,
         aliases=tuple(f"{s}.{o}" for s, o, _ in use.aliases if (s, o) != (use.site, use.operand)),
         spec=use.spec,
+        place=site.place,
     )
 
 

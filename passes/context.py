@@ -70,6 +70,7 @@ class Site:
     weight_name: str | None = None  # as Dynamo names it, relative to the compiled frame
     gemms: dict[str, Gemm] = field(default_factory=dict)
     weight_use: int = 0  # the how-manieth use of this weight in the graph
+    place: tuple[str, ...] = ()  # where in the program it stands (`qcompile.state.uses.Place`)
 
     def operands(self, role: str) -> tuple[str, str]:
         """The names of a GEMM's operands, in the order of its specs; of a product of activations the second one is `other`."""
@@ -101,6 +102,7 @@ class Entry:
     operand: str
     aliases: tuple[str, ...] = ()
     spec: QuantSpec | None = None
+    place: tuple[str, ...] = ()  # of the site, in the program: the number of the use in `key` is that within the graph
 
     @property
     def numel(self) -> int:
@@ -126,6 +128,7 @@ class StateLayout:
 
     phase: str
     capacity: int = 0
+    learns: bool = True  # False for a graph without gradients, which only reads
     groups: list[list[Entry]] = field(default_factory=list)
     blocks: list[Block] = field(default_factory=list)
     _places: dict[tuple[str | None, str], tuple[int, int]] = field(default_factory=dict)  # entry -> group, offset

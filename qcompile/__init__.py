@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qcompile.backend import compiled_graphs, qtrain
-    from qcompile.errors import GraphError, KernelError, QtrainWarning, RecipeError, StateError, UnsupportedError
+    from qcompile.deploy import continue_training, convert, export_onnx, export_program, load_converted
+    from qcompile.errors import (
+        GraphError,
+        KernelError,
+        MissingPackageError,
+        QtrainWarning,
+        RecipeError,
+        SecurityError,
+        StateError,
+        UnsupportedError,
+    )
     from qcompile.estimators import (
         EWGS,
         LGLSQ,
@@ -41,9 +51,7 @@ if TYPE_CHECKING:
     from qcompile.qat import (
         BlockReplacement,
         calibrate,
-        convert,
         learned_quantizers,
-        load_converted,
         prepare,
         qat_step,
         scale_parameters,
@@ -58,7 +66,17 @@ __version__ = "0.1.0"
 
 _HOME = {
     "qcompile.backend": ("compiled_graphs", "qtrain"),
-    "qcompile.errors": ("GraphError", "KernelError", "QtrainWarning", "RecipeError", "StateError", "UnsupportedError"),
+    "qcompile.deploy": ("continue_training", "convert", "export_onnx", "export_program", "load_converted"),
+    "qcompile.errors": (
+        "GraphError",
+        "KernelError",
+        "MissingPackageError",
+        "QtrainWarning",
+        "RecipeError",
+        "SecurityError",
+        "StateError",
+        "UnsupportedError",
+    ),
     "qcompile.estimators": (
         "DirectionSensitive",
         "DistributionAdaptive",
@@ -86,9 +104,7 @@ _HOME = {
     "qcompile.qat": (
         "BlockReplacement",
         "calibrate",
-        "convert",
         "learned_quantizers",
-        "load_converted",
         "prepare",
         "qat_step",
         "scale_parameters",

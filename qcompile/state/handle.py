@@ -20,12 +20,13 @@ from qcompile._checks import suggestion
 from qcompile.errors import QtrainWarning, StateError
 from qcompile.state.decisions import Decision
 from qcompile.state.fsdp import gather_once, gathered_parameters
-from qcompile.state.store import STORE, RangeStore, Slot
+from qcompile.state.store import BITS, STORE, RangeStore, Slot, check_bits
 
 __all__ = ["LoadResult", "RangeState", "range_state"]
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module")
 _LAYER = "layer#"
+_OPERANDS = ("input", "weight", "grad_output")
 
 
 class LoadResult(NamedTuple):
@@ -96,10 +97,15 @@ class RangeState:
     # ---- saving and loading
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Every field of every entry: `site.operand.field` -> fp32 tensor on the CPU. Tensors only: any safe format can hold it."""
-        saved = {
-            f"{name}.{field}": slot.read(field).to("cpu") for name, slot in self._slots() for field in slot.fields
-        }
+        """Every field of every entry: `site.operand.field` -> fp32 tensor on the CPU. Tensors only: any safe format can hold it.
+
+        Where codes do not have 8 bits, `site.operand.bits` says how many they have.
+        """
+        saved = {}
+        for name, slot in self._slots():
+            saved.update({f"{name}.{field}": slot.read(field).to("cpu") for field in slot.fields})
+            if slot.bits != 8:
+                saved[f"{name}.{BITS}"] = torch.tensor([float(slot.bits)], device="cpu")
         for names, parameter in self._parameters():
             for key, fields in self.store.pending_of(parameter).items():
                 name = _slot_name(key, names, "")
@@ -119,8 +125,9 @@ class RangeState:
     def load_state_dict(self, state: Mapping[str, Tensor], strict: bool = True) -> LoadResult:
         """Copy values in place. State of sites that no graph has claimed yet is kept until one does.
 
-        Errors: `StateError`, before anything is changed, for a value that is no tensor or has another size; with `strict` also
-        for names that fit no Parameter of this model, and for claimed entries without a value.
+        Errors: `StateError`, before anything is changed, for a value that is no tensor, has another size, or belongs to codes of
+        another width; with `strict` also for names that fit no Parameter of this model, and for claimed entries without a value.
+        What no graph has claimed yet is checked when one does: the first step raises `StateError` for another width.
         Under FSDP2, before the first step: gathers the Parameters once, so all ranks must call it.
         """
         gather_once(self.model)
@@ -137,6 +144,8 @@ class RangeState:
             if Decision.is_one(fields) and (place := _place(name, waiting)) is not None:
                 decided.append((name, *place, Decision.of(fields)))
             elif slot is not None:
+                check_bits(name, fields, slot.bits)
+                fields = {field: value for field, value in fields.items() if field != BITS}
                 _check_fields(name, fields, slot)
                 writes.append((slot, fields))
             elif (place := _place(name, waiting)) is not None:
@@ -276,6 +285,8 @@ def _place(name: str, parameters: dict[str, tuple[nn.Parameter, list[str]]]) -> 
         return (parameters[owner][0], key) if owner in parameters else None
     module, _, operand = name.rpartition(".")
     module, _, use = module.partition("#")
+    if operand.partition("@")[0] not in _OPERANDS or not (use or "0").isdigit():
+        return None  # no graph would ever ask for it
     weight = f"{module}.weight".removeprefix(".")
     return (parameters[weight][0], f"{_LAYER}{use or 0}.{operand}") if weight in parameters else None
 
