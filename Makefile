@@ -46,7 +46,7 @@ help:
 	@echo "make test       the tests that need no GPU"
 	@echo "make test-slow  the long ones among them"
 	@echo "make test-gpu   the tests that need one, and the suite again with everything on it"
-	@echo "make bench-gpu  linear layers, kernels and the demo on a GPU, timed"
+	@echo "make bench-gpu  kernels, linear layers and models on a GPU, timed (ARGS=--quick: a look), into docs/benchmarks/"
 	@echo "make test-aot   compile the Triton kernels for GPUs that need not be present"
 	@echo "make lint       ruff and mypy"
 	@echo "make clean      remove environments, caches and outputs"
@@ -65,9 +65,7 @@ test-gpu: $(READY)
 	QTRAIN_TEST_DEVICE=cuda $(RUN) $(PYTEST) -m "not gpu and not slow and not aot" --continue-on-collection-errors $(ON_ANY_DEVICE) $(ARGS)
 
 bench-gpu: $(READY)
-	$(RUN) examples/benchmarks/linear.py --device cuda
-	$(RUN) examples/benchmarks/kernels.py --device cuda
-	$(RUN) examples/demo.py --device cuda
+	$(RUN) examples/benchmarks/run_all.py $(ARGS)
 
 test-aot: $(READY)
 	$(RUN) $(PYTEST) -m aot $(ARGS)
