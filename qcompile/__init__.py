@@ -13,7 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from qcompile.backend import compiled_graphs, qtrain
-    from qcompile.errors import GraphError, KernelError, QtrainWarning, RecipeError, StateError, UnsupportedError
+    from qcompile.deploy import continue_training, convert, export_onnx, export_program, load_converted
+    from qcompile.errors import (
+        GraphError,
+        KernelError,
+        MissingPackageError,
+        QtrainWarning,
+        RecipeError,
+        SecurityError,
+        StateError,
+        UnsupportedError,
+    )
     from qcompile.estimators import (
         EWGS,
         LGLSQ,
@@ -41,15 +51,14 @@ if TYPE_CHECKING:
     from qcompile.qat import (
         BlockReplacement,
         calibrate,
-        convert,
         learned_quantizers,
-        load_converted,
         prepare,
         qat_step,
         scale_parameters,
     )
     from qcompile.recipe import Recipe
     from qcompile.recipes import get_recipe, list_recipes, register_recipe
+    from qcompile.search import SearchResult, search_recipe
     from qcompile.specs import SAME, GemmSpec, PerBlock, PerChannel, PerRow, PerTensor, QuantSpec, SavedSpec
     from qcompile.state import RangeState, range_state, set_range_group
 
@@ -57,7 +66,17 @@ __version__ = "0.1.0"
 
 _HOME = {
     "qcompile.backend": ("compiled_graphs", "qtrain"),
-    "qcompile.errors": ("GraphError", "KernelError", "QtrainWarning", "RecipeError", "StateError", "UnsupportedError"),
+    "qcompile.deploy": ("continue_training", "convert", "export_onnx", "export_program", "load_converted"),
+    "qcompile.errors": (
+        "GraphError",
+        "KernelError",
+        "MissingPackageError",
+        "QtrainWarning",
+        "RecipeError",
+        "SecurityError",
+        "StateError",
+        "UnsupportedError",
+    ),
     "qcompile.estimators": (
         "DirectionSensitive",
         "DistributionAdaptive",
@@ -85,15 +104,14 @@ _HOME = {
     "qcompile.qat": (
         "BlockReplacement",
         "calibrate",
-        "convert",
         "learned_quantizers",
-        "load_converted",
         "prepare",
         "qat_step",
         "scale_parameters",
     ),
     "qcompile.recipe": ("Recipe",),
     "qcompile.recipes": ("get_recipe", "list_recipes", "register_recipe"),
+    "qcompile.search": ("SearchResult", "search_recipe"),
     "qcompile.specs": ("SAME", "GemmSpec", "PerBlock", "PerChannel", "PerRow", "PerTensor", "QuantSpec", "SavedSpec"),
     "qcompile.state": ("RangeState", "range_state", "set_range_group"),
 }

@@ -7,8 +7,10 @@ invariant of our own (a defect to report).
 __all__ = [
     "GraphError",
     "KernelError",
+    "MissingPackageError",
     "QtrainWarning",
     "RecipeError",
+    "SecurityError",
     "StateError",
     "UnsupportedError",
 ]
@@ -22,8 +24,16 @@ class StateError(ValueError):
     """Range state that does not fit the model, or is not range state at all."""
 
 
+class SecurityError(RuntimeError):
+    """Others could put code into a folder that compiled code is loaded from."""
+
+
 class UnsupportedError(RuntimeError):
     """Something the recipe asks for cannot run on an integer kernel here (raised under `strict=True`)."""
+
+
+class MissingPackageError(UnsupportedError, ImportError):
+    """A package that this needs, and qtrain itself does not, is not installed."""
 
 
 class KernelError(RuntimeError):

@@ -1,7 +1,7 @@
 """What the benchmarks of training steps share: variants of a model, and their times taken in turn.
 
-A variant is Inductor in some precision ("fp32", "bf16"), a recipe of qtrain by name, or what others offer for the same purpose:
-"torchao" (int8 with `module_swap=True`; without it no int8 kernel runs) and "float8" (torchao's, tensorwise), both under Inductor.
+A variant is Inductor in some precision ("fp32", "bf16"), a recipe of qtrain by name, with "+filter" behind it under the profit
+filter, or what others offer for the same purpose, by the names of `peers.PEERS`.
 In each round every variant makes a step, beginning with another one each time, so what the machine does meanwhile meets them all.
 """
 
@@ -9,19 +9,26 @@ from __future__ import annotations
 
 import contextlib
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).parents[1]))  # examples/ is not on the path of a script in benchmarks/
+
+from benchmarks.peers import PEERS
+
 from qcompile.kernels import record_launches
 
 __all__ = [
     "BASELINE",
+    "FILTER",
     "FOREIGN",
     "VARIANTS",
     "Result",
@@ -40,8 +47,10 @@ __all__ = [
 
 VARIANTS = ("bf16", "int8_in_hindsight", "int8_tensorwise", "int8", "torchao", "float8")
 BASELINE = "bf16"
-FOREIGN = ("torchao", "float8")
+FOREIGN = tuple(PEERS)
 """Left out, with the reason, where they are not installed or do not run."""
+
+FILTER = "+filter"
 
 WARM = 6  # steps: compilation, then until range state is known to be valid
 
@@ -99,20 +108,12 @@ def compiled(variant: str, model: nn.Module) -> Any:
     """The model as the variant trains it; `model` is changed. `ImportError` where a package is missing."""
     if variant in ("fp32", "bf16"):
         return torch.compile(model)
-    if variant == "torchao":
-        from torchao.prototype.quantized_training import Int8MixedPrecisionTrainingConfig
-        from torchao.quantization import quantize_
-
-        model = nn.Sequential(model)  # a linear layer alone can only be replaced in something
-        quantize_(model, Int8MixedPrecisionTrainingConfig(module_swap=True))
-        return torch.compile(model)
-    if variant == "float8":
-        from torchao.float8 import convert_to_float8_training
-
-        model = nn.Sequential(model)
-        convert_to_float8_training(model, module_filter_fn=lambda m, _: m.in_features % 16 == 0 and m.out_features % 16 == 0)
-        return torch.compile(model)
-    return torch.compile(model, backend="qtrain", options={"recipe": variant})
+    if variant in PEERS:
+        convert, is_compiled = PEERS[variant]
+        model = convert(nn.Sequential(model))  # a linear layer alone can only be replaced in something
+        return torch.compile(model) if is_compiled else model
+    options = {"recipe": variant.removesuffix(FILTER)} | ({"profit_filter": True} if variant.endswith(FILTER) else {})
+    return torch.compile(model, backend="qtrain", options=options)
 
 
 def measure(

@@ -27,7 +27,7 @@ __all__ = ["FOLDER", "add_argument", "commit", "machine", "result", "save", "ver
 FOLDER = Path(__file__).parents[2] / "docs" / "benchmarks"
 """Where runs worth keeping are kept."""
 
-PACKAGES = ("torch", "triton", "torchao", "numpy", "transformers", "torchvision")
+PACKAGES = ("torch", "triton", "torchao", "bitsandbytes", "brevitas", "sdnq", "numpy", "transformers", "torchvision")
 
 
 def machine(device: str = "cpu") -> str:

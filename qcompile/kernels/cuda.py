@@ -29,7 +29,7 @@ from torch.nn.functional import pad
 from qcompile.errors import KernelError
 from qcompile.kernels import batched, cuda_conv, note_launch
 from qcompile.kernels.convolution import operators
-from qcompile.kernels.fallback import first_that_runs
+from qcompile.kernels.fallback import first_that_runs, ours_or_plain
 from qcompile.kernels.registry import find_kernel
 from qcompile.kernels.triton.launch import MINIMUM_CAPABILITY, unavailable_reasons
 from qcompile.kernels.triton.tuning import bucket, max_k
@@ -280,10 +280,20 @@ def scaled_mm_packed_cuda(a: Tensor, b: Tensor, *rest: Any) -> Tensor:
     name = "none" if 0 in (m, n, k) else gemm_for(a.device, m, n, k)
     if not name.startswith("triton") or len(fields) != 1 or k > max_k(zero_points):
         return scaled_mm_cuda(*unpacked(a, b, k, a_bits, b_bits), *operands)
-    from qcompile.kernels.triton.scaled_mm import scaled_mm
+    from qcompile.kernels.triton import scaled_mm
 
-    note_launch("triton int4" if fields == {2} else "triton int2", m, n, k)
-    return scaled_mm(_rows_contiguous(a), _rows_contiguous(b.t()), *operands, k=k, a_bits=a_bits, b_bits=b_bits)
+    kernel = "triton int4" if fields == {2} else "triton int2"
+
+    def packed() -> Tensor:
+        rows = _rows_contiguous(a), _rows_contiguous(b.t())
+        out = scaled_mm.scaled_mm(*rows, *operands, k=k, a_bits=a_bits, b_bits=b_bits)
+        note_launch(kernel, m, n, k)
+        return out
+
+    def as_int8() -> Tensor:
+        return scaled_mm_cuda(*unpacked(a, b, k, a_bits, b_bits), *operands)
+
+    return ours_or_plain(kernel, a.device, packed, as_int8, f"a GEMM of {m} x {n} x {k}")
 
 
 def scaled_mm_requantize_cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -296,10 +306,19 @@ def scaled_mm_requantize_cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     name = "none" if 0 in (m, n, k) else gemm_for(a.device, m, n, k)
     if not name.startswith("triton") or k > max_k(zero_points):
         return scaled_mm_requantize_reference(*args)
-    from qcompile.kernels.triton.requantize import scaled_mm_requantize
+    from qcompile.kernels.triton import requantize
 
-    note_launch("triton+requantize", m, n, k)
-    return scaled_mm_requantize(_rows_contiguous(a), _rows_contiguous(b.t()), *rest)
+    kernel = "triton+requantize"
+
+    def ours() -> tuple[Tensor, Tensor, Tensor]:
+        made = requantize.scaled_mm_requantize(_rows_contiguous(a), _rows_contiguous(b.t()), *rest)
+        note_launch(kernel, m, n, k)
+        return made
+
+    def by_parts() -> tuple[Tensor, Tensor, Tensor]:
+        return scaled_mm_requantize_reference(*args)
+
+    return ours_or_plain(kernel, a.device, ours, by_parts, f"a GEMM of {m} x {n} x {k}")
 
 
 def scaled_bmm_cuda(
@@ -320,11 +339,15 @@ def scaled_bmm_cuda(
 
 def transpose_codes_cuda(codes: Tensor) -> Tensor:
     """`qtrain::transpose_codes` of an int8 matrix."""
-    if unavailable_reasons(codes.device, "transpose"):
+    def plain() -> Tensor:
         return codes.t().clone(memory_format=torch.contiguous_format)
-    from qcompile.kernels.triton.transpose import transpose
 
-    return transpose(codes)
+    if unavailable_reasons(codes.device, "transpose"):
+        return plain()
+    from qcompile.kernels.triton import transpose
+
+    work = f"the transpose of {codes.shape[0]} x {codes.shape[1]} codes"
+    return ours_or_plain("triton transpose", codes.device, lambda: transpose.transpose(codes), plain, work)
 
 
 def quantize_transposed_cuda(
@@ -339,16 +362,22 @@ def quantize_transposed_cuda(
     bound: Tensor | None,
 ) -> list[Tensor]:
     """`qtrain::quantize_transposed` of checked operands; `qcompile.ops.quantize_transposed` has their shapes and dtypes."""
-    if x.dtype is torch.float64 or unavailable_reasons(x.device, "quantize"):
+    def plain() -> list[Tensor]:
         from qcompile.ops.quantize_transposed import quantize_transposed_reference
 
         return quantize_transposed_reference(x, scale, zero_point, bits, seed, salt, codes, amax, bound)
-    from qcompile.kernels.triton.quantize import quantize
 
-    made = quantize(
-        x, scale, zero_point, bits=bits, seed=seed, salt=salt, codes=codes, codes_t=True, amax=amax, bound=bound
-    )
-    return [output for output in (made.codes, made.codes_t, made.amax, made.outside) if output is not None]
+    if x.dtype is torch.float64 or unavailable_reasons(x.device, "quantize"):
+        return plain()
+    from qcompile.kernels.triton import quantize
+
+    def ours() -> list[Tensor]:
+        made = quantize.quantize(
+            x, scale, zero_point, bits=bits, seed=seed, salt=salt, codes=codes, codes_t=True, amax=amax, bound=bound
+        )
+        return [output for output in (made.codes, made.codes_t, made.amax, made.outside) if output is not None]
+
+    return ours_or_plain("triton quantize", x.device, ours, plain, f"quantizing {x.shape[0]} x {x.shape[1]} values")
 
 
 def _rows_contiguous(codes: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
-"""Quantization-aware training: learned scales, training beside the full-precision counterpart, and deployment."""
+"""Quantization-aware training: learned scales, training beside the full-precision counterpart."""
 
 from qcompile.qat.block_replacement import BlockReplacement, distillation
-from qcompile.qat.deployment import convert, load_converted
 from qcompile.qat.layers import LearnedLayer
 from qcompile.qat.preparation import calibrate, learned_quantizers, prepare, qat_step, scale_parameters
 from qcompile.qat.quantizer import LearnedQuantizer
@@ -11,10 +10,8 @@ __all__ = [
     "LearnedLayer",
     "LearnedQuantizer",
     "calibrate",
-    "convert",
     "distillation",
     "learned_quantizers",
-    "load_converted",
     "prepare",
     "qat_step",
     "scale_parameters",

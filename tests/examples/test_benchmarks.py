@@ -2,12 +2,29 @@
 
 import argparse
 import json
+import math
 import sys
 
 import pytest
 import torch
-from benchmarks import compile_time, harness, kernels, linear, mlp, models, resnet, run_all, saved, shapes, state_cost
+from benchmarks import (
+    compile_time,
+    growth,
+    harness,
+    kernels,
+    linear,
+    mlp,
+    models,
+    peers,
+    resnet,
+    run_all,
+    saved,
+    shapes,
+    state_cost,
+)
+from torch import nn
 
+from qcompile import QtrainWarning
 from qcompile.kernels.triton import launch
 
 
@@ -151,6 +168,69 @@ def test_the_shapes_are_those_that_are_named():
         shapes.selected("lama")
     with pytest.raises(ValueError, match="'64x64' is not tokens x"):
         shapes.selected("te", "64x64")
+
+
+def test_peers_are_measured_beside_ours(monkeypatch):
+    seen = []
+    monkeypatch.setattr(linear, "main", lambda arguments: seen.append(arguments) or [])
+    peers.main(["--shapes", "64x64x48"])
+    peers.main(["--variants", "bf16,torchao"])
+    assert seen[0][:2] == ["--shapes", "64x64x48"] and {"bf16", "fp32", "int8", *peers.PEERS} <= set(seen[0][3].split(","))
+    assert seen[1] == ["--variants", "bf16,torchao"]
+
+
+@pytest.mark.parametrize("name", ["torchao_eager", "torchao_qat", "bitsandbytes_eager", "brevitas_eager", "sdnq_eager"])
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_peer_that_is_installed_quantizes(name):
+    pytest.importorskip(name.partition("_")[0])
+    layer = nn.Linear(64, 48, bias=False).bfloat16()
+    x, grad = torch.randn(64, 64).bfloat16(), torch.randn(64, 48).bfloat16()
+    got, want = linear.make_step(name, layer, x, grad)(), linear.exact(layer, x, grad)
+    errors = {result: harness.relative_error(got[result], want[result]) for result in want}
+    assert 0.003 < errors["y"] < 0.1 and max(errors.values()) < 0.1
+
+
+def test_slopes_are_powers():
+    assert growth.slope([(1, 3.0), (2, 12.0), (4, 48.0)]) == pytest.approx(2)
+    assert growth.slope([(1, 5.0), (10, 5.0)]) == pytest.approx(0)
+    assert math.isnan(growth.slope([(2, 1.0)]))
+
+
+def test_a_peer_may_replace_linear_layers_anywhere():
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 3)), nn.ReLU(), nn.Linear(3, 2, bias=False))
+    weights = [m.weight.clone() for m in (model[0][0], model[2])]
+
+    class Other(nn.Linear):
+        pass
+
+    made = peers._with_linears(model, lambda i, o, bias: Other(i, o, bias=bias))
+    assert [type(m) for m in (made[0][0], made[2])] == [Other, Other] and made[2].bias is None
+    assert all(torch.equal(m.weight, w) for m, w in zip((made[0][0], made[2]), weights, strict=True))
+
+
+@pytest.mark.slow
+def test_growth_measures_every_size(tmp_path):
+    base = "--base-layers 1 --base-width 64 --base-sequence 32 --base-batch 2 --widths= --sequences= --batches="
+    points = growth.main(f"{base} --layers 1,2 --variants bf16,int8 --rounds 2 --device cpu --plot {tmp_path / 'g.png'}".split())
+    assert [(p.axis, p.value, p.variant) for p in points] == [("layers", n, v) for n in (1, 2) for v in ("bf16", "int8")]
+    assert all(p.ms > 0 and p.compile_s > 0 and p.peak is None for p in points)
+    assert points[3].saved > points[1].saved > 0 and (tmp_path / "g.png").stat().st_size > 1000
+
+
+def test_linear_says_where_the_profit_filter_did_not_help(capsys, monkeypatch):
+    from qcompile.kernels import profit
+
+    monkeypatch.setattr(profit, "measure", lambda trials, device: dict.fromkeys(trials, 1.0))  # nothing is faster in integers
+    monkeypatch.setattr(harness, "milliseconds", lambda step, device: 1.0)
+    arguments = "--shapes 64x64x48 --rounds 2 --device cpu --variants bf16,int8 --profit-filter"
+    with pytest.warns(QtrainWarning, match="3 of 3 GEMMs stay"):
+        base, ours, filtered = linear.main(arguments.split())
+    assert (ours.variant, filtered.variant) == ("int8", "int8+filter")
+    assert len(ours.kernels) == 1 and filtered.kernels == []
+    assert "profit filter: 0 of 1 slower than bf16 by more than 5%" in capsys.readouterr().out
+    filtered.times = [1.2, 1.04]
+    assert "1 of 1" in linear.verdict([base, filtered]) and "1.12 x bf16's time, all hp" in linear.verdict([base, filtered])
 
 
 def test_kernels_times_every_candidate(tmp_path, capsys):

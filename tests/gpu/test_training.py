@@ -208,6 +208,24 @@ def test_state_follows_a_model_to_another_device(model):
     assert before and all(after[name] == value + 1 for name, value in before.items())
 
 
+@needs_cuda
+def test_state_of_one_device_loads_on_the_other(model):
+    """Saved on the GPU, continued on the CPU, and back: the next step uses what was loaded."""
+    _, compiled = train(model, WARM)
+    saved = qcompile.range_state(model).state_dict()
+    assert all(value.device.type == "cpu" for value in saved.values())
+    here = nn.Sequential(Block()).to("cpu")
+    here.load_state_dict(model.state_dict())
+    qcompile.range_state(here).load_state_dict({name: value.cuda() for name, value in saved.items()})  # wherever it was loaded to
+    torch.compile(here, backend=backend.qtrain, options={"recipe": "int8_in_hindsight"})(torch.ones(TOKENS, WIDTH)).sum().backward()
+    after = qcompile.range_state(here).state_dict()
+    steps = [name for name in saved if name.endswith("steps")]
+    assert steps and all(after[name] == saved[name] + 1 for name in steps)
+    qcompile.range_state(model).load_state_dict(after)
+    gradients(model, compiled)
+    assert all(qcompile.range_state(model).state_dict()[name] == after[name] + 1 for name in steps)
+
+
 def test_equal_seeds_give_equal_steps(model):
     """Nothing in a step depends on the order in which threads or blocks arrive."""
     recipe = qcompile.get_recipe("int8_in_hindsight")

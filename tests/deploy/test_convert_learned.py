@@ -9,9 +9,9 @@ from torch import nn
 
 import qcompile
 from qcompile import LSQ, PerChannel, QuantSpec, get_recipe
+from qcompile.deploy.packing import pack_bits, packed_bytes, unpack_bits
 from qcompile.errors import StateError
 from qcompile.kernels import record_launches
-from qcompile.qat.packing import pack_bits, packed_bytes, unpack_bits
 from qcompile.recipes import learned
 from tests.qat.models import Net, Stages, compiled, images
 

@@ -1,0 +1,270 @@
+"""What a model that was trained through the backend quantizes its layers with when it is evaluated.
+
+The compiler is asked, not the recipe: the inference graph is captured (on a copy), and for every layer's GEMM the nodes that make
+its codes, scales and zero points are run with the model's weights and its stored ranges. So it holds for every estimator, shared
+quantizes and overrides included. A scale that a node computes from the batch is a dynamic range, which no static format can hold.
+"""
+
+from __future__ import annotations
+
+import operator
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from passes.context import Gemm, Site, StateLayout
+from passes.gemms import INTEGER
+from passes.graph import DEQUANTIZE, QUANTIZE, SELECT
+from qcompile._patterns import matches
+from qcompile.errors import QtrainWarning, StateError, UnsupportedError
+from qcompile.inspect.capture import Capture, capture
+from qcompile.inspect.captured_graph import Call, CapturedGraph
+from qcompile.inspect.labels import first_name
+from qcompile.ops.fake_quantize import FORMS
+from qcompile.qat.layers import can_learn
+from qcompile.recipe import Recipe
+from qcompile.state.handle import clean_name, range_state
+
+__all__ = ["TrainedLayer", "trained_layers"]
+
+
+@dataclass(frozen=True)
+class TrainedLayer:
+    """One layer's quantization in eval.
+
+    codes         int8, of the weight's shape; symmetric
+    weight_scale  fp32, 0-d or with the weight's axes
+    input_scale   fp32 0-d
+    input_zero    an int, or None: symmetric codes
+    """
+
+    codes: Tensor
+    weight_bits: int
+    weight_scale: Tensor
+    input_bits: int
+    input_scale: Tensor
+    input_zero: int | None
+
+    def same_input(self, other: TrainedLayer) -> bool:
+        """Whether both quantize their input alike."""
+        mine, its = ((t.input_bits, float(t.input_scale), t.input_zero) for t in (self, other))
+        return mine == its
+
+    def weight_format(self) -> Tensor:
+        """As `IntegerLayer` keeps it."""
+        return torch.tensor([self.weight_bits, FORMS.index("signed"), *self.codes.shape], dtype=torch.int32)
+
+    def ranges(self) -> dict[str, Tensor | None]:
+        """The buffers of the input, as `IntegerLayer` keeps them."""
+        form = "signed" if self.input_zero is None else "offset"
+        offset = None if self.input_zero is None else -self.input_zero * self.input_scale
+        made = torch.tensor([self.input_bits, FORMS.index(form)], dtype=torch.int32, device=self.input_scale.device)
+        return {"input_format": made, "input_scale": self.input_scale, "input_offset": offset}
+
+
+@torch.no_grad()
+def trained_layers(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    recipe: Recipe,
+    skip: tuple[str, ...] = (),
+    ranges: Mapping[str, Tensor] | None = None,
+) -> dict[str, TrainedLayer]:
+    """Name of a module -> how it is quantized in eval, for the layers whose forward GEMM the recipe runs on codes.
+
+    args, kwargs  an example input; its values do not matter
+    skip          patterns of sites to leave out, as in a recipe
+    ranges        what `range_state(...).state_dict()` returned; default: the model's own
+    Errors: `StateError` without stored ranges, `UnsupportedError` for dynamic ranges, for GEMMs on codes that belong to no
+    linear layer or convolution, and for layers that are used with several ranges.
+    """
+    ranges = range_state(model).state_dict() if ranges is None else ranges
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "no training step has left ranges yet", QtrainWarning)  # an error follows, with the layer
+        captured = capture(model, *args, recipe=recipe, ranges=ranges, **kwargs)
+    found: dict[str, TrainedLayer] = {}
+    tensors = {clean_name(n): t.detach() for n, t in captured.model.named_parameters(remove_duplicate=False)}
+    tensors |= {clean_name(n): t for n, t in captured.model.named_buffers(remove_duplicate=False)}
+    for graph in captured.graphs:
+        for call in graph.calls:
+            values = _Values(graph, call, tensors, captured)
+            for site, node in _forward_gemms(graph):
+                name = call.site_name(site)
+                if any(matches(pattern, name, site.kind) for pattern in skip):
+                    continue
+                gemm = site.gemms["output"]
+                if gemm.specs is None:  # hp in training too
+                    continue
+                base = _module_name(model, site, name, gemm)
+                layer = _read(name, node, gemm, values, recipe)
+                _check_alike(name, base, layer, found)
+                found.setdefault(base, layer)
+    return found
+
+
+def _forward_gemms(graph: CapturedGraph) -> list[tuple[Site, fx.Node]]:
+    nodes = [n for n in graph.joint.graph.nodes if "qtrain_gemm" in n.meta and n.meta["qtrain_gemm"].role == "output"]
+    by_site = {n.meta["qtrain_gemm"].site: n for n in nodes if n.target not in (QUANTIZE, DEQUANTIZE)}
+    return [(s, by_site[s.name]) for s in graph.sites if "output" in s.gemms and s.name in by_site]
+
+
+def _module_name(model: nn.Module, site: Site, name: str, gemm: Gemm) -> str:
+    """The module that a site is. Errors: `UnsupportedError` for a site that is none, or has no integer GEMM."""
+    base = name.partition("#")[0]
+    base = "" if base == "self" else base  # the model itself
+    todo = f"Leave it in high precision: convert(..., skip=({name!r},)); its numbers then differ from the trained model's in eval"
+    try:
+        module = model.get_submodule(base)
+    except AttributeError:
+        module = None
+    if not site.is_layer or module is None or not can_learn(module):
+        raise UnsupportedError(
+            f"convert: {name!r} ({site.op}) runs on integer codes in training, but is no nn.Linear, nn.Conv*d or transformers "
+            f"Conv1D with its own forward, which alone become integer layers. {todo}."
+        )
+    if gemm.reason is not None:
+        raise UnsupportedError(f"convert: {name!r} has no integer GEMM ({gemm.reason}). {todo}.")
+    return base
+
+
+def _check_alike(name: str, base: str, layer: TrainedLayer, found: Mapping[str, TrainedLayer]) -> None:
+    if base in found and not layer.same_input(found[base]):
+        raise UnsupportedError(
+            f"convert: {base!r} is used several times, and {name!r} has another range than its first use; a deployed layer has "
+            "one. Give each use a module of its own (they may share the weight)."
+        )
+
+
+def _read(name: str, node: fx.Node, gemm: Gemm, values: _Values, recipe: Recipe) -> TrainedLayer:
+    if node.target not in INTEGER or node.meta["qtrain_gemm"].operands != ("input", "weight"):
+        raise UnsupportedError(f"convert: {name!r} is no product of an input with a weight on integer codes.")
+    x, weight = (_quantize_of(operand) for operand in node.args[:2])
+    if x is None or weight is None:
+        raise UnsupportedError(f"convert: the codes of {name!r} come from no quantize of its own.")
+    input_scale, input_zero, input_bits, seed = _arguments(x)
+    weight_scale, weight_zero, weight_bits, weight_seed = _arguments(weight)
+    if seed is not None or weight_seed is not None:
+        raise UnsupportedError(
+            f"convert: recipe {recipe.name!r} rounds an operand of {name!r} stochastically in the forward pass; a deployed model "
+            "rounds to nearest. Go on training for a while with rounding='nearest' for inputs and weights."
+        )
+    if weight_zero is not None:
+        raise UnsupportedError(f"convert: the weight of {name!r} has a zero point; deployed weights are symmetric.")
+    if values.dynamic(input_scale) or (input_zero is not None and values.dynamic(input_zero)):
+        assert gemm.specs is not None
+        raise UnsupportedError(
+            f"convert: the input of {name!r} has a dynamic range under recipe {recipe.name!r} ({gemm.specs[0]}): every batch makes "
+            "its own, and a static format holds one. Go on training for a few hundred steps under a recipe with static ranges, as "
+            "'int8_in_hindsight' or recipe.replace(input=QuantSpec(estimator=InHindsight())), and convert with that."
+        )
+    if not values.has_memory(input_scale):
+        raise StateError(
+            f"convert: the input of {name!r} has no stored range. Train a step under recipe {recipe.name!r} in this process, "
+            "or load what was saved: qcompile.range_state(model).load_state_dict(ranges)."
+        )
+    scale = values[input_scale]
+    if scale.numel() != 1:
+        raise UnsupportedError(f"convert: the input of {name!r} has {scale.numel()} static scales; it must have one (PerTensor).")
+    zero = None if input_zero is None else int(values[input_zero])
+    return TrainedLayer(
+        codes=values[weight].contiguous(),
+        weight_bits=weight_bits,
+        weight_scale=values[weight_scale].clone(),
+        input_bits=input_bits,
+        input_scale=scale.reshape(()).clone(),
+        input_zero=zero,
+    )
+
+
+def _arguments(quantize: fx.Node) -> tuple[Any, Any, Any, Any]:
+    """(scale, zero point, bits, seed) of a quantize."""
+    return quantize.args[1:5]  # type: ignore[return-value]
+
+
+def _quantize_of(codes: Any) -> fx.Node | None:
+    """The quantize behind views and transposes."""
+    while isinstance(codes, fx.Node) and codes.target is not QUANTIZE:
+        if codes.op != "call_function" or len(codes.all_input_nodes) != 1 or codes.target is operator.getitem:
+            return None
+        codes = codes.all_input_nodes[0]
+    return codes if isinstance(codes, fx.Node) else None
+
+
+class _Values:
+    """Values of a captured graph's nodes that follow from the model's tensors and stored ranges alone, in one call of the graph."""
+
+    def __init__(
+        self, graph: CapturedGraph, call: Call, tensors: Mapping[str, Tensor], captured: Capture
+    ) -> None:
+        self.module = graph.joint
+        self.known: dict[fx.Node, Any] = {}
+        self._varying: set[fx.Node] = set()
+        state = {phase: _stored(layout, call, captured) for phase, layout in graph.layouts.items()}
+        for node in self.module.graph.nodes:
+            if node.op == "placeholder":
+                name = call.tensors.get(first_name(node), "")
+                if name in tensors:
+                    self.known[node] = tensors[name]
+                else:
+                    self._varying.add(node)
+            elif node.op == "get_attr":
+                if "qtrain_state" in node.meta:
+                    phase, what = node.meta["qtrain_state"]
+                    self.known[node] = state[phase] if what == "state" else torch.arange(state[phase].numel())
+                else:
+                    self.known[node] = operator.attrgetter(str(node.target))(self.module)
+            elif any(n in self._varying for n in _read_by(node)):
+                self._varying.add(node)
+
+    def dynamic(self, node: Any) -> bool:
+        """Whether a value depends on the batch even where there is memory."""
+        return node in self._varying
+
+    def has_memory(self, node: fx.Node) -> bool:
+        """Whether every stored range that a value follows from has been updated."""
+        seen, todo = set(), [node]
+        while todo:
+            n = todo.pop()
+            if n in seen:
+                continue
+            seen.add(n)
+            if n.target is SELECT and not bool((self[n.args[1]] > 0).all()):
+                return False
+            todo += _read_by(n)
+        return True
+
+    def __getitem__(self, node: Any) -> Any:
+        if not isinstance(node, fx.Node):
+            return node
+        if node not in self.known:
+            if node.target is SELECT:
+                self.known[node] = self[node.args[0]]
+            else:
+                args: Any = fx.map_arg(node.args, lambda n: self[n])
+                kwargs: Any = fx.map_arg(node.kwargs, lambda n: self[n])
+                self.known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+        return self.known[node]
+
+
+def _read_by(node: fx.Node) -> list[fx.Node]:
+    """What a node's value depends on; of a choice between a stored and a present range, the stored one."""
+    return [n for n in node.args[:2] if isinstance(n, fx.Node)] if node.target is SELECT else node.all_input_nodes
+
+
+def _stored(layout: StateLayout, call: Call, captured: Capture) -> Tensor:
+    """The state vector of one half in one call: what the Parameters that the call got have in store; zeros: no memory."""
+    assert captured.range_state is not None
+    store = captured.range_state.store
+    owners = dict(captured.model.named_parameters(remove_duplicate=False))
+    parts = []
+    for entry, field in layout.order():
+        owner = owners.get(call.tensors.get(entry.owner or "", ""))
+        slots = store.slots_of(owner) if owner is not None else []
+        slot = next((s for s in slots if (s.key, s.fields, s.size) == (entry.key, entry.fields, entry.size)), None)
+        parts.append(torch.zeros(entry.size) if slot is None else slot.read(field).cpu())
+    return torch.cat(parts) if parts else torch.zeros(0)
