@@ -99,9 +99,15 @@ class MaskedBytes(nn.Module):
         from transformers import BertConfig, BertForMaskedLM
 
         config = BertConfig(
-            vocab_size=MASK + 1, hidden_size=width, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=4 * width,
-            max_position_embeddings=context, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-        )  # fmt: skip
+            vocab_size=MASK + 1,
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            intermediate_size=4 * width,
+            max_position_embeddings=context,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
         self.bert = BertForMaskedLM(config)
 
     def forward(self, ids: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ bring. Status 1 under --check: the file's answers are not those of the deployed 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from qcompile.commands import target
+from qcompile.deploy.integer_layer import IntegerLayer
 
 FORMATS = {".pt": "state", ".safetensors": "state", ".pt2": "program", ".onnx": "onnx"}
 """A file's ending -> what is written."""
@@ -39,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from qcompile.deploy import IntegerLayer, convert
+    from qcompile.deploy import convert
     from qcompile.state import range_state
 
     path: Path = arguments.file
@@ -82,8 +84,6 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _state(deployed: nn.Module, made: target.Target, path: Path, arguments: argparse.Namespace) -> Callable[..., Any]:
-    from qcompile.deploy import load_converted
-
     state = deployed.state_dict()
     if path.suffix == ".safetensors":
         from safetensors.torch import save_file
@@ -91,7 +91,15 @@ def _state(deployed: nn.Module, made: target.Target, path: Path, arguments: argp
         save_file(state, path)
     else:
         torch.save(state, path)
-    return lambda *args, **kwargs: load_converted(made.model, _read(path))(*args, **kwargs)
+
+    def again(*args: Any, **kwargs: Any) -> Any:
+        empty = copy.deepcopy(deployed)
+        for layer in (m for m in empty.modules() if isinstance(m, IntegerLayer)):
+            layer.codes.zero_()
+        empty.load_state_dict(_read(path))
+        return empty(*args, **kwargs)
+
+    return again
 
 
 def _program(deployed: nn.Module, made: target.Target, path: Path, arguments: argparse.Namespace) -> Callable[..., Any]:

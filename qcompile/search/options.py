@@ -13,7 +13,7 @@ from qcompile.inspect.compare import quantized_operands
 from qcompile.kernels import profit
 from qcompile.recipe import Recipe
 from qcompile.search.choose import HP, GemmOptions, Option
-from qcompile.search.sensitivity import Gradients, Lost, exact_gradients, lost_alone, lost_together
+from qcompile.search.sensitivity import Gradients, Loss, Lost, exact_gradients, lost_alone, lost_together
 
 __all__ = ["Candidate", "gemm_options", "reference", "sensitivities", "together"]
 
@@ -34,7 +34,12 @@ class Candidate:
 
 def reference(found: Capture) -> list[Gradients]:
     """The exact gradients of each graph."""
-    return [exact_gradients(graph) for graph in found.graphs]
+    return [exact_gradients(graph, _loss(found)) for graph in found.graphs]
+
+
+def _loss(found: Capture) -> Loss | None:
+    """What the outputs of a graph go into; of several graphs nobody knows."""
+    return found.loss if len(found.graphs) == 1 else None
 
 
 def _share(losses: Sequence[Lost]) -> float:
@@ -44,7 +49,7 @@ def _share(losses: Sequence[Lost]) -> float:
 
 def together(found: Capture, exact: Sequence[Gradients]) -> float:
     """What a step loses with all that the captured recipe quantizes."""
-    return _share([lost_together(graph, gradients) for graph, gradients in zip(found.graphs, exact, strict=True)])
+    return _share([lost_together(graph, gradients, _loss(found)) for graph, gradients in zip(found.graphs, exact, strict=True)])
 
 
 def sensitivities(found: Capture, exact: Sequence[Gradients], tell: Callable[[], object]) -> dict[Gemm, float]:
@@ -53,7 +58,7 @@ def sensitivities(found: Capture, exact: Sequence[Gradients], tell: Callable[[],
     losses = {}
     for number, graph in enumerate(found.graphs):
         for site, role in integer_gemms(graph):
-            losses[number, site, role] = lost_alone(graph, (site, role), exact[number]).part / whole
+            losses[number, site, role] = lost_alone(graph, (site, role), exact[number], _loss(found)).part / whole
             tell()
     return losses
 

@@ -58,7 +58,7 @@ def test_the_planted_layer_is_the_most_sensitive(planted):
 
 
 def test_the_search_spares_the_planted_layer(planted):
-    """By time int8 and int4 are alike here, so nothing has to be in 4 bits, and what is quantized is not what suffers."""
+    """By time int8 and int4 are alike here, so nothing is to be in 4 bits, and what is quantized is not what suffers."""
     _, search = planted
     found = search.under({"time": 0.85})
     chosen = found.chosen()
