@@ -10,7 +10,7 @@ ARGS ?=
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow test-gpu bench-gpu test-aot lint clean
+.PHONY: help demo test test-slow test-gpu bench bench-gpu docs test-aot lint clean
 
 # Triton releases pair with torch releases.
 TRITON_FOR_2.11 := 3.6.0
@@ -46,8 +46,10 @@ help:
 	@echo "make test       the tests that need no GPU"
 	@echo "make test-slow  the long ones among them"
 	@echo "make test-gpu   the tests that need one, and the suite again with everything on it"
-	@echo "make bench-gpu  linear layers, kernels and the demo on a GPU, timed"
+	@echo "make bench      every experiment and benchmark that can run here, one result file each (ARGS=--list says which)"
+	@echo "make bench-gpu  kernels, linear layers and models on a GPU, timed (ARGS=--quick: a look), into docs/benchmarks/"
 	@echo "make test-aot   compile the Triton kernels for GPUs that need not be present"
+	@echo "make docs       the documentation site, in build/site"
 	@echo "make lint       ruff and mypy"
 	@echo "make clean      remove environments, caches and outputs"
 
@@ -64,13 +66,20 @@ test-gpu: $(READY)
 	$(RUN) $(PYTEST) -m gpu tests/gpu $(ARGS)
 	QTRAIN_TEST_DEVICE=cuda $(RUN) $(PYTEST) -m "not gpu and not slow and not aot" --continue-on-collection-errors $(ON_ANY_DEVICE) $(ARGS)
 
+# Finished runs are not repeated; the pages take their numbers from the files.
+bench: $(READY)
+	$(RUN) examples/bench.py $(ARGS)
+	$(RUN) examples/show_results.py --write
+
 bench-gpu: $(READY)
-	$(RUN) examples/benchmarks/linear.py --device cuda
-	$(RUN) examples/benchmarks/kernels.py --device cuda
-	$(RUN) examples/demo.py --device cuda
+	$(RUN) examples/benchmarks/run_all.py $(ARGS)
 
 test-aot: $(READY)
 	$(RUN) $(PYTEST) -m aot $(ARGS)
+
+docs: $(READY)
+	$(RUN) -m mkdocs build --strict --quiet -f docs/site/mkdocs.yml
+	@echo "build/site/index.html"
 
 lint: $(READY)
 	$(RUN) -m ruff check .

@@ -1,8 +1,10 @@
-"""Small convolutional networks in plain PyTorch: nothing in them knows about quantization.
+"""Networks for images in plain PyTorch: nothing in them knows about quantization.
 
     resnet8(), resnet20()      three stages of 3x3 blocks for images of 28 to 32 pixels
     resnet18(), resnet50()     four stages, 7x7 stem and pooling; `small_stem=True` for images under 100 pixels
     mobilenet_v2()             inverted bottlenecks with depthwise convolutions; `small_stem=True` likewise
+    vit()                      a transformer over patches, for images of `image` pixels (`vit.py`)
+    efficientnet_lite0()       with ImageNet's weights, where their package is installed (`pretrained.py`)
 
 Every maker takes `classes`, `channels` (of the image) and `width`, a factor on all inner channel counts. Layers are
 plain `nn.Conv2d`, `nn.BatchNorm2d`, `nn.ReLU` and `nn.Linear`, so that sites have names such as `stages.0.1.conv2`.
@@ -11,11 +13,14 @@ The classifier is `head`.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
+from pretrained import efficientnet_lite0
 from torch import Tensor, nn
+from vit import vit
 
 # N images, C channels, H x W pixels
 
@@ -225,8 +230,10 @@ def mobilenet_v2(
 
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
-    make.__name__: make for make in (resnet8, resnet20, resnet18, resnet50, mobilenet_v2)
+    make.__name__: make for make in (resnet8, resnet20, resnet18, resnet50, mobilenet_v2, vit, efficientnet_lite0)
 }
+PRETRAINED = ("efficientnet_lite0",)
+SMALL_IMAGE = 100  # pixels: below it networks made for ImageNet take their small stem
 
 
 def build(name: str, **arguments: object) -> nn.Module:
@@ -236,12 +243,22 @@ def build(name: str, **arguments: object) -> nn.Module:
     return MODELS[name](**arguments)
 
 
+def build_for(name: str, *, image: int, **arguments: object) -> nn.Module:
+    """A model by name for images of so many pixels on a side: with the small stem, or the positions, that these ask for."""
+    takes = inspect.signature(MODELS[name]).parameters if name in MODELS else {}
+    if "small_stem" in takes:
+        arguments["small_stem"] = image < SMALL_IMAGE
+    if "image" in takes:
+        arguments["image"] = image
+    return build(name, **arguments)
+
+
 def count_parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
 if __name__ == "__main__":
-    for name, make in MODELS.items():
-        model = make()
+    for name in (n for n in MODELS if n not in PRETRAINED):
+        model = build(name)
         image = torch.zeros(2, 3, 32, 32)
         print(f"{name}: {count_parameters(model) / 1e6:.3f} M parameters, {tuple(image.shape)} -> {tuple(model(image).shape)}")

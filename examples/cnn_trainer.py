@@ -16,12 +16,13 @@ from typing import Any, Literal
 import cnn_models
 import torch
 import torch.nn.functional as F
-from experiments import Method, Outcome, Reading
+from experiments import Method, Outcome, Reading, groups_of, learned_scales
 from image_data import Images
 from measure import count_eager
 from torch import Tensor, nn
 from tqdm import tqdm
 
+import qcompile
 from qcompile import Recipe
 from qcompile.kernels import record_launches
 
@@ -35,7 +36,7 @@ Probe = Callable[[int, nn.Module, nn.Module, Recipe, Callable[[nn.Module], Tenso
 class CNNConfig:
     """Everything but the method and the seed: runs with equal configs compare.
 
-    SGD with momentum; the learning rate rises linearly over `warmup` steps and falls to zero along a cosine.
+    SGD with momentum, or AdamW; the learning rate rises linearly over `warmup` steps and falls to zero along a cosine.
     """
 
     model: str = "resnet8"
@@ -48,11 +49,24 @@ class CNNConfig:
     warmup: int = 20
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    pixels: int | None = None  # images are enlarged to so many on a side, for networks that were trained on larger ones
     skip: tuple[str, ...] = ()  # sites that quantized recipes leave in high precision
     autocast: bool = False  # whether quantized recipes run under bf16 autocast
     device: str = "cpu"
     hp_backend: str = "inductor"  # what compiles the baselines
     probe_every: int = 0  # steps between two calls of the probe; 0: never
+
+    def __post_init__(self) -> None:
+        for name in ("images", "test_images", "epochs", "batch"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} is {value}; allowed: 1 or more")
+        for name in ("lr", "model_width"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}; allowed: more than 0")
+        if self.warmup < 0:
+            raise ValueError(f"warmup is {self.warmup} steps; allowed: 0 or more")
 
     def lr_at(self, step: int, steps: int) -> float:
         if step < self.warmup:
@@ -76,6 +90,7 @@ class CNNTask:
     def __init__(self, config: CNNConfig, images: Images, probe: Probe | None = None):
         self.settings, self.probe = config, probe
         self.images = images.first(config.images, config.test_images)
+        self.images.test_batches(config.batch)  # refuses a batch that they cannot fill before anything is trained
         self.steps = config.epochs * self.images.steps_per_epoch(config.batch)
         self.device = config.device
 
@@ -86,7 +101,28 @@ class CNNTask:
     def config(self) -> dict[str, Any]:
         values = asdict(replace(self.settings, images=len(self.images.train_x), test_images=len(self.images.test_x)))
         del values["device"], values["hp_backend"], values["probe_every"]
-        return values
+        # What came later is left out at its default: runs from before it keep their hash.
+        return {k: v for k, v in values.items() if (k, v) not in (("optimizer", "sgd"), ("pixels", None))}
+
+    @property
+    def pixels(self) -> int:
+        return self.settings.pixels or self.images.train_x.shape[-1]
+
+    def fresh(self) -> nn.Module:
+        """A model with new weights, or with the pretrained ones."""
+        channels = 3 if self.settings.model in cnn_models.PRETRAINED else self.images.channels
+        return cnn_models.build_for(
+            self.settings.model, image=self.pixels, classes=self.images.classes, channels=channels, width=self.settings.model_width
+        ).to(self.device)
+
+    def on_device(self, x_NCHW: Tensor) -> Tensor:
+        """A batch as the model takes it: enlarged, grey as three equal channels, on the device."""
+        x_NCHW = x_NCHW.to(self.device)
+        if self.settings.pixels is not None:
+            x_NCHW = F.interpolate(x_NCHW, size=(self.pixels, self.pixels), mode="bilinear")
+        if self.settings.model in cnn_models.PRETRAINED:
+            x_NCHW = x_NCHW.expand(-1, 3, -1, -1).contiguous()
+        return x_NCHW
 
     def run(self, method: Method, seed: int, *, progress: bool = True) -> Outcome:
         return _Run(self, method, seed).train(progress)
@@ -97,19 +133,20 @@ class _Run:
         config = task.settings
         self.task, self.method, self.seed, self.config = task, method, seed, config
         torch.manual_seed(seed)
-        self.model = cnn_models.build(
-            config.model, classes=task.images.classes, channels=task.images.channels, width=config.model_width
-        ).to(config.device)
+        self.model = task.fresh()
         if config.device.startswith("cuda"):
             self.model.to(memory_format=torch.channels_last)
         self.recipe = method.resolve(config.skip)
+        self.scales = learned_scales(self.model, self.recipe, steps=task.steps, calibration=[self.batch(0)[0]])
         if self.recipe is None:
             self.compiled = torch.compile(self.model, backend=config.hp_backend)
         else:
             self.compiled = torch.compile(self.model, backend="qtrain", options={"recipe": self.recipe})
-        self.optimizer = torch.optim.SGD(
-            self.model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
-        )
+        groups = groups_of(self.model, self.scales, weight_decay=config.weight_decay)
+        if config.optimizer == "adamw":
+            self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=config.lr)
+        else:
+            self.optimizer = torch.optim.SGD(groups, lr=config.lr, momentum=config.momentum)
         self.losses: list[float] = []
         self.readings: list[Reading] = []
         self.integer_gemms = 0
@@ -120,7 +157,7 @@ class _Run:
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         x, y = self.task.images.batch(seed=self.seed, step=step, batch=self.config.batch)
-        return x.to(self.config.device), y.to(self.config.device)
+        return self.task.on_device(x), y.to(self.config.device)
 
     def train(self, progress: bool) -> Outcome:
         steps = self.task.steps
@@ -156,6 +193,8 @@ class _Run:
         loss.backward()
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.scales:
+            qcompile.qat_step(self.model)
         self.losses.append(loss.item())
 
     @torch.no_grad()
@@ -165,7 +204,7 @@ class _Run:
         right = total = 0
         with self.autocast():
             for x, y in self.task.images.test_batches(self.config.batch):
-                right += (self.compiled(x.to(self.config.device)).argmax(1).cpu() == y).sum().item()
+                right += (self.compiled(self.task.on_device(x)).argmax(1).cpu() == y).sum().item()
                 total += len(y)
         self.model.train()
         return 100 * right / total

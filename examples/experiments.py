@@ -27,19 +27,25 @@ import platform
 import re
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 from tabulate import tabulate
+from torch import nn
 from tqdm import tqdm
 
 import qcompile
 from qcompile import GemmSpec, QuantSpec, Recipe
+from qcompile.estimators.learned import Learned
 
 HP_RECIPES = ("fp32", "bf16")  # the baselines: plain Inductor, without and with autocast
+
+
+for file in sorted((Path(__file__).parent / "recipes").glob("*.toml")):
+    qcompile.register_recipe(Recipe.load(file))  # what papers compare with, by name in every experiment
 
 
 # ---- methods
@@ -48,6 +54,8 @@ HP_RECIPES = ("fp32", "bf16")  # the baselines: plain Inductor, without and with
 @dataclass(frozen=True)
 class Method:
     """A recipe by name, and bit widths in place of its own ("": its own). "fp32" and "bf16" are plain Inductor.
+
+    "int8+4" is `int8` that stores what else it saves for backward in 4 bits (`compress_saved`).
 
     Errors: ValueError for an unknown recipe, and for widths beside "8" or "w4a4g8"; for a baseline with widths.
     """
@@ -59,7 +67,7 @@ class Method:
         if self.is_hp and self.width:
             raise ValueError(f"{self.recipe} has no bit widths; leave out {self.width!r}")
         if not self.is_hp:
-            with_width(qcompile.get_recipe(self.recipe), self.width)
+            with_width(recipe_named(self.recipe), self.width)
 
     @property
     def is_hp(self) -> bool:
@@ -72,8 +80,17 @@ class Method:
         """The recipe with these widths that leaves `skip` in high precision too; None for a baseline."""
         if self.is_hp:
             return None
-        recipe = with_width(qcompile.get_recipe(self.recipe), self.width)
+        recipe = with_width(recipe_named(self.recipe), self.width)
         return recipe.replace(skip=(*recipe.skip, *skip)) if skip else recipe
+
+
+def recipe_named(name: str) -> Recipe:
+    """A recipe by name; "int8+4" is `int8` with `compress_saved=4`."""
+    plain, _, bits = name.partition("+")
+    if bits not in ("4", "8") and name != plain:
+        raise ValueError(f"recipe {name!r}; behind the '+' stand the bits of compress_saved, 4 or 8")
+    recipe = qcompile.get_recipe(plain)
+    return recipe.replace(compress_saved=int(bits), name=name) if bits else recipe
 
 
 _WIDTHS = re.compile(r"w([2-8])a([2-8])g([2-8])")
@@ -107,6 +124,24 @@ def methods_of(recipes: Iterable[str], widths: Iterable[str] = ("",)) -> list[Me
     """Every recipe at every width, baselines once, in order and without repetitions."""
     found = [Method(r, "" if r in HP_RECIPES else w) for r in recipes for w in widths]
     return list(dict.fromkeys(found))
+
+
+def learned_scales(
+    model: nn.Module, recipe: Recipe | None, *, steps: int, calibration: Any, call: Callable[..., Any] | None = None
+) -> list[nn.Parameter]:
+    """Put learned quantizers into the model if the recipe has any; return their scales, which an optimizer is to own."""
+    specs = (recipe.weight, recipe.input) if recipe is not None else ()
+    if not any(isinstance(spec, QuantSpec) and isinstance(spec.estimator, Learned) for spec in specs):
+        return []
+    qcompile.prepare(model, recipe, steps=steps, calibration=calibration, call=call)
+    return qcompile.scale_parameters(model)
+
+
+def groups_of(model: nn.Module, scales: Sequence[nn.Parameter], *, weight_decay: float) -> list[dict[str, Any]]:
+    """An optimizer's parameter groups: scales, where there are any, without weight decay."""
+    ours = {id(p) for p in scales}
+    groups: list[dict[str, Any]] = [{"params": [p for p in model.parameters() if id(p) not in ours], "weight_decay": weight_decay}]
+    return groups + ([{"params": list(scales), "weight_decay": 0.0}] if scales else [])
 
 
 # ---- tasks
@@ -327,6 +362,24 @@ def _finished(results: Results, config: str, method: Method, seed: int) -> Row |
     return rows[-1] if rows else None
 
 
+def as_json(rows: Iterable[Row]) -> list[dict[str, Any]]:
+    """Rows as plain values; a score that is not finite is None, which JSON can hold."""
+    return [{k: _finite(v) for k, v in dataclasses.asdict(row).items() if k not in ("config", "fingerprint")} for row in rows]
+
+
+def _finite(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def from_json(values: Iterable[Mapping[str, Any]]) -> list[Row]:
+    """What `as_json` made."""
+    found = []
+    for value in values:
+        lost = {key: math.nan for key in ("score", "train_loss") if value[key] is None}
+        found.append(Row(config="", fingerprint="", **{**value, **lost}))
+    return found
+
+
 # ---- comparing
 
 
@@ -349,7 +402,11 @@ class Difference:
 
 
 def paired_difference(rows: Sequence[Row], method: str, baseline: str) -> Difference:
-    """Scores of `method` minus those of `baseline`, seed by seed: what seeds have in common drops out."""
+    """Scores of `method` minus those of `baseline`, seed by seed: what seeds have in common drops out.
+
+    A run whose score is not finite has no difference.
+    """
+    rows = [row for row in rows if math.isfinite(row.score)]
     base = {row.seed: row.score for row in rows if row.method == baseline}
     differences = [row.score - base[row.seed] for row in rows if row.method == method and row.seed in base]
     mean = statistics.fmean(differences) if differences else math.nan
@@ -375,7 +432,7 @@ def comparison(rows: Sequence[Row], task: Task, baseline: str = "") -> str:
             {
                 "method": name,
                 "seeds": len(runs),
-                f"{task.metric}: mean ± spread": _mean_and([run.score for run in runs], statistics.stdev),
+                f"{task.metric}: mean ± spread": _mean_and([r.score for r in runs if math.isfinite(r.score)], statistics.stdev),
                 f"minus {baseline}, ± standard error": "" if name == baseline else _signed(difference),
                 "beyond 2 errors": "" if name == baseline else difference.verdict(task.better),
                 "train loss": f"{statistics.fmean(run.train_loss for run in runs):.4f}",
@@ -388,6 +445,8 @@ def comparison(rows: Sequence[Row], task: Task, baseline: str = "") -> str:
 
 
 def _mean_and(values: list[float], spread: Any) -> str:
+    if not values:
+        return "diverged"
     return f"{statistics.fmean(values):.3f}" + (f" ± {spread(values):.3f}" if len(values) > 1 else "")
 
 

@@ -41,9 +41,16 @@ class GPTTask:
         del values["device"], values["hp_backend"]
         return values | {"corpus": len(self.corpus.train)}
 
+    def fresh(self) -> nn.Module | None:
+        """The model to train; None: a new GPT."""
+        return None
+
+    def validate(self, run: Run) -> float:
+        return run.validate()
+
     def run(self, method: Method, seed: int, *, progress: bool = True) -> Outcome:
         recipe = method.resolve(self.settings.skip)
-        run = Run(method.resolve() or method.recipe, seed, self.settings, self.corpus)
+        run = Run(method.resolve() or method.recipe, seed, self.settings, self.corpus, self.fresh())
         gemms = self._count_gemms(run)
         readings: list[Reading] = []
         launched = 0
@@ -59,7 +66,7 @@ class GPTTask:
                 if not math.isfinite(run.losses[-1]):
                     break
         return Outcome(
-            score=run.validate(),
+            score=self.validate(run),
             train_loss=sum(run.losses[-LAST:]) / len(run.losses[-LAST:]),
             integer_gemms=launched,
             gemms=gemms,

@@ -128,15 +128,24 @@ def load(source: str = "auto", directory: Path = Path("data")) -> Images:
         if found is not None and source == "auto":
             print(f"Fashion-MNIST was not found; using scikit-learn's digits instead. {INSTALL.format(directory=directory)}")
     if found is None:
-        wanted = "scikit-learn is not installed, which brings the digits." if source == "digits" else INSTALL
+        wanted = "The digits come with scikit-learn: pip install scikit-learn." if source == "digits" else INSTALL
         raise FileNotFoundError(f"no images ({source}). {wanted.format(directory=directory)}")
     return found
 
 
+def _places(directory: Path) -> list[Path]:
+    places = (directory, directory / DEBIAN, "/" / DEBIAN, directory / "FashionMNIST" / "raw")
+    return [place for place in places if _has_all(place)]
+
+
+def is_there(directory: Path) -> bool:
+    """Whether Fashion-MNIST lies in one of its places; nothing is read or downloaded."""
+    return bool(_places(directory))
+
+
 def _fashion_mnist(directory: Path) -> Images | None:
-    for place in (directory, directory / DEBIAN, "/" / DEBIAN, directory / "FashionMNIST" / "raw"):
-        if _has_all(place):
-            return _read_fashion_mnist(place)
+    if places := _places(directory):
+        return _read_fashion_mnist(places[0])
     return _read_fashion_mnist(directory / "FashionMNIST" / "raw") if _download(directory) else None
 
 

@@ -13,19 +13,21 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib.util
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import data
 import torch
 import torch.nn.functional as F
+from experiments import Outcome, Reading
 from torch import Tensor, nn
 from tqdm import tqdm
 
 import qcompile
-from qcompile import LSQ, LSQPlus
+from qcompile import LSQ, LSQPlus, Recipe
 from qcompile.kernels import record_launches
 from qcompile.recipes import learned
 
@@ -84,12 +86,16 @@ def judge(model: nn.Module, reference: nn.Module, batches: Sequence[dict[str, Te
     return float((ours * theirs).sum(-1).mean()), float(torch.corrcoef(torch.stack(ranks))[0, 1])
 
 
-def fine_tune(model: nn.Module, reference: nn.Module, batches: Sequence[dict[str, Tensor]], args: argparse.Namespace) -> nn.Module:
-    """Prepare, train, convert."""
+def recipe_of(args: argparse.Namespace) -> Recipe:
     method = LSQPlus() if args.offsets else LSQ()
-    recipe = learned(method, weight_bits=args.weight_bits, input_bits=args.input_bits, name="encoder")
+    return learned(method, weight_bits=args.weight_bits, input_bits=args.input_bits, name="encoder")
+
+
+def fine_tune(
+    model: nn.Module, reference: nn.Module, batches: Sequence[dict[str, Tensor]], recipe: Recipe, args: argparse.Namespace
+) -> tuple[nn.Module, float, int]:
+    """Prepare, train, convert: (the converted model, the last loss, integer GEMMs of a step)."""
     qcompile.prepare(model, recipe, calibration=batches[:4], first_last_bits=None)
-    print(f"start      cosine {judge(model, reference, batches[:4])[0]:.4f}")
     trainer: nn.Module = model
     if args.blocks:
         partner = copy.deepcopy(reference)
@@ -102,7 +108,7 @@ def fine_tune(model: nn.Module, reference: nn.Module, batches: Sequence[dict[str
     optimizer = torch.optim.AdamW(groups, lr=args.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, args.steps)
     model.train(False)  # no dropout: the teacher has none either
-    launched, bar = 0, tqdm(range(args.steps), disable=not args.progress)
+    launched, last, bar = 0, math.nan, tqdm(range(args.steps), disable=not args.progress)
     for step in bar:
         batch = batches[step % len(batches)]
         with record_launches() as launches:
@@ -116,11 +122,47 @@ def fine_tune(model: nn.Module, reference: nn.Module, batches: Sequence[dict[str
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
-        launched = len(launches)
-        bar.set_postfix(loss=f"{loss.item():.4f}", refresh=False)
-    if args.compile:
-        print(f"a step ran {launched} integer GEMMs")
-    return qcompile.convert(model)
+        launched, last = len(launches), loss.item()
+        bar.set_postfix(loss=f"{last:.4f}", refresh=False)
+    return qcompile.convert(model), last, launched
+
+
+def split(tokenizer: Any, args: argparse.Namespace, seed: int = 0) -> tuple[list[dict[str, Tensor]], list[dict[str, Tensor]]]:
+    """(batches to train on, eight batches to judge by): other lines for every seed."""
+    sentences = lines((min(args.steps, 200) + 8) * args.batch, seed)
+    batches = [
+        tokens(tokenizer, sentences[i : i + args.batch], args.length, args.device) for i in range(0, len(sentences), args.batch)
+    ]
+    return batches[8:], batches[:8]
+
+
+class EncoderTask:
+    """See `experiments.Task`. A method is a `qat_trainer.QATMethod`: "lsq w4a8", "lsq+prefix w4a8", or "fp32", the teacher."""
+
+    name, metric = "MiniLM sentence encoder", "cosine to the fp32 embeddings, %"
+    better: Literal["higher"] = "higher"
+
+    def __init__(self, args: argparse.Namespace, loaded: tuple[nn.Module, Any]):
+        self.args, (self.model, self.tokenizer) = args, loaded
+        self.device = args.device
+
+    def config(self) -> dict[str, Any]:
+        return {name: getattr(self.args, name) for name in ("steps", "batch", "length", "lr", "compile")} | {"blocks": 3}
+
+    def run(self, method: Any, seed: int, *, progress: bool = True) -> Outcome:
+        torch.manual_seed(seed)
+        args = argparse.Namespace(**{**vars(self.args), "progress": progress, "blocks": 3 if method.blocks else 0})
+        batches, held_out = split(self.tokenizer, args, seed)
+        reference = copy.deepcopy(self.model).to(args.device).requires_grad_(False)
+        recipe = method.resolve()
+        if recipe is None:
+            return Outcome(score=100 * judge(reference, reference, held_out)[0], train_loss=0.0, integer_gemms=0, gemms=0)
+        model = copy.deepcopy(self.model).to(args.device)
+        gemms = 3 * sum(isinstance(m, nn.Linear) for n, m in model.named_modules() if "pooler" not in n)
+        made, loss, launched = fine_tune(model, reference, batches, recipe, args)
+        cosine, correlation = judge(made, reference, held_out)
+        reading = Reading(args.steps, "", "rank correlation of similarities", correlation)
+        return Outcome(score=100 * cosine, train_loss=loss, integer_gemms=launched, gemms=gemms, readings=[reading])
 
 
 def parser() -> argparse.ArgumentParser:
@@ -149,13 +191,11 @@ def main(argv: list[str] | None = None, loaded: tuple[Embedder, Any] | None = No
         raise SystemExit(str(error)) from None
     model.to(args.device)
     reference = copy.deepcopy(model).requires_grad_(False)
-    sentences = lines((min(args.steps, 200) + 8) * args.batch)
-    batches = [
-        tokens(tokenizer, sentences[i : i + args.batch], args.length, args.device) for i in range(0, len(sentences), args.batch)
-    ]
-    held_out, batches = batches[:8], batches[8:]
+    batches, held_out = split(tokenizer, args)
     start = time.perf_counter()
-    made = fine_tune(model, reference, batches, args)
+    made, _, launched = fine_tune(model, reference, batches, recipe_of(args), args)
+    if args.compile:
+        print(f"a step ran {launched} integer GEMMs")
     cosine, correlation = judge(made, reference, held_out)
     state = made.state_dict()
     size, before = (sum(t.nbytes for t in s.values()) / 1e6 for s in (state, reference.state_dict()))

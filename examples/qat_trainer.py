@@ -14,7 +14,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import cnn_models
 import torch
 import torch.nn.functional as F
 from checkpoints import load_whole, save_whole
@@ -137,17 +136,11 @@ class QATTask(CNNTask):
             x, y = self.images.batch(seed=seed, step=step, batch=config.batch)
             for group in optimizer.param_groups:
                 group["lr"] = schedule.lr_at(step, steps)
-            F.cross_entropy(run(x.to(self.device)), y.to(self.device)).backward()
+            F.cross_entropy(run(self.on_device(x)), y.to(self.device)).backward()
             optimizer.step()
             optimizer.zero_grad()
         save_whole(model.state_dict(), path)
         return model
-
-    def fresh(self) -> nn.Module:
-        images = self.images
-        return cnn_models.build(
-            self.settings.model, classes=images.classes, channels=images.channels, width=self.settings.model_width
-        ).to(self.device)
 
 
 class _FineTuning:
@@ -221,7 +214,7 @@ class _FineTuning:
 
     def batch(self, step: int) -> tuple[Tensor, Tensor]:
         x, y = self.task.images.batch(seed=self.seed, step=step, batch=self.config.batch)
-        return x.to(self.task.device), y.to(self.task.device)
+        return self.task.on_device(x), y.to(self.task.device)
 
     @torch.no_grad()
     def accuracy(self, model: nn.Module) -> float:
@@ -229,7 +222,7 @@ class _FineTuning:
         model.eval()
         right = total = 0
         for x, y in self.task.images.test_batches(self.config.batch):
-            right += (model(x.to(self.task.device)).argmax(1).cpu() == y).sum().item()
+            right += (model(self.task.on_device(x)).argmax(1).cpu() == y).sum().item()
             total += len(y)
         return 100 * right / total
 

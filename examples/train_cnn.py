@@ -1,7 +1,9 @@
-"""Train a CNN with one recipe after another; compare accuracies over the same seeds.
+"""Train a network for images with one recipe after another; compare accuracies over the same seeds.
 
     python examples/train_cnn.py --recipes fp32,int8 --seeds 0-4
     python examples/train_cnn.py --protocol full --model mobilenet_v2 --device cuda
+    python examples/train_cnn.py --model vit --optimizer adamw --lr 1e-3 --weight-decay 0.05
+    python examples/train_cnn.py --model efficientnet_lite0 --pixels 112 --lr 0.01 --epochs 3 --batch 32    # fine-tunes
 
 Stopped, it goes on where it was: finished runs stand in `results.csv` of --out. More recipes or seeds extend it.
 """
@@ -34,6 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--batch", type=int)
     parser.add_argument("--lr", type=float, help="peak of the schedule")
     parser.add_argument("--warmup", type=int, help="steps")
+    parser.add_argument("--optimizer", choices=("sgd", "adamw"))
+    parser.add_argument("--weight-decay", type=float)
+    parser.add_argument("--pixels", type=int, help="enlarge the images to so many on a side")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--autocast", action="store_true", help="run quantized recipes under bf16 autocast")
     parser.add_argument("--hp-backend", default="inductor", help="what compiles the fp32 and bf16 baselines")
@@ -42,7 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def config_from(args: argparse.Namespace) -> CNNConfig:
-    fields = ("model", "model_width", "images", "test_images", "epochs", "batch", "lr", "warmup")
+    fields = (
+        "model", "model_width", "images", "test_images", "epochs", "batch", "lr", "warmup", "optimizer", "weight_decay", "pixels",
+    )  # fmt: skip
     given = {name: getattr(args, name) for name in fields if getattr(args, name) is not None}
     skip = (*args.skip, *(FIRST_AND_LAST if args.skip_first_last else ()))
     return dataclasses.replace(

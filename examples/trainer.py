@@ -1,4 +1,4 @@
-"""One recipe training one model, step by step, with checkpoints that hold all that the next step depends on.
+"""One recipe training one language model, step by step, with checkpoints that hold all that the next step depends on.
 
 A resumed run continues bit for bit where the kernels are deterministic. On several threads the gradient of an
 embedding is not: Inductor adds its rows in the order in which threads arrive.
@@ -15,18 +15,18 @@ from typing import Any
 import torch
 from checkpoints import load_whole, save_whole
 from data import Corpus
+from experiments import HP_RECIPES, groups_of, learned_scales
 from gpt import GPT, PRESETS, GPTConfig
+from torch import nn
 
 import qcompile
-
-HP_RECIPES = ("fp32", "bf16")  # the baselines: plain Inductor, without and with autocast
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainConfig:
     """Everything but the recipe and the seed: runs with equal configs compare."""
 
-    model: GPTConfig = field(default_factory=lambda: PRESETS["small"])
+    model: GPTConfig | None = field(default_factory=lambda: PRESETS["small"])  # None: a `Run` is given its model
     steps: int = 200
     batch: int = 32
     seq: int = 128
@@ -43,7 +43,7 @@ class TrainConfig:
     hp_backend: str = "inductor"  # what compiles the baselines
 
     def __post_init__(self) -> None:
-        if self.seq > self.model.context:
+        if self.model is not None and self.seq > self.model.context:
             raise ValueError(
                 f"seq {self.seq} is longer than the model's context {self.model.context}; lower seq"
             )
@@ -55,30 +55,40 @@ class TrainConfig:
         return self.lr * (0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * progress)))
 
 
+def _call(model: nn.Module, batch: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    return model(*batch)
+
+
 class Run:
     """A model, its optimizer and its compiled step under one recipe.
 
     Equal seeds start from equal weights and see equal batches, whatever the recipe.
+
+    model  what is trained instead of a new GPT: (tokens, targets) -> loss. It is changed.
     """
 
-    def __init__(self, recipe: str | qcompile.Recipe, seed: int, config: TrainConfig, corpus: Corpus):
+    def __init__(
+        self, recipe: str | qcompile.Recipe, seed: int, config: TrainConfig, corpus: Corpus, model: nn.Module | None = None
+    ):
         if recipe not in HP_RECIPES:
             chosen: Any = qcompile.get_recipe(recipe)  # refuses an unknown name now, not at the first step
             chosen = chosen.replace(skip=(*chosen.skip, *config.skip)) if config.skip else recipe
         self.recipe, self.seed, self.config, self.corpus = recipe, seed, config, corpus
         torch.manual_seed(seed)
-        self.model = GPT(config.model).to(config.device)
+        if model is None and config.model is None:
+            raise ValueError("config.model is None, so Run wants the model to train: Run(..., model=model)")
+        self.model: nn.Module = (model or GPT(config.model)).to(config.device)  # type: ignore[arg-type]
+        self.scales: list[nn.Parameter] = []
+        if recipe not in HP_RECIPES:
+            self.scales = learned_scales(
+                self.model, qcompile.get_recipe(chosen), steps=config.steps, calibration=[self.batch(0)], call=_call
+            )
         if recipe in HP_RECIPES:
             self.compiled = torch.compile(self.model, backend=config.hp_backend)
         else:
             self.compiled = torch.compile(self.model, backend="qtrain", options={"recipe": chosen})
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(),
-            lr=config.lr,
-            betas=(0.9, 0.95),
-            weight_decay=config.weight_decay,
-            fused=True,
-        )
+        groups = groups_of(self.model, self.scales, weight_decay=config.weight_decay)
+        self.optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=(0.9, 0.95), fused=True)
         self.losses: list[float] = []  # one per step made
         self.val_losses: dict[int, float] = {}  # after so many steps
         self._val = corpus.val_batches(count=config.val_batches, batch=config.batch, seq=config.seq)
@@ -108,6 +118,8 @@ class Run:
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.config.clip)
         self.optimizer.step()
         self.optimizer.zero_grad()
+        if self.scales:
+            qcompile.qat_step(self.model)
         self.losses.append(loss.item())
         return self.losses[-1]
 

@@ -116,6 +116,7 @@ def _attach_phase(
     if layout is None:
         return
     context.layouts[phase] = layout
+    layout.learns = is_joint(graph)
     scope: dict[str, object] = {"partitioner_tag": f"is_{phase}"} if is_joint(graph) else {}
     pinned = dict(scope)
     if is_joint(graph):
@@ -163,8 +164,8 @@ def _entry(node: fx.Node, use: RangeUse, context: PassContext, labels: set[str])
         )
     fields = initial_state(use.spec.estimator, use.spec.symmetric)
     return Entry(
-        owner=site.weight or _first_owner(context),
-        key=f"{'layer' if site.is_layer else site.op}#{site.weight_use}.{operand}" if site.weight else label,
+        owner=context.owner(site),
+        key=site.state_key(operand),
         fields=tuple(fields),
         initial=tuple(fields.values()),
         size=size,
@@ -172,6 +173,7 @@ def _entry(node: fx.Node, use: RangeUse, context: PassContext, labels: set[str])
         operand=operand,
         aliases=tuple(f"{s}.{o}" for s, o, _ in use.aliases if (s, o) != (use.site, use.operand)),
         spec=use.spec,
+        place=site.place,
     )
 
 

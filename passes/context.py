@@ -16,10 +16,12 @@ from qcompile.errors import GraphError
 from qcompile.recipe import GEMM_OPERANDS as OPERANDS
 from qcompile.recipe import Recipe, SiteRecipe
 from qcompile.specs import QuantSpec
+from qcompile.state.decisions import Decisions
 
 __all__ = [
     "EMULATED",
     "OPERANDS",
+    "PROFIT_FILTER",
     "Block",
     "Crossing",
     "Entry",
@@ -35,6 +37,9 @@ __all__ = [
 
 EMULATED = "quantized operands, high-precision arithmetic"
 """How the reason of a GEMM begins that no integer kernel would run faster, so that none does."""
+
+PROFIT_FILTER = "profit filter"
+"""How the reason of a GEMM begins that was measured slower in integers."""
 
 
 @dataclass
@@ -65,6 +70,7 @@ class Site:
     weight_name: str | None = None  # as Dynamo names it, relative to the compiled frame
     gemms: dict[str, Gemm] = field(default_factory=dict)
     weight_use: int = 0  # the how-manieth use of this weight in the graph
+    place: tuple[str, ...] = ()  # where in the program it stands (`qcompile.state.uses.Place`)
 
     def operands(self, role: str) -> tuple[str, str]:
         """The names of a GEMM's operands, in the order of its specs; of a product of activations the second one is `other`."""
@@ -72,6 +78,12 @@ class Site:
         if self.kind != "bmm":
             return first, second
         return ("other" if first == "weight" else first), ("other" if second == "weight" else second)
+
+    def state_key(self, what: str) -> str:
+        """Under which key the owner of the site's state keeps what belongs to an operand, or to a GEMM."""
+        if self.weight is None:
+            return f"{self.name}.{what}"
+        return f"{'layer' if self.is_layer else self.op}#{self.weight_use}.{what}"
 
 
 @dataclass(frozen=True)
@@ -90,6 +102,7 @@ class Entry:
     operand: str
     aliases: tuple[str, ...] = ()
     spec: QuantSpec | None = None
+    place: tuple[str, ...] = ()  # of the site, in the program: the number of the use in `key` is that within the graph
 
     @property
     def numel(self) -> int:
@@ -115,6 +128,7 @@ class StateLayout:
 
     phase: str
     capacity: int = 0
+    learns: bool = True  # False for a graph without gradients, which only reads
     groups: list[list[Entry]] = field(default_factory=list)
     blocks: list[Block] = field(default_factory=list)
     _places: dict[tuple[str | None, str], tuple[int, int]] = field(default_factory=dict)  # entry -> group, offset
@@ -182,6 +196,7 @@ class PassContext:
     prefixes: tuple[str, ...] = ("",)  # of the compiled frame in the model, and in the module that was compiled: "blocks.3."
     layers: tuple[str, ...] = ()  # of the whole model, where it is known and the graph may be a part
     frame: str = ""  # what Dynamo calls the compiled frame, for reports
+    profit: Decisions | None = None  # where the profit filter finds and leaves its decisions; None: it is off
 
     @classmethod
     def of(
@@ -207,6 +222,10 @@ class PassContext:
         values = (n.meta.get("val") for n in inputs.values())
         device = next((v.device for v in values if isinstance(v, torch.Tensor) and v.ndim > 0), torch.device("cpu"))
         return cls(recipe, strict=strict, device=device, parameters=found)
+
+    def owner(self, site: Site) -> str | None:
+        """The placeholder of the Parameter that owns the site's state: what belongs to no weight is the first Parameter's."""
+        return site.weight or next(iter(self.parameters), None)
 
     def site(self, name: str) -> Site:
         return next(s for s in self.sites if s.name == name)

@@ -95,10 +95,12 @@ def find_sites(graph: fx.Graph, context: PassContext) -> int:
     for f in forward:
         by_sequence.setdefault(f.node.meta.get("seq_nr"), []).append(f)
     uses: Counter[str] = Counter()
+    places: Counter[tuple[str, ...]] = Counter()
     for f in forward:
         if f.site.weight is not None:
             f.site.weight_use = uses[f.site.weight]
             uses[f.site.weight] += 1
+        f.site.place = _place(f, places)
     for node in backward:
         sequence = node.meta.get("seq_nr")
         _assign_backward(node, by_sequence.get(sequence, []) if sequence is not None else forward, context, names)
@@ -163,6 +165,19 @@ def _kind(
         left_is_weight = (left_is_parameter and not right_is_parameter) if all(sides) else sides[0]
         return "linear", ("weight", "input") if left_is_weight else ("input", "weight")
     return "bmm", ("input", "other")
+
+
+_CALL = re.compile(r'^  File "(.+)", line (\d+), in ', re.MULTILINE)
+
+
+def _place(forward: _Forward, before: Counter[tuple[str, ...]]) -> tuple[str, ...]:
+    """The calls that led to a site, and how many of the same weight stand there before it; empty if nobody wrote them down."""
+    calls = tuple(f"{file}:{line}" for file, line in _CALL.findall(forward.node.meta.get("stack_trace") or ""))
+    if not calls:
+        return ()
+    here = (forward.site.weight or forward.site.name, *calls)
+    before[here] += 1
+    return (*calls, str(before[here] - 1))
 
 
 def _op_name(node: fx.Node) -> str:

@@ -117,15 +117,19 @@ def _meta(node: fx.Node) -> dict[str, Any]:
 
 _A, _B = _dequantized("a"), _dequantized("b")
 
+_FACTORS = {"beta": KeywordArg("beta"), "alpha": KeywordArg("alpha")}
+"""A pattern without them would, from torch 2.15 on, not match a node that has other factors than 1."""
+
+
 def _convolution(target: Any, more: int) -> CallFunction:
     return CallFunction(target, _A, _B, *(KeywordArg(f"argument_{i}") for i in range(more)))
 
 
 ROWS = (
     Row("mm", CallFunction(aten.mm.default, _A, _B), _fuse),
-    Row("addmm", CallFunction(aten.addmm.default, KeywordArg("bias"), _A, _B), _fuse),
+    Row("addmm", CallFunction(aten.addmm.default, KeywordArg("bias"), _A, _B, **_FACTORS), _fuse),
     Row("bmm", CallFunction(aten.bmm.default, _A, _B), _fuse),
-    Row("baddbmm", CallFunction(aten.baddbmm.default, KeywordArg("bias"), _A, _B), _fuse),
+    Row("baddbmm", CallFunction(aten.baddbmm.default, KeywordArg("bias"), _A, _B, **_FACTORS), _fuse),
     Row("convolution", _convolution(aten.convolution.default, 7), _fuse_convolution),
     Row("conv_grad_input", _convolution(CONV_GRAD_INPUT, 7), _fuse_convolution),
     Row("conv_grad_weight", _convolution(CONV_GRAD_WEIGHT, 7), _fuse_convolution),

@@ -98,7 +98,7 @@ def insert_qdq(graph: fx.Graph, context: PassContext) -> int:
         site = context.site(where.site)
         gemm = site.gemms[where.role]
         specs = _specs(site, gemm, context)
-        if node.meta.get("qtrain_quantized"):  # by an earlier run
+        if node.meta.get("qtrain_quantized") or node.meta.get("qtrain_hp"):  # by an earlier run; kept by the profit filter
             continue
         if specs is None:
             if all(m.target is DEQUANTIZE for m in operands(node)):  # the model's own quantizers: not to be fused

@@ -40,6 +40,7 @@ from passes.fuse_matmul import fuse_matmul
 from passes.graph import erase_unused
 from passes.identity import describe
 from passes.insert_qdq import insert_qdq
+from passes.keep_slow_gemms_hp import keep_slow_gemms_hp
 from passes.lower import lower
 from passes.matching import Row, rewrite
 from passes.pack_codes import pack_codes
@@ -89,6 +90,7 @@ def joint_steps() -> list[Step]:
         Step("canonicalize", canonicalize),
         Step("split_convolution_backward", split_convolution_backward),  # sites have one node for each GEMM
         Step("find_sites", find_sites),
+        Step("keep_slow_gemms_hp", keep_slow_gemms_hp),  # the profit filter, where it was asked for
         Step("insert_qdq", insert_qdq, "changes"),
         Step("share_quantized", share_quantized),
         Step("attach_range_state", attach_range_state, "changes"),

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import warnings
 
-from passes.context import EMULATED, PassContext
+from passes.context import EMULATED, PROFIT_FILTER, PassContext
 from qcompile.errors import QtrainWarning, UnsupportedError
 
 __all__ = ["by_choice", "tell_what_stays_hp"]
 
-_CHOICES = ("skipped by", "recipe:", "override", EMULATED)
+_CHOICES = ("skipped by", "recipe:", "override", EMULATED, PROFIT_FILTER)
 
 
 def tell_what_stays_hp(context: PassContext) -> None:
-    """Warn of patterns that mean no site, and of GEMMs that the recipe asks for and no integer kernel can run.
+    """Warn of patterns that mean no site, of GEMMs that the profit filter keeps, and of those that no integer kernel can run.
 
     Errors: `UnsupportedError` for such a GEMM under `context.strict`.
     """
@@ -21,6 +21,12 @@ def tell_what_stays_hp(context: PassContext) -> None:
     unmatched = context.recipe.unmatched_patterns([*names, *context.layers])
     if unmatched and context.sites:
         _warn(f"recipe {context.recipe.name!r}: no site matches {', '.join(map(repr, unmatched))}")
+    slow = [(s, g) for s, g in context.gemms() if g.reason is not None and g.reason.startswith(PROFIT_FILTER)]
+    if slow:
+        _warn(
+            f"profit filter: {len(slow)} of {sum(1 for _ in context.gemms())} GEMMs stay in high precision, faster here; "
+            f"first {slow[0][0].name}.{slow[0][1].role}: {slow[0][1].reason}. qcompile.explain(model, ...) lists them all."
+        )
     stuck = [(s, g) for s, g in context.gemms() if g.reason is not None and not by_choice(g.reason)]
     if not stuck:
         return
@@ -39,7 +45,7 @@ def tell_what_stays_hp(context: PassContext) -> None:
 
 
 def by_choice(reason: str) -> bool:
-    """Whether a GEMM is in high precision because the recipe says so, or because nothing would be gained (depthwise)."""
+    """Whether a GEMM is in high precision because the recipe says so, or because nothing would be gained (depthwise, measured)."""
     return reason.startswith(_CHOICES)
 
 

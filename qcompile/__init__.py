@@ -20,6 +20,7 @@ if TYPE_CHECKING:
         MissingPackageError,
         QtrainWarning,
         RecipeError,
+        SecurityError,
         StateError,
         UnsupportedError,
     )
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     )
     from qcompile.recipe import Recipe
     from qcompile.recipes import get_recipe, list_recipes, register_recipe
+    from qcompile.search import SearchResult, search_recipe
     from qcompile.specs import SAME, GemmSpec, PerBlock, PerChannel, PerRow, PerTensor, QuantSpec, SavedSpec
     from qcompile.state import RangeState, range_state, set_range_group
 
@@ -71,6 +73,7 @@ _HOME = {
         "MissingPackageError",
         "QtrainWarning",
         "RecipeError",
+        "SecurityError",
         "StateError",
         "UnsupportedError",
     ),
@@ -108,6 +111,7 @@ _HOME = {
     ),
     "qcompile.recipe": ("Recipe",),
     "qcompile.recipes": ("get_recipe", "list_recipes", "register_recipe"),
+    "qcompile.search": ("SearchResult", "search_recipe"),
     "qcompile.specs": ("SAME", "GemmSpec", "PerBlock", "PerChannel", "PerRow", "PerTensor", "QuantSpec", "SavedSpec"),
     "qcompile.state": ("RangeState", "range_state", "set_range_group"),
 }

@@ -36,13 +36,14 @@ from qcompile.kernels.select import fallback_reason, gemm_kernel, unsupported_de
 from qcompile.recipe import Recipe
 from qcompile.recipes import get_recipe
 from qcompile.state.binding import Binder, binding_of
+from qcompile.state.decisions import StoredDecisions
 from qcompile.state.replays import REPLAYS
 from qcompile.state.replicas import REPLICAS
 from qcompile.state.store import STORE, RangeStore
 
 __all__ = ["CompiledGraph", "compiled_graphs", "qtrain"]
 
-OPTIONS = ("recipe", "strict", "mode", "passes", "requantize")
+OPTIONS = ("recipe", "strict", "mode", "passes", "requantize", "profit_filter")
 
 
 @dataclass
@@ -88,6 +89,7 @@ def qtrain(
              mode     what torch.compile's `mode=` takes
              passes   a list of steps in place of the default pipeline
              requantize  True: a GEMM whose result only the next GEMM reads, through nothing or a ReLU, writes codes (static ranges)
+             profit_filter  True: a GEMM that is measured slower in integers on this device stays in high precision
              and every option of Inductor
     Errors: `RecipeError`, `ValueError` for an unknown option, `UnsupportedError` under `strict`.
     """
@@ -100,6 +102,9 @@ def qtrain(
     requantize = options.pop("requantize", False)
     if not isinstance(requantize, bool):
         raise ValueError(f"requantize: got {requantize!r}; allowed: True or False")
+    profit_filter = options.pop("profit_filter", False)
+    if not isinstance(profit_filter, bool):
+        raise ValueError(f"profit_filter: got {profit_filter!r}; allowed: True or False")
     config = inductor.mode_options(options.pop("mode", mode)) | _inductor_options(options)
     if quantizes_nothing(recipe):
         return inductor.compile_plain(gm, example_inputs, config)
@@ -110,7 +115,9 @@ def qtrain(
         return inductor.compile_plain(gm, example_inputs, config)
     _check_fallback(example_inputs, strict)
     steps = joint_steps() if steps is None else steps
-    compilation = Compilation(gm, example_inputs, recipe, strict, config, steps, requantize)
+    if profit_filter and not any(step.name == "keep_slow_gemms_hp" for step in steps):
+        raise ValueError("profit_filter: the steps in `passes` leave out keep_slow_gemms_hp; add it behind find_sites")
+    compilation = Compilation(gm, example_inputs, recipe, strict, config, steps, requantize, profit_filter)
     compiled = compilation.run()
     with _COMPILED_LOCK:
         _COMPILED.append(compilation.record)
@@ -179,8 +186,9 @@ class Compilation:
         config: dict[str, Any],
         steps: Sequence[Step],
         requantize: bool = False,
+        profit_filter: bool = False,
     ) -> None:
-        self.requantize = requantize
+        self.requantize, self.profit_filter = requantize, profit_filter
         self.gm, self.example_inputs, self.config = gm, example_inputs, config
         self.steps = list(steps)
         self.inputs = DynamoInputs.of(gm, example_inputs)
@@ -218,6 +226,9 @@ class Compilation:
         parameters = self._own_parameters(graph)
         context.prefixes, context.layers = prefixes(parameters), tuple(layers_around(parameters))
         context.device = _device(graph)
+        if self.profit_filter:
+            own = {name: parameter for name, (_, parameter) in parameters.items()}
+            context.profit = StoredDecisions(self.store, own, shared=context.recipe.ranges == "replicated")
         Pipeline(self.steps, context, on_step=self.on_step).run(graph)
         self.writes = count_writes(graph)
         self.record.seconds["passes"] = self.record.seconds.get("passes", 0.0) + time.perf_counter() - start
@@ -298,6 +309,8 @@ class Compilation:
         """
         context, recipe = self.context, self.context.recipe
         positions = {name: names.index(name) for name in context.parameters if name in names}
+        if isinstance(context.profit, StoredDecisions) and positions:
+            compiled = _adopting(compiled, context.profit, positions)
         if not (recipe.skip or recipe.overrides) or context.prefixes == ("",) or not positions:
             return compiled
         first = next(iter(positions.values()))
@@ -411,6 +424,21 @@ def _agreeing(backward: Callable[..., Any]) -> Callable[..., Any]:
     def run(args: list[Any]) -> Any:
         REPLICAS.at_end_of_backward()
         return backward(args)
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
+
+
+def _adopting(compiled: Callable[..., Any], decisions: StoredDecisions, positions: Mapping[str, int]) -> Callable[..., Any]:
+    """A half that keeps what the profit filter decided with the Parameters of every instance that it runs for."""
+    first = next(iter(positions.values()))
+    known: set[int] = set()
+
+    def run(args: list[Any]) -> Any:
+        if id(args[first]) not in known:
+            known.add(id(args[first]))
+            decisions.adopt({name: args[i] for name, i in positions.items()})
+        return compiled(args)
 
     run._boxed_call = True  # type: ignore[attr-defined]
     return run

@@ -10,6 +10,7 @@ __all__ = [
     "MissingPackageError",
     "QtrainWarning",
     "RecipeError",
+    "SecurityError",
     "StateError",
     "UnsupportedError",
 ]
@@ -21,6 +22,10 @@ class RecipeError(ValueError):
 
 class StateError(ValueError):
     """Range state that does not fit the model, or is not range state at all."""
+
+
+class SecurityError(RuntimeError):
+    """Others could put code into a folder that compiled code is loaded from."""
 
 
 class UnsupportedError(RuntimeError):

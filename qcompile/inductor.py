@@ -19,12 +19,17 @@ from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from passes.context import PassContext
 from passes.partition import min_cut_partition
 from passes.restore_decompositions import decompositions
+from qcompile.cache_folders import check_cache_folders
 
 __all__ = [
+    "compile_alone",
     "compile_frozen",
     "compile_plain",
     "compile_with_inductor",
@@ -145,6 +150,7 @@ def compile_frozen(module: nn.Module) -> Callable[..., Any]:
 
 def compile_plain(gm: fx.GraphModule, example_inputs: Sequence[Any], config: dict[str, Any]) -> Callable[..., Any]:
     """Inductor itself: no pass runs and no input is added."""
+    check_cache_folders(default_cache_dir())
     return compile_fx(gm, example_inputs, config_patches=config)
 
 
@@ -188,7 +194,7 @@ def compile_with_inductor(
     config      Inductor options of the user's
     context     what the passes share; the partitioner reads what the recipe says about saved tensors
     """
-
+    check_cache_folders(default_cache_dir())
     users_pass = config.get("joint_custom_pre_pass", inductor_config.joint_custom_pre_pass)
     users_partitioner = config.get("custom_partitioner_fn", inductor_config.custom_partitioner_fn)
     patches = {
@@ -208,6 +214,19 @@ def compile_with_inductor(
     # AOTAutograd's cache would skip the joint pass and our wrapper, and cannot store the wrapper: off for this compile only.
     with functorch_config.patch(enable_autograd_cache=False):
         return compile_fx(gm, example_inputs, inner_compile=_hooked(cacheable), config_patches=patches, decompositions=table)
+
+
+def compile_alone(fn: Callable[..., Sequence[torch.Tensor]], inputs: Sequence[torch.Tensor]) -> Callable[..., Any]:
+    """Compile plain PyTorch for these (real) inputs, whatever is being compiled around it: a function of a list, which it empties.
+
+    fn  traced without gradients; it returns a list of tensors
+    """
+    # Not the context of the compilation around us, which waits for strides and would take our sizes for symbols of its own.
+    outside = torch._guards.TracingContext(FakeTensorMode(static_shapes=True))
+    with torch._guards.tracing(outside), inductor_config.patch({"triton.cudagraphs": False}):
+        graph = make_fx(fn, decomposition_table=decompositions(), tracing_mode="fake")(*inputs)
+        values = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
+        return compile_fx_inner(graph, values, is_inference=True)
 
 
 _RANDOM = frozenset(

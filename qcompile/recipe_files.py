@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,20 +46,25 @@ def from_json(text: str) -> Any:
         raise RecipeError(f"not JSON: {error}.") from error
 
 
-def to_toml(table: Mapping[str, Any]) -> str:
-    """TOML text: plain values first, then one section a table, then one a row of an array of tables."""
+def to_toml(table: Mapping[str, Any], *, head: Sequence[str] = (), notes: Mapping[int, Sequence[str]] | None = None) -> str:
+    """TOML text: plain values first, then one section a table, then one a row of an array of tables.
+
+    head   lines of comment on top
+    notes  row of an array of tables -> lines of comment in it
+    """
     without_null = _name_null(table)
-    plain, sections = [], []
+    plain: list[str] = []
+    sections: list[tuple[str, Mapping[str, Any], Sequence[str]]] = []
     for key, value in without_null.items():
         if isinstance(value, Mapping):
-            sections.append((f"[{_key(key)}]", value))
+            sections.append((f"[{_key(key)}]", value, ()))
         elif isinstance(value, list) and value and all(isinstance(row, Mapping) for row in value):
-            sections.extend((f"[[{_key(key)}]]", row) for row in value)
+            sections.extend((f"[[{_key(key)}]]", row, (notes or {}).get(i, ())) for i, row in enumerate(value))
         else:
             plain.append(f"{_key(key)} = {_value(value)}")
-    lines = [*plain]
-    for header, section in sections:
-        lines += ["", header, *(f"{_key(key)} = {_value(value)}" for key, value in section.items())]
+    lines = [*map(_comment, head), *([""] if head else []), *plain]
+    for header, section, comments in sections:
+        lines += ["", header, *map(_comment, comments), *(f"{_key(key)} = {_value(value)}" for key, value in section.items())]
     return "\n".join(lines) + "\n"
 
 
@@ -101,6 +106,10 @@ def _name_null(value: Any, null: str = "hp") -> Any:
     if isinstance(value, list | tuple):
         return [_name_null(item, null) for item in value]
     return value
+
+
+def _comment(line: str) -> str:
+    return f"# {line}".rstrip()
 
 
 def _key(key: str) -> str:

@@ -18,8 +18,8 @@ MOMENTUM = 0.9
 
 
 def hindsight(*, rounding: str = "nearest", max_clipped: float | None = None, **fields: Any) -> QuantSpec:
-    """A static operand; `max_clipped=None` is the average alone."""
-    estimator = InHindsight(momentum=MOMENTUM, max_clipped=max_clipped)
+    """A static operand; by default the average alone."""
+    estimator = InHindsight(momentum=MOMENTUM, max_clipped=max_clipped, max_excess=None)
     return QuantSpec(estimator=estimator, rounding=rounding, **fields)
 
 

@@ -5,9 +5,9 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-from qcompile import range_state
-from qcompile.kernels import record_launches
-from tests.compiling import STOCHASTIC, compiled
+from qcompile import backend, compiled_graphs, range_state, register_kernel, unregister_kernel
+from qcompile.kernels import cpu, record_launches
+from tests.compiling import AVERAGE, STOCHASTIC, compiled
 
 
 def test_ranges_and_integer_gemms_survive_new_batch_sizes():
@@ -37,3 +37,43 @@ def test_an_empty_batch_leaves_the_ranges_alone():
     y.sum().backward()
     assert y.shape == (0, 8)
     assert range_state(step)["input"]["amax"].item() == pytest.approx(before, rel=0, abs=0)
+
+
+@pytest.mark.parametrize("how", ["dynamic=True", "mark_dynamic", "automatic"])
+@pytest.mark.parametrize("axis", [0, 1], ids=["batch", "sequence"])
+def test_one_or_two_compilations_however_it_is_asked_for(interpreted, how, axis):
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32))
+    step = compiled(model, AVERAGE) if how != "dynamic=True" else torch.compile(
+        model, backend=backend.qtrain, options={"recipe": AVERAGE}, dynamic=True
+    )
+    for number, size in enumerate((12, 20, 7, 33), start=1):
+        shape = [6, 6, 32]
+        shape[axis] = size
+        x = torch.randn(shape)
+        if how == "mark_dynamic":
+            torch._dynamo.mark_dynamic(x, axis)
+        with record_launches() as launches:
+            step(x).pow(2).mean().backward()
+        assert len(launches) == 5 and [6 * size in (launch.m, launch.k) for launch in launches] == [True] * 5
+        assert range_state(model)["0.input"]["steps"].item() == range_state(model)["2.grad_output"]["steps"].item() == number
+    assert len(compiled_graphs()) == (2 if how == "automatic" else 1)
+
+
+def test_one_graph_takes_the_kernel_for_each_size(interpreted):
+    """The choice follows the sizes of the call, not those that were compiled first; so does splitting the sum over the tokens."""
+    model = nn.Linear(2, 2, bias=False)
+    step = torch.compile(model, backend=backend.qtrain, options={"recipe": "int8_tensorwise"}, dynamic=True)
+    register_kernel("few_rows", cpu.product, supports=lambda gemm: gemm.m <= 64)
+    try:
+        for tokens in (20, 1000, 40, 200_000):  # the last sum is beyond int32: 200,000 * 127 * 127 = 3.2e9
+            model.zero_grad()
+            with record_launches() as launches:
+                step(torch.ones(tokens, 2)).backward(torch.ones(tokens, 2))
+            forward = next(launch for launch in launches if launch.m == tokens)
+            assert (forward.kernel == "few_rows") == (tokens <= 64)
+            gradient = next(launch for launch in launches if launch.k == tokens)
+            assert (gradient.m, gradient.n) == (2, 2)
+            torch.testing.assert_close(model.weight.grad, torch.full((2, 2), float(tokens)), rtol=1e-6, atol=0)
+    finally:
+        unregister_kernel("few_rows")
+    assert len(compiled_graphs()) == 1

@@ -381,7 +381,7 @@ def test_json_writes_hp_as_null_and_toml_as_a_word():
     assert json.loads(recipe.to_json())["grad_weight"] is None
     assert json.loads(recipe.to_json())["output"] == "same"
     assert 'grad_weight = "hp"' in recipe.to_toml()
-    assert 'estimator = { name = "in_hindsight", momentum = 0.9, max_clipped = "none" }' in recipe.to_toml()
+    assert 'estimator = { name = "in_hindsight", momentum = 0.9, max_clipped = "none", max_excess = 64.0 }' in recipe.to_toml()
 
 
 def test_a_file_written_by_hand():

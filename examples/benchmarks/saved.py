@@ -24,17 +24,12 @@ import qcompile
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks import results
 from benchmarks.mlp import Block
+from experiments import recipe_named
 from gpt import GPT, GPTConfig
 
 RECIPES = ("none+8", "none+4", "int8", "int8+8", "int8+4", "int8_tensorwise", "int8_tensorwise+8", "int4", "int4+4")
-
-
-def get_recipe(variant: str) -> qcompile.Recipe:
-    """A built-in recipe by name; "int8+4" is `int8` with `compress_saved=4`."""
-    name, _, bits = variant.partition("+")
-    recipe = qcompile.get_recipe(name)
-    return recipe.replace(compress_saved=int(bits), name=variant) if bits else recipe
 
 
 def models(width: int, tokens: int) -> Iterator[tuple[str, Callable[[], nn.Module], tuple[Tensor, ...]]]:
@@ -56,7 +51,7 @@ def measure(variants: list[str], width: int, tokens: int) -> list[dict[str, Any]
         with torch.autocast("cpu", torch.bfloat16):
             bf16 = qcompile.capture(model, *inputs, recipe="none")
             for variant in variants:
-                found = qcompile.capture(model, *inputs, recipe=get_recipe(variant))
+                found = qcompile.capture(model, *inputs, recipe=recipe_named(variant))
                 saved = found.saved_bytes().total
                 snr = median(_snr_db(g, bf16.gradients[n]) for n, g in found.gradients.items() if g.ndim == 2)
                 ratio = saved / bf16.saved_bytes().total
@@ -73,10 +68,12 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--recipes", default=",".join(RECIPES))
+    results.add_argument(parser, "saved")
     args = parser.parse_args(argv)
     rows = measure(args.recipes.split(","), args.width, args.tokens)
     print(f"width {args.width}, {args.tokens} tokens, torch {torch.__version__}\n")
     print(tabulate(rows, headers="keys", floatfmt=("", "", ".2f", ".2f", ".1f")))
+    results.save("saved", args, rows, args.save)
     return rows
 
 

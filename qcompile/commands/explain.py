@@ -13,6 +13,7 @@ from qcompile.commands.progress import progress
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     target.add_arguments(parser)
     parser.add_argument("--timed", action="store_true", help="also measure each GEMM and read its scales")
+    parser.add_argument("--profit-filter", action="store_true", help="keep GEMMs in hp that are measured slower in integers here")
     parser.add_argument("--html", metavar="FILE", type=Path, help="write the report as a page")
     parser.add_argument("--draw", metavar="FILE", type=Path, help="write a drawing of the graphs (.svg, .html or .dot)")
     parser.add_argument("--strict", action="store_true", help="status 1 if a GEMM that the recipe asks for is not integer")
@@ -24,7 +25,8 @@ def run(arguments: argparse.Namespace) -> int:
 
     made = target.load(arguments)
     with progress(2 if arguments.draw else 1, "compiling") as bar, made.autocast():
-        report = explain(made.model, *made.args, recipe=arguments.recipe, timed=arguments.timed, **made.kwargs)
+        options = {"recipe": arguments.recipe, "timed": arguments.timed, "profit_filter": arguments.profit_filter}
+        report = explain(made.model, *made.args, **options, **made.kwargs)
         bar.update()
         if arguments.draw:
             bar.set_description("drawing")

@@ -29,7 +29,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from qcompile._checks import check_int, check_share
+from qcompile._checks import check_int, check_number, check_share
 from qcompile.estimators.base import RangeEstimator, State, Stats, register_estimator
 
 
@@ -67,17 +67,25 @@ class InHindsight(_Average):
 
     momentum     share of the old range that is kept, 0..1; 0 takes the previous tensor's range as it is.
     max_clipped  our choice: where more than this share of the elements (0..1) lay outside the range used, the
-                 new range is the present tensor's own. None is the paper's formula alone.
+                 new range is the present tensor's own.
+    max_excess   our choice: the new range reaches no further than this many times the present tensor, >= 1. An
+                 average forgets one garbage batch (a gradient of 1e27) only after hundreds of steps in which every
+                 code is 0; under the default of 64 the next tensor has at least two levels of 8 bits.
+
+    None for both is the paper's formula alone.
     """
 
     momentum: float = 0.9
     max_clipped: float | None = 0.05
+    max_excess: float | None = 64.0
 
     name: ClassVar[str] = "in_hindsight"
 
     def __post_init__(self) -> None:
         check_share("InHindsight.momentum", self.momentum)
         check_share("InHindsight.max_clipped", self.max_clipped, optional=True)
+        if self.max_excess is not None:
+            check_number("InHindsight.max_excess", self.max_excess, 1.0, float("inf"))
 
     @property
     def static(self) -> bool:
@@ -89,6 +97,15 @@ class InHindsight(_Average):
 
     def range(self, stats: Stats, state: State) -> tuple[Tensor, Tensor]:
         return _bounds(state)
+
+    def update(self, stats: Stats, state: State) -> dict[str, Tensor]:
+        new = super().update(stats, state)
+        if self.max_excess is None:
+            return new
+        if "amax" in new:
+            return {"amax": torch.minimum(new["amax"], self.max_excess * stats["amax"])}
+        reach = self.max_excess * torch.maximum(stats["min"].abs(), stats["max"].abs())
+        return {"low": torch.maximum(new["low"], -reach), "high": torch.minimum(new["high"], reach)}
 
 
 @register_estimator

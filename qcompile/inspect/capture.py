@@ -183,11 +183,13 @@ def capture(
     loss: Callable[[Any], Tensor] | None = None,
     passes: Sequence[Step] | None = None,
     ranges: Mapping[str, Tensor] | None = None,
+    profit_filter: bool = False,
     **kwargs: Any,
 ) -> Capture:
     """Compile `model(*inputs, **kwargs)` up to code generation, run that step, and keep every stage.
 
-    recipe, strict, passes    as in `torch.compile(model, backend="qtrain", options={...})`
+    recipe, strict, passes, profit_filter    as in `torch.compile(model, backend="qtrain", options={...})`; what
+            the filter has decided for this model holds, the rest is measured
     loss    outputs -> scalar, to drive the backward pass; default: the mean square of every floating-point
             output, added up. It must depend on the outputs alone. It decides about values only, not about
             graphs.
@@ -208,12 +210,15 @@ def capture(
     names = _names(copied)
     alive = {storage_of(t) for t in [*copied.parameters(), *copied.buffers(), *_tensors((inputs, kwargs))]}
     store = RangeStore()
+    if profit_filter:
+        decided = {f"{n}.{f}": v for n, d in range_state(model).decisions().items() for f, v in d.to_tensors().items()}
+        RangeState(copied, store).load_state_dict(decided, strict=False)
     if ranges:
         RangeState(copied, store).load_state_dict(ranges, strict=False)
     recordings: list[Recording] = []
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        recording = Recording(gm, example_inputs, recipe, strict, {}, passes or joint_steps())
+        recording = Recording(gm, example_inputs, recipe, strict, {}, passes or joint_steps(), False, profit_filter)
         recording.store, recording.tensor_names, recording.alive = store, names, alive
         compiled = recording.run()
         recordings.append(recording)

@@ -38,7 +38,7 @@ from qcompile.kernels import record_launches
 from qcompile.recipe import Recipe
 from qcompile.state.handle import range_state
 
-__all__ = ["Comparison", "GemmNumerics", "OperandNumerics", "TensorNumerics", "compare", "compare_captured"]
+__all__ = ["Comparison", "GemmNumerics", "OperandNumerics", "TensorNumerics", "compare", "compare_captured", "quantized_operands"]
 
 _LISTED = 12
 
@@ -312,7 +312,7 @@ class _Measuring(Replay):
         self._uses: dict[fx.Node, int] = {}
         self._quantized: dict[fx.Node, tuple[Any, ...]] = {}  # quantize -> its arguments
         for gemm in module.graph.nodes:
-            for _, way in _operands(gemm):
+            for _, way in quantized_operands(gemm):
                 self._uses[way[0]] = self._uses.get(way[0], 0) + 1
 
     def run_node(self, n: fx.Node) -> Any:
@@ -331,7 +331,7 @@ class _Measuring(Replay):
         """The GEMM on its operands in high precision, on its codes, and with one operand at a time quantized."""
         arguments = [_wide(a) for a in self.fetch_args_kwargs_from_env(gemm)[0]]
         options = self.fetch_args_kwargs_from_env(gemm)[1]
-        ways = _operands(gemm)
+        ways = quantized_operands(gemm)
         if len(ways) != 2:
             return None, {}
         exact = list(arguments)
@@ -358,7 +358,7 @@ class _Measuring(Replay):
         return own, operands
 
 
-def _operands(gemm: fx.Node) -> list[tuple[int, list[fx.Node]]]:
+def quantized_operands(gemm: fx.Node) -> list[tuple[int, list[fx.Node]]]:
     """(position among the arguments, the way from a quantize to its dequantize) of a GEMM's two quantized operands."""
     if gemm.op != "call_function" or "qtrain_gemm" not in gemm.meta:
         return []

@@ -295,6 +295,7 @@ def explain(
     loss: Callable[[Any], Tensor] | None = None,
     passes: Sequence[Step] | None = None,
     timed: bool = False,
+    profit_filter: bool = False,
     **kwargs: Any,
 ) -> Report:
     """What the backend makes of a training step of `model(*inputs, **kwargs)` under a recipe.
@@ -304,13 +305,15 @@ def explain(
     passes  steps in place of the default pipeline
     timed   also measure each GEMM, integer and in high precision, and read its scales: six more steps, operator
             by operator
+    profit_filter  as in `torch.compile(model, backend="qtrain", options={...})`: the reasons of the GEMMs that it
+            keeps in high precision have the measured times; what it has decided for this model holds
 
     It goes through the compiler twice, up to code generation: under the recipe, and as plain Inductor, for
     what that saves; under `compress_saved` a third time, without it, for what that does to gradients.
 
     Errors: those of `capture`, but for strict.
     """
-    found = capture(model, *inputs, recipe=recipe, loss=loss, passes=passes, **kwargs)
+    found = capture(model, *inputs, recipe=recipe, loss=loss, passes=passes, profit_filter=profit_filter, **kwargs)
     hp = found if quantizes_nothing(found.recipe) else capture(model, *inputs, recipe="none", loss=loss, **kwargs)
     times = [measure(graph) if timed else {} for graph in found.graphs]
     report = _report(found, hp, times)

@@ -1,11 +1,13 @@
 """Measure the candidates for a GEMM on the GPU at hand, once for each bucket of sizes: `mode="max-autotune"`.
 
-The candidates are the rows of the Triton table for this hardware and the library's product. The fastest is remembered for the
-process: `tuning.choose` returns its configuration, `cuda.gemm_for` its name. Measured when a graph is compiled, on codes of its
-own: nothing waits for the GPU in a training step, and nothing is measured inside a CUDA graph.
+The candidates are the rows of the Triton tables for this hardware and the library's product. The fastest is remembered for the
+process, and on disk for the next one (`qcompile.kernels.measured`): `tuning.choose` returns its configuration, `cuda.gemm_for` its
+name. Measured when a graph is compiled, on codes of its own: nothing waits for the GPU in a training step, and nothing is measured
+inside a CUDA graph.
 
-A candidate that does not run (out of memory, too much shared memory, an error of Triton's) is left out, with one warning for it in
-the process; if there is no memory for the operands, or nothing runs, the default stays.
+A candidate that does not run (out of memory, too much shared memory, an error of Triton's), or whose product is not the first
+one's, is left out, with one warning for it in the process; if there is no memory for the operands, or nothing runs, the default
+stays.
 """
 
 from __future__ import annotations
@@ -20,12 +22,15 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import _disable_current_modes
 
-from qcompile.errors import QtrainWarning
-from qcompile.kernels import cuda
+from qcompile.errors import KernelError, QtrainWarning
+from qcompile.kernels import cuda, measured
 from qcompile.kernels.triton import tuning
-from qcompile.kernels.triton.launch import family, unavailable_reasons
+from qcompile.kernels.triton.launch import family
 
 __all__ = ["Candidate", "Timer", "bench_on_gpu", "candidates", "measure", "tune"]
+
+PROVEN = ("triton", "triton_tma")
+"""Kernels that may be measured without being asked for: Triton's own pipeline orders their copies and products."""
 
 Timer = Callable[[Callable[[], object]], float]
 """A function -> its time, any unit."""
@@ -41,18 +46,26 @@ class Candidate(NamedTuple):
         if self.config is None:
             return self.kernel
         c = self.config
-        return f"{self.kernel} {c.block_m}x{c.block_n}x{c.block_k}, {c.stages} stages, {c.warps} warps"
+        more = ", flat" * c.flatten + f", {c.per_sm} on a multiprocessor" * (c.per_sm > 1)
+        return f"{self.kernel} {c.block_m}x{c.block_n}x{c.block_k}, {c.stages} stages, {c.warps} warps{more}"
 
 
 _told: set[Candidate | str] = set()
 
 
-def candidates(device: torch.device, m: int) -> list[Candidate]:
-    """What can be measured for M rows, the default first; of one kernel only if `QTRAIN_CUDA_GEMM` names it."""
-    found = [Candidate("int_mm")]
-    if not unavailable_reasons(device, "scaled_mm"):
-        found = [Candidate("triton", config) for config in tuning.candidates(family(device), m)] + found
+def candidates(device: torch.device, m: int, k: int, *, everything: bool = False) -> list[Candidate]:
+    """What can be measured for M rows and K summed, the default first; of one kernel only if `QTRAIN_CUDA_GEMM` names it.
+
+    everything  also kernels that wait for their first run on a GPU, where a fault of theirs could be a hang
+    """
     wanted = os.environ.get("QTRAIN_CUDA_GEMM")
+    found = [
+        Candidate(kernel, config)
+        for kernel in tuning.TABLES
+        if (everything or kernel in (*PROVEN, wanted)) and not cuda.reasons_against(kernel, device) and cuda.fits(kernel, k)
+        for config in tuning.candidates(family(device), m, kernel)
+    ]
+    found.append(Candidate("int_mm"))
     return [c for c in found if wanted in (None, c.kernel)]
 
 
@@ -61,10 +74,13 @@ def tune(device: torch.device, m: int, n: int, k: int, out_dtype: torch.dtype, t
 
     timer  default: Triton's `do_bench`, the median in ms
     """
+    forced = "QTRAIN_CUDA_GEMM" in os.environ  # then what is measured is a part of the candidates, for this process
+    if not forced:
+        _recall(device)
     known = cuda.tuned(device, m, n, k)
     if known is not None:
-        return Candidate(known, tuning.choose(family(device), m, n, k) if known == "triton" else None)
-    found = candidates(device, m)
+        return Candidate(known, tuning.choose(family(device), m, n, k, known) if known in tuning.TABLES else None)
+    found = candidates(device, m, k)
     if 0 in (m, n, k) or len(found) < 2:
         return None
     with unset_fake_temporarily(), _disable_current_modes(), torch.no_grad():
@@ -72,10 +88,27 @@ def tune(device: torch.device, m: int, n: int, k: int, out_dtype: torch.dtype, t
     if not times:
         return None
     best = min(times, key=times.__getitem__)  # the first of equals
-    if best.config is not None:
-        tuning.remember(family(device), m, n, k, best.config)
-    cuda.remember(device, m, n, k, best.kernel)
+    _remember(device, (m, n, k), best)
+    if not forced:
+        measured.store(device, tuning.bucket(m, n, k), best, times[best])
     return best
+
+
+def _remember(device: torch.device, sizes: tuple[int, int, int], best: Candidate) -> None:
+    if best.config is not None:
+        tuning.remember(family(device), *sizes, best.config, best.kernel)
+    cuda.remember(device, *sizes, best.kernel)
+
+
+_recalled: set[torch.device] = set()
+
+
+def _recall(device: torch.device) -> None:
+    """Take over what an earlier process measured, once in this one."""
+    if device not in _recalled:
+        _recalled.add(device)
+        for sizes, choice in measured.load(device).items():
+            _remember(device, sizes, Candidate(*choice))
 
 
 def measure(
@@ -90,9 +123,15 @@ def measure(
     except torch.OutOfMemoryError as error:
         _tell("operands", f"no memory to tune a GEMM of {m} x {n} x {k}, the default configuration is used: {_first_line(error)}")
         return {}
-    times = {}
+    times: dict[Candidate, float] = {}
+    product: Tensor | None = None
     for candidate in found:
         try:
+            made = _run(candidate, a, b_t, *scales, out_dtype)
+            product = made if product is None else product
+            # One rounding of a 16-bit result is allowed: Triton's interpreter truncates.
+            if not torch.allclose(made, product, rtol=torch.finfo(out_dtype).eps, atol=0):
+                raise KernelError("its product differs from the first candidate's")
             times[candidate] = timer(lambda candidate=candidate: _run(candidate, a, b_t, *scales, out_dtype))  # type: ignore[misc]
         except Exception as error:  # compiler, driver and allocator have no error in common; what is broken is just not chosen
             _tell(candidate, f"{candidate} does not run for a GEMM of {m} x {n} x {k} and is left out: {_first_line(error)}")
@@ -105,7 +144,7 @@ def _run(candidate: Candidate, a: Tensor, b_t: Tensor, a_scale: Tensor, b_scale:
         return cuda.CANDIDATES[candidate.kernel](*operands)
     from qcompile.kernels.triton.scaled_mm import scaled_mm
 
-    return scaled_mm(*operands, config=candidate.config)
+    return scaled_mm(*operands, kernel=candidate.kernel, config=candidate.config)
 
 
 def bench_on_gpu(run: Callable[[], object]) -> float:

@@ -1,15 +1,17 @@
 """INT8 GEMM, quantize with a transposed copy, and transpose on NVIDIA and AMD GPUs. M rows, N columns, K summed.
 
-    triton    a kernel of ours: any shape; zero points, scales, bias, cast fused; capability 8.0 or newer
-    int_mm    torch._int_mm (cuBLASLt, hipBLASLt): int32 out, the rest in passes of its own; 7.5 or newer
+    triton       a kernel of ours: any shape; zero points, scales, bias, cast fused; capability 8.0 or newer
+    triton_tma   the same, persistent and fed by TMA: capability 9.0, K a multiple of 16; `triton` runs where it cannot
+    triton_gluon the same with a step of the tensor cores in flight; not measured unless asked for: it has not run on a GPU yet
+    int_mm       torch._int_mm (cuBLASLt, hipBLASLt): int32 out, the rest in passes of its own; 7.5 or newer
 
 Both read a [M, K] and b as b_t [N, K] with contiguous rows. Another layout is copied first: on compute
 capability 9.0 cuBLASLt has no tensor-core kernel for a row-major b (about 8 times slower), and one copy of
 1-byte codes is far cheaper.
 
-The default is Triton where it can run. Under `mode="max-autotune"` `int_mm` and every configuration of the
-Triton table are measured, and the fastest is taken for the bucket of sizes (`qcompile.kernels.autotune`).
-`QTRAIN_CUDA_GEMM=triton|int_mm` overrides the choice. The integer sum is exact in both up to K = 131,071
+The default is `triton` where it can run. Under `mode="max-autotune"` `int_mm` and every configuration of the
+Triton tables are measured, and the fastest is taken for the bucket of sizes (`qcompile.kernels.autotune`).
+`QTRAIN_CUDA_GEMM=triton|triton_tma|triton_gluon|int_mm` overrides the choice. The integer sum is exact in both up to K = 131,071
 (less with zero points, `max_k`); longer sums are added up in fp32, part by part.
 """
 
@@ -25,10 +27,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from qcompile.errors import KernelError
-from qcompile.kernels import cuda_conv, note_launch
+from qcompile.kernels import batched, cuda_conv, note_launch
 from qcompile.kernels.convolution import operators
-from qcompile.kernels.cpu import of_batch
-from qcompile.kernels.fallback import first_that_runs
+from qcompile.kernels.fallback import first_that_runs, ours_or_plain
 from qcompile.kernels.registry import find_kernel
 from qcompile.kernels.triton.launch import MINIMUM_CAPABILITY, unavailable_reasons
 from qcompile.kernels.triton.tuning import bucket, max_k
@@ -36,13 +37,16 @@ from qcompile.kernels.triton.tuning import bucket, max_k
 __all__ = [
     "CANDIDATES",
     "fallback_reason",
+    "fits",
     "gemm_for",
     "kernel_for",
     "quantize_transposed_cuda",
+    "reasons_against",
     "register_cuda_kernels",
     "remember",
     "scaled_bmm_cuda",
     "scaled_mm_cuda",
+    "scaled_mm_requantize_cuda",
     "transpose_codes_cuda",
     "tuned",
 ]
@@ -50,6 +54,10 @@ __all__ = [
 INT8_TENSOR_CORES = (7, 5)
 """The first compute capability with int8 tensor cores (Turing), and the first that `torch._int_mm`
 supports."""
+
+DESCRIBED = ("triton_tma", "triton_gluon")
+TMA_MULTIPLE = 16
+"""Rows are to begin on 16-byte boundaries (`qcompile.kernels.triton.scaled_mm_tma`)."""
 
 INT_MM_ROWS = 17
 INT_MM_MULTIPLE = 8
@@ -60,7 +68,7 @@ INT_MM_MULTIPLE = 8
 
 
 def kernel_for(device: torch.device, capability: tuple[int, int] | None = None) -> str:
-    """The candidate for `device`: "triton" or "int_mm". `capability` stands in for the device's own.
+    """The candidate for `device`, whatever the sizes. `capability` stands in for the device's own.
 
     Errors: `KernelError` on a GPU without int8 tensor cores, or if `QTRAIN_CUDA_GEMM` asks for what cannot
     run.
@@ -73,17 +81,26 @@ def kernel_for(device: torch.device, capability: tuple[int, int] | None = None) 
             f"need {INT8_TENSOR_CORES[0]}.{INT8_TENSOR_CORES[1]}. Keep the matmuls in high precision (hp): "
             f"recipe 'none'."
         )
-    reasons = unavailable_reasons(device, "scaled_mm", capability=capability)
     wanted = os.environ.get("QTRAIN_CUDA_GEMM")
     if wanted is None:
-        return "int_mm" if reasons else "triton"
+        return "int_mm" if reasons_against("triton", device, capability) else "triton"
     if wanted not in CANDIDATES:
         raise KernelError(f"QTRAIN_CUDA_GEMM: {wanted!r} is no candidate; allowed: {list(CANDIDATES)}.")
-    if wanted == "triton" and reasons:
-        raise KernelError(
-            f"QTRAIN_CUDA_GEMM: 'triton' cannot run on {device}: {'; '.join(reasons)}. Use 'int_mm'."
-        )
+    if reasons := reasons_against(wanted, device, capability):
+        raise KernelError(f"QTRAIN_CUDA_GEMM: {wanted!r} cannot run on {device}: {'; '.join(reasons)}. Use 'int_mm'.")
     return wanted
+
+
+def reasons_against(name: str, device: torch.device, capability: tuple[int, int] | None = None) -> tuple[str, ...]:
+    """Why a candidate cannot run on a GPU with int8 tensor cores; empty if it can."""
+    if name == "int_mm":
+        return ()
+    return unavailable_reasons(device, "scaled_mm" if name == "triton" else name, capability=capability)
+
+
+def fits(name: str, k: int) -> bool:
+    """Whether a candidate takes rows of K codes."""
+    return name not in DESCRIBED or k % TMA_MULTIPLE == 0
 
 
 @functools.cache
@@ -100,7 +117,8 @@ def gemm_for(device: torch.device, m: int, n: int, k: int) -> str:
     Errors: those of `kernel_for`.
     """
     wanted = os.environ.get("QTRAIN_CUDA_GEMM")
-    return (tuned(device, m, n, k) if wanted is None else None) or _kernel_for(device, wanted)
+    name = (tuned(device, m, n, k) if wanted is None else None) or _kernel_for(device, wanted)
+    return name if fits(name, k) else "triton"
 
 
 def tuned(device: torch.device, m: int, n: int, k: int) -> str | None:
@@ -132,11 +150,17 @@ def fallback_reason(device: torch.device) -> str | None:
 
 
 def _triton(a: Tensor, b_t: Tensor, *rest: Any) -> Tensor:
-    from qcompile.kernels.triton.scaled_mm import (
-        scaled_mm,
-    )  # Triton may be missing where this file is imported
+    from qcompile.kernels.triton.scaled_mm import scaled_mm  # Triton may be missing where this file is imported
 
     return scaled_mm(a, b_t, *rest)
+
+
+def _described(kernel: str, a: Tensor, b_t: Tensor, *rest: Any) -> Tensor:
+    from qcompile.kernels.triton.scaled_mm import scaled_mm
+    from qcompile.kernels.triton.scaled_mm_tma import takes
+
+    a, b_t = (codes if takes(codes) else _aligned(codes) for codes in (a, b_t))
+    return scaled_mm(a, b_t, *rest, kernel=kernel)
 
 
 def _int_mm(
@@ -184,7 +208,11 @@ def _aligned(codes: Tensor) -> Tensor:
     return codes if codes.data_ptr() % 16 == 0 else codes.clone()
 
 
-CANDIDATES: dict[str, Callable[..., Tensor]] = {"triton": _triton, "int_mm": _int_mm}
+CANDIDATES: dict[str, Callable[..., Tensor]] = {
+    "triton": _triton,
+    **{name: functools.partial(_described, name) for name in DESCRIBED},
+    "int_mm": _int_mm,
+}
 
 
 # --- Operators ----------------------------------------------------------------------------------------------
@@ -231,9 +259,8 @@ def product(
         out = a.new_zeros((m, n), dtype=torch.float32) * (a_scale * b_scale)
         return (out if bias is None else out + bias.to(torch.float32)).to(out_dtype)
     chosen = gemm_for(a.device, m, n, k)
-    others = () if "QTRAIN_CUDA_GEMM" in os.environ else tuple(name for name in CANDIDATES if name != chosen)
-    if "triton" in others and unavailable_reasons(a.device, "scaled_mm"):
-        others = ()
+    others = () if "QTRAIN_CUDA_GEMM" in os.environ else tuple(name for name in ("triton", "int_mm") if name != chosen)
+    others = tuple(name for name in others if not reasons_against(name, a.device))
     operands = (_rows_contiguous(a), _rows_contiguous(b.t()), a_scale, b_scale, a_zero, b_zero, bias, out_dtype)
     ran, out = first_that_runs((chosen, *others), lambda name: CANDIDATES[name](*operands), f"a GEMM of {m} x {n} x {k}")
     if ran != chosen:
@@ -251,12 +278,47 @@ def scaled_mm_packed_cuda(a: Tensor, b: Tensor, *rest: Any) -> Tensor:
     fields = {codes_per_byte(bits) for bits in (a_bits, b_bits)} - {1}
     zero_points = sum(zero is not None for zero in operands[2:4])
     name = "none" if 0 in (m, n, k) else gemm_for(a.device, m, n, k)
-    if name != "triton" or len(fields) != 1 or k > max_k(zero_points):
+    if not name.startswith("triton") or len(fields) != 1 or k > max_k(zero_points):
         return scaled_mm_cuda(*unpacked(a, b, k, a_bits, b_bits), *operands)
-    from qcompile.kernels.triton.scaled_mm import scaled_mm
+    from qcompile.kernels.triton import scaled_mm
 
-    note_launch("triton int4" if fields == {2} else "triton int2", m, n, k)
-    return scaled_mm(_rows_contiguous(a), _rows_contiguous(b.t()), *operands, k=k, a_bits=a_bits, b_bits=b_bits)
+    kernel = "triton int4" if fields == {2} else "triton int2"
+
+    def packed() -> Tensor:
+        rows = _rows_contiguous(a), _rows_contiguous(b.t())
+        out = scaled_mm.scaled_mm(*rows, *operands, k=k, a_bits=a_bits, b_bits=b_bits)
+        note_launch(kernel, m, n, k)
+        return out
+
+    def as_int8() -> Tensor:
+        return scaled_mm_cuda(*unpacked(a, b, k, a_bits, b_bits), *operands)
+
+    return ours_or_plain(kernel, a.device, packed, as_int8, f"a GEMM of {m} x {n} x {k}")
+
+
+def scaled_mm_requantize_cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """`qtrain::scaled_mm_requantize` of checked operands: one Triton kernel where it can run, else the operator's parts."""
+    from qcompile.ops.scaled_mm_requantize import scaled_mm_requantize_reference
+
+    a, b, *rest = args
+    (m, k), n = a.shape, b.shape[1]
+    zero_points = sum(zero is not None for zero in rest[2:4])
+    name = "none" if 0 in (m, n, k) else gemm_for(a.device, m, n, k)
+    if not name.startswith("triton") or k > max_k(zero_points):
+        return scaled_mm_requantize_reference(*args)
+    from qcompile.kernels.triton import requantize
+
+    kernel = "triton+requantize"
+
+    def ours() -> tuple[Tensor, Tensor, Tensor]:
+        made = requantize.scaled_mm_requantize(_rows_contiguous(a), _rows_contiguous(b.t()), *rest)
+        note_launch(kernel, m, n, k)
+        return made
+
+    def by_parts() -> tuple[Tensor, Tensor, Tensor]:
+        return scaled_mm_requantize_reference(*args)
+
+    return ours_or_plain(kernel, a.device, ours, by_parts, f"a GEMM of {m} x {n} x {k}")
 
 
 def scaled_bmm_cuda(
@@ -270,25 +332,22 @@ def scaled_bmm_cuda(
     out_dtype: torch.dtype,
 ) -> Tensor:
     """`qtrain::scaled_bmm` of checked operands, matrix by matrix."""
-    (batch, m, k), n = a.shape, b.shape[2]
-    out = a.new_empty((batch, m, n), dtype=out_dtype)
-    if batch and 0 not in (m, n, k):
-        note_launch(gemm_for(a.device, m, n, k), m, n, k, "bmm", batch)
-    bias = None if bias is None else bias.reshape((1,) * (3 - bias.ndim) + tuple(bias.shape))
-    for i in range(batch):
-        scales = of_batch(a_scale, i), of_batch(b_scale, i)
-        zeros = of_batch(a_zero, i), of_batch(b_zero, i)
-        out[i] = product(a[i], b[i], *scales, *zeros, of_batch(bias, i), out_dtype)
-    return out
+    (m, k), n = a.shape[1:], b.shape[2]
+    name = "none" if 0 in (m, n, k) else gemm_for(a.device, m, n, k)
+    return batched.scaled_bmm(product, name, a, b, a_scale, b_scale, a_zero, b_zero, bias, out_dtype)
 
 
 def transpose_codes_cuda(codes: Tensor) -> Tensor:
     """`qtrain::transpose_codes` of an int8 matrix."""
-    if unavailable_reasons(codes.device, "transpose"):
+    def plain() -> Tensor:
         return codes.t().clone(memory_format=torch.contiguous_format)
-    from qcompile.kernels.triton.transpose import transpose
 
-    return transpose(codes)
+    if unavailable_reasons(codes.device, "transpose"):
+        return plain()
+    from qcompile.kernels.triton import transpose
+
+    work = f"the transpose of {codes.shape[0]} x {codes.shape[1]} codes"
+    return ours_or_plain("triton transpose", codes.device, lambda: transpose.transpose(codes), plain, work)
 
 
 def quantize_transposed_cuda(
@@ -303,16 +362,22 @@ def quantize_transposed_cuda(
     bound: Tensor | None,
 ) -> list[Tensor]:
     """`qtrain::quantize_transposed` of checked operands; `qcompile.ops.quantize_transposed` has their shapes and dtypes."""
-    if x.dtype is torch.float64 or unavailable_reasons(x.device, "quantize"):
+    def plain() -> list[Tensor]:
         from qcompile.ops.quantize_transposed import quantize_transposed_reference
 
         return quantize_transposed_reference(x, scale, zero_point, bits, seed, salt, codes, amax, bound)
-    from qcompile.kernels.triton.quantize import quantize
 
-    made = quantize(
-        x, scale, zero_point, bits=bits, seed=seed, salt=salt, codes=codes, codes_t=True, amax=amax, bound=bound
-    )
-    return [output for output in (made.codes, made.codes_t, made.amax, made.outside) if output is not None]
+    if x.dtype is torch.float64 or unavailable_reasons(x.device, "quantize"):
+        return plain()
+    from qcompile.kernels.triton import quantize
+
+    def ours() -> list[Tensor]:
+        made = quantize.quantize(
+            x, scale, zero_point, bits=bits, seed=seed, salt=salt, codes=codes, codes_t=True, amax=amax, bound=bound
+        )
+        return [output for output in (made.codes, made.codes_t, made.amax, made.outside) if output is not None]
+
+    return ours_or_plain("triton quantize", x.device, ours, plain, f"quantizing {x.shape[0]} x {x.shape[1]} values")
 
 
 def _rows_contiguous(codes: Tensor) -> Tensor:
@@ -346,8 +411,9 @@ def register_cuda_kernels() -> None:
         return  # the imports above may have called this function
     LIBRARY.impl("scaled_mm", checked(check_scaled_mm, scaled_mm_cuda), "CUDA")
     LIBRARY.impl("scaled_bmm", checked(check_scaled_bmm, scaled_bmm_cuda), "CUDA")
+
     def uses_triton(device: torch.device) -> bool:
-        return _kernel_for(device, os.environ.get("QTRAIN_CUDA_GEMM")) == "triton"
+        return _kernel_for(device, os.environ.get("QTRAIN_CUDA_GEMM")) != "int_mm"
 
     for name, implementation in cuda_conv.operators(operators(product, name_of), uses_triton).items():
         LIBRARY.impl(name, checked(CHECKS[name], implementation), "CUDA")

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from qcompile.geometry import Geometry
 from qcompile.kernels import note_launch
+from qcompile.kernels.fallback import ours_or_plain
 from qcompile.kernels.triton.launch import unavailable_reasons
 from qcompile.kernels.triton.tuning import max_k
 
@@ -42,16 +43,28 @@ def operators(gathered: Operators, uses_triton: Callable[[torch.device], bool] |
         if not (available(input.device) and _takes(geometry, weight.shape, in_zero, w_zero, "output")):
             return gathered["scaled_conv"](input, weight, *rest)
         places = geometry.output_size(input.shape[2:], weight.shape[2:])
-        _note("conv", geometry.product("output", input.shape, weight.shape, (input.shape[0], 0, *places)), geometry)
-        return _conv(input, weight, in_scale, w_scale, in_zero, bias, geometry, "output", places, out_dtype)
+        shape = geometry.product("output", input.shape, weight.shape, (input.shape[0], 0, *places))
+
+        def ours() -> Tensor:
+            out = _conv(input, weight, in_scale, w_scale, in_zero, bias, geometry, "output", places, out_dtype)
+            _note("conv", shape, geometry)
+            return out
+
+        return _or_gathered(input.device, ours, lambda: gathered["scaled_conv"](input, weight, *rest), shape)
 
     def scaled_conv_grad_input(grad_output: Tensor, weight: Tensor, *rest: Any) -> Tensor:
         g_scale, w_scale, g_zero, w_zero, input_size, *spelled, out_dtype = rest
         geometry = Geometry(*spelled)
         if not (available(weight.device) and _takes(geometry, weight.shape, g_zero, w_zero, "grad_input")):
             return gathered["scaled_conv_grad_input"](grad_output, weight, *rest)
-        _note("conv_grad_input", geometry.product("grad_input", input_size, weight.shape, grad_output.shape), geometry)
-        return _conv(grad_output, weight, g_scale, w_scale, g_zero, None, geometry, "grad_input", input_size[2:], out_dtype)
+        shape, places = geometry.product("grad_input", input_size, weight.shape, grad_output.shape), input_size[2:]
+
+        def ours() -> Tensor:
+            out = _conv(grad_output, weight, g_scale, w_scale, g_zero, None, geometry, "grad_input", places, out_dtype)
+            _note("conv_grad_input", shape, geometry)
+            return out
+
+        return _or_gathered(weight.device, ours, lambda: gathered["scaled_conv_grad_input"](grad_output, weight, *rest), shape)
 
     def scaled_conv_grad_weight(grad_output: Tensor, input: Tensor, *rest: Any) -> Tensor:
         g_scale, in_scale, g_zero, in_zero, weight_size, *spelled, out_dtype = rest
@@ -67,17 +80,27 @@ def operators(gathered: Operators, uses_triton: Callable[[torch.device], bool] |
         from qcompile.kernels.cuda import transpose_codes_cuda
         from qcompile.kernels.triton import conv
 
-        _note("conv_grad_weight", shape, geometry)
-        rows = small.movedim(1, -1).reshape(-1, small.shape[1])
-        turned = transpose_codes_cuda(rows)
-        where = conv.Geometry.of(weight_size[2:], *geometry.steps)
-        acc = conv.conv_weight(turned, _lifted(big), _three(small.shape[2:]), where, big_zero, groups=geometry.groups)
-        acc = acc.view(weight_size[0], *weight_size[2:], weight_size[1])
-        first, second = (in_scale, g_scale) if geometry.transposed else (g_scale, in_scale)
-        scale = _along_rows(first, acc.ndim) * _along_columns(second, geometry.groups, weight_size, acc.ndim)
-        return (acc.to(torch.float32) * scale).to(out_dtype).movedim(-1, 1).contiguous()
+        def ours() -> Tensor:
+            rows = small.movedim(1, -1).reshape(-1, small.shape[1])
+            turned = transpose_codes_cuda(rows)
+            where = conv.Geometry.of(weight_size[2:], *geometry.steps)
+            acc = conv.conv_weight(turned, _lifted(big), _three(small.shape[2:]), where, big_zero, groups=geometry.groups)
+            acc = acc.view(weight_size[0], *weight_size[2:], weight_size[1])
+            first, second = (in_scale, g_scale) if geometry.transposed else (g_scale, in_scale)
+            scale = _along_rows(first, acc.ndim) * _along_columns(second, geometry.groups, weight_size, acc.ndim)
+            _note("conv_grad_weight", shape, geometry)
+            return (acc.to(torch.float32) * scale).to(out_dtype).movedim(-1, 1).contiguous()
+
+        return _or_gathered(input.device, ours, lambda: gathered["scaled_conv_grad_weight"](grad_output, input, *rest), shape)
 
     return {f.__name__: f for f in (scaled_conv, scaled_conv_grad_input, scaled_conv_grad_weight)}
+
+
+def _or_gathered(
+    device: torch.device, ours: Callable[[], Tensor], gathered: Callable[[], Tensor], shape: tuple[int, int, int]
+) -> Tensor:
+    m, n, k = shape
+    return ours_or_plain("triton conv", device, ours, gathered, f"a convolution's GEMM of {m} x {n} x {k}")
 
 
 def _takes(geometry: Geometry, weight_size: Sequence[int], zero: Tensor | None, weight_zero: Tensor | None, gemm: str) -> bool:

@@ -15,7 +15,7 @@ import torch
 
 from qcompile.errors import KernelError, QtrainWarning
 
-__all__ = ["first_that_runs", "strictly"]
+__all__ = ["first_that_runs", "ours_or_plain", "strictly"]
 
 T = TypeVar("T")
 
@@ -58,6 +58,20 @@ def first_that_runs(names: Sequence[str], run: Callable[[str], T], gemm: str) ->
             warnings.warn(f"{_failure(names[0], gemm, first)}; {name!r} runs in its place from now on", QtrainWarning, stacklevel=3)
         return name, result
     raise first or KernelError(f"no candidate for {gemm}")
+
+
+_failed: set[tuple[str, str]] = set()
+"""(kernel, device) of ours that failed once: plain operators do their work from then on."""
+
+
+def ours_or_plain(kernel: str, device: torch.device, ours: Callable[[], T], plain: Callable[[], T], work: str) -> T:
+    """What `ours` returns: a kernel for which plain operators can stand in. Errors and warnings: those of `first_that_runs`."""
+    if (kernel, str(device)) in _failed:
+        return plain()
+    ran, result = first_that_runs((kernel, "plain"), lambda name: ours() if name == kernel else plain(), work)
+    if ran != kernel:
+        _failed.add((kernel, str(device)))
+    return result
 
 
 def _failure(name: str, gemm: str, error: Exception) -> str:

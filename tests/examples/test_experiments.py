@@ -96,6 +96,13 @@ def test_within_two_standard_errors_is_noise():
     assert difference.mean > 0 and difference.verdict("higher") == "within noise"
 
 
+def test_a_score_that_is_not_finite_has_no_difference():
+    rows = rows_of({"bf16": [1.0, 2.0, 3.0], "int4": [math.nan, 2.5, 3.5], "int2": [math.nan] * 3})
+    difference = experiments.paired_difference(rows, "int4", "bf16")
+    assert (difference.pairs, difference.mean) == (2, 0.5)
+    assert "no common seed" in comparison(rows, Coin()) and "diverged" in comparison(rows, Coin())
+
+
 def test_one_seed_has_no_verdict():
     difference = experiments.paired_difference(rows_of({"fp32": [1.0], "int8": [2.0]}), "int8", "fp32")
     assert difference.mean == 1.0 and math.isnan(difference.error) and difference.verdict("higher") == ""

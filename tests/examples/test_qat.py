@@ -83,8 +83,9 @@ def test_an_encoder_in_integers(interpreted):
     options = argparse.Namespace(
         offsets=False, weight_bits=4, input_bits=8, blocks=0, compile=True, lr=1e-4, steps=2, progress=False
     )
-    made = qat_encoder.fine_tune(model, reference, batches, options)
+    made, _, launched = qat_encoder.fine_tune(model, reference, batches, qat_encoder.recipe_of(options), options)
     assert qat_encoder.judge(made, reference, batches)[0] > 0.9
+    assert launched == 18, "six linear layers in each of three blocks, forward"
 
 
 def test_without_the_weights_it_says_what_to_install(monkeypatch):

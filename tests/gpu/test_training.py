@@ -182,7 +182,7 @@ def test_tuning_measures_on_the_gpu(monkeypatch):
     monkeypatch.setattr(cuda, "_tuned", {})
     device = torch.device("cuda", torch.cuda.current_device())
     best = autotune.tune(device, 512, 256, 512, torch.bfloat16)
-    assert best in autotune.candidates(device, 512) and cuda.gemm_for(device, 512, 256, 512) == best.kernel
+    assert best in autotune.candidates(device, 512, 512) and cuda.gemm_for(device, 512, 256, 512) == best.kernel
 
 
 # ---- state
@@ -206,6 +206,24 @@ def test_state_follows_a_model_to_another_device(model):
     gradients(model, compiled)
     after = qcompile.range_state(model).state_dict()
     assert before and all(after[name] == value + 1 for name, value in before.items())
+
+
+@needs_cuda
+def test_state_of_one_device_loads_on_the_other(model):
+    """Saved on the GPU, continued on the CPU, and back: the next step uses what was loaded."""
+    _, compiled = train(model, WARM)
+    saved = qcompile.range_state(model).state_dict()
+    assert all(value.device.type == "cpu" for value in saved.values())
+    here = nn.Sequential(Block()).to("cpu")
+    here.load_state_dict(model.state_dict())
+    qcompile.range_state(here).load_state_dict({name: value.cuda() for name, value in saved.items()})  # wherever it was loaded to
+    torch.compile(here, backend=backend.qtrain, options={"recipe": "int8_in_hindsight"})(torch.ones(TOKENS, WIDTH)).sum().backward()
+    after = qcompile.range_state(here).state_dict()
+    steps = [name for name in saved if name.endswith("steps")]
+    assert steps and all(after[name] == saved[name] + 1 for name in steps)
+    qcompile.range_state(model).load_state_dict(after)
+    gradients(model, compiled)
+    assert all(qcompile.range_state(model).state_dict()[name] == after[name] + 1 for name in steps)
 
 
 def test_equal_seeds_give_equal_steps(model):

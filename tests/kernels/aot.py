@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from qcompile.kernels.triton import tuning
 from qcompile.kernels.triton.amax import amax_kernel
@@ -29,7 +30,10 @@ from qcompile.kernels.triton.conv import conv_kernel, conv_weight_kernel
 from qcompile.kernels.triton.launch import EXACT
 from qcompile.kernels.triton.numerics import Layout
 from qcompile.kernels.triton.quantize import quantize_kernel
+from qcompile.kernels.triton.requantize import requantize_kernel
 from qcompile.kernels.triton.scaled_mm import scaled_mm_kernel
+from qcompile.kernels.triton.scaled_mm_gluon import scaled_mm_gluon_kernel
+from qcompile.kernels.triton.scaled_mm_tma import scaled_mm_tma_kernel
 from qcompile.kernels.triton.transpose import transpose_kernel
 
 TARGETS = {"sm_80": 80, "sm_89": 89, "sm_90": 90, "gfx942": "gfx942"}
@@ -186,6 +190,56 @@ def scaled_mm_case(
     return Case("scaled_mm", variant, scaled_mm_kernel, arguments, options)
 
 
+def requantize_case(config: tuning.MatmulConfig, *, dtype: str = "bf16", gate: bool = False) -> Case:
+    """A ReLU with its mask, or the backward's gate."""
+    config = tuning.for_requantize(config)
+    case = scaled_mm_case(config, dtype=dtype, bias=not gate)
+    left_out = {"out_ptr", "partial_ptr", "PART", "stride_o", "A_PACKED", "B_PACKED", "FIELDS"}
+    arguments = {name: value for name, value in case.arguments.items() if name not in left_out} | {
+        "codes_ptr": "*i8",
+        "marked_ptr": None if gate else "*i8",
+        "found_ptr": "*i64",
+        "gate_ptr": "*i8" if gate else None,
+        "scale_ptr": "*fp32",
+        "zero_ptr": None,
+        "low_ptr": None,
+        "high_ptr": "*fp32",
+        "rounded_ptr": TYPES[dtype],
+        "stride_gate": I32_16,
+        "RELU": not gate,
+        "QMIN": -127,
+        "QMAX": 127,
+    }
+    return Case("requantize", f"{case.variant}, {'gate' if gate else 'relu'}", requantize_kernel, arguments, case.options)
+
+
+def scaled_mm_tma_case(config: tuning.MatmulConfig, *, dtype: str = "bf16", zero_points: bool = False) -> Case:
+    case = scaled_mm_case(config, dtype=dtype, zero_points=zero_points)
+    left_out = {"a_ptr", "b_ptr", "PART", "stride_a", "stride_b", "A_PACKED", "B_PACKED", "FIELDS", "EVEN_K"}
+    arguments = {
+        "a_desc": f"tensordesc<i8[{config.block_m}, {config.block_k}]>",
+        "b_desc": f"tensordesc<i8[{config.block_n}, {config.block_k}]>",
+        **{name: value for name, value in case.arguments.items() if name not in left_out},
+        "FLATTEN": config.flatten,
+    }
+    per_sm = 1 if zero_points else config.per_sm
+    options = case.options | ({"maxnreg": tuning.REGISTERS // (32 * config.warps * per_sm)} if per_sm > 1 else {})
+    variant = f"{case.variant}{', flat' * config.flatten}, {per_sm} on a multiprocessor"
+    return Case("scaled_mm_tma", variant, scaled_mm_tma_kernel, arguments, options)
+
+
+def scaled_mm_gluon_case(config: tuning.MatmulConfig, *, dtype: str = "bf16", zero_points: bool = False) -> Case:
+    case = scaled_mm_tma_case(config, dtype=dtype, zero_points=zero_points)
+    layout = "NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)"
+    arguments = {name: value for name, value in case.arguments.items() if name != "FLATTEN"} | {
+        "a_desc": f"tensordesc<i8[{config.block_m}, {config.block_k}],{layout}>",
+        "b_desc": f"tensordesc<i8[{config.block_n}, {config.block_k}],{layout}>",
+        "STAGES": config.stages,
+        "num_warps": config.warps,
+    }
+    return Case("scaled_mm_gluon", case.variant, scaled_mm_gluon_kernel, arguments, {"num_warps": config.warps})
+
+
 SPACE = ("D", "H", "W", "OD", "OH", "OW", "taps", "KH", "KW")
 STEPS = tuple(f"{what}_{axis}" for what in ("stride", "pad", "dil") for axis in "dhw")
 
@@ -255,10 +309,19 @@ def cases(family: str, *, everything: bool) -> list[Case]:
         scaled_mm_case(tuning.candidates(family, 16)[0]),
         scaled_mm_case(tuning.candidates(family, 4096)[0], packed=(True, True)),
         scaled_mm_case(tuning.candidates(family, 4096)[0], packed=(False, True)),
+        requantize_case(tuning.candidates(family, 4096)[0]),
         conv_case(family),
         conv_weight_case(family),
+        *(scaled_mm_tma_case(config) for config in tuning.TMA.get(family, ())[:1]),
+        *(scaled_mm_gluon_case(config) for config in tuning.GLUON.get(family, ())[:1]),
     ]
     if everything:
+        tma, in_gluon = tuning.TMA.get(family, ()), tuning.GLUON.get(family, ())
+        for dtype in ("bf16", "fp32"):
+            found += [scaled_mm_tma_case(config, dtype=dtype) for config in tma]
+            found += [scaled_mm_gluon_case(config, dtype=dtype) for config in in_gluon]
+        found += [scaled_mm_tma_case(config, zero_points=True) for config in tma[:1]]
+        found += [scaled_mm_gluon_case(config, zero_points=True) for config in in_gluon[-1:]]
         found += [
             quantize_case(family, "bf16, one orientation", transposed=False),
             quantize_case(family, "fp32, nearest", "fp32"),
@@ -283,6 +346,8 @@ def cases(family: str, *, everything: bool) -> list[Case]:
             conv_case(family, even_c=False),
             conv_weight_case(family, channels=64),
             conv_weight_case(family, split=False),
+            requantize_case(first, gate=True),
+            requantize_case(first, dtype="fp32"),
         ]
     return list({(case.kernel, case.variant): case for case in found}.values())
 
@@ -300,12 +365,14 @@ def build(case: Case, family: str) -> dict[str, Any]:
     for position, name in enumerate(names):
         given = case.arguments[name]
         if isinstance(given, str):
-            signature[name] = given.partition(",")[0]
+            signature[name] = I32 if given == I32_16 else given
             if given == I32_16 or given.startswith("*"):
                 attributes[(position,)] = [["tt.divisibility", 16]]
         else:
             signature[name], constants[name] = "constexpr", given
-    source = ASTSource(fn=case.function, signature=signature, constexprs=constants, attrs=attributes)
+    in_gluon = getattr(case.function, "is_gluon", bool)()
+    source_of = GluonASTSource if in_gluon else ASTSource
+    source = source_of(fn=case.function, signature=signature, constexprs=constants, attrs=attributes)
     hip = isinstance(arch, str)
     target = GPUTarget("hip", arch, 64) if hip else GPUTarget("cuda", arch, 32)
     options = {**case.options, **EXACT}
@@ -346,6 +413,8 @@ def _nvidia_facts(ptx: str, cubin: bytes) -> dict[str, Any]:
         r"(?<![\w.])((?:wgmma\.mma_async|mma\.sync|ldmatrix|cp\.async\.cg|ld\.global|st\.global|ld\.local|st\.local|ld\.shared|"
         r"st\.shared|atom\.|red\.|fma\.|mul\.f32|mul\.rn\.f32|div\.)[\w.:]*)"
     )
+    waits = re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx)
+    copies = collections.Counter(re.findall(r"cp\.async\.bulk\.tensor[\w.:]*", ptx))
     # `cp.async.cg.shared.global [..], [..], 16`: the size is an operand.
     sizes = re.findall(r"cp\.async\.c[ag]\.shared\.global[^\n]*?\], (0x[0-9a-f]+|\d+)", ptx)
     operations = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", sass, re.MULTILINE)
@@ -353,12 +422,32 @@ def _nvidia_facts(ptx: str, cubin: bytes) -> dict[str, Any]:
         "registers": int(registers),
         "spilled": int(stack) + int(local),
         "instructions": dict(collections.Counter(re.findall(pattern, ptx))),
+        "tensor_copies": dict(copies),
+        "in_flight": max(map(int, waits), default=0),  # tensor-core steps that may still compute after a wait
+        "refills_in_order": _refills_in_order(ptx),
         "inexact": sorted(set(re.findall(r"\b\w+\.(?:approx|full|ftz|rz)[\w.]*", ptx))),
         "async_bytes": sorted({int(size, 0) for size in sizes}),
         "sass": len(operations),
         "sass_local": sum(operation.split(".")[0] in ("LDL", "STL") for operation in operations),
         "sass_tensor": dict(collections.Counter(o for o in operations if "MMA" in o)),
     }
+
+
+def _refills_in_order(ptx: str) -> bool:
+    """Whether all threads meet between a wait for the tensor cores and the next copy into the memory that they read.
+
+    One thread begins the copy, and has waited for its own four warps only.
+    """
+    events = re.findall(r"wgmma\.wait_group|bar\.sync|cp\.async\.bulk\.tensor", ptx)
+    waited = False
+    for event in events:
+        if event == "wgmma.wait_group":
+            waited = True
+        elif event == "bar.sync":
+            waited = False
+        elif waited:
+            return False
+    return True
 
 
 def _run(tool: str, *arguments: str) -> str:

@@ -28,7 +28,10 @@ def nothing_measured(monkeypatch):
     monkeypatch.setattr(tuning, "_chosen", {})
     monkeypatch.setattr(cuda, "_tuned", {})
     monkeypatch.setattr(autotune, "_told", set())
+    monkeypatch.setattr(autotune, "_recalled", set())
+    monkeypatch.setenv("QTRAIN_CACHE_DIR", "")
     monkeypatch.setitem(tuning.MATMUL, launch.family(HERE), (FIRST, SECOND))
+    monkeypatch.setattr(tuning, "TABLES", {"triton": tuning.MATMUL})
 
 
 class Timer:
@@ -77,11 +80,41 @@ def test_a_bucket_is_measured_once():
     assert len(tune(1, 2, 3, sizes=(129, 40, 64))[1].products) == 3
 
 
+def test_a_product_that_differs_is_left_out_however_fast(monkeypatch):
+    right = autotune._run
+
+    def wrong_by_one(candidate, *operands):
+        product = right(candidate, *operands)
+        if candidate == OURS[1]:
+            product[-1, -1] += 1
+        return product
+
+    monkeypatch.setattr(autotune, "_run", wrong_by_one)
+    with pytest.warns(QtrainWarning, match="1 stages, 4 warps does not run .* its product differs from the first candidate's"):
+        assert tune(3, 2)[0] == LIBRARY  # the second is not timed
+
+
+def test_the_tma_kernel_is_measured_where_it_can_run(monkeypatch):
+    monkeypatch.setattr(tuning, "TABLES", {"triton": tuning.MATMUL, "triton_tma": tuning.TMA})
+    rows = [autotune.Candidate("triton_tma", config) for config in tuning.TMA[launch.family(HERE)]]
+    assert autotune.candidates(HERE, 100, 64) == [*OURS, *rows, LIBRARY]
+    assert autotune.candidates(HERE, 100, 72) == [*OURS, LIBRARY]  # rows off their boundaries
+    assert autotune.candidates(HERE, 64, 64) == [*OURS, LIBRARY]  # few rows
+    assert tune(9, 9, 2, *[3] * (len(rows) - 1), 9)[0] == rows[0]
+    assert cuda.gemm_for(HERE, *SIZES) == "triton_tma"
+    assert tuning.choose(launch.family(HERE), *SIZES, "triton_tma") == rows[0].config
+    a, b = (torch.ones(shape, dtype=torch.int8, device=HERE) for shape in ((120, 64), (64, 40)))
+    one = torch.ones((), device=HERE)
+    with record_launches() as launches:
+        got = cuda.scaled_mm_cuda(a, b, one, one, None, None, None, torch.float32)
+    assert [launched.kernel for launched in launches] == ["triton_tma"] and got.eq(64).all()
+
+
 def test_the_environment_narrows_what_is_measured(monkeypatch):
     monkeypatch.setenv("QTRAIN_CUDA_GEMM", "triton")
-    assert autotune.candidates(HERE, 100) == OURS
+    assert autotune.candidates(HERE, 100, 64) == OURS
     monkeypatch.setenv("QTRAIN_CUDA_GEMM", "int_mm")
-    assert autotune.candidates(HERE, 100) == [LIBRARY] and tune()[0] is None
+    assert autotune.candidates(HERE, 100, 64) == [LIBRARY] and tune()[0] is None
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from torch._subclasses import FakeTensorMode
 
 from qcompile.errors import KernelError
 from qcompile.kernels import Launch, cpu, record_launches
+from qcompile.kernels.cpu import choice, matmul
 from qcompile.ops import scaled_mm, scaled_mm_reference
 
 pytestmark = pytest.mark.cpu
@@ -196,7 +197,7 @@ def test_empty_sum_is_the_bias_or_zero(bias):
 
 @candidate
 def test_epilogue_in_several_blocks(candidate, monkeypatch):
-    monkeypatch.setattr(cpu, "EPILOGUE_ELEMENTS", 20)  # 2 rows of 9 columns a block, the last one short
+    monkeypatch.setattr(matmul, "EPILOGUE_ELEMENTS", 20)  # 2 rows of 9 columns a block, the last one short
     a, b, a_scale, b_scale, bias = (
         int8(5, 8),
         int8(8, 9),
@@ -241,7 +242,7 @@ def test_a_forced_candidate_is_the_one_that_runs():
         with cpu.forced(name), record_launches() as launches:
             scaled_mm(a, b, ONE, ONE, None, None, None, torch.float32)
         assert launches == [Launch(name, 3, 7, 5)]
-        assert not cpu._forced
+        assert not choice._forced
 
 
 def test_kernel_name_says_what_runs():
@@ -292,10 +293,10 @@ def test_a_candidate_that_is_wrong_is_not_used(monkeypatch):
     def absent(a, b):
         raise NotImplementedError("no kernel\nfor this CPU")
 
-    assert cpu._self_test(off_by_one) == "wrong product"
-    assert cpu._self_test(absent) == "not available: no kernel"
-    monkeypatch.setattr(cpu, "self_test", lambda name: None if name == "portable" else "wrong product")
-    cpu._usable.cache_clear()
+    assert choice._self_test(off_by_one) == "wrong product"
+    assert choice._self_test(absent) == "not available: no kernel"
+    monkeypatch.setattr(choice, "self_test", lambda name: None if name == "portable" else "wrong product")
+    choice._usable.cache_clear()
     try:
         assert cpu.kernel_name(2, 2, 2) == "portable"
         with (
@@ -304,7 +305,7 @@ def test_a_candidate_that_is_wrong_is_not_used(monkeypatch):
         ):
             pass
     finally:
-        cpu._usable.cache_clear()
+        choice._usable.cache_clear()
 
 
 def test_self_test_is_not_fooled_by_a_tracing_caller():
@@ -312,13 +313,13 @@ def test_self_test_is_not_fooled_by_a_tracing_caller():
     script = """
 import torch
 from torch._subclasses import FakeTensorMode
-from qcompile.kernels import cpu
+from qcompile.kernels.cpu import choice, transpose
 with FakeTensorMode():
-    found = cpu.kernel_name(2, 2, 2)
-    transposes = cpu._mkldnn_transposes()
-for cached in (cpu.self_test, cpu._usable, cpu._mkldnn_transposes):
+    found = choice.kernel_name(2, 2, 2)
+    transposes = transpose._mkldnn_transposes()
+for cached in (choice.self_test, choice._usable, transpose._mkldnn_transposes):
     cached.cache_clear()
-assert (found, transposes) == (cpu.kernel_name(2, 2, 2), cpu._mkldnn_transposes())
+assert (found, transposes) == (choice.kernel_name(2, 2, 2), transpose._mkldnn_transposes())
 """
     root = Path(__file__).parents[2]
     subprocess.run([sys.executable, "-c", script], cwd=root, check=True, timeout=120)

@@ -18,7 +18,7 @@ from tests.kernels.triton_device import DEVICE, QUIET, misaligned
 
 GPU = torch.device("cuda")
 pytestmark = QUIET
-HERE = ["int_mm"] if launch.unavailable_reasons(DEVICE) else ["triton", "int_mm"]
+HERE = [name for name in cuda.CANDIDATES if not cuda.reasons_against(name, torch.device(DEVICE))]
 
 
 @pytest.fixture(autouse=True)
@@ -110,8 +110,12 @@ def test_the_environment_overrides(monkeypatch, triton_version):
     with pytest.raises(KernelError, match="'triton' cannot run on cuda: scaled_mm in Triton needs"):
         cuda.kernel_for(GPU, (7, 5))
     monkeypatch.setenv("QTRAIN_CUDA_GEMM", "cutlass")
-    with pytest.raises(KernelError, match=r"'cutlass' is no candidate; allowed: \['triton', 'int_mm'\]"):
+    with pytest.raises(KernelError, match=r"'cutlass' is no candidate; allowed: .*'triton_tma', 'triton_gluon', 'int_mm'"):
         cuda.kernel_for(GPU, (9, 0))
+    monkeypatch.setenv("QTRAIN_CUDA_GEMM", "triton_tma")
+    assert cuda.kernel_for(GPU, (9, 0)) == "triton_tma"
+    with pytest.raises(KernelError, match="'triton_tma' cannot run on cuda: .* made for compute capability 9.0, cuda has 10.0"):
+        cuda.kernel_for(GPU, (10, 0))
 
 
 def test_kernels_are_imported_when_they_run():
@@ -140,7 +144,7 @@ def test_any_shape_and_layout(candidate, shape, a_rows, b_rows):
     operands = (a, b, uniform(m, 1), uniform(1, n), None, None, uniform(n), torch.float32)
     with record_launches() as launches:
         got = cuda.scaled_mm_cuda(*operands)
-    assert launches == [Launch(candidate, m, n, k)]
+    assert launches == [Launch(candidate if cuda.fits(candidate, k) else "triton", m, n, k)]
     assert got.is_contiguous() and torch.equal(got, ops.scaled_mm_reference(*operands))
 
 

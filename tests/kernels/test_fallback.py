@@ -6,10 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from qcompile import KernelError, QtrainWarning
-from qcompile.kernels import cpu, record_launches
+from qcompile import KernelError, QtrainWarning, ops
+from qcompile.geometry import Geometry
+from qcompile.kernels import cpu, cuda, cuda_conv, fallback, record_launches
+from qcompile.kernels.cpu import choice, matmul
 from qcompile.kernels.fallback import first_that_runs
+from qcompile.kernels.triton import launch
 from tests.compiling import compiled
+from tests.ops.test_scaled_conv import spelled
 
 pytestmark = pytest.mark.cpu
 
@@ -17,16 +21,16 @@ pytestmark = pytest.mark.cpu
 @pytest.fixture
 def broken(monkeypatch):
     """The best kernel of this CPU passes its self-test and fails in use; its name, and that of the one that is left."""
-    first, *others = cpu._choices(8, 8, 8, False)
-    monkeypatch.setattr(cpu, "_failed", set())
-    whole = cpu._product
+    first, *others = choice.choices(8, 8, 8, False)
+    monkeypatch.setattr(choice, "_failed", set())
+    whole = matmul._product
 
     def product(name, *operands):
         if name == first:
             raise RuntimeError("could not create a primitive\nand more")
         return whole(name, *operands)
 
-    monkeypatch.setattr(cpu, "_product", product)
+    monkeypatch.setattr(matmul, "_product", product)
     return first, others[0]
 
 
@@ -84,3 +88,82 @@ def test_a_lack_of_memory_is_no_fault_of_the_kernel():
     with pytest.raises(torch.OutOfMemoryError):
         first_that_runs(("a", "b"), out_of_memory, "nothing")
     assert asked == ["a"]
+
+
+# ---- the GPU's kernels, in the interpreter: their launch fails as a compilation by Triton may
+
+
+@pytest.fixture
+def on_gpu_kernels(monkeypatch):
+    """The modules of the Triton kernels, and nothing remembered of earlier failures."""
+    pytest.importorskip("triton")
+    if launch.unavailable_reasons("cpu"):
+        pytest.skip("no tested Triton here")
+    monkeypatch.delenv("QTRAIN_CUDA_GEMM", raising=False)
+    monkeypatch.setattr(cuda, "_tuned", {})
+    monkeypatch.setattr(fallback, "_failed", set())
+    cuda._kernel_for.cache_clear()
+
+
+def int8(*shape):
+    return torch.randint(-128, 128, shape, dtype=torch.int8)
+
+
+def does_not_compile(*operands, **options):
+    raise RuntimeError("PassManager::run failed\nand more")
+
+
+ONE = torch.tensor(1.0)
+GEMM = (int8(20, 32), int8(32, 24), ONE, ONE, None, None, None, torch.float32)
+
+
+def packed():
+    a, b = (torch.randint(-8, 8, size, dtype=torch.int8) for size in ((20, 32), (32, 24)))
+    return (ops.pack_codes(a, 4, 1), ops.pack_codes(b, 4, 0), *GEMM[2:], 32, 4, 4)
+
+
+def convolution():
+    where = spelled(Geometry([1, 1], [1, 1], [1, 1], False, [0, 0], 1))
+    return int8(2, 3, 5, 5), int8(4, 3, 3, 3), ONE, ONE, None, None, None, *where, torch.float32
+
+
+def convolve(*operands):
+    gathered = {"scaled_conv": lambda *args: ops.scaled_conv_reference(*args)}
+    return cuda_conv.operators(gathered, lambda device: True)["scaled_conv"](*operands)
+
+
+QUANTIZE = (torch.randn(70, 40), torch.tensor(0.02), None, 8, None, 5, True, True, None)
+FORMS = {
+    "GEMM": ("scaled_mm.scaled_mm", cuda.scaled_mm_cuda, ops.scaled_mm_reference, lambda: GEMM),
+    "packed GEMM": ("scaled_mm.scaled_mm", cuda.scaled_mm_packed_cuda, ops.scaled_mm_packed_reference, packed),
+    "convolution": ("conv.conv", convolve, ops.scaled_conv_reference, convolution),
+    "quantize": ("quantize.quantize", cuda.quantize_transposed_cuda, ops.quantize_transposed_reference, lambda: QUANTIZE),
+    "transpose": ("transpose.transpose", cuda.transpose_codes_cuda, torch.t, lambda: GEMM[:1]),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*invalid value encountered:RuntimeWarning")  # the interpreter's own
+@pytest.mark.parametrize("form", FORMS)
+def test_a_triton_kernel_that_does_not_compile(form, on_gpu_kernels, monkeypatch):
+    where, run, reference, operands = FORMS[form]
+    operands = operands()
+    want = reference(*operands)
+    broken = pytest.MonkeyPatch()
+    broken.setattr(f"qcompile.kernels.triton.{where}", does_not_compile)
+    try:
+        strict = fallback.strictly(lambda args: run(*args))
+        with pytest.raises(KernelError, match="strict: kernel 'triton.*PassManager::run failed"):
+            strict(list(operands))
+        with pytest.warns(QtrainWarning, match=r"kernel 'triton.*\(RuntimeError: PassManager::run failed\); .* in its place"):
+            got = run(*operands)
+    finally:
+        broken.undo()
+    assert_equal(got, want)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", QtrainWarning)
+        assert_equal(run(*operands), want)  # remembered: it is not asked again, and nothing is said twice
+
+
+def assert_equal(got, want):
+    for a, b in zip(*([t] if isinstance(t, torch.Tensor) else t for t in (got, want)), strict=True):
+        assert torch.equal(a, b)

@@ -19,17 +19,29 @@ from qcompile.kernels.triton import tuning
 from tests.kernels import aot
 
 ROOT = Path(__file__).parents[2]
+GEMMS = ("scaled_mm", "scaled_mm packed", "scaled_mm_tma", "scaled_mm_gluon", "requantize", "conv", "conv_weight")
 NVIDIA = [family for family in aot.TARGETS if family.startswith("sm_")]
 
 
 @functools.cache
-def compiled(everything):
-    """(target, kernel, variant) -> facts."""
+def output_of(everything):
+    """What the process said: (exit status, stdout, stderr). A failure is kept, too: it takes as long as a success."""
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, aot.__file__, *["--all"] * everything]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800)
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)["cases"]
+    return done.returncode, done.stdout, done.stderr
+
+
+def compiled(everything):
+    """(target, kernel, variant) -> facts."""
+    status, output, errors = output_of(everything)
+    assert status == 0, errors
+    return facts_of(output)
+
+
+@functools.cache
+def facts_of(output):
+    found = json.loads(output)["cases"]
     return {(facts["target"], facts["kernel"], facts["variant"]): facts for facts in found}
 
 
@@ -57,14 +69,14 @@ def number_of(facts, *prefixes):
     return sum(n for name, n in facts["instructions"].items() if name.startswith(prefixes))
 
 
-@each("quantize", "amax", "transpose", "scaled_mm", "scaled_mm packed", "conv", "conv_weight")
+@each("quantize", "amax", "transpose", *GEMMS)
 def test_nothing_spills_and_shared_memory_suffices(facts):
     assert facts["spilled"] == 0 and number_of(facts, "ld.local", "st.local", "scratch_") == 0
     assert facts.get("sass_local", 0) == 0
     assert facts["shared"] <= tuning.SHARED_MEMORY[facts["target"]]
 
 
-@each("scaled_mm", "scaled_mm packed", "conv", "conv_weight")
+@each(*GEMMS)
 def test_int8_tensor_cores_multiply(facts):
     tile = facts["tile"]
     if facts["target"] == "gfx942":
@@ -110,7 +122,7 @@ def test_positions_are_summed_into_int32(facts):
     assert max(facts["async_bytes"]) == 16 and number_of(facts, "mul.") == 0
 
 
-@each("scaled_mm", "conv", targets=NVIDIA)
+@each("scaled_mm", "scaled_mm_tma", "scaled_mm_gluon", "conv", targets=NVIDIA)
 def test_products_are_scaled_with_a_rounding_after_every_operation(facts):
     """Two multiplications (scale by scale, sum by scale) and an addition: no fused one, nothing
     approximate."""
@@ -150,11 +162,43 @@ def test_statistics_cost_one_atomic_each(facts):
     assert number_of(facts, "atom.global.gpu.relaxed.add.u64", "red.global.gpu.relaxed.add.u64") == 1
 
 
-def test_two_blocks_of_the_default_share_a_hopper_multiprocessor():
+@each("requantize", targets=NVIDIA)
+def test_a_result_leaves_as_codes_and_four_numbers(facts):
+    """Codes, and with a ReLU its mask, 16 bytes at a time; no value is written, and a statistic is one atomic."""
+    values = facts["tile"]["BLOCK_M"] * facts["tile"]["BLOCK_N"] // (32 * facts["num_warps"])
+    matrices = 2 if "relu" in facts["variant"] else 1
+    assert number_of(facts, "st.global") == number_of(facts, "st.global.v4.b32") == matrices * values // 16
+    assert number_of(facts, "atom.global", "red.global") == 4 and number_of(facts, "fma.") == 0 and facts["inexact"] == []
+
+
+@each("scaled_mm_gluon", targets=["sm_90"])
+def test_a_step_stays_in_flight_and_its_operands_stay_put(facts):
+    """What Triton's own kernels do not do for int8: they wait for the last step before they begin the next."""
+    stages = int(facts["variant"].partition(" stages")[0].rpartition(" ")[2])
+    assert facts["in_flight"] == 1 and sum(facts["tensor_copies"].values()) == 2 * stages and facts["refills_in_order"]
+    width = 8 if "fp32" in facts["variant"] else 16
+    assert number_of(facts, "st.global") == number_of(facts, f"st.global.v{width // 4}.b32") > 0
+
+
+@each("scaled_mm_tma", targets=["sm_90"])
+def test_a_copy_engine_fetches_the_operands(facts):
+    """A tile of each for every stage that is filled in advance, and one in the loop; threads read nothing but what the epilogue
+    applies, and results leave 16 bytes at a time."""
+    (copy,) = facts["tensor_copies"]
+    assert copy.startswith("cp.async.bulk.tensor.2d.shared") and facts["tensor_copies"][copy] == 2 * facts["num_stages"]
+    assert facts["in_flight"] == 0 and facts["refills_in_order"]
+    assert facts["async_bytes"] == [] and number_of(facts, "ld.shared.b8", "st.shared.b8") == 0
+    assert number_of(facts, "st.global") == number_of(facts, "st.global.v4.b32") > 0
+
+
+@pytest.mark.parametrize(
+    "make, table", [(aot.scaled_mm_case, tuning.MATMUL), (aot.scaled_mm_tma_case, tuning.TMA)], ids=["pointers", "tma"]
+)
+def test_two_blocks_of_the_default_share_a_hopper_multiprocessor(make, table):
     """What the choice of 3 stages is for: 65,536 registers and 228 KB, of which each block costs 1 KB more
     than it uses."""
-    config = tuning.MATMUL["sm_90"][0]
-    case = aot.scaled_mm_case(config)
+    config = table["sm_90"][0]
+    case = make(config)
     facts = compiled(False)["sm_90", case.kernel, case.variant]
     registers = -(-facts["registers"] // 8) * 8 * 32 * config.warps
     assert 2 * registers <= 65_536

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from qcompile.errors import KernelError
-from qcompile.kernels import cpu, record_launches, requantize
+from qcompile.kernels import cpu, record_launches
+from qcompile.kernels.cpu import requantize
 from qcompile.ops import scaled_mm_requantize, scaled_mm_requantize_reference
 
 M, K, N = 37, 45, 29
@@ -69,8 +70,8 @@ def test_an_overflow_shows_in_the_statistics(relu):
 def test_it_is_one_launch_and_the_values_are_never_whole(monkeypatch):
     monkeypatch.setattr(requantize, "BLOCK_ELEMENTS", 16 * N)
     seen = []
-    epilogue = cpu._epilogue
-    monkeypatch.setattr(cpu, "_epilogue", lambda acc, *rest: seen.append(acc.shape[0]) or epilogue(acc, *rest))
+    epilogue = requantize.epilogue
+    monkeypatch.setattr(requantize, "epilogue", lambda acc, *rest: seen.append(acc.shape[0]) or epilogue(acc, *rest))
     with record_launches() as launches:
         scaled_mm_requantize(
             *operands(), torch.float32, True, None, torch.tensor(0.1), None, 8, None, torch.tensor(1.0), False

@@ -4,6 +4,7 @@ import io
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load, save
 from torch import nn
 
@@ -179,6 +180,70 @@ def bad_states(saved):
         "integers": (saved | {"body.1.input.amax": torch.ones(1, dtype=torch.int64)}, "is a torch.int64 tensor"),
         "no mapping": (list(saved), "got a list"),
     }
+
+
+@pytest.mark.parametrize("named", ["body.1.inputs", "body.2.input", "body.1.grad_outputs"])
+def test_a_renamed_site_is_missing_and_unexpected(interpreted, named):
+    model, _ = trained()
+    state = range_state(model)
+    before = state.state_dict()
+    entry = named.rstrip("s").replace("body.2", "body.1")
+    renamed = {k.replace(entry, named): v + 1 for k, v in before.items()}
+    with pytest.raises(StateError, match=rf"missing: {entry}\.amax.*unexpected: {named}\.amax.*strict=False"):
+        state.load_state_dict(renamed)
+    assert same(state.state_dict(), before)
+    result = state.load_state_dict(renamed, strict=False)
+    assert set(result.missing_keys) == {k for k in before if k.startswith(f"{entry}.")}
+    assert set(result.unexpected_keys) == {k for k in renamed if k.startswith(f"{named}.")}
+    assert all(torch.equal(v, before[k] + (0 if k.startswith(f"{entry}.") else 1)) for k, v in state.state_dict().items())
+
+
+FOUR = AVERAGE.replace(input=hindsight(bits=4), grad_output=hindsight(bits=4), weight=QuantSpec(bits=4), name="four")
+
+
+def through_file(form, model, folder):
+    """What a checkpoint in this format gives back, as a function that loads it into a model."""
+    saved = range_state(model).state_dict()
+    if form == "torch":
+        torch.save(saved, folder / "ranges.pt")
+        return lambda other: range_state(other).load_state_dict(torch.load(folder / "ranges.pt", weights_only=True))
+    if form == "safetensors":
+        data = save(saved)
+        return lambda other: range_state(other).load_state_dict(load(data))
+    dcp.save({"ranges": range_state(model)}, checkpoint_id=folder / "ranges", no_dist=True)
+    return lambda other: range_state(other).load_distributed(folder / "ranges")
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled:UserWarning")
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated:UserWarning")
+@pytest.mark.parametrize("form", ["torch", "safetensors", "distributed"])
+@pytest.mark.parametrize("widths", [(AVERAGE, FOUR), (FOUR, AVERAGE)], ids=["8 into 4", "4 into 8"])
+def test_ranges_of_another_width_are_refused(interpreted, tmp_path, form, widths):
+    saved_under, recipe = widths
+    message = r"saved under {} bits, the recipe has {}".format(*((8, 4) if recipe is FOUR else (4, 8)))
+    load_into = through_file(form, trained(saved_under)[0], tmp_path)
+
+    model, run = trained(recipe)  # it has ranges already
+    before = range_state(model).state_dict()
+    with pytest.raises(StateError, match=rf"body\.\d\.\w+ was {message}"):
+        load_into(model)
+    assert same(range_state(model).state_dict(), before)
+
+    fresh = Net()  # nothing tells the width until it runs
+    load_into(fresh)
+    with pytest.raises(StateError, match=message):
+        compiled(fresh, recipe)(batch(0))
+
+    same_width, _ = trained(saved_under, steps=1)
+    load_into(same_width)
+    assert {v.item() for k, v in range_state(same_width).state_dict().items() if k.endswith(".steps")} == {2}
+
+
+def test_ranges_of_another_width_are_taken_over_on_request(interpreted):
+    saved = {k: v for k, v in range_state(trained(FOUR)[0]).state_dict().items() if not k.endswith(".bits")}
+    model, _ = trained(steps=1)
+    range_state(model).load_state_dict(saved)
+    assert same(range_state(model).state_dict(), saved)
 
 
 def test_what_does_not_fit_is_refused_and_changes_nothing(interpreted):
@@ -422,13 +487,13 @@ def test_state_follows_the_parameter_to_another_arena():
 
 def test_a_full_arena_keeps_its_slots():
     """Claiming what is there already needs no room; what is new goes where everything of the graph fits."""
-    from qcompile.state import RangeStore
+    from qcompile.state.store import RangeStore, Request
 
     store, device = RangeStore(), torch.device("cpu")
     owner = nn.Parameter(torch.zeros(1))
 
     def claim(*keys):
-        requests = [(owner, key, ("amax",), (0.0,), 4, "fc", key, ()) for key in keys]
+        requests = [Request(owner, key, ("amax",), (0.0,), 4, "fc", key) for key in keys]
         return store.claim(requests, device, 8)
 
     arena, slots = claim("a", "b")  # full now

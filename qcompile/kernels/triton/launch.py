@@ -21,6 +21,7 @@ __all__ = [
     "family",
     "interpreting",
     "is_available",
+    "multiprocessors",
     "takes_ptx",
     "unavailable_reasons",
     "version_reason",
@@ -38,6 +39,9 @@ fusion (Triton's default up to 3.9) `x * inv + draw` would be one, and codes wou
 MINIMUM_CAPABILITY = {"quantize": (7, 5), "scaled_mm": (8, 0)}
 """Compute capability from which Triton compiles a kernel. On 7.5 its int8 dot fails: there is no path to
 Turing's tensor cores."""
+
+ONLY_CAPABILITY = {"triton_tma": (9, 0), "triton_gluon": (9, 0)}
+"""The one compute capability that a kernel was made for, and whose compiled code was checked."""
 
 FAMILIES = {(8, 0): "sm_80", (8, 6): "sm_86", (8, 7): "sm_86", (8, 9): "sm_89", (9, 0): "sm_90"}
 """Compute capability -> the name that the tables of `tuning` use. 8.7 has the instructions of 8.6 and more
@@ -77,8 +81,8 @@ def version_reason(version: str | None) -> str | None:
 def unavailable_reasons(
     device: torch.device | str, kernel: str = "scaled_mm", *, capability: tuple[int, int] | None = None
 ) -> tuple[str, ...]:
-    """Why a Triton kernel ("quantize", "amax", "transpose" or "scaled_mm") cannot run on `device`; empty if
-    it can.
+    """Why a Triton kernel ("quantize", "amax", "transpose", "scaled_mm", "triton_tma" or "triton_gluon") cannot run on
+    `device`; empty if it can.
 
     `capability` is (major, minor) of a CUDA device, read from the device if not given. The CPU counts only
     under the interpreter.
@@ -86,17 +90,22 @@ def unavailable_reasons(
     device = torch.device(device)
     reasons = [reason] if (reason := version_reason(_triton_version())) else []
     if device.type == "cpu":
-        if not interpreting():
+        if kernel == "triton_gluon":
+            reasons.append("Gluon has no interpreter")
+        elif not interpreting():
             reasons.append("Triton runs on CPU tensors only in its interpreter (TRITON_INTERPRET=1, for tests)")
     elif device.type != "cuda":
         reasons.append(f"device {device} is not a CUDA or ROCm GPU")
     elif torch.version.hip is None:
         capability = capability or torch.cuda.get_device_capability(device)
-        needed = MINIMUM_CAPABILITY["scaled_mm" if kernel == "scaled_mm" else "quantize"]
-        if capability < needed:
-            reasons.append(
-                f"{kernel} in Triton needs compute capability {needed[0]}.{needed[1]}, {device} has {capability[0]}.{capability[1]}"
-            )
+        has = f"{device} has {capability[0]}.{capability[1]}"
+        only, needed = ONLY_CAPABILITY.get(kernel), MINIMUM_CAPABILITY["scaled_mm" if kernel == "scaled_mm" else "quantize"]
+        if only is not None and capability != only:
+            reasons.append(f"{kernel} is made for compute capability {only[0]}.{only[1]}, {has}")
+        elif capability < needed:
+            reasons.append(f"{kernel} in Triton needs compute capability {needed[0]}.{needed[1]}, {has}")
+    elif kernel in ONLY_CAPABILITY:
+        reasons.append(f"{kernel} is made for NVIDIA GPUs")
     return tuple(reasons)
 
 
@@ -118,6 +127,11 @@ def family(device: torch.device) -> str:
         return FAMILIES[capability]
     # 100 KB of shared memory everywhere from 8.6 on, so the 8.9 rows fit; datacenter parts have 228 KB.
     return "sm_90" if capability in ((10, 0), (10, 3)) else "sm_89"
+
+
+def multiprocessors(device: torch.device) -> int:
+    """How many programs run side by side, one on each; three in the interpreter, so that each has several tiles."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 3
 
 
 def takes_ptx(device: torch.device) -> bool:

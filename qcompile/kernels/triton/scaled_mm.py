@@ -22,18 +22,23 @@ does not care.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from qcompile.errors import KernelError
 from qcompile.kernels.triton import tuning
-from qcompile.kernels.triton.launch import EXACT, device_guard, family
-from qcompile.kernels.triton.numerics import COLUMN, FULL, ROW, Layout, layout_of, load_shared
+from qcompile.kernels.triton.epilogue import finish_tile, tile_of
+from qcompile.kernels.triton.launch import EXACT, device_guard, family, multiprocessors
+from qcompile.kernels.triton.numerics import Layout, layout_of
+from qcompile.kernels.triton.scaled_mm_tma import ALIGNMENT, scaled_mm_tma_kernel, takes
 from qcompile.ops.pack_codes import codes_per_byte, unpack_codes_reference
 
-__all__ = ["scaled_mm", "scaled_mm_kernel", "scaled_mm_reference"]
+__all__ = ["Epilogue", "Packing", "scaled_mm", "scaled_mm_kernel", "scaled_mm_reference", "sum_of_tile", "tiles_of"]
 
 OUTPUTS = (torch.float32, torch.bfloat16, torch.float16, torch.int32)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -80,6 +85,58 @@ def field_of(packed, FIELD: tl.constexpr, FIELDS: tl.constexpr):
 
 
 @triton.jit
+def sum_of_tile(
+    a_ptr,  # int8 [M, K], rows stride_a apart
+    b_ptr,  # int8 [N, K], rows stride_b apart
+    rm,
+    rn,
+    M,
+    N,
+    K,
+    PART,
+    stride_a,
+    stride_b,
+    A_PACKED: tl.constexpr,
+    B_PACKED: tl.constexpr,
+    FIELDS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """sum_k a[m, k] b[k, n] for the tile of rows rm and columns rn, int32."""
+    rk = tl.arange(0, BLOCK_K)
+    # Rows past the end wrap around: their products are not stored, and the loads need no mask.
+    a_ptrs = a_ptr + (rm % M).to(tl.int64)[:, None] * stride_a + rk[None, :]
+    b_ptrs = b_ptr + (rn % N).to(tl.int64)[None, :] * stride_b + rk[:, None]
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
+    for k in range(0, tl.cdiv(PART, BLOCK_K)):
+        for field in tl.static_range(FIELDS):
+            if EVEN_K:
+                if field == 0 or not A_PACKED:
+                    a = tl.load(a_ptrs + field * PART)
+                if field == 0 or not B_PACKED:
+                    b = tl.load(b_ptrs + field * PART)
+            else:
+                inside = (rk < PART - k * BLOCK_K) & (rk < K - field * PART - k * BLOCK_K)
+                if not A_PACKED:
+                    a = tl.load(a_ptrs + field * PART, mask=inside[None, :], other=0)
+                elif field == 0:
+                    a = tl.load(a_ptrs, mask=inside[None, :], other=0)
+                if not B_PACKED:
+                    b = tl.load(b_ptrs + field * PART, mask=inside[:, None], other=0)
+                elif field == 0:
+                    b = tl.load(b_ptrs, mask=inside[:, None], other=0)
+            a_codes = field_of(a, field, FIELDS) if A_PACKED else a
+            b_codes = field_of(b, field, FIELDS) if B_PACKED else b
+            acc = tl.dot(a_codes, b_codes, acc, out_dtype=tl.int32)
+        a_ptrs += BLOCK_K
+        b_ptrs += BLOCK_K
+    return acc >> ((8 - 8 // FIELDS) * (A_PACKED + B_PACKED))
+
+
+@triton.jit
 def scaled_mm_kernel(
     a_ptr,  # int8 [M, K], rows stride_a apart
     b_ptr,  # int8 [N, K], rows stride_b apart
@@ -117,72 +174,16 @@ def scaled_mm_kernel(
 ):
     """One program a tile of the output; GROUP_M rows of tiles run together, so that they find each other's
     columns in the L2 cache."""
-    pid = tl.program_id(0)
-    tiles_m = tl.cdiv(M, BLOCK_M)
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    in_group = GROUP_M * tiles_n
-    first_m = (pid // in_group) * GROUP_M
-    group_m = min(tiles_m - first_m, GROUP_M)
-    rm = (first_m + (pid % in_group) % group_m) * BLOCK_M + tl.arange(0, BLOCK_M)
-    rn = ((pid % in_group) // group_m) * BLOCK_N + tl.arange(0, BLOCK_N)
-    rk = tl.arange(0, BLOCK_K)
-    # Rows past the end wrap around: their products are not stored, and the loads need no mask.
-    a_ptrs = a_ptr + (rm % M).to(tl.int64)[:, None] * stride_a + rk[None, :]
-    b_ptrs = b_ptr + (rn % N).to(tl.int64)[None, :] * stride_b + rk[:, None]
-
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
-    for k in range(0, tl.cdiv(PART, BLOCK_K)):
-        for field in tl.static_range(FIELDS):
-            if EVEN_K:
-                if field == 0 or not A_PACKED:
-                    a = tl.load(a_ptrs + field * PART)
-                if field == 0 or not B_PACKED:
-                    b = tl.load(b_ptrs + field * PART)
-            else:
-                inside = (rk < PART - k * BLOCK_K) & (rk < K - field * PART - k * BLOCK_K)
-                if not A_PACKED:
-                    a = tl.load(a_ptrs + field * PART, mask=inside[None, :], other=0)
-                elif field == 0:
-                    a = tl.load(a_ptrs, mask=inside[None, :], other=0)
-                if not B_PACKED:
-                    b = tl.load(b_ptrs + field * PART, mask=inside[:, None], other=0)
-                elif field == 0:
-                    b = tl.load(b_ptrs, mask=inside[:, None], other=0)
-            a_codes = field_of(a, field, FIELDS) if A_PACKED else a
-            b_codes = field_of(b, field, FIELDS) if B_PACKED else b
-            acc = tl.dot(a_codes, b_codes, acc, out_dtype=tl.int32)
-        a_ptrs += BLOCK_K
-        b_ptrs += BLOCK_K
-    acc = acc >> ((8 - 8 // FIELDS) * (A_PACKED + B_PACKED))
-
-    if b_zero_ptr is not None:
-        b_zero = load_shared(b_zero_ptr, B_ZERO, rm, rn, M, N, 0)
-        acc -= b_zero * load_shared(a_sum_ptr, ROW, rm, rn, M, N, 0)
-    if a_zero_ptr is not None:
-        b_sum = load_shared(b_sum_ptr, COLUMN, rm, rn, M, N, 0)
-        if b_zero_ptr is not None:
-            b_sum -= K * b_zero  # b_zero is shared along the rows: still one value per column
-        acc -= load_shared(a_zero_ptr, A_ZERO, rm, rn, M, N, 0) * b_sum
-
-    row, column = rm.to(tl.int64), rn.to(tl.int64)
-    mask = (rm < M)[:, None] & (rn < N)[None, :]
-    offsets = row[:, None] * stride_o + column[None, :]
-    if out_ptr.dtype.element_ty == tl.int32:
-        tl.store(out_ptr + offsets, acc, mask=mask)
-    else:
-        out = acc.to(tl.float32)
-        if partial_ptr is not None:
-            out = tl.load(partial_ptr + offsets, mask=mask, other=0.0) + out
-        if a_scale_ptr is not None:
-            a_scale = load_shared(a_scale_ptr, A_SCALE, rm, rn, M, N, 0.0)
-            out = out * (a_scale * load_shared(b_scale_ptr, B_SCALE, rm, rn, M, N, 0.0))
-        if bias_ptr is not None:
-            if BIAS == FULL:
-                bias_offsets = row[:, None] * stride_bias_m + column[None, :] * stride_bias_n
-                out = out + tl.load(bias_ptr + bias_offsets, mask=mask, other=0.0).to(tl.float32)
-            else:
-                out = out + load_shared(bias_ptr, BIAS, rm, rn, M, N, 0.0).to(tl.float32)
-        tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=mask)
+    m, n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
+    rm = m * BLOCK_M + tl.arange(0, BLOCK_M)
+    rn = n * BLOCK_N + tl.arange(0, BLOCK_N)
+    acc = sum_of_tile(
+        a_ptr, b_ptr, rm, rn, M, N, K, PART, stride_a, stride_b, A_PACKED, B_PACKED, FIELDS, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K
+    )  # fmt: skip
+    finish_tile(
+        acc, rm, rn, M, N, K, out_ptr, stride_o, partial_ptr, a_scale_ptr, b_scale_ptr, a_zero_ptr, b_zero_ptr, a_sum_ptr,
+        b_sum_ptr, bias_ptr, stride_bias_m, stride_bias_n, A_SCALE, B_SCALE, A_ZERO, B_ZERO, BIAS,
+    )  # fmt: skip
 
 
 # --- Launcher -----------------------------------------------------------------------------------------------
@@ -203,6 +204,7 @@ def scaled_mm(
     k: int | None = None,
     a_bits: int = 8,
     b_bits: int = 8,
+    kernel: str = "triton",
     config: tuning.MatmulConfig | None = None,
 ) -> Tensor:
     """a int8 [M, K] and b_t int8 [N, K], both with contiguous rows -> out_dtype [M, N], contiguous.
@@ -214,6 +216,8 @@ def scaled_mm(
         a_sum, b_sum     int32, M and N values: sums of the codes over K, if the caller has them
         k, a_bits,       packed operands: the number of codes along K, and 4, 3 or 2 bits for one that is packed; both packed:
         b_bits           with equally many codes a byte; K up to `tuning.max_k`
+        kernel           "triton" takes every operand; "triton_tma" and "triton_gluon" (compute capability 9.0) no packed ones, and
+                         others where `scaled_mm_tma.takes` them
         config           launch configuration; `tuning.choose` picks one if not given
 
     Errors: `KernelError`.
@@ -221,18 +225,19 @@ def scaled_mm(
     _check(a, b_t, a_scale, b_scale, a_zero, b_zero, bias, out_dtype)
     m, n = a.shape[0], b_t.shape[0]
     k, fields = _fields(a, b_t, k, a_bits, b_bits)
-    packed = (a_bits < 5, b_bits < 5, fields, k)
     out = a.new_empty((m, n), dtype=out_dtype)
     if m == 0 or n == 0:
         return out
     if config is None:
-        config = tuning.choose(family(a.device), m, n, k)
+        config = tuning.choose(family(a.device), m, n, k, kernel)
         if fields > 1:
             config = tuning.for_packed(config, fields)
 
+    launch = _LAUNCHERS[kernel]
+    last = Epilogue(out, None, a_scale, b_scale, a_zero, b_zero, a_sum, b_sum, bias)
     longest = tuning.max_k((a_zero is not None) + (b_zero is not None))
     if k <= longest:
-        _launch(a, b_t, out, None, a_scale, b_scale, a_zero, b_zero, a_sum, b_sum, bias, config, packed)
+        launch(a, b_t, last, config, Packing(a_bits < 5, b_bits < 5, fields, k))
         return out
     if fields > 1:
         raise KernelError(f"scaled_mm: K is {k}; packed operands go up to {longest}. Unpack them first.")
@@ -244,10 +249,11 @@ def scaled_mm(
         parts = a[:, start : start + length], b_t[:, start : start + length]
         if start + length < k:
             sums = a.new_empty((m, n), dtype=torch.float32) if partial is None else partial  # each tile reads and writes its own
-            _launch(*parts, sums, partial, None, None, a_zero, b_zero, None, None, None, config)
+            epilogue = Epilogue(sums, partial, a_zero=a_zero, b_zero=b_zero)
             partial = sums
         else:
-            _launch(*parts, out, partial, a_scale, b_scale, a_zero, b_zero, None, None, bias, config)
+            epilogue = last._replace(partial=partial, a_sum=None, b_sum=None)
+        launch(*parts, epilogue, config, Packing(False, False, 1, parts[0].shape[1]))
     return out
 
 
@@ -305,80 +311,154 @@ def _check(
             )
 
 
-def _launch(
-    a: Tensor,
-    b_t: Tensor,
-    out: Tensor,
-    partial: Tensor | None,
-    a_scale: Tensor | None,
-    b_scale: Tensor | None,
-    a_zero: Tensor | None,
-    b_zero: Tensor | None,
-    a_sum: Tensor | None,
-    b_sum: Tensor | None,
-    bias: Tensor | None,
-    config: tuning.MatmulConfig,
-    packed: tuple[bool, bool, int, int] | None = None,
-) -> None:
-    m, n = a.shape[0], b_t.shape[0]
-    a_packed, b_packed, fields, k = packed or (False, False, 1, a.shape[1])
-    part = -(-k // fields)
+class Packing(NamedTuple):
+    """Which operands are packed, how many codes a byte of them holds, and how many there are along K."""
 
-    def shared(name: str, values: Tensor | None, *allowed: Layout) -> tuple[Tensor | None, Layout]:
-        if values is None:
-            return None, Layout.TENSOR
-        return values.contiguous(), layout_of("scaled_mm", name, values, m, n, *allowed)
+    a: bool
+    b: bool
+    fields: int
+    k: int
 
-    a_scale, a_scale_layout = shared("a_scale", a_scale, Layout.TENSOR, Layout.ROW)
-    b_scale, b_scale_layout = shared("b_scale", b_scale, Layout.TENSOR, Layout.COLUMN)
-    a_zero, a_zero_layout = shared("a_zero", a_zero, Layout.TENSOR, Layout.ROW)
-    b_zero, b_zero_layout = shared("b_zero", b_zero, Layout.TENSOR, Layout.COLUMN)
-    bias_layout, bias_strides = Layout.TENSOR, [0, 0]
-    if bias is not None:
-        bias_layout = layout_of("scaled_mm", "bias", bias, m, n, *Layout)
-        if bias_layout is Layout.FULL:
-            bias_strides = list(bias.stride())
-        else:
-            bias = bias.contiguous()
+
+class Epilogue(NamedTuple):
+    """The tensors that `epilogue.finish_tile` reads and writes."""
+
+    out: Tensor
+    partial: Tensor | None = None
+    a_scale: Tensor | None = None
+    b_scale: Tensor | None = None
+    a_zero: Tensor | None = None
+    b_zero: Tensor | None = None
+    a_sum: Tensor | None = None
+    b_sum: Tensor | None = None
+    bias: Tensor | None = None
+
+    def with_sums(self, a: Tensor, b_t: Tensor, packing: Packing) -> Epilogue:
+        """With the sums over K that zero points ask for."""
+        a_sum = None if self.b_zero is None else _row_sums(a, self.a_sum, packing.fields if packing.a else 1)
+        b_sum = None if self.a_zero is None else _row_sums(b_t, self.b_sum, packing.fields if packing.b else 1)
+        return self._replace(a_sum=a_sum, b_sum=b_sum)
+
+    def arguments(self) -> dict[str, Any]:
+        """The kernel's arguments, by name."""
+        m, n = self.out.shape
+        found: dict[str, Any] = {
+            "out_ptr": self.out,
+            "partial_ptr": self.partial,
+            "a_sum_ptr": self.a_sum,
+            "b_sum_ptr": self.b_sum,
+            "stride_o": n,
+            "stride_bias_m": 0,
+            "stride_bias_n": 0,
+        }
+        for name, values, *allowed in (
+            ("a_scale", self.a_scale, Layout.TENSOR, Layout.ROW),
+            ("b_scale", self.b_scale, Layout.TENSOR, Layout.COLUMN),
+            ("a_zero", self.a_zero, Layout.TENSOR, Layout.ROW),
+            ("b_zero", self.b_zero, Layout.TENSOR, Layout.COLUMN),
+            ("bias", self.bias, *Layout),
+        ):
+            layout = Layout.TENSOR if values is None else layout_of("scaled_mm", name, values, m, n, *allowed)
+            if layout is Layout.FULL:
+                found["stride_bias_m"], found["stride_bias_n"] = values.stride()
+            found[f"{name}_ptr"] = values if values is None or layout is Layout.FULL else values.contiguous()
+            found[name.upper()] = int(layout)
+        return found
+
+
+def _launch(a: Tensor, b_t: Tensor, epilogue: Epilogue, config: tuning.MatmulConfig, packing: Packing) -> None:
+    m, n = epilogue.out.shape
+    part = -(-packing.k // packing.fields)
     grid = (triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)
     with device_guard(a):
         scaled_mm_kernel[grid](
             a,
             b_t,
-            out,
-            partial,
-            a_scale,
-            b_scale,
-            a_zero,
-            b_zero,
-            None if b_zero is None else _row_sums(a, a_sum, fields if a_packed else 1),
-            None if a_zero is None else _row_sums(b_t, b_sum, fields if b_packed else 1),
-            bias,
-            m,
-            n,
-            k,
-            part,
-            a.stride(0),
-            b_t.stride(0),
-            n,
-            *bias_strides,
-            A_SCALE=int(a_scale_layout),
-            B_SCALE=int(b_scale_layout),
-            A_ZERO=int(a_zero_layout),
-            B_ZERO=int(b_zero_layout),
-            BIAS=int(bias_layout),
-            A_PACKED=a_packed,
-            B_PACKED=b_packed,
-            FIELDS=fields,
-            EVEN_K=part % config.block_k == 0 and part * fields == k,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            GROUP_M=config.group_m,
+            M=m,
+            N=n,
+            K=packing.k,
+            PART=part,
+            stride_a=a.stride(0),
+            stride_b=b_t.stride(0),
+            A_PACKED=packing.a,
+            B_PACKED=packing.b,
+            FIELDS=packing.fields,
+            EVEN_K=part % config.block_k == 0 and part * packing.fields == packing.k,
+            **tiles_of(config),
+            **epilogue.with_sums(a, b_t, packing).arguments(),
             num_warps=config.warps,
             num_stages=config.stages,
             **EXACT,
         )
+
+
+def _launch_tma(a: Tensor, b_t: Tensor, epilogue: Epilogue, config: tuning.MatmulConfig, packing: Packing) -> None:
+    m, n = epilogue.out.shape
+    _check_described(a, b_t, packing)
+    symmetric = epilogue.a_zero is None and epilogue.b_zero is None
+    per_sm = config.per_sm if symmetric else 1  # zero points take more registers
+    tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
+    options = {"maxnreg": tuning.REGISTERS // (32 * config.warps * per_sm)} if per_sm > 1 else {}
+    with device_guard(a):
+        scaled_mm_tma_kernel[(min(tiles, per_sm * multiprocessors(a.device)),)](
+            TensorDescriptor.from_tensor(a, [config.block_m, config.block_k]),
+            TensorDescriptor.from_tensor(b_t, [config.block_n, config.block_k]),
+            M=m,
+            N=n,
+            K=packing.k,
+            FLATTEN=config.flatten,
+            **tiles_of(config),
+            **epilogue.with_sums(a, b_t, packing).arguments(),
+            num_warps=config.warps,
+            num_stages=config.stages,
+            **options,
+            **EXACT,
+        )
+
+
+def _launch_gluon(a: Tensor, b_t: Tensor, epilogue: Epilogue, config: tuning.MatmulConfig, packing: Packing) -> None:
+    from triton.experimental.gluon.language import NVMMASharedLayout  # a part of Triton that changes more than the rest
+    from triton.experimental.gluon.nvidia import hopper
+
+    from qcompile.kernels.triton.scaled_mm_gluon import scaled_mm_gluon_kernel
+
+    _check_described(a, b_t, packing)
+    m, n = epilogue.out.shape
+    tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
+    layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
+    with device_guard(a):
+        scaled_mm_gluon_kernel[(min(tiles, multiprocessors(a.device)),)](
+            hopper.TensorDescriptor.from_tensor(a, [config.block_m, config.block_k], layout),
+            hopper.TensorDescriptor.from_tensor(b_t, [config.block_n, config.block_k], layout),
+            M=m,
+            N=n,
+            K=packing.k,
+            STAGES=config.stages,
+            **tiles_of(config),
+            **epilogue.with_sums(a, b_t, packing).arguments(),
+            num_warps=config.warps,
+            **EXACT,
+        )
+
+
+_LAUNCHERS = {"triton": _launch, "triton_tma": _launch_tma, "triton_gluon": _launch_gluon}
+
+
+def _check_described(a: Tensor, b_t: Tensor, packing: Packing) -> None:
+    if packing.fields > 1 or not (takes(a) and takes(b_t)):
+        raise KernelError(
+            f"scaled_mm: a descriptor is for codes that are not packed, K above 0, on a boundary of {ALIGNMENT} bytes, with rows a "
+            f"multiple of {ALIGNMENT} bytes apart; a has strides {a.stride()}, b_t {b_t.stride()}. Use kernel 'triton'."
+        )
+
+
+def tiles_of(config: tuning.MatmulConfig) -> dict[str, int]:
+    return {
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "GROUP_M": config.group_m,
+    }
 
 
 def _row_sums(codes: Tensor, known: Tensor | None, fields: int) -> Tensor:

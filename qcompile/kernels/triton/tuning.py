@@ -14,9 +14,13 @@ from typing import NamedTuple
 import torch
 
 __all__ = [
+    "GLUON",
     "MATMUL",
+    "REGISTERS",
     "SHARED_MEMORY",
     "SMALL_M",
+    "TABLES",
+    "TMA",
     "MatmulConfig",
     "TileConfig",
     "bucket",
@@ -24,6 +28,7 @@ __all__ = [
     "choose",
     "conv_config",
     "for_packed",
+    "for_requantize",
     "forget",
     "max_k",
     "remember",
@@ -33,8 +38,11 @@ __all__ = [
 
 
 class MatmulConfig(NamedTuple):
-    """One launch of `scaled_mm_kernel`: tile sizes, loads in flight, warps, rows of tiles that share columns
-    (L2 reuse)."""
+    """One launch of a GEMM kernel: tile sizes, loads in flight, warps, rows of tiles that share columns (L2 reuse).
+
+    per_sm   persistent kernels: programs that share a multiprocessor; they get no more registers than that takes
+    flatten  the TMA kernel: whether the next tile's loads begin before this tile is written
+    """
 
     block_m: int
     block_n: int
@@ -42,6 +50,8 @@ class MatmulConfig(NamedTuple):
     stages: int
     warps: int
     group_m: int = 8
+    per_sm: int = 1
+    flatten: bool = False
 
 
 class TileConfig(NamedTuple):
@@ -88,6 +98,30 @@ MATMUL: dict[str, tuple[MatmulConfig, ...]] = {
 }
 """Hardware family (`launch.family`) -> configurations for M > 64."""
 
+TMA: dict[str, tuple[MatmulConfig, ...]] = {
+    # 128 registers a thread and 98,328 bytes: two programs of the first row share a multiprocessor, as above. The others are alone
+    # on theirs: one keeps the next tile coming while it writes, one has the widest tile.
+    "sm_90": (
+        MatmulConfig(128, 128, 128, 3, 8, per_sm=2),
+        MatmulConfig(128, 128, 128, 4, 8, flatten=True),
+        MatmulConfig(128, 256, 128, 4, 8),
+    ),
+    "interpreter": (MatmulConfig(64, 32, 64, 1, 1), MatmulConfig(64, 32, 64, 1, 1, flatten=True)),
+}
+"""The same for the TMA kernel, where it can run."""
+
+GLUON: dict[str, tuple[MatmulConfig, ...]] = {
+    "sm_90": (
+        MatmulConfig(128, 256, 128, 3, 8),
+        MatmulConfig(256, 128, 128, 3, 8),
+        MatmulConfig(128, 128, 128, 4, 8),
+    ),
+}
+"""The same for the kernel in Gluon. A step stays in flight, so a program need not share its multiprocessor."""
+
+TABLES = {"triton": MATMUL, "triton_tma": TMA, "triton_gluon": GLUON}
+"""Kernel -> its table."""
+
 SMALL_M: tuple[tuple[int, MatmulConfig], ...] = (
     (16, MatmulConfig(16, 64, 128, 4, 4)),
     (32, MatmulConfig(32, 64, 128, 4, 4)),
@@ -99,6 +133,9 @@ family."""
 SHARED_MEMORY = {"sm_80": 166_912, "sm_86": 101_376, "sm_89": 101_376, "sm_90": 232_448, "gfx942": 65_536}
 """Bytes that one block may use (CUDA C++ programming guide, "compute capabilities": 163, 99, 99 and 227 KB;
 CDNA3: 64 KB)."""
+
+REGISTERS = 65_536
+"""32-bit registers of an NVIDIA multiprocessor (the same guide)."""
 
 _FALLBACK = {"gfx": "gfx942"}
 
@@ -117,8 +154,10 @@ def bucket(m: int, n: int, k: int) -> tuple[int, int, int]:
     return _next_power_of_2(m), n, k
 
 
-def candidates(family: str, m: int) -> tuple[MatmulConfig, ...]:
-    """Configurations worth measuring for M rows, the default first."""
+def candidates(family: str, m: int, kernel: str = "triton") -> tuple[MatmulConfig, ...]:
+    """Configurations of a kernel worth measuring for M rows, the default first; none where it was not made for few rows."""
+    if kernel != "triton":
+        return TABLES[kernel].get(family, ()) if m > SMALL_M[-1][0] else ()
     if family == "interpreter":
         return MATMUL[family]
     table = _table(family)
@@ -130,20 +169,22 @@ def candidates(family: str, m: int) -> tuple[MatmulConfig, ...]:
     return table
 
 
-_chosen: dict[tuple[str, tuple[int, int, int]], MatmulConfig] = {}
+_chosen: dict[tuple[str, str, tuple[int, int, int]], MatmulConfig] = {}
 _lock = threading.Lock()  # graphs may be compiled in several threads
 
 
-def choose(family: str, m: int, n: int, k: int) -> MatmulConfig:
+def choose(family: str, m: int, n: int, k: int, kernel: str = "triton") -> MatmulConfig:
     """The configuration for a problem: the one remembered for its bucket, else the default."""
-    known = _chosen.get((family, bucket(m, n, k)))
-    return candidates(family, m)[0] if known is None else known
+    known = _chosen.get((family, kernel, bucket(m, n, k)))
+    if known is not None:
+        return known
+    return candidates(family, m)[0] if kernel == "triton" else TABLES[kernel][family][0]
 
 
-def remember(family: str, m: int, n: int, k: int, config: MatmulConfig) -> None:
+def remember(family: str, m: int, n: int, k: int, config: MatmulConfig, kernel: str = "triton") -> None:
     """Use a configuration for a problem's bucket from now on (`qcompile.kernels.autotune` has measured it)."""
     with _lock:
-        _chosen[family, bucket(m, n, k)] = config
+        _chosen[family, kernel, bucket(m, n, k)] = config
 
 
 def forget() -> None:
@@ -160,6 +201,11 @@ def for_packed(config: MatmulConfig, fields: int) -> MatmulConfig:
     if config.block_k // fields < 32:
         return config._replace(block_k=32, warps=max(8, config.warps))
     return config._replace(block_k=config.block_k // fields)
+
+
+def for_requantize(config: MatmulConfig) -> MatmulConfig:
+    """A configuration for a GEMM that asks several things of its result: 64 values of it to a thread at most, or they spill."""
+    return config._replace(warps=max(config.warps, config.block_m * config.block_n // (32 * 64)))
 
 
 def max_k(zero_points: int) -> int:

@@ -9,7 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from qcompile.kernels import cpu, note_launch
+from qcompile.kernels import note_launch
+from qcompile.kernels.cpu.choice import kernel_name
+from qcompile.kernels.cpu.matmul import epilogue, integer_sum, without_zero_points
+from qcompile.kernels.cpu.products import CANDIDATES, onednn_product, onednn_weight
 
 __all__ = ["BLOCK_ELEMENTS", "scaled_mm_requantize"]
 
@@ -37,7 +40,7 @@ def scaled_mm_requantize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`qtrain::scaled_mm_requantize` of checked operands."""
     (m, k), n = a.shape, b.shape[1]
-    name = cpu.kernel_name(m, n, k, zero_points=a_zero is not None or b_zero is not None)
+    name = kernel_name(m, n, k, zero_points=a_zero is not None or b_zero is not None)
     note_launch(f"{name}+requantize", m, n, k)
     codes = a.new_empty((m, n))
     marked = a.new_empty((m, n) if mark else (0,))
@@ -45,7 +48,7 @@ def scaled_mm_requantize(
     qmax = 2 ** (bits - 1) - 1
     qmin = -qmax if zero_point is None else -qmax - 1
     top, bottom = float(high), None if low is None else float(low)
-    weight = cpu.onednn_weight(b) if name == "onednn" else None
+    weight = onednn_weight(b) if name == "onednn" else None
     lows, highs, outside = [], [], 0
     rows = max(16, BLOCK_ELEMENTS // n)
     for start in range(0, m, rows):
@@ -94,12 +97,12 @@ def _values(
     if name == "none":
         acc = a.new_zeros((a.shape[0], b.shape[1]), dtype=torch.float32)
     elif weight is not None:
-        acc = cpu.onednn_product(a, b, weight)
+        acc = onednn_product(a, b, weight)
     else:
-        acc = cpu._integer_sum(a, b, cpu.CANDIDATES[name])
+        acc = integer_sum(a, b, CANDIDATES[name])
         if a_zero is not None or b_zero is not None:
-            acc = cpu._without_zero_points(acc, a, b, a_zero, b_zero)
-    return cpu._epilogue(acc, a_scale, b_scale, bias, out_dtype)
+            acc = without_zero_points(acc, a, b, a_zero, b_zero)
+    return epilogue(acc, a_scale, b_scale, bias, out_dtype)
 
 
 def _where_above(x: Tensor, key: Tensor, threshold: float) -> Tensor:

@@ -1,0 +1,126 @@
+"""The whole proof: every experiment and benchmark by name, one JSON file a run.
+
+    python examples/bench.py --list                       # what there is, what is done, what is skipped and why
+    python examples/bench.py                              # all of it, at the size that suits the device
+    python examples/bench.py gpt saved --size small
+    python examples/bench.py gpt --set steps=100 --set seeds=0,1 --results scratch
+
+A finished run is a file in --results (docs/benchmarks), NAME_SIZE_DEVICE.json, and is not repeated unless --again says so; accuracy
+experiments go on inside of one, too, where they were stopped. `small` takes minutes to an hour on a few CPU cores and shows what is
+measured, `full` is the real protocol and wants a GPU. `examples/show_results.py --write` puts the files into the pages.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from bench_list import BENCHES, Bench, Place, Settings, Size
+from benchmarks import results
+from experiments import numbers
+from tabulate import tabulate
+
+
+def finished(path: Path, settings: Settings) -> str | None:
+    """The date of a finished run under these settings; None where there is none.
+
+    Errors: ValueError for a file of a run under other settings.
+    """
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text())
+    plain = json.loads(json.dumps(settings))
+    if changed := [key for key, value in plain.items() if found["arguments"].get(key) != value]:
+        raise ValueError(f"{path.name} holds a run under other settings ({', '.join(changed)}); --again replaces it")
+    return found["date"]
+
+
+def run_bench(bench: Bench, size: Size, settings: Settings, place: Place, path: Path) -> None:
+    place = dataclasses.replace(place, out=place.out / path.stem)
+    more, rows = bench.run(settings, place)
+    arguments = {"size": size, "device": torch.device(place.device).type, **settings, **more}
+    results.save(bench.name, arguments, rows, path, place.device)
+
+
+def changed(settings: Settings, given: Sequence[str]) -> Settings:
+    """Settings with some replaced: "steps=100", "seeds=0-2", "recipes=bf16,int8", or any JSON value.
+
+    Errors: ValueError for what is no setting of this benchmark.
+    """
+    found = dict(settings)
+    for text in given:
+        key, _, value = text.partition("=")
+        if key not in settings:
+            raise ValueError(f"no setting {key!r}; this benchmark has {', '.join(settings)}")
+        if key == "seeds":
+            found[key] = numbers(value)
+        elif isinstance(settings[key], list):
+            found[key] = value.split(",")
+        else:
+            try:
+                found[key] = json.loads(value)
+            except json.JSONDecodeError:
+                found[key] = value
+    return found
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: all of {', '.join(BENCHES)}")
+    parser.add_argument("--size", choices=("small", "full"), help="default: full on a GPU, small on a CPU")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--data-dir", type=Path, default=Path("data"), help="where images are looked for; default: %(default)s")
+    parser.add_argument("--out", type=Path, default=Path("train_out/bench"), help="what lets a stopped run go on")
+    parser.add_argument("--results", type=Path, default=results.FOLDER, help="where the JSON files go")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="another setting (of one benchmark)")
+    parser.add_argument("--again", action="store_true", help="repeat what is finished")
+    parser.add_argument("--list", action="store_true", help="run nothing")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """How many benchmarks failed."""
+    args = parser().parse_args(argv)
+    if unknown := [name for name in args.names if name not in BENCHES]:
+        parser().error(f"unknown benchmark {unknown[0]!r}; choose from {', '.join(BENCHES)}")
+    if args.set and len(args.names) != 1:
+        parser().error("--set changes the settings of one benchmark: name it")
+    size: Size = args.size or ("full" if torch.device(args.device).type == "cuda" else "small")
+    place = Place(args.device, args.data_dir, args.out)
+    table, failed = [], 0
+    for name in args.names or BENCHES:
+        bench = BENCHES[name]
+        path = args.results / bench.file(size, args.device)
+        state = bench.why_not(size, place)
+        if state is not None:
+            state = f"skipped: {state}"
+        else:
+            try:
+                settings = changed(bench.sizes[size], args.set)
+                date = None if args.again else finished(path, settings)
+                state = f"done {date}" if date else "to run"
+                if date is None and not args.list:
+                    print(f"\n==== {name}: {bench.what} ({size}, {results.machine(args.device)})", flush=True)
+                    torch.compiler.reset()
+                    start = time.perf_counter()
+                    run_bench(bench, size, settings, place, path)
+                    state = f"done in {time.perf_counter() - start:.0f} s"
+            except ValueError as error:
+                state, failed = f"failed: {error}", failed + 1
+            except Exception as error:  # one that fails takes none of the others with it
+                traceback.print_exc()
+                state, failed = f"failed: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", failed + 1
+        table.append({"benchmark": name, "group": bench.group, "what": bench.what, "state": state})
+    print("\n" + tabulate(table, headers="keys", maxcolwidths=[None, None, 48, 60]))
+    return failed
+
+
+if __name__ == "__main__":
+    sys.exit(min(1, main()))

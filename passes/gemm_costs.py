@@ -1,0 +1,198 @@
+"""What the two forms of each GEMM are made of, to be measured: the integer one with its quantizes, the one in high precision.
+
+A quantize serves several GEMMs (query, key and value read one tensor; a per-tensor operand is quantized once for forward and
+backward), and so does a cast of autocast's. So a form's cost is its own product and a list of *parts*, each with the node that it
+is made of: equal nodes are one part, paid once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from passes.context import PassContext
+from passes.find_sites import GemmNode
+from passes.gemms import CONVOLUTIONS, GEMMS, operands
+from passes.graph import CAST, DEQUANTIZE, PERMUTE, QUANTIZE, RANGE, SCALED_MM, on_gpu, phase_of
+from passes.insert_qdq import insert_qdq
+from passes.share_quantized import share_quantized
+from qcompile.kernels.profit import Cast, Like, Product, Quantize, Transpose, Trial
+from qcompile.specs import QuantSpec
+
+__all__ = ["GemmCost", "Measure", "gemm_costs", "measured_costs", "quantized_copy", "root_of"]
+
+Measure = Callable[[Sequence[Trial], torch.device], dict[Trial, float]]
+"""Trials -> seconds of each; `qcompile.kernels.profit.measure`."""
+
+Part = tuple[str, str]
+"""What and the node that it is made of: ("quantize", "q_3"), ("transpose", "q_3"), ("cast", "primals_1").
+
+("state", "forward") is no node and is not measured here: what a half of the graph takes to find, read and update range state."""
+
+STATE_SECONDS = 5e-5
+"""Of a half with range state: finding it on the host (0.04 ms a step, docs/training.md) and two or three small kernels. Our choice,
+rather too much than too little: it matters where a layer takes less than a millisecond."""
+
+
+@dataclass
+class GemmCost:
+    """One GEMM that the recipe wants in integers. Seconds are filled by `measured_costs`."""
+
+    site: str
+    role: str
+    integer: Product
+    hp: Product
+    integer_parts: dict[Part, Trial | None]
+    hp_parts: dict[Part, Trial]
+    integer_seconds: float = 0.0  # of the product alone
+    hp_seconds: float = 0.0
+    part_seconds: dict[Part, float] = field(default_factory=dict)  # of either form
+
+
+def quantized_copy(graph: fx.Graph, context: PassContext) -> tuple[fx.Graph, PassContext]:
+    """A copy of a graph with its sites found, quantized as the recipe has it, with a context of its own: to look at only."""
+    sites = [replace(site, gemms={role: replace(gemm) for role, gemm in site.gemms.items()}) for site in context.sites]
+    other = replace(context, sites=sites, counts={}, seconds={})
+    copied = fx.Graph()
+    output = copied.graph_copy(graph, {}, return_output_node=True)
+    copied.output(output[0] if isinstance(output, tuple) else output)
+    insert_qdq(copied, other)
+    share_quantized(copied, other)
+    return copied, other
+
+
+def gemm_costs(graph: fx.Graph, context: PassContext) -> list[GemmCost]:
+    """The integer GEMMs of a graph that has the form that share_quantized leaves, in its order.
+
+    Left out: GEMMs of codes that the model makes itself (their quantizes are there in either form and cannot be saved), and
+    those with a size that is not known even as a hint.
+    """
+    found = []
+    for node in graph.nodes:
+        where: GemmNode | None = node.meta.get("qtrain_gemm") if node.op == "call_function" else None
+        if where is None or not node.meta.get("qtrain_quantized") or context.site(where.site).gemms[where.role].reason is not None:
+            continue
+        try:
+            found.append(_cost(node, where))
+        except _NotKnown:
+            continue
+    return found
+
+
+def measured_costs(costs: Sequence[GemmCost], device: torch.device, measure: Measure) -> None:
+    """Measure what the costs are made of, the two forms of a GEMM alternately."""
+    for cost in costs:
+        parts = cost.integer_parts | cost.hp_parts
+        trials = [cost.integer, cost.hp, *(trial for trial in parts.values() if trial is not None)]
+        seconds = measure(list(dict.fromkeys(trials)), device)
+        cost.integer_seconds, cost.hp_seconds = seconds[cost.integer], seconds[cost.hp]
+        cost.part_seconds = {part: STATE_SECONDS if trial is None else seconds[trial] for part, trial in parts.items()}
+
+
+class _NotKnown(Exception):
+    """A size without a hint, or codes of the model's own."""
+
+
+def _cost(gemm: fx.Node, where: GemmNode) -> GemmCost:
+    target = GEMMS[gemm.target].integer
+    first = GEMMS[gemm.target].first
+    integer_parts: dict[Part, Trial | None] = {}
+    hp_parts: dict[Part, Trial] = {}
+    codes, scales, zeros = [], [], []
+    for side, operand in enumerate(operands(gemm)):
+        quantize, transposed = _quantize_behind(operand)
+        x, scale, zero = quantize.args[:3]
+        dims, text = _range_of(scale).args[1:3]
+        spec = replace(QuantSpec.from_dict(json.loads(text)), bits=8)  # codes of few bits take the same time
+        integer_parts["quantize", quantize.name] = Quantize(_like(x), tuple(dims), spec)
+        if spec.estimator.state_fields(spec.symmetric) or spec.rounding == "stochastic":
+            integer_parts["state", phase_of(quantize)] = None
+        like = _like(operand.args[0])
+        if target is SCALED_MM:
+            wants_transposed = side == 1 and on_gpu(operand)  # as `lower` lays out codes
+            if transposed != wants_transposed and (side == 0 or on_gpu(operand)):
+                integer_parts["transpose", quantize.name] = Transpose(_like(quantize))
+                like = _contiguous(like, transposed=wants_transposed)
+        codes.append(like)
+        scales.append(_like(operand.args[1]))
+        zeros.append(None if operand.args[2] is None else _like(operand.args[2]))
+        source = root_of(x)
+        if source.meta["val"].dtype != operand.args[3]:
+            hp_parts["cast", source.name] = Cast(_like(source), operand.args[3])
+    wide = where.role == "grad_weight" and _cast_to_fp32(gemm)
+    if wide:
+        hp_parts["cast", gemm.name] = Cast(_like(gemm), torch.float32)
+    out = torch.float32 if wide else gemm.meta["val"].dtype
+    if gemm.target in CONVOLUTIONS:  # behind the tensors: the bias or the size of the result, then the geometry
+        rest = (*map(_constant, gemm.args[2:]), out)
+    else:
+        rest = (_constant(gemm.args[0]) if first == 1 else None, out)
+    integer = Product(target, (*codes, *scales, *zeros, *rest))
+    hp = Product(gemm.target, tuple(map(_constant, gemm.args)))
+    return GemmCost(where.site, where.role, integer, hp, integer_parts, hp_parts)
+
+
+def _quantize_behind(operand: fx.Node) -> tuple[fx.Node, bool]:
+    """The quantize of a dequantized operand, and whether the GEMM reads its codes transposed."""
+    if operand.target is not DEQUANTIZE:
+        raise _NotKnown
+    codes, transposed = operand.args[0], False
+    while codes.target is not QUANTIZE:
+        if codes.op != "call_function" or codes.target is not PERMUTE:
+            raise _NotKnown
+        codes, transposed = codes.args[0], not transposed
+    return codes, transposed
+
+
+def _range_of(scale: fx.Node) -> fx.Node:
+    node = scale.args[0] if scale.op == "call_function" and scale.args else None
+    if not isinstance(node, fx.Node) or node.target is not RANGE:
+        raise _NotKnown
+    return node
+
+
+def root_of(x: fx.Node) -> fx.Node:
+    """The tensor behind the view in which it is quantized."""
+    return x.args[0] if x.op == "call_function" and "view" in str(x.target) else x
+
+
+def _cast_to_fp32(gemm: fx.Node) -> bool:
+    """Whether the result is only read by a cast to fp32, which an integer GEMM does itself."""
+    users = list(gemm.users)
+    if len(users) == 1 and users[0].target is PERMUTE:
+        users = list(users[0].users)
+    return len(users) == 1 and users[0].target is CAST and users[0].args[1] is torch.float32
+
+
+# ---- nodes as what is measured
+
+
+def _hint(size: object) -> int:
+    """A size as a number: of a symbolic one what it was when it was traced. No guard is added."""
+    if isinstance(size, int):
+        return size
+    hint = getattr(getattr(size, "node", None), "hint", None)
+    if hint is None:
+        raise _NotKnown
+    return int(hint)
+
+
+def _like(node: fx.Node) -> Like:
+    value: Tensor = node.meta["val"]
+    return Like(tuple(map(_hint, value.shape)), tuple(map(_hint, value.stride())), value.dtype)
+
+
+def _contiguous(like: Like, *, transposed: bool) -> Like:
+    rows, columns = like.shape
+    return like._replace(stride=(1, rows) if transposed else (columns, 1))
+
+
+def _constant(value: Any) -> Any:
+    if isinstance(value, fx.Node):
+        return _like(value) if isinstance(value.meta["val"], Tensor) else _hint(value.meta["val"])
+    return tuple(map(_constant, value)) if isinstance(value, list | tuple) else value

@@ -1,0 +1,67 @@
+"""The folders that compiled code is loaded from belong to the user alone.
+
+Inductor keeps libraries, kernels and pickled graphs in a folder (by default one in the system's folder for temporary files, whose
+name anyone can guess), and Triton its kernels in another. Whoever can write there can have code run as this user. So before a graph
+is compiled its folder is made with access for this user only, and one that others own or can write to is refused. Inductor's own
+folder, which it makes for all to read, is closed to others; what the environment names is left as it is.
+
+A group may write: on many systems every user has a group of his own, and teams share caches on purpose.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+
+from qcompile.errors import SecurityError
+
+__all__ = ["check_cache_folders", "check_private"]
+
+_trusted: set[Path] = set()
+
+
+def check_cache_folders(inductors_own: str) -> None:
+    """Make Inductor's folder, and check it and Triton's; once for each.
+
+    inductors_own  where Inductor keeps its cache if the environment does not say
+    Errors: `SecurityError` for a folder that others own or can write to.
+    """
+    inductor = os.environ.get("TORCHINDUCTOR_CACHE_DIR") or inductors_own
+    check_private(Path(inductor), "TORCHINDUCTOR_CACHE_DIR", make=True, close=inductor == inductors_own)
+    triton = os.environ.get("TRITON_CACHE_DIR") or os.path.expanduser("~/.triton/cache")
+    check_private(Path(triton), "TRITON_CACHE_DIR", make=False)
+
+
+def check_private(folder: Path, variable: str, *, make: bool, close: bool = False) -> None:
+    """Refuse a folder into which others could put code. `variable` is the environment's, for the message.
+
+    make   whether a folder that is not there is made, with access for this user only
+    close  whether access is taken from everyone else
+    Errors: `SecurityError`.
+    """
+    if folder in _trusted or not hasattr(os, "getuid"):  # Windows has other rights
+        return
+    if make and not folder.exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(mode=0o700)
+        except FileExistsError:  # another process was quicker: what it made is looked at like any other
+            pass
+    try:
+        owners, mode = {folder.lstat().st_uid, folder.stat().st_uid}, stat.S_IMODE(folder.stat().st_mode)  # of a link, too
+    except FileNotFoundError:
+        return
+    if strangers := owners - {os.getuid()}:
+        problem = f"belongs to user {strangers.pop()}, not to you ({os.getuid()})"
+    elif mode & stat.S_IWOTH:
+        problem = f"can be written to by every user (mode {mode:o})"
+    else:
+        if close and mode != 0o700:
+            folder.chmod(0o700)
+        _trusted.add(folder)
+        return
+    raise SecurityError(
+        f"the cache folder {folder} {problem}, so others could have code run as you. Remove it, or `chmod o-w` what is yours, or "
+        f"set {variable} to a folder of your own"
+    )

@@ -1,0 +1,230 @@
+"""What the parts of a GEMM's two forms take on this device, measured: for the profit filter and for `search_recipe`.
+
+A *trial* is a value that says what is run: the product on codes or in high precision (`Product`), a quantize with the statistics of
+its range (`Quantize`), a transposed copy of codes (`Transpose`), a cast (`Cast`). `measure` makes random operands of these shapes,
+strides and dtypes, lets the trials take turns, and returns the median of each, in seconds. A trial that has been measured in this
+process is not measured again: a model's equal layers are one trial.
+
+Quantizes are compiled, as they are in a model. There Inductor may fuse one into whatever makes its tensor, which is cheaper than
+the kernel of its own that is measured here: the measured costs of the integer form are upper bounds.
+"""
+
+from __future__ import annotations
+
+import functools
+import statistics
+import threading
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._python_dispatch import _disable_current_modes
+
+from qcompile import ops
+from qcompile.errors import QtrainWarning
+from qcompile.estimators.base import scale_and_zero_point
+from qcompile.estimators.statistics import clipped_share
+from qcompile.estimators.step import first_range, initial_state, measured, present_statistics, stored_range
+from qcompile.specs import QuantSpec
+
+__all__ = ["Cast", "Like", "Product", "Quantize", "Timer", "Transpose", "Trial", "forget", "measure"]
+
+Timer = Callable[[Callable[[], object]], float]
+"""A function -> the seconds that one call of it takes."""
+
+ROUNDS = 11
+SAMPLE = 2e-3  # seconds that one sample should take at least: shorter runs are repeated within it
+LIMIT = 3.0  # seconds for all rounds of trials that are measured together; at least three rounds are made
+
+
+class Like(NamedTuple):
+    """A tensor's outside."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Product:
+    """A GEMM: an operator and its arguments, `Like` in the place of each tensor, tuples in the place of lists."""
+
+    operator: Any
+    arguments: tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Quantize:
+    """Codes of a tensor, with its range: axes `dims` share a scale."""
+
+    x: Like
+    dims: tuple[int, ...]
+    spec: QuantSpec
+
+
+@dataclass(frozen=True)
+class Transpose:
+    """A transposed copy of a matrix of codes."""
+
+    codes: Like
+
+
+@dataclass(frozen=True)
+class Cast:
+    """A copy in another dtype."""
+
+    x: Like
+    dtype: torch.dtype
+
+
+Trial = Product | Quantize | Transpose | Cast
+
+_known: dict[tuple[str, int, Trial], float] = {}
+_lock = threading.Lock()
+_told: set[str] = set()
+
+
+def forget() -> None:
+    """Forget what was measured."""
+    with _lock:
+        _known.clear()
+
+
+def measure(trials: Sequence[Trial], device: torch.device, timer: Timer | None = None) -> dict[Trial, float]:
+    """Trial -> median seconds, of every trial; infinite for one that does not run, with a warning that says why.
+
+    timer  default: the clock on a CPU, events on a GPU
+    """
+    threads = torch.get_num_threads()
+    keys = {trial: (str(device), threads, trial) for trial in trials}
+    unknown = [trial for trial in keys if keys[trial] not in _known]
+    if unknown:
+        timer = timer or (_on_gpu if device.type == "cuda" else _on_cpu)
+        # A compiler's fake tensors and modes are around us: what is measured is real.
+        with unset_fake_temporarily(), _disable_current_modes(), torch.no_grad():
+            found = _alternately(unknown, device, timer)
+        with _lock:
+            _known.update((keys[trial], seconds) for trial, seconds in found.items())
+    return {trial: _known[keys[trial]] for trial in keys}
+
+
+def _alternately(trials: Sequence[Trial], device: torch.device, timer: Timer) -> dict[Trial, float]:
+    runs: dict[Trial, tuple[Callable[[], object], float]] = {}
+    found: dict[Trial, float] = {}
+    for trial in trials:
+        try:
+            run = _prepare(trial, device)
+            run()  # what a first call makes: workspaces, Triton's code
+            runs[trial] = run, timer(run)
+        except Exception as error:  # compiler, driver and allocator have no error in common; what does not run has no time
+            found[trial] = float("inf")
+            _tell(trial, error)
+    rounds = int(min(ROUNDS, max(3.0, LIMIT / max(sum(max(SAMPLE, once) for _, once in runs.values()), 1e-9))))
+    repeats = {trial: max(1, int(SAMPLE / max(once, 1e-7))) for trial, (_, once) in runs.items()}
+    samples: dict[Trial, list[float]] = {trial: [] for trial in runs}
+    for _ in range(rounds):
+        for trial, (run, _once) in runs.items():
+            samples[trial].append(timer(_repeated(run, repeats[trial])) / repeats[trial])
+    return found | {trial: statistics.median(values) for trial, values in samples.items()}
+
+
+def _repeated(run: Callable[[], object], times: int) -> Callable[[], object]:
+    if times == 1:
+        return run
+
+    def again() -> None:
+        for _ in range(times):
+            run()
+
+    return again
+
+
+def _on_cpu(run: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def _on_gpu(run: Callable[[], object]) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def _tell(trial: Trial, error: Exception) -> None:
+    first = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+    if first not in _told:
+        _told.add(first)
+        warnings.warn(f"{type(trial).__name__} cannot be measured and is left out: {first}", QtrainWarning, stacklevel=2)
+
+
+# ---- what a trial runs
+
+
+def _prepare(trial: Trial, device: torch.device) -> Callable[[], object]:
+    draws = torch.Generator(device).manual_seed(0)  # the user's random numbers stay as they are
+    match trial:
+        case Product(operator, arguments):
+            given = [_argument(a, device, draws) for a in arguments]
+            return lambda: operator(*given)
+        case Transpose(codes):
+            matrix = _tensor(codes, device, draws)
+            return lambda: ops.transpose_codes(matrix)
+        case Cast(like, dtype):
+            x = _tensor(like, device, draws)
+            return lambda: x.to(dtype)
+        case Quantize(like, dims, spec):
+            return _quantize(_tensor(like, device, draws), dims, spec)
+    raise TypeError(f"no trial: {trial!r}")
+
+
+def _argument(value: Any, device: torch.device, draws: torch.Generator) -> Any:
+    if isinstance(value, Like):
+        return _tensor(value, device, draws)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _tensor(like: Like, device: torch.device, draws: torch.Generator) -> Tensor:
+    shape = [1 if stride == 0 else size for size, stride in zip(like.shape, like.stride, strict=True)]
+    x = torch.empty_strided(shape, like.stride, dtype=like.dtype, device=device)
+    if like.dtype == torch.int8:
+        x.random_(-127, 128, generator=draws)
+    elif like.dtype.is_floating_point:
+        x.uniform_(0.5, 1.5, generator=draws)  # scales too
+    else:
+        x.zero_()
+    return x.expand(like.shape)
+
+
+def _quantize(x: Tensor, dims: tuple[int, ...], spec: QuantSpec) -> Callable[[], object]:
+    """Compiled by Inductor, with the reductions that its range asks for; the update of the memory is a few values and left out."""
+    from qcompile.inductor import compile_alone
+
+    kept = [] if len(dims) == x.ndim else [1 if axis in dims else size for axis, size in enumerate(x.shape)]
+    fields = tuple(initial_state(spec.estimator, spec.symmetric))
+    memory = [torch.ones(kept, device=x.device) for _ in fields]
+    seed = [torch.zeros((), dtype=torch.int64, device=x.device)] if spec.rounding == "stochastic" else []
+    inputs = [x, *memory, *seed]
+    run = compile_alone(functools.partial(_codes, dims, spec, fields), inputs)
+    return lambda: run(list(inputs))
+
+
+def _codes(dims: tuple[int, ...], spec: QuantSpec, fields: tuple[str, ...], x: Tensor, *tensors: Tensor) -> list[Tensor]:
+    state = dict(zip(fields, tensors, strict=False))
+    seed = tensors[len(fields)] if len(tensors) > len(fields) else None
+    stats = measured(spec, x, dims, present_statistics(spec, x, dims), state or None)
+    low, high = stored_range(spec, stats, state) if state else first_range(spec, stats)
+    scale, zero = scale_and_zero_point(low, high, spec)
+    outputs = [ops.quantize_reference(x, scale, zero, spec.bits, seed, 0)]
+    if state:
+        outputs += [*stats.values(), clipped_share(x, dims, None if spec.symmetric else low, high)]
+    return outputs
+
