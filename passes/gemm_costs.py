@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from passes.context import PassContext
 from passes.find_sites import GemmNode
 from passes.gemms import CONVOLUTIONS, GEMMS, operands
-from passes.graph import CAST, DEQUANTIZE, PERMUTE, QUANTIZE, RANGE, SCALED_MM, on_gpu
+from passes.graph import CAST, DEQUANTIZE, PERMUTE, QUANTIZE, RANGE, SCALED_MM, on_gpu, phase_of
 from passes.insert_qdq import insert_qdq
 from passes.share_quantized import share_quantized
 from qcompile.kernels.profit import Cast, Like, Product, Quantize, Transpose, Trial
@@ -30,7 +30,13 @@ Measure = Callable[[Sequence[Trial], torch.device], dict[Trial, float]]
 """Trials -> seconds of each; `qcompile.kernels.profit.measure`."""
 
 Part = tuple[str, str]
-"""What and the node that it is made of: ("quantize", "q_3"), ("transpose", "q_3"), ("cast", "primals_1")."""
+"""What and the node that it is made of: ("quantize", "q_3"), ("transpose", "q_3"), ("cast", "primals_1").
+
+("state", "forward") is no node and is not measured here: what a half of the graph takes to find, read and update range state."""
+
+STATE_SECONDS = 5e-5
+"""Of a half with range state: finding it on the host (0.04 ms a step, docs/training.md) and two or three small kernels. Our choice,
+rather too much than too little: it matters where a layer takes less than a millisecond."""
 
 
 @dataclass
@@ -41,7 +47,7 @@ class GemmCost:
     role: str
     integer: Product
     hp: Product
-    integer_parts: dict[Part, Trial]
+    integer_parts: dict[Part, Trial | None]
     hp_parts: dict[Part, Trial]
     integer_seconds: float = 0.0  # of the product alone
     hp_seconds: float = 0.0
@@ -82,9 +88,10 @@ def measured_costs(costs: Sequence[GemmCost], device: torch.device, measure: Mea
     """Measure what the costs are made of, the two forms of a GEMM alternately."""
     for cost in costs:
         parts = cost.integer_parts | cost.hp_parts
-        seconds = measure(list(dict.fromkeys([cost.integer, cost.hp, *parts.values()])), device)
+        trials = [cost.integer, cost.hp, *(trial for trial in parts.values() if trial is not None)]
+        seconds = measure(list(dict.fromkeys(trials)), device)
         cost.integer_seconds, cost.hp_seconds = seconds[cost.integer], seconds[cost.hp]
-        cost.part_seconds = {part: seconds[trial] for part, trial in parts.items()}
+        cost.part_seconds = {part: STATE_SECONDS if trial is None else seconds[trial] for part, trial in parts.items()}
 
 
 class _NotKnown(Exception):
@@ -94,7 +101,7 @@ class _NotKnown(Exception):
 def _cost(gemm: fx.Node, where: GemmNode) -> GemmCost:
     target = GEMMS[gemm.target].integer
     first = GEMMS[gemm.target].first
-    integer_parts: dict[Part, Trial] = {}
+    integer_parts: dict[Part, Trial | None] = {}
     hp_parts: dict[Part, Trial] = {}
     codes, scales, zeros = [], [], []
     for side, operand in enumerate(operands(gemm)):
@@ -103,6 +110,8 @@ def _cost(gemm: fx.Node, where: GemmNode) -> GemmCost:
         dims, text = _range_of(scale).args[1:3]
         spec = replace(QuantSpec.from_dict(json.loads(text)), bits=8)  # codes of few bits take the same time
         integer_parts["quantize", quantize.name] = Quantize(_like(x), tuple(dims), spec)
+        if spec.estimator.state_fields(spec.symmetric) or spec.rounding == "stochastic":
+            integer_parts["state", phase_of(quantize)] = None
         like = _like(operand.args[0])
         if target is SCALED_MM:
             wants_transposed = side == 1 and on_gpu(operand)  # as `lower` lays out codes

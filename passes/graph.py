@@ -119,6 +119,9 @@ def _run_fake(graph: fx.Graph, target: Any, args: Any, kwargs: Any) -> Any:
         return target(*args, **kwargs)
 
 
+MOST_SNIPPETS = 512
+"""Traces that are kept: a compilation takes a few dozen, and a long-lived process meets ever new shapes."""
+
 _SNIPPETS: dict[Any, fx.GraphModule] = {}
 
 
@@ -155,8 +158,8 @@ def inline(
             traced = make_fx(on_tensors, decomposition_table=_decompositions(), _allow_non_fake_inputs=True)(*values)
         traced.graph.eliminate_dead_code()
         if cache_key is not None:
-            if len(_SNIPPETS) > 4096:  # shapes come and go in a long-lived process
-                _SNIPPETS.clear()
+            while len(_SNIPPETS) >= MOST_SNIPPETS:
+                _SNIPPETS.pop(next(iter(_SNIPPETS)), None)  # the oldest
             _SNIPPETS[cache_key] = traced
 
     env: dict[fx.Node, Any] = dict(zip(traced.graph.find_nodes(op="placeholder"), nodes, strict=True))

@@ -15,6 +15,7 @@ COMMANDS = {
     "compare": "measure what a recipe does to every GEMM, output and gradient of a step",
     "bench": "time a model's training step under recipes, against Inductor alone",
     "search": "find a mixed recipe under a budget of memory, time or loss, and write it with its reasons",
+    "convert": "write a trained model for deployment: integer layers, a torch.export program, ONNX",
     "demo": "train a small transformer in high precision and in int8",
     "passes": "list the compiler's passes, in order, or show the contract of one",
     "doctor": "say what of qtrain works on this machine (status 1: no integer product)",

@@ -6,18 +6,19 @@ import subprocess
 import sys
 import uuid
 import weakref
+from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch._dynamo.utils import counters
 
 from passes import Step, joint_steps
+from passes.graph import _SNIPPETS
 from qcompile import compiled_graphs, get_recipe, range_state
 from qcompile.kernels import record_launches
 from qcompile.state import STORE
-from qcompile.state.binding import Binder, Binding
 from tests.compiling import compiled
 
 M, K, N = 12, 16, 8
@@ -113,12 +114,15 @@ compiled(torch.nn.Linear(16, 8), "int8_tensorwise")(torch.ones(12, 16)).sum().ba
 
 @pytest.fixture
 def alive(caplog):
-    """How many objects of some kinds there are."""
+    """How many objects of each of our classes there are, and of graphs (but for the passes' traces, of which some are kept)."""
 
-    def count(*kinds):
+    def count():
         caplog.clear()  # torch logs graphs, and pytest keeps what is logged
+        _SNIPPETS.clear()
         gc.collect()
-        return sum(issubclass(type(o), kinds) for o in gc.get_objects())
+        kinds = Counter(type(o) for o in gc.get_objects())
+        ours = [k for k in kinds if str(k.__module__).partition(".")[0] in ("qcompile", "passes")]
+        return {k.__name__: kinds[k] for k in (*ours, fx.GraphModule, fx.Graph)}
 
     return count
 
@@ -133,18 +137,23 @@ def step(layer, rows=M):
 
 
 def test_a_reset_leaves_nothing_behind(interpreted, alive):
+    step(nn.Linear(K, N))  # what is made once in a process: an arena
     torch.compiler.reset()
-    before = alive(Binder, Binding), in_use()
+    before = alive(), in_use()
     parameter = train_through_a_reset(before, alive)  # in a frame of its own: Python keeps what was looked up in one
     torch.compiler.reset()
-    assert (alive(Binder, Binding), in_use()) == before
+    after = alive()
+    assert {k: (before[0].get(k, 0), after[k]) for k in after if after[k] > before[0].get(k, 0)} == {}
+    assert in_use() == before[1]
     assert parameter() is None
 
 
 def train_through_a_reset(before, alive):
     layer = nn.Linear(K, N)
     step(layer)
-    assert len(compiled_graphs()) == 1 and in_use() > before[1] and alive(Binder, Binding) > before[0]
+    now = alive()
+    assert len(compiled_graphs()) == 1 and in_use() > before[1] and now["Binder"] == before[0].get("Binder", 0) + 1
+    assert now["Graph"] > before[0]["Graph"] and len(now) > len(before[0])  # many of our classes have objects now
     torch.compiler.reset()
     assert compiled_graphs() == []
     assert range_state(layer)["input"]["steps"] == 1  # state is the model's, not the compiler's
@@ -162,10 +171,20 @@ def check_recompilations(times, alive):
         torch.compiler.reset()
         step(layer, rows=M + number)
         if number in (2, times - 1):
-            sizes.append((alive(Binder, Binding), in_use(), [t.numel() for t in STORE.tensors()]))
+            sizes.append((alive(), in_use(), [t.numel() for t in STORE.tensors()]))
     assert range_state(layer)["input"]["steps"] == times
-    first, last = sizes
+    (objects, *first), (later, *last) = sizes
+    assert {k: (objects.get(k, 0), later[k]) for k in later if later[k] > objects.get(k, 0)} == {}
     assert first == last
+
+
+def test_the_traces_that_are_kept_are_few(interpreted, monkeypatch):
+    monkeypatch.setattr("passes.graph.MOST_SNIPPETS", 20)
+    _SNIPPETS.clear()
+    for number in range(4):
+        torch.compiler.reset()
+        step(nn.Linear(K, N), rows=M + number)
+        assert 0 < len(_SNIPPETS) <= 20
 
 
 def test_recompilations_leak_nothing(interpreted, alive):

@@ -5,11 +5,12 @@
 
 What a layer becomes, and what onnxruntime (1.23 to 1.31) fuses that to:
 
-    linear                  DQ(Q(x)), DQ(weight), DQ(bias) -> Gemm               QGemm
+    linear                  DQ(Q(x)), DQ(weight) -> Gemm -> Add                  QGemm, Add
     convolution -> Q        DQ(Q(x)), DQ(weight), DQ(bias) -> Conv               QLinearConv
     other convolutions      Q(x) -> ConvInteger -> Cast -> Mul -> Add            as it stands
 
-A convolution whose output is no codes, such as one in front of an addition, has no form of DQ that a runtime fuses: it would run
+A convolution becomes codes at once where its bias, which then is rounded to half a step of the sums, moves few of them. One whose
+output is no codes, such as one in front of an addition, has no form of DQ that a runtime fuses: it would run
 in fp32. ConvInteger is the standard's own integer convolution. `convolutions="qdq"` writes DQ for those too, for readers that know
 nothing else.
 
@@ -33,9 +34,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from qcompile.deploy.packages import require
 from qcompile.deploy.program import exportable
 from qcompile.deploy.standard_layer import StandardLayer, standard_layers
-from qcompile.errors import MissingPackageError, UnsupportedError
+from qcompile.errors import UnsupportedError
 
 __all__ = ["INTEGER_OPERATORS", "export_onnx", "onnx_operators"]
 
@@ -76,7 +78,7 @@ def export_onnx(
         raise ValueError(f"export_onnx(opset): got {opset!r}; allowed: {OPSETS[0]} to {OPSETS[-1]}")
     if convolutions not in ("integer", "qdq"):
         raise ValueError(f"export_onnx(convolutions): got {convolutions!r}; allowed: 'integer', 'qdq'")
-    _require("export_onnx", "onnx", "onnxscript")
+    require("export_onnx", "onnx", "onnxscript")
     model, _ = exportable(deployed, args, kwargs, dynamic_shapes, "export_onnx")
     for layer in standard_layers(model).values():
         _prepare(layer, convolutions)
@@ -107,7 +109,7 @@ def onnx_operators(path: str | Path) -> Counter[str]:
 
     Errors: `MissingPackageError` without onnx and onnxruntime; `UnsupportedError` for an operator that onnxruntime cannot run.
     """
-    _require("onnx_operators", "onnx", "onnxruntime")
+    require("onnx_operators", "onnx", "onnxruntime")
     import onnx
     import onnxruntime
 
@@ -121,15 +123,6 @@ def onnx_operators(path: str | Path) -> Counter[str]:
             raise UnsupportedError(f"onnxruntime {onnxruntime.__version__} cannot run {path}: {error}") from error
         optimized = onnx.load(options.optimized_model_filepath)
     return Counter(node.op_type for node in optimized.graph.node)
-
-
-def _require(what: str, *packages: str) -> None:
-    for package in packages:
-        try:
-            __import__(package)
-        except ImportError as error:
-            needs = f"{what} needs {' and '.join(packages)}, and {package!r} cannot be imported ({error})"
-            raise MissingPackageError(f"{needs}: pip install 'qtrain[deploy]'.") from error
 
 
 @contextlib.contextmanager
@@ -165,12 +158,15 @@ def _prepare(layer: StandardLayer, convolutions: str) -> None:
         for name, code in (("x_zero", layer.zero), ("x_low", layer.low), ("x_high", layer.high)):
             constants[name] = torch.tensor(code, dtype=torch.uint8)
         constants["x_scale"] = torch.tensor(layer.scale, dtype=torch.float32)
-    if layer.bias is not None and layer.scale is not None:
-        constants["sum_bias"], constants["bias_step"] = layer.bias_codes()  # first: it may make the weight's scale coarser
     layer.write = _linear
     if layer.kind == "linear":
         constants["weight_codes"] = layer.codes.t().contiguous()
-    elif layer.scale is None or layer.quantized_output or convolutions == "qdq":
+    elif layer.can_write_codes():
+        if layer.bias is not None:
+            constants["sum_bias"], constants["bias_step"] = layer.bias_codes()  # first: it changes codes and scales
+        constants["weight_codes"] = layer.codes.clone()
+        layer.write = _conv
+    elif layer.scale is None or convolutions == "qdq":
         constants["weight_codes"] = layer.codes.clone()
         layer.write = _conv
     else:  # unsigned weights: onnxruntime's kernel for them is many times faster than that for signed ones
@@ -208,25 +204,24 @@ def _weight(layer: Any, axis: int) -> Tensor:
     return _onnx("DequantizeLinear", codes, layer.weight_scale, layer.weight_zeros, like=codes, dtype=torch.float32, axis=axis)
 
 
-def _bias(layer: Any) -> Tensor | None:
-    """In steps of the sums, where there are such."""
-    if layer.bias is None or layer.scale is None:
-        return layer.bias
-    return _onnx("DequantizeLinear", layer.sum_bias, layer.bias_step, like=layer.bias, dtype=torch.float32, axis=0)
-
-
 def _linear(layer: Any, x: Tensor) -> Tensor:
-    # As a matrix: behind a MatMul of three axes onnxruntime fuses the bias first, and then finds no product of codes.
+    # As a matrix: behind a MatMul of three axes onnxruntime fuses the bias first, and then finds no product of codes. The bias
+    # stands apart, in fp32: QGemm would take it in steps of the sums only.
     rows = x.reshape(-1, x.shape[-1]) if x.ndim != 2 else x
-    bias = _bias(layer)
-    inputs = [_rounded(layer, rows), _weight(layer, axis=1), *([] if bias is None else [bias])]
-    y = _onnx("Gemm", *inputs, like=x, dtype=torch.float32, shape=[rows.shape[0], layer.codes.shape[0]])
-    return y if x.ndim == 2 else y.reshape(*x.shape[:-1], layer.codes.shape[0])
+    y = _onnx(
+        "Gemm", _rounded(layer, rows), _weight(layer, axis=1), like=x, dtype=torch.float32, shape=[rows.shape[0], len(layer.codes)]
+    )
+    if layer.bias is not None:
+        y = y + layer.bias
+    return y if x.ndim == 2 else y.reshape(*x.shape[:-1], len(layer.codes))
 
 
 def _conv(layer: Any, x: Tensor) -> Tensor:
-    bias = _bias(layer)
-    inputs = [_rounded(layer, x), _weight(layer, axis=0), *([] if bias is None else [bias])]
+    inputs = [_rounded(layer, x), _weight(layer, axis=0)]
+    if hasattr(layer, "sum_bias"):
+        inputs.append(_onnx("DequantizeLinear", layer.sum_bias, layer.bias_step, like=layer.bias, dtype=torch.float32, axis=0))
+    elif layer.bias is not None:
+        inputs.append(layer.bias)
     return _onnx("Conv", *inputs, like=x, dtype=torch.float32, shape=_conv_shape(layer, x), **_geometry(layer))
 
 

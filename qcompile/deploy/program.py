@@ -79,7 +79,7 @@ def exportable(
     """A copy with standard layers, rewritten so that runtimes fuse more, and its graph (before BatchNorms went).
 
     What is rewritten: BatchNorms behind convolutions, inputs that are never negative. Layers whose output one other layer's
-    quantize reads alone, at most through a ReLU, know it (`quantized_output`).
+    quantize reads alone, at most through a ReLU, know its scale (`output_scale`).
     """
     model = with_standard_layers(deployed, write_qdq, what)
     graph = traced(model, args, kwargs, dynamic_shapes, what).graph
@@ -93,7 +93,8 @@ def exportable(
             reader = _only_user(reader)
         relu = reader is not None and reader.target in _RELU
         reader = _only_user(reader) if relu and reader is not None else reader
-        layer.quantized_output = reader is not None and reader.target is _Q.quantize_per_tensor.default
+        if reader is not None and reader.target is _Q.quantize_per_tensor.default:
+            layer.output_scale = reader.args[1]  # type: ignore[assignment]
     inputs: dict[str, list[fx.Node]] = {}
     for node in graph.find_nodes(op="call_function", target=_Q.quantize_per_tensor.default):
         inputs.setdefault(_module_of(node), []).append(node.args[0])  # type: ignore[arg-type]

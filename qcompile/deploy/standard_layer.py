@@ -59,7 +59,7 @@ class StandardLayer(nn.Module):
         self.zero = self.low = self.high = 0
         if layer.input_scale is not None:
             self._set_input(layer)
-        self.quantized_output = False  # of a convolution: its only reader quantizes it
+        self.output_scale: float | None = None  # where its only reader quantizes the output, at most behind a ReLU
         if self.kind == "conv":
             given = layer.layer_arguments
             self.stride, self.dilation, self.groups = list(given["stride"]), list(given["dilation"]), given["groups"]
@@ -124,10 +124,16 @@ class StandardLayer(nn.Module):
     def bias_codes(self) -> tuple[Tensor, Tensor]:
         """The bias in steps of the sums, int32 [out], and these steps, fp32 [out]: what runtimes add in integers.
 
-        It is rounded to half a step of the sums. Where int32 could not hold it the channel's weights are less than the last
-        digit of its bias, and they are rounded to a coarser step.
+        It is rounded to half a step of the sums. To make that small, codes of few bits are multiplied by the power of 2 that int8
+        has room for, and their scales divided: the same values. Where int32 could not hold the bias, the channel's weights are
+        less than the last digit of it, and get a coarser step.
         """
         assert self.bias is not None and self.scale is not None
+        room = 128 // -self.qmin if self.qmin < -self.qmax else 127 // self.qmax
+        times = 2 ** (room.bit_length() - 1)
+        self.codes.mul_(times)
+        self.weight_scale.div_(times)
+        self.qmin, self.qmax = self.qmin * times, self.qmax * times
         coarser = self.bias.abs() / (self.scale * 2.0**30)
         grown = torch.maximum(self.weight_scale, coarser)
         rows = [-1] + [1] * (self.codes.ndim - 1)
@@ -135,6 +141,18 @@ class StandardLayer(nn.Module):
         self.weight_scale.copy_(grown)
         step = self.weight_scale * self.scale
         return torch.round(self.bias / step).to(torch.int32), step
+
+    def can_write_codes(self) -> bool:
+        """Whether its output can become codes at once: its reader quantizes it, and rounding the bias moves few codes.
+
+        That is, half a step of the sums is at most a hundredth of the output's.
+        """
+        if self.output_scale is None or self.scale is None:
+            return False
+        if self.bias is None:
+            return True
+        copied = copy.deepcopy(self)
+        return float(copied.bias_codes()[1].max()) / 2 <= self.output_scale / 100
 
     def extra_repr(self) -> str:
         return f"{self.kind}, {list(self.codes.shape)}, input {'fp32' if self.scale is None else 'uint8'}"

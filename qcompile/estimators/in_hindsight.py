@@ -24,7 +24,6 @@ a reduction stands in front of the quantize.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import reduce
 from typing import ClassVar
 
 import torch
@@ -100,12 +99,13 @@ class InHindsight(_Average):
         return _bounds(state)
 
     def update(self, stats: Stats, state: State) -> dict[str, Tensor]:
-        averages = super().update(stats, state)
+        new = super().update(stats, state)
         if self.max_excess is None:
-            return averages
-        present = _present(stats)
-        reach = self.max_excess * reduce(torch.maximum, [now.abs() for now in present.values()])
-        return {field: torch.minimum(torch.maximum(average, -reach), reach) for field, average in averages.items()}
+            return new
+        if "amax" in new:
+            return {"amax": torch.minimum(new["amax"], self.max_excess * stats["amax"])}
+        reach = self.max_excess * torch.maximum(stats["min"].abs(), stats["max"].abs())
+        return {"low": torch.maximum(new["low"], -reach), "high": torch.minimum(new["high"], reach)}
 
 
 @register_estimator

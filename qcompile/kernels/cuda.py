@@ -46,6 +46,7 @@ __all__ = [
     "remember",
     "scaled_bmm_cuda",
     "scaled_mm_cuda",
+    "scaled_mm_requantize_cuda",
     "transpose_codes_cuda",
     "tuned",
 ]
@@ -293,6 +294,31 @@ def scaled_mm_packed_cuda(a: Tensor, b: Tensor, *rest: Any) -> Tensor:
         return scaled_mm_cuda(*unpacked(a, b, k, a_bits, b_bits), *operands)
 
     return ours_or_plain(kernel, a.device, packed, as_int8, f"a GEMM of {m} x {n} x {k}")
+
+
+def scaled_mm_requantize_cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """`qtrain::scaled_mm_requantize` of checked operands: one Triton kernel where it can run, else the operator's parts."""
+    from qcompile.ops.scaled_mm_requantize import scaled_mm_requantize_reference
+
+    a, b, *rest = args
+    (m, k), n = a.shape, b.shape[1]
+    zero_points = sum(zero is not None for zero in rest[2:4])
+    name = "none" if 0 in (m, n, k) else gemm_for(a.device, m, n, k)
+    if not name.startswith("triton") or k > max_k(zero_points):
+        return scaled_mm_requantize_reference(*args)
+    from qcompile.kernels.triton import requantize
+
+    kernel = "triton+requantize"
+
+    def ours() -> tuple[Tensor, Tensor, Tensor]:
+        made = requantize.scaled_mm_requantize(_rows_contiguous(a), _rows_contiguous(b.t()), *rest)
+        note_launch(kernel, m, n, k)
+        return made
+
+    def by_parts() -> tuple[Tensor, Tensor, Tensor]:
+        return scaled_mm_requantize_reference(*args)
+
+    return ours_or_plain(kernel, a.device, ours, by_parts, f"a GEMM of {m} x {n} x {k}")
 
 
 def scaled_bmm_cuda(

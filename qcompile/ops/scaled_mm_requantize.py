@@ -98,6 +98,13 @@ def _cpu(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     return cpu.scaled_mm_requantize(*args)
 
 
+def _cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from qcompile.kernels import cuda
+
+    _check(*args)
+    return cuda.scaled_mm_requantize_cuda(*args)
+
+
 scaled_mm_requantize = define(
     "scaled_mm_requantize(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, Tensor? a_zero, Tensor? b_zero, Tensor? bias, "
     "ScalarType out_dtype, bool relu, Tensor? gate, Tensor scale, Tensor? zero_point, int bits, Tensor? low, Tensor high, "
@@ -115,3 +122,4 @@ scaled_mm_requantize = define(
 M and N above 0. Errors: `KernelError`; `ValueError` for bits and the gate's shape.
 """
 LIBRARY.impl("scaled_mm_requantize", _cpu, "CPU")
+LIBRARY.impl("scaled_mm_requantize", _cuda, "CUDA")

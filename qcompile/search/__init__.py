@@ -1,6 +1,6 @@
 """A recipe from measurements: which GEMM of which layer in how many bits, under a budget."""
 
 from qcompile.search.result import SearchResult, Totals
-from qcompile.search.search import search_recipe
+from qcompile.search.search import Search, search_recipe
 
-__all__ = ["SearchResult", "Totals", "search_recipe"]
+__all__ = ["Search", "SearchResult", "Totals", "search_recipe"]

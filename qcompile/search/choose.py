@@ -8,8 +8,8 @@ ratio is the usual approximation:
 
     1. All GEMMs start in high precision.
     2. While a limit on memory or time is exceeded, make the move (one GEMM to another option) that frees most of what is exceeded
-       for each bit of loss that it adds. What GEMMs share counts in equal parts here: a tensor that three GEMMs read is not
-       freed by the first of them alone, and the first must be worth its move all the same.
+       for each bit of loss that it adds; to free more than that counts for nothing. What GEMMs share counts in equal parts here:
+       a tensor that three GEMMs read is not freed by the first of them alone, and the first must be worth its move all the same.
     3. Undo, the most harmful first, what the limits do not need.
 
 With a limit on the loss alone, moves are made in the same order, for memory and time together, as long as the loss allows.
@@ -78,17 +78,22 @@ def choose(gemms: Sequence[GemmOptions], limits: Mapping[str, float]) -> Choice:
         parts = getattr(gemms[index].options[name], what)
         return sum(value / shared[what][key] for key, value in parts.items()) / start[what]
 
+    def excess(what: str) -> float:
+        """How far the choice is above a limit, in the same units; what is a rounding of sums counts for nothing."""
+        over = (total(gemms, choice, what) - limits[what]) / start[what]
+        return over if over > 1e-9 else 0.0
+
     choice = [HP] * len(gemms)
     bounded = [what for what in shared if what in limits]
     if bounded:
-        _spend(gemms, choice, weight, lambda: [w for w in bounded if total(gemms, choice, w) > limits[w]])
-        if over := [w for w in bounded if total(gemms, choice, w) > limits[w]]:
+        _spend(gemms, choice, weight, lambda: {w: e for w in bounded if (e := excess(w)) > 0})
+        if over := [w for w in bounded if excess(w) > 0]:
             raise Infeasible(f"the candidates do not reach the limit on {' and '.join(over)}")
-        _undo(gemms, choice, lambda: all(total(gemms, choice, w) <= limits[w] for w in bounded))
+        _undo(gemms, choice, lambda: all(excess(w) <= 0 for w in bounded))
         if total(gemms, choice, "loss") > limits.get("loss", float("inf")):
             raise Infeasible(f"within the other limits the loss is {total(gemms, choice, 'loss'):.4f} at least")
     elif "loss" in limits:
-        _spend(gemms, choice, weight, lambda: list(shared), limits["loss"])
+        _spend(gemms, choice, weight, lambda: dict.fromkeys(shared, float("inf")), limits["loss"])
     return tuple(choice)
 
 
@@ -101,17 +106,21 @@ def _spend(
     gemms: Sequence[GemmOptions],
     choice: list[str],
     weight: Callable[[int, str, str], float],
-    wanted: Callable[[], list[str]],
+    wanted: Callable[[], dict[str, float]],
     most: float = float("inf"),
 ) -> None:
-    """Make moves, the best ratio first, until nothing is wanted or nothing frees it. `most`: loss that they may add up to."""
+    """Make moves, the best ratio first, until nothing is wanted or nothing frees it.
+
+    wanted  kind -> how much of it is to be freed
+    most    loss that the moves may add up to
+    """
     while kinds := wanted():
         spent = total(gemms, choice, "loss")
         best: tuple[float, int, str] | None = None
         for index, gemm in enumerate(gemms):
             now = choice[index]
             for name, option in gemm.options.items():
-                gain = sum(weight(index, now, w) - weight(index, name, w) for w in kinds)
+                gain = sum(min(weight(index, now, w) - weight(index, name, w), most_of) for w, most_of in kinds.items())
                 added = option.loss - gemm.options[now].loss
                 if name == now or gain <= 1e-9 or spent + added > most:
                     continue

@@ -13,7 +13,7 @@ from qcompile.inspect.compare import quantized_operands
 from qcompile.kernels import profit
 from qcompile.recipe import Recipe
 from qcompile.search.choose import HP, GemmOptions, Option
-from qcompile.search.sensitivity import Gradients, Lost, exact_gradients, lost_alone, lost_together
+from qcompile.search.sensitivity import Gradients, Loss, Lost, exact_gradients, lost_alone, lost_together
 
 __all__ = ["Candidate", "gemm_options", "reference", "sensitivities", "together"]
 
@@ -34,7 +34,12 @@ class Candidate:
 
 def reference(found: Capture) -> list[Gradients]:
     """The exact gradients of each graph."""
-    return [exact_gradients(graph) for graph in found.graphs]
+    return [exact_gradients(graph, _loss(found)) for graph in found.graphs]
+
+
+def _loss(found: Capture) -> Loss | None:
+    """What the outputs of a graph go into; of several graphs nobody knows."""
+    return found.loss if len(found.graphs) == 1 else None
 
 
 def _share(losses: Sequence[Lost]) -> float:
@@ -44,7 +49,7 @@ def _share(losses: Sequence[Lost]) -> float:
 
 def together(found: Capture, exact: Sequence[Gradients]) -> float:
     """What a step loses with all that the captured recipe quantizes."""
-    return _share([lost_together(graph, gradients) for graph, gradients in zip(found.graphs, exact, strict=True)])
+    return _share([lost_together(graph, gradients, _loss(found)) for graph, gradients in zip(found.graphs, exact, strict=True)])
 
 
 def sensitivities(found: Capture, exact: Sequence[Gradients], tell: Callable[[], object]) -> dict[Gemm, float]:
@@ -53,7 +58,7 @@ def sensitivities(found: Capture, exact: Sequence[Gradients], tell: Callable[[],
     losses = {}
     for number, graph in enumerate(found.graphs):
         for site, role in integer_gemms(graph):
-            losses[number, site, role] = lost_alone(graph, (site, role), exact[number]).part / whole
+            losses[number, site, role] = lost_alone(graph, (site, role), exact[number], _loss(found)).part / whole
             tell()
     return losses
 
@@ -63,12 +68,12 @@ def integer_gemms(graph: CapturedGraph) -> list[tuple[str, str]]:
     return [(site.name, role) for site in graph.sites for role, gemm in site.gemms.items() if gemm.reason is None]
 
 
-def gemm_options(candidates: Sequence[Candidate], hp: Capture) -> list[GemmOptions]:
-    """Every GEMM that some candidate has in integers, with its options; seconds are measured on this device.
+def gemm_options(candidates: Sequence[Candidate], hp: Capture, *, timed: bool) -> list[GemmOptions]:
+    """Every GEMM that some candidate has in integers, with its options; `timed`: with seconds, measured on this device.
 
     hp  the same step without quantization, for what it saves
     """
-    costs = {c.name: _costs(c.capture) for c in candidates}
+    costs = {c.name: _costs(c.capture, timed) for c in candidates}
     saved = {c.name: _all_saved(c.capture, costs[c.name]) for c in candidates}
     gain = {c.name: _gain(c.capture, hp, saved[c.name].values()) for c in candidates}
     gemms = []
@@ -90,13 +95,14 @@ def gemm_options(candidates: Sequence[Candidate], hp: Capture) -> list[GemmOptio
 # ---- seconds
 
 
-def _costs(found: Capture) -> dict[Gemm, GemmCost]:
+def _costs(found: Capture, timed: bool) -> dict[Gemm, GemmCost]:
     costs: dict[Gemm, GemmCost] = {}
     for number, graph in enumerate(found.graphs):
         if "share_quantized" not in graph.steps:
             continue
         own = gemm_costs(graph.steps["share_quantized"], graph.context)
-        measured_costs(own, graph.context.device, profit.measure)
+        if timed:
+            measured_costs(own, graph.context.device, profit.measure)
         costs |= {(number, cost.site, cost.role): cost for cost in own}
     order = [(n, site, role) for n, graph in enumerate(found.graphs) for site, role in integer_gemms(graph)]
     return {gemm: costs[gemm] for gemm in order if gemm in costs}
@@ -104,13 +110,13 @@ def _costs(found: Capture) -> dict[Gemm, GemmCost]:
 
 def _hp_time(number: int, cost: GemmCost) -> dict[object, float]:
     return {(HP, number, cost.site, cost.role): cost.hp_seconds} | {
-        (HP, number, part): cost.part_seconds[part] for part in cost.hp_parts
+        (HP, number, part): seconds for part in cost.hp_parts if (seconds := cost.part_seconds.get(part))
     }
 
 
 def _integer_time(name: str, number: int, cost: GemmCost) -> dict[object, float]:
     return {(name, number, cost.site, cost.role): cost.integer_seconds} | {
-        (name, number, part): cost.part_seconds[part] for part in cost.integer_parts
+        (name, number, part): seconds for part in cost.integer_parts if (seconds := cost.part_seconds.get(part))
     }
 
 

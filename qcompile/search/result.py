@@ -25,7 +25,7 @@ class Totals:
     """What a recipe costs. `loss`: share of a step's progress that is lost, measured with all GEMMs as the recipe has them.
 
     bytes    saved for backward, measured
-    seconds  of GEMMs with their quantizes, the sum of what was measured part by part
+    seconds  of GEMMs with their quantizes, the sum of what was measured part by part; 0 where nothing was timed
     """
 
     loss: float
@@ -39,10 +39,8 @@ class Totals:
     def beside(self, hp: Totals) -> str:
         """One line."""
         memory, time = self.shares_of(hp)
-        return (
-            f"{self.bytes:,} bytes saved ({memory:.2f} of hp), {1e3 * self.seconds:.3f} ms in GEMMs and quantizes ({time:.2f}), "
-            f"a step loses {_percent(self.loss)} of its progress"
-        )
+        took = f", {1e3 * self.seconds:.3f} ms in GEMMs and quantizes ({time:.2f})" if hp.seconds else ""
+        return f"{self.bytes:,} bytes saved ({memory:.2f} of hp){took}, a step loses {_percent(self.loss)} of its progress"
 
 
 @dataclass
@@ -128,10 +126,11 @@ def _percent(share: float) -> str:
 def _option_text(gemm: GemmOptions, name: str) -> str:
     option = gemm.options[name]
     parts = [f"loses {_percent(option.loss)}"] if name != HP else []
-    parts.append(f"{1e3 * sum(option.time.values()):.3g} ms")
+    if seconds := sum(option.time.values()):
+        parts.append(f"{1e3 * seconds:.3g} ms")
     if option.memory:
         parts.append(f"saves {sum(option.memory.values()):,.0f} bytes")
-    return f"{name} {', '.join(parts)}"
+    return f"{name} {', '.join(parts) or 'as it is'}"
 
 
 # ---- the recipe of a choice

@@ -29,7 +29,9 @@ from qcompile.search.options import Candidate, gemm_options, integer_gemms, refe
 from qcompile.search.result import SearchResult, Totals, mixed_recipe
 from qcompile.state.handle import range_state
 
-__all__ = ["KINDS", "search_recipe"]
+__all__ = ["KINDS", "Search", "search_recipe"]
+
+Loss = Callable[[Any], Tensor]
 
 KINDS = ("memory", "time", "loss")
 """What a budget may limit."""
@@ -43,7 +45,7 @@ def search_recipe(
     *,
     budget: Mapping[str, float],
     candidates: Sequence[str | Recipe] = ("int8", "int4"),
-    loss: Callable[[Any], Tensor] | None = None,
+    loss: Loss | Sequence[Loss] | None = None,
     name: str = "searched",
 ) -> SearchResult:
     """Find which GEMM of which layer to run in which of the candidates, or in high precision.
@@ -57,90 +59,120 @@ def search_recipe(
                 Under a limit on memory or time the recipe with the least loss is looked for; under one on the loss alone
                 that with the least memory and time.
     candidates  uniform recipes, by name or themselves; they agree on what they leave out (ops, skip)
-    loss        outputs -> scalar, as in `capture`; give it where the model does not return its loss
+    loss        outputs -> scalar, as in `capture`, or one for each batch; give it where the model does not return its loss
 
     Everything happens on copies, under the caller's autocast. A model that has trained for a while tells more than one at its
-    start. It takes a captured step for each candidate and batch, and a step operator by operator for each GEMM of each.
+    start. It takes a captured step for each candidate and batch, and a step operator by operator for each GEMM of each; kernels are
+    timed unless the budget is on memory without time. For several budgets, `Search` measures once.
 
     Errors: `ValueError` for no batches, no GEMM to quantize, a budget of another kind or that no choice meets, and candidates that
     disagree; `RecipeError`; those of `capture`.
     """
-    limits = _checked_budget(budget)
-    recipes = _checked_candidates(candidates)
-    steps = [_arguments(batch) for batch in _checked_batches(batches)]
-    ranges = range_state(model).state_dict() if isinstance(model, nn.Module) else None
+    timed = "memory" not in _checked_budget(budget) or "time" in budget
+    return Search(model, batches, candidates=candidates, loss=loss, timed=timed).under(budget, name)
 
-    def step(recipe: Recipe | str, number: int = 0) -> Capture:
-        args, kwargs = steps[number]
-        return capture(model, *args, recipe=recipe, loss=loss, ranges=ranges, **kwargs)
 
-    with progress(1 + len(recipes) * len(steps) + 1, "capturing") as bar:
-        hp = step("none")
-        bar.update()
-        measured = [_measured(recipe, len(steps), step, bar) for recipe in recipes.values()]
-        bar.set_description("timing kernels")
-        gemms = gemm_options(measured, hp)
-        if not gemms:
+class Search:
+    """What a search measures, once; `under(budget)` chooses. The arguments are those of `search_recipe`.
+
+    timed    False: no kernel is timed, which takes most of a search of a small model, and no budget may limit the time
+    gemms    the GEMMs with their options
+    hp       what high precision costs
+    uniform  what each candidate costs on its own
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batches: Sequence[Any],
+        *,
+        candidates: Sequence[str | Recipe] = ("int8", "int4"),
+        loss: Loss | Sequence[Loss] | None = None,
+        timed: bool = True,
+    ) -> None:
+        self.timed = timed
+        self._recipes = _checked_candidates(candidates)
+        self._model = model
+        self._steps = [_arguments(batch) for batch in _checked_batches(batches)]
+        self._losses = _checked_losses(loss, len(self._steps))
+        self._ranges = range_state(model).state_dict() if isinstance(model, nn.Module) else None
+        with progress(1 + len(self._recipes) * len(self._steps), "capturing") as bar:
+            hp = self._capture("none")
+            bar.update()
+            measured = [self._measured(recipe, bar) for recipe in self._recipes.values()]
+            bar.set_description("timing kernels" if timed else "counting bytes")
+            self.gemms = gemm_options(measured, hp, timed=timed)
+        if not self.gemms:
             raise ValueError(_nothing_to_quantize(measured))
-        in_hp = Totals(0.0, hp.saved_bytes().total, total(gemms, [HP] * len(gemms), "time"))
-        bar.set_description("choosing")
-        choice, recipe, found, lost = _within(limits, gemms, recipes, in_hp, step, name)
-        losses = [lost, *(_loss_of(step(recipe, number)) for number in range(1, len(steps)))]
-        bar.update()
-    uniform = {c.name: Totals(c.together, c.capture.saved_bytes().total, _all(gemms, c.name)) for c in measured}
-    totals = Totals(sum(losses) / len(losses), found.saved_bytes().total, total(gemms, choice, "time"))
-    notes = []
-    if len(hp.graphs) > 1:
-        notes.append(f"{len(hp.graphs)} graphs: a GEMM's loss is that within its own graph")
-    return SearchResult(recipe, limits, gemms, choice, in_hp, totals, uniform, total(gemms, choice, "loss"), notes)
+        self.hp = Totals(0.0, hp.saved_bytes().total, total(self.gemms, [HP] * len(self.gemms), "time"))
+        self.uniform = {c.name: Totals(c.together, c.capture.saved_bytes().total, self._all(c.name)) for c in measured}
+        several = f"{len(hp.graphs)} graphs: a GEMM's loss is that within its own graph"
+        self._notes = [several] if len(hp.graphs) > 1 else []
 
+    def _capture(self, recipe: Recipe | str, number: int = 0) -> Capture:
+        args, kwargs = self._steps[number]
+        return capture(self._model, *args, recipe=recipe, loss=self._losses[number], ranges=self._ranges, **kwargs)
 
-def _measured(recipe: Recipe, batches: int, step: Callable[[Recipe, int], Capture], bar: Progress) -> Candidate:
-    """A candidate with its losses, means over the batches; the capture is that of the first."""
-    made: Candidate | None = None
-    for number in range(batches):
-        bar.set_description(f"capturing {recipe.name}")
-        found = step(recipe, number)
-        made = made or Candidate(recipe.name, recipe, found)
-        exact = reference(found)
-        with progress(sum(len(integer_gemms(g)) for g in found.graphs), f"{recipe.name}: GEMM by GEMM") as each:
-            for gemm, lost in sensitivities(found, exact, each.update).items():
-                made.lost[gemm] = made.lost.get(gemm, 0.0) + lost / batches
-        made.together += together(found, exact) / batches
-        bar.update()
-    assert made is not None
-    return made
+    def _measured(self, recipe: Recipe, bar: Progress) -> Candidate:
+        """A candidate with its losses, means over the batches; the capture is that of the first."""
+        made: Candidate | None = None
+        count = len(self._steps)
+        for number in range(count):
+            bar.set_description(f"capturing {recipe.name}")
+            found = self._capture(recipe, number)
+            made = made or Candidate(recipe.name, recipe, found)
+            exact = reference(found)
+            with progress(sum(len(integer_gemms(g)) for g in found.graphs), f"{recipe.name}: GEMM by GEMM") as each:
+                for gemm, lost in sensitivities(found, exact, each.update).items():
+                    made.lost[gemm] = made.lost.get(gemm, 0.0) + lost / count
+            made.together += together(found, exact) / count
+            bar.update()
+        assert made is not None
+        return made
 
+    def _all(self, name: str) -> float:
+        """Seconds with every GEMM in one candidate, where it has the option."""
+        return total(self.gemms, [name if name in g.options else HP for g in self.gemms], "time")
 
-def _within(
-    limits: Mapping[str, float],
-    gemms: Sequence[GemmOptions],
-    recipes: Mapping[str, Recipe],
-    hp: Totals,
-    step: Callable[[Recipe], Capture],
-    name: str,
-) -> tuple[Choice, Recipe, Capture, float]:
-    """A choice whose measured bytes are within the limit, its recipe, the captured step, and what that loses."""
-    absolute = {what: limit * {"memory": hp.bytes, "time": hp.seconds, "loss": 1.0}[what] for what, limit in limits.items()}
-    beside = hp.bytes - total(gemms, [HP] * len(gemms), "memory")  # saved by others than the GEMMs
-    allowed = dict(absolute)
-    if "memory" in allowed:
-        allowed["memory"] -= beside
-    for _ in range(_ATTEMPTS):
-        try:
-            choice = choose(gemms, allowed)
-        except Infeasible as error:
-            raise ValueError(_infeasible(limits, gemms, hp, beside, error)) from None
-        recipe = mixed_recipe(recipes, gemms, choice, name)
-        found = step(recipe)
-        over = found.saved_bytes().total - absolute.get("memory", math.inf)
-        if over <= 0:
-            return choice, recipe, found, _loss_of(found)
-        allowed["memory"] = min(allowed["memory"], total(gemms, choice, "memory")) - over
-    raise ValueError(
-        f"search_recipe: no choice was found that saves at most {limits['memory']:g} of what high precision saves; the last one "
-        f"saves {found.saved_bytes().total / hp.bytes:.3f}. Allow more memory, or give candidates of fewer bits"
-    )
+    def under(self, budget: Mapping[str, float], name: str = "searched") -> SearchResult:
+        """The recipe for a budget. Errors: `ValueError` for a budget of another kind or that no choice meets."""
+        limits = _checked_budget(budget)
+        if "time" in limits and not self.timed:
+            raise ValueError("budget: time is limited, and Search(..., timed=False) has not measured it")
+        with progress(len(self._steps), "choosing") as bar:
+            choice, recipe, found = self._within(limits, name)
+            losses = [_loss_of(found)]
+            bar.update()
+            for number in range(1, len(self._steps)):
+                losses.append(_loss_of(self._capture(recipe, number)))
+                bar.update()
+        totals = Totals(sum(losses) / len(losses), found.saved_bytes().total, total(self.gemms, choice, "time"))
+        predicted = total(self.gemms, choice, "loss")
+        return SearchResult(recipe, limits, self.gemms, choice, self.hp, totals, self.uniform, predicted, self._notes)
+
+    def _within(self, limits: Mapping[str, float], name: str) -> tuple[Choice, Recipe, Capture]:
+        """A choice whose measured bytes are within the limit, its recipe, and the captured step."""
+        units = {"memory": self.hp.bytes, "time": self.hp.seconds, "loss": 1.0}
+        allowed = {what: limit * units[what] for what, limit in limits.items()}
+        beside = self.hp.bytes - total(self.gemms, [HP] * len(self.gemms), "memory")  # saved by others than the GEMMs
+        most = allowed.get("memory", math.inf)
+        if "memory" in allowed:
+            allowed["memory"] -= beside
+        for _ in range(_ATTEMPTS):
+            try:
+                choice = choose(self.gemms, allowed)
+            except Infeasible as error:
+                raise ValueError(_infeasible(limits, self.gemms, self.hp, beside, error)) from None
+            recipe = mixed_recipe(self._recipes, self.gemms, choice, name)
+            found = self._capture(recipe)
+            over = found.saved_bytes().total - most
+            if over < 0.5:  # whole bytes, and a limit that may be a rounded share of them
+                return choice, recipe, found
+            allowed["memory"] = min(allowed["memory"], total(self.gemms, choice, "memory")) - over
+        raise ValueError(
+            f"search_recipe: no choice was found that saves at most {limits['memory']:g} of what high precision saves; the last "
+            f"one saves {found.saved_bytes().total / self.hp.bytes:.3f}. Allow more memory, or give candidates of fewer bits"
+        )
 
 
 def _loss_of(found: Capture) -> float:
@@ -149,11 +181,6 @@ def _loss_of(found: Capture) -> float:
 
 def _quantizes(found: Capture) -> bool:
     return any("insert_qdq" in graph.steps and integer_gemms(graph) for graph in found.graphs)
-
-
-def _all(gemms: Sequence[GemmOptions], name: str) -> float:
-    """Seconds with every GEMM in one candidate, where it has the option."""
-    return total(gemms, [name if name in g.options else HP for g in gemms], "time")
 
 
 # ---- what is refused
@@ -165,6 +192,15 @@ def _checked_batches(batches: Sequence[Any]) -> Sequence[Any]:
     if not batches:
         raise ValueError("batches: the list is empty; give one training batch at least, better two or three")
     return batches
+
+
+def _checked_losses(loss: Loss | Sequence[Loss] | None, count: int) -> list[Loss | None]:
+    if loss is None or callable(loss):
+        return [loss] * count
+    if not isinstance(loss, Sequence) or len(loss) != count or not all(map(callable, loss)):
+        given = f"{len(loss)} of them" if isinstance(loss, Sequence) else repr(loss)
+        raise ValueError(f"loss: got {given}; give a function from outputs to a scalar, or a list of {count}, one for each batch")
+    return list(loss)
 
 
 def _arguments(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

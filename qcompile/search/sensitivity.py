@@ -13,21 +13,24 @@ because the errors of different quantizes are nearly independent.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from passes.graph import erase_unused
-from qcompile.inspect.captured_graph import CapturedGraph
+from qcompile.inspect.capture import default_loss
+from qcompile.inspect.captured_graph import CapturedGraph, copy_graph
 from qcompile.inspect.compare import quantized_operands
 from qcompile.inspect.replay import Replay, joint_at, shared_random_numbers
 
-__all__ = ["Lost", "exact_gradients", "lost_alone", "lost_together", "with_one_quantized"]
+__all__ = ["Loss", "Lost", "exact_gradients", "lost_alone", "lost_together", "with_one_quantized"]
 
 Gradients = dict[str, Tensor]
 Gemm = tuple[str, str]  # site, role
+Loss = Callable[[Any], Tensor]
 
 
 class Lost:
@@ -44,19 +47,28 @@ class Lost:
             g, q = exact.double().flatten(), got[name].double().flatten()
             weight = float(g.norm()) * g.numel() ** 0.5
             cosine = float(g @ q / (g.norm() * q.norm()).clamp_min(torch.finfo(torch.float64).tiny))
-            part += weight * (1 - cosine if torch.isfinite(q).all() else 1.0)
+            part += weight * (max(1 - cosine, 0.0) if torch.isfinite(q).all() else 1.0)  # rounding may leave more than 1
             whole += weight
         return cls(part, whole)
 
 
-def _gradients(graph: CapturedGraph, outputs: Sequence[Any]) -> Gradients:
-    named = zip(graph.gradient_names, outputs[graph.n_outputs :], strict=True)
-    return {n: v for n, v in named if n is not None and isinstance(v, Tensor) and v.is_floating_point()}
+def exact_gradients(graph: CapturedGraph, loss: Loss | None = None) -> Gradients:
+    """The step in high precision.
+
+    loss  outputs -> scalar, where the graph does not contain the loss: the gradients of the outputs are then those at the outputs
+          that the step really has. None: the default of `capture`.
+    """
+    return _run(graph, joint_at(graph, _step_before(graph, "insert_qdq")), loss)
 
 
-def _run(graph: CapturedGraph, module: fx.GraphModule) -> Gradients:
-    with shared_random_numbers(graph):
-        return _gradients(graph, Replay(module).step(graph))
+def lost_together(graph: CapturedGraph, exact: Gradients, loss: Loss | None = None) -> Lost:
+    """What the step loses as it runs, with integer kernels."""
+    return Lost.between(_run(graph, graph.joint, loss), exact)
+
+
+def lost_alone(graph: CapturedGraph, gemm: Gemm, exact: Gradients, loss: Loss | None = None) -> Lost:
+    """What the step loses if this GEMM alone multiplies codes."""
+    return Lost.between(_run(graph, with_one_quantized(graph, [gemm]), loss), exact)
 
 
 def _step_before(graph: CapturedGraph, name: str) -> str:
@@ -64,20 +76,36 @@ def _step_before(graph: CapturedGraph, name: str) -> str:
     return names[names.index(name) - 1]
 
 
-def exact_gradients(graph: CapturedGraph) -> Gradients:
-    """The step in high precision."""
-    return _run(graph, joint_at(graph, _step_before(graph, "insert_qdq")))
+def _run(graph: CapturedGraph, module: fx.GraphModule, loss: Loss | None) -> Gradients:
+    here = replace(graph, tangents=_tangents(graph, module, loss))
+    graph.reset_state([module])
+    with shared_random_numbers(graph):
+        outputs = Replay(module).step(here)
+    named = zip(graph.gradient_names, outputs[graph.n_outputs :], strict=True)
+    return {n: v for n, v in named if n is not None and isinstance(v, Tensor) and v.is_floating_point()}
 
 
-def lost_together(graph: CapturedGraph, exact: Gradients) -> Lost:
-    """What the step loses as it runs, with integer kernels."""
-    graph.reset_state([graph.joint])
-    return Lost.between(_run(graph, graph.joint), exact)
+def _tangents(graph: CapturedGraph, module: fx.GraphModule, loss: Loss | None) -> tuple[Any, ...]:
+    """The gradients of the outputs at the outputs that this module computes; what was captured, where they cannot be told.
 
-
-def lost_alone(graph: CapturedGraph, gemm: Gemm, exact: Gradients) -> Lost:
-    """What the step loses if this GEMM alone multiplies codes."""
-    return Lost.between(_run(graph, with_one_quantized(graph, [gemm])), exact)
+    Without this an error in the last layer's output would go unseen where the loss is no part of the graph.
+    """
+    forward = fx.GraphModule(module, copy_graph(module.graph))
+    output = next(iter(forward.graph.find_nodes(op="output")))
+    output.args = (tuple(output.args[0])[: graph.n_outputs],)
+    erase_unused(forward.graph)
+    graph.reset_state([forward])
+    with shared_random_numbers(graph):
+        outputs = Replay(forward).step(graph)
+    floats = [o for o in outputs if isinstance(o, Tensor) and o.is_floating_point()][-len(graph.tangents) :]
+    if [o.shape for o in floats] != [t.shape for t in graph.tangents] or (loss is not None and len(floats) != 1):
+        return graph.tangents
+    with torch.enable_grad():
+        floats = [o.detach().clone().requires_grad_() for o in floats]
+        value = default_loss(floats) if loss is None else loss(floats[0])
+        assert value is not None
+        found = torch.autograd.grad(value, floats)
+    return tuple(f.to(t.dtype) for f, t in zip(found, graph.tangents, strict=True))
 
 
 def with_one_quantized(graph: CapturedGraph, kept: Iterable[Gemm]) -> fx.GraphModule:

@@ -96,6 +96,6 @@ def hindsight_net() -> nn.Module:
 
 
 def assert_within_rounding(got: Tensor, want: Tensor) -> None:
-    """Nearly all equal to fp32's precision; a code that rounding moved to the next changes outputs by about one step of 127."""
-    apart = (got - want).abs() / want.std()
-    assert apart.median() < 1e-5 and apart.max() < 0.1, f"median {apart.median():.1e}, largest {apart.max():.1e}"
+    """Most samples equal to fp32's precision; a code that rounding moved to the next moves a sample by about a step of 127."""
+    apart = ((got - want).abs() / want.std()).flatten(1).amax(1)
+    assert apart.median() < 1e-4 and apart.max() < 0.05, f"median {apart.median():.1e}, largest {apart.max():.1e}"

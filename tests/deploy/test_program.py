@@ -115,7 +115,7 @@ def test_inputs_behind_a_relu_start_at_zero():
     layers = standard_layers(exportable(hindsight_net(), images(), None, None, "test")[0])
     assert (layers["first"].zero, layers["first"].low, layers["first"].high) == (128, 1, 255)
     assert (layers["second"].zero, layers["second"].low, layers["second"].high) == (0, 0, 127)
-    assert [name for name, layer in layers.items() if layer.quantized_output] == ["first"]
+    assert {name: layer.output_scale for name, layer in layers.items() if layer.output_scale} == {"first": pytest.approx(3 / 127)}
 
 
 @pytest.mark.parametrize("mode", ["reflect", "circular", "zeros"])

@@ -30,6 +30,7 @@ from qcompile.kernels.triton.conv import conv_kernel, conv_weight_kernel
 from qcompile.kernels.triton.launch import EXACT
 from qcompile.kernels.triton.numerics import Layout
 from qcompile.kernels.triton.quantize import quantize_kernel
+from qcompile.kernels.triton.requantize import requantize_kernel
 from qcompile.kernels.triton.scaled_mm import scaled_mm_kernel
 from qcompile.kernels.triton.scaled_mm_gluon import scaled_mm_gluon_kernel
 from qcompile.kernels.triton.scaled_mm_tma import scaled_mm_tma_kernel
@@ -189,6 +190,29 @@ def scaled_mm_case(
     return Case("scaled_mm", variant, scaled_mm_kernel, arguments, options)
 
 
+def requantize_case(config: tuning.MatmulConfig, *, dtype: str = "bf16", gate: bool = False) -> Case:
+    """A ReLU with its mask, or the backward's gate."""
+    config = tuning.for_requantize(config)
+    case = scaled_mm_case(config, dtype=dtype, bias=not gate)
+    left_out = {"out_ptr", "partial_ptr", "PART", "stride_o", "A_PACKED", "B_PACKED", "FIELDS"}
+    arguments = {name: value for name, value in case.arguments.items() if name not in left_out} | {
+        "codes_ptr": "*i8",
+        "marked_ptr": None if gate else "*i8",
+        "found_ptr": "*i64",
+        "gate_ptr": "*i8" if gate else None,
+        "scale_ptr": "*fp32",
+        "zero_ptr": None,
+        "low_ptr": None,
+        "high_ptr": "*fp32",
+        "rounded_ptr": TYPES[dtype],
+        "stride_gate": I32_16,
+        "RELU": not gate,
+        "QMIN": -127,
+        "QMAX": 127,
+    }
+    return Case("requantize", f"{case.variant}, {'gate' if gate else 'relu'}", requantize_kernel, arguments, case.options)
+
+
 def scaled_mm_tma_case(config: tuning.MatmulConfig, *, dtype: str = "bf16", zero_points: bool = False) -> Case:
     case = scaled_mm_case(config, dtype=dtype, zero_points=zero_points)
     left_out = {"a_ptr", "b_ptr", "PART", "stride_a", "stride_b", "A_PACKED", "B_PACKED", "FIELDS", "EVEN_K"}
@@ -285,6 +309,7 @@ def cases(family: str, *, everything: bool) -> list[Case]:
         scaled_mm_case(tuning.candidates(family, 16)[0]),
         scaled_mm_case(tuning.candidates(family, 4096)[0], packed=(True, True)),
         scaled_mm_case(tuning.candidates(family, 4096)[0], packed=(False, True)),
+        requantize_case(tuning.candidates(family, 4096)[0]),
         conv_case(family),
         conv_weight_case(family),
         *(scaled_mm_tma_case(config) for config in tuning.TMA.get(family, ())[:1]),
@@ -321,6 +346,8 @@ def cases(family: str, *, everything: bool) -> list[Case]:
             conv_case(family, even_c=False),
             conv_weight_case(family, channels=64),
             conv_weight_case(family, split=False),
+            requantize_case(first, gate=True),
+            requantize_case(first, dtype="fp32"),
         ]
     return list({(case.kernel, case.variant): case for case in found}.values())
 

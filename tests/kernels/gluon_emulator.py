@@ -198,8 +198,15 @@ def run(path, kernel, programs, copies, products, arguments):
         hopper.warpgroup_mma, hopper.warpgroup_mma_wait = machine.multiply, machine.wait_products
         gluon = types.ModuleType("triton.experimental.gluon")
         gluon.jit, gluon.language = lambda function: function, language
+        experimental = types.ModuleType("triton.experimental")
+        experimental.gluon = gluon
         name = "triton.experimental.gluon"
-        stand_ins = {name: gluon, f"{name}.language": language, f"{name}.language.nvidia.hopper": hopper}
+        stand_ins = {
+            "triton.experimental": experimental,
+            name: gluon,
+            f"{name}.language": language,
+            f"{name}.language.nvidia.hopper": hopper,
+        }
         with unittest.mock.patch.dict("sys.modules", stand_ins):
             spec = importlib.util.spec_from_file_location("emulated", path)
             module = importlib.util.module_from_spec(spec)

@@ -19,6 +19,7 @@ from qcompile.kernels.triton import tuning
 from tests.kernels import aot
 
 ROOT = Path(__file__).parents[2]
+GEMMS = ("scaled_mm", "scaled_mm packed", "scaled_mm_tma", "scaled_mm_gluon", "requantize", "conv", "conv_weight")
 NVIDIA = [family for family in aot.TARGETS if family.startswith("sm_")]
 
 
@@ -68,14 +69,14 @@ def number_of(facts, *prefixes):
     return sum(n for name, n in facts["instructions"].items() if name.startswith(prefixes))
 
 
-@each("quantize", "amax", "transpose", "scaled_mm", "scaled_mm packed", "scaled_mm_tma", "scaled_mm_gluon", "conv", "conv_weight")
+@each("quantize", "amax", "transpose", *GEMMS)
 def test_nothing_spills_and_shared_memory_suffices(facts):
     assert facts["spilled"] == 0 and number_of(facts, "ld.local", "st.local", "scratch_") == 0
     assert facts.get("sass_local", 0) == 0
     assert facts["shared"] <= tuning.SHARED_MEMORY[facts["target"]]
 
 
-@each("scaled_mm", "scaled_mm packed", "scaled_mm_tma", "scaled_mm_gluon", "conv", "conv_weight")
+@each(*GEMMS)
 def test_int8_tensor_cores_multiply(facts):
     tile = facts["tile"]
     if facts["target"] == "gfx942":
@@ -159,6 +160,15 @@ def test_every_value_is_quantized_once_and_exactly(facts):
 def test_statistics_cost_one_atomic_each(facts):
     assert number_of(facts, "atom.global.gpu.relaxed.max.s32", "red.global.gpu.relaxed.max.s32") == 1
     assert number_of(facts, "atom.global.gpu.relaxed.add.u64", "red.global.gpu.relaxed.add.u64") == 1
+
+
+@each("requantize", targets=NVIDIA)
+def test_a_result_leaves_as_codes_and_four_numbers(facts):
+    """Codes, and with a ReLU its mask, 16 bytes at a time; no value is written, and a statistic is one atomic."""
+    values = facts["tile"]["BLOCK_M"] * facts["tile"]["BLOCK_N"] // (32 * facts["num_warps"])
+    matrices = 2 if "relu" in facts["variant"] else 1
+    assert number_of(facts, "st.global") == number_of(facts, "st.global.v4.b32") == matrices * values // 16
+    assert number_of(facts, "atom.global", "red.global") == 4 and number_of(facts, "fma.") == 0 and facts["inexact"] == []
 
 
 @each("scaled_mm_gluon", targets=["sm_90"])

@@ -13,6 +13,7 @@ from passes.pipeline import Pipeline, joint_steps
 from qcompile.kernels import profit
 from qcompile.kernels.profit import Cast, Product, Quantize, Transpose
 from qcompile.state.decisions import Decision, Decisions
+from tests.compiling import AVERAGE
 from tests.passes.graphs import ROWWISE, TENSORWISE, assert_same_outputs, copied, joint_graph, mlp, mlp_inputs
 
 ROWS = 6
@@ -166,6 +167,19 @@ def test_the_products_that_are_measured_are_those_of_the_graph():
         assert any(isinstance(t, Transpose) for t in cost.integer_parts.values()) == needs_transpose
         assert sum(isinstance(t, Quantize) for t in cost.integer_parts.values()) == 2
     assert joint.count(QUANTIZE) == 0 and all(g.specs is None for _, g in joint.context.gemms())  # only the copy was touched
+
+
+def test_range_state_has_a_price(monkeypatch):
+    """A gain of 15 us a GEMM is worth its while with dynamic ranges; six of them do not pay for 50 us of state in each half."""
+    times(monkeypatch, integer=20e-6, hp=36e-6)
+    for recipe, count in ((TENSORWISE, 6), (AVERAGE, 0)):
+        joint = traced(recipe)
+        run(joint)
+        assert joint.count(SCALED_MM) == count
+    times(monkeypatch, integer=20e-6, hp=90e-6)
+    joint = traced(AVERAGE)
+    run(joint)
+    assert joint.count(SCALED_MM) == 6
 
 
 @pytest.mark.parametrize("seed", range(5))

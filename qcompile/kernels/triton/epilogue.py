@@ -11,7 +11,7 @@ import triton.language as tl
 
 from qcompile.kernels.triton.numerics import COLUMN, FULL, ROW, load_shared
 
-__all__ = ["finish_tile", "tile_of"]
+__all__ = ["finish_tile", "scaled_tile", "tile_of", "without_zero_points"]
 
 
 @triton.jit
@@ -22,6 +22,63 @@ def tile_of(number, tiles_m, tiles_n, GROUP_M: tl.constexpr):
     first_m = (number // in_group) * GROUP_M
     group_m = min(tiles_m - first_m, GROUP_M)
     return first_m + (number % in_group) % group_m, (number % in_group) // group_m
+
+
+@triton.jit
+def without_zero_points(
+    acc,  # int32 sum of products, tile of rows rm and columns rn
+    rm,
+    rn,
+    M,
+    N,
+    K,
+    a_zero_ptr,  # int32, or None
+    b_zero_ptr,
+    a_sum_ptr,  # int32 [M], with b_zero
+    b_sum_ptr,  # int32 [N], with a_zero
+    A_ZERO: tl.constexpr,  # Layout
+    B_ZERO: tl.constexpr,
+):
+    """The sum of products of codes less their zero points, int32."""
+    if b_zero_ptr is not None:
+        b_zero = load_shared(b_zero_ptr, B_ZERO, rm, rn, M, N, 0)
+        acc -= b_zero * load_shared(a_sum_ptr, ROW, rm, rn, M, N, 0)
+    if a_zero_ptr is not None:
+        b_sum = load_shared(b_sum_ptr, COLUMN, rm, rn, M, N, 0)
+        if b_zero_ptr is not None:
+            b_sum -= K * b_zero  # b_zero is shared along the rows: still one value per column
+        acc -= load_shared(a_zero_ptr, A_ZERO, rm, rn, M, N, 0) * b_sum
+    return acc
+
+
+@triton.jit
+def scaled_tile(
+    out,  # fp32 sums
+    rm,
+    rn,
+    M,
+    N,
+    a_scale_ptr,  # fp32, or None: no scales
+    b_scale_ptr,
+    bias_ptr,  # any float, or None
+    stride_bias_m,
+    stride_bias_n,
+    A_SCALE: tl.constexpr,  # Layout
+    B_SCALE: tl.constexpr,
+    BIAS: tl.constexpr,
+):
+    """Scales and bias, fp32."""
+    if a_scale_ptr is not None:
+        a_scale = load_shared(a_scale_ptr, A_SCALE, rm, rn, M, N, 0.0)
+        out = out * (a_scale * load_shared(b_scale_ptr, B_SCALE, rm, rn, M, N, 0.0))
+    if bias_ptr is not None:
+        if BIAS == FULL:
+            offsets = rm.to(tl.int64)[:, None] * stride_bias_m + rn.to(tl.int64)[None, :] * stride_bias_n
+            mask = (rm < M)[:, None] & (rn < N)[None, :]
+            out = out + tl.load(bias_ptr + offsets, mask=mask, other=0.0).to(tl.float32)
+        else:
+            out = out + load_shared(bias_ptr, BIAS, rm, rn, M, N, 0.0).to(tl.float32)
+    return out
 
 
 @triton.jit
@@ -51,31 +108,16 @@ def finish_tile(
     BIAS: tl.constexpr,
 ):
     """Zero points, scales, bias, one rounding, and the store."""
-    if b_zero_ptr is not None:
-        b_zero = load_shared(b_zero_ptr, B_ZERO, rm, rn, M, N, 0)
-        acc -= b_zero * load_shared(a_sum_ptr, ROW, rm, rn, M, N, 0)
-    if a_zero_ptr is not None:
-        b_sum = load_shared(b_sum_ptr, COLUMN, rm, rn, M, N, 0)
-        if b_zero_ptr is not None:
-            b_sum -= K * b_zero  # b_zero is shared along the rows: still one value per column
-        acc -= load_shared(a_zero_ptr, A_ZERO, rm, rn, M, N, 0) * b_sum
-
-    row, column = rm.to(tl.int64), rn.to(tl.int64)
+    acc = without_zero_points(acc, rm, rn, M, N, K, a_zero_ptr, b_zero_ptr, a_sum_ptr, b_sum_ptr, A_ZERO, B_ZERO)
     mask = (rm < M)[:, None] & (rn < N)[None, :]
-    offsets = row[:, None] * stride_o + column[None, :]
+    offsets = rm.to(tl.int64)[:, None] * stride_o + rn.to(tl.int64)[None, :]
     if out_ptr.dtype.element_ty == tl.int32:
         tl.store(out_ptr + offsets, acc, mask=mask)
     else:
         out = acc.to(tl.float32)
         if partial_ptr is not None:
             out = tl.load(partial_ptr + offsets, mask=mask, other=0.0) + out
-        if a_scale_ptr is not None:
-            a_scale = load_shared(a_scale_ptr, A_SCALE, rm, rn, M, N, 0.0)
-            out = out * (a_scale * load_shared(b_scale_ptr, B_SCALE, rm, rn, M, N, 0.0))
-        if bias_ptr is not None:
-            if BIAS == FULL:
-                bias_offsets = row[:, None] * stride_bias_m + column[None, :] * stride_bias_n
-                out = out + tl.load(bias_ptr + bias_offsets, mask=mask, other=0.0).to(tl.float32)
-            else:
-                out = out + load_shared(bias_ptr, BIAS, rm, rn, M, N, 0.0).to(tl.float32)
+        out = scaled_tile(
+            out, rm, rn, M, N, a_scale_ptr, b_scale_ptr, bias_ptr, stride_bias_m, stride_bias_n, A_SCALE, B_SCALE, BIAS
+        )  # fmt: skip
         tl.store(out_ptr + offsets, out.to(out_ptr.dtype.element_ty), mask=mask)

@@ -38,7 +38,7 @@ from qcompile.kernels.triton.numerics import Layout, layout_of
 from qcompile.kernels.triton.scaled_mm_tma import ALIGNMENT, scaled_mm_tma_kernel, takes
 from qcompile.ops.pack_codes import codes_per_byte, unpack_codes_reference
 
-__all__ = ["scaled_mm", "scaled_mm_kernel", "scaled_mm_reference"]
+__all__ = ["Epilogue", "Packing", "scaled_mm", "scaled_mm_kernel", "scaled_mm_reference", "sum_of_tile", "tiles_of"]
 
 OUTPUTS = (torch.float32, torch.bfloat16, torch.float16, torch.int32)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -85,6 +85,58 @@ def field_of(packed, FIELD: tl.constexpr, FIELDS: tl.constexpr):
 
 
 @triton.jit
+def sum_of_tile(
+    a_ptr,  # int8 [M, K], rows stride_a apart
+    b_ptr,  # int8 [N, K], rows stride_b apart
+    rm,
+    rn,
+    M,
+    N,
+    K,
+    PART,
+    stride_a,
+    stride_b,
+    A_PACKED: tl.constexpr,
+    B_PACKED: tl.constexpr,
+    FIELDS: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """sum_k a[m, k] b[k, n] for the tile of rows rm and columns rn, int32."""
+    rk = tl.arange(0, BLOCK_K)
+    # Rows past the end wrap around: their products are not stored, and the loads need no mask.
+    a_ptrs = a_ptr + (rm % M).to(tl.int64)[:, None] * stride_a + rk[None, :]
+    b_ptrs = b_ptr + (rn % N).to(tl.int64)[None, :] * stride_b + rk[:, None]
+
+    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
+    for k in range(0, tl.cdiv(PART, BLOCK_K)):
+        for field in tl.static_range(FIELDS):
+            if EVEN_K:
+                if field == 0 or not A_PACKED:
+                    a = tl.load(a_ptrs + field * PART)
+                if field == 0 or not B_PACKED:
+                    b = tl.load(b_ptrs + field * PART)
+            else:
+                inside = (rk < PART - k * BLOCK_K) & (rk < K - field * PART - k * BLOCK_K)
+                if not A_PACKED:
+                    a = tl.load(a_ptrs + field * PART, mask=inside[None, :], other=0)
+                elif field == 0:
+                    a = tl.load(a_ptrs, mask=inside[None, :], other=0)
+                if not B_PACKED:
+                    b = tl.load(b_ptrs + field * PART, mask=inside[:, None], other=0)
+                elif field == 0:
+                    b = tl.load(b_ptrs, mask=inside[:, None], other=0)
+            a_codes = field_of(a, field, FIELDS) if A_PACKED else a
+            b_codes = field_of(b, field, FIELDS) if B_PACKED else b
+            acc = tl.dot(a_codes, b_codes, acc, out_dtype=tl.int32)
+        a_ptrs += BLOCK_K
+        b_ptrs += BLOCK_K
+    return acc >> ((8 - 8 // FIELDS) * (A_PACKED + B_PACKED))
+
+
+@triton.jit
 def scaled_mm_kernel(
     a_ptr,  # int8 [M, K], rows stride_a apart
     b_ptr,  # int8 [N, K], rows stride_b apart
@@ -125,36 +177,9 @@ def scaled_mm_kernel(
     m, n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     rm = m * BLOCK_M + tl.arange(0, BLOCK_M)
     rn = n * BLOCK_N + tl.arange(0, BLOCK_N)
-    rk = tl.arange(0, BLOCK_K)
-    # Rows past the end wrap around: their products are not stored, and the loads need no mask.
-    a_ptrs = a_ptr + (rm % M).to(tl.int64)[:, None] * stride_a + rk[None, :]
-    b_ptrs = b_ptr + (rn % N).to(tl.int64)[None, :] * stride_b + rk[:, None]
-
-    acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
-    for k in range(0, tl.cdiv(PART, BLOCK_K)):
-        for field in tl.static_range(FIELDS):
-            if EVEN_K:
-                if field == 0 or not A_PACKED:
-                    a = tl.load(a_ptrs + field * PART)
-                if field == 0 or not B_PACKED:
-                    b = tl.load(b_ptrs + field * PART)
-            else:
-                inside = (rk < PART - k * BLOCK_K) & (rk < K - field * PART - k * BLOCK_K)
-                if not A_PACKED:
-                    a = tl.load(a_ptrs + field * PART, mask=inside[None, :], other=0)
-                elif field == 0:
-                    a = tl.load(a_ptrs, mask=inside[None, :], other=0)
-                if not B_PACKED:
-                    b = tl.load(b_ptrs + field * PART, mask=inside[:, None], other=0)
-                elif field == 0:
-                    b = tl.load(b_ptrs, mask=inside[:, None], other=0)
-            a_codes = field_of(a, field, FIELDS) if A_PACKED else a
-            b_codes = field_of(b, field, FIELDS) if B_PACKED else b
-            acc = tl.dot(a_codes, b_codes, acc, out_dtype=tl.int32)
-        a_ptrs += BLOCK_K
-        b_ptrs += BLOCK_K
-    acc = acc >> ((8 - 8 // FIELDS) * (A_PACKED + B_PACKED))
-
+    acc = sum_of_tile(
+        a_ptr, b_ptr, rm, rn, M, N, K, PART, stride_a, stride_b, A_PACKED, B_PACKED, FIELDS, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K
+    )  # fmt: skip
     finish_tile(
         acc, rm, rn, M, N, K, out_ptr, stride_o, partial_ptr, a_scale_ptr, b_scale_ptr, a_zero_ptr, b_zero_ptr, a_sum_ptr,
         b_sum_ptr, bias_ptr, stride_bias_m, stride_bias_n, A_SCALE, B_SCALE, A_ZERO, B_ZERO, BIAS,
@@ -209,10 +234,10 @@ def scaled_mm(
             config = tuning.for_packed(config, fields)
 
     launch = _LAUNCHERS[kernel]
-    last = _Epilogue(out, None, a_scale, b_scale, a_zero, b_zero, a_sum, b_sum, bias)
+    last = Epilogue(out, None, a_scale, b_scale, a_zero, b_zero, a_sum, b_sum, bias)
     longest = tuning.max_k((a_zero is not None) + (b_zero is not None))
     if k <= longest:
-        launch(a, b_t, last, config, _Packing(a_bits < 5, b_bits < 5, fields, k))
+        launch(a, b_t, last, config, Packing(a_bits < 5, b_bits < 5, fields, k))
         return out
     if fields > 1:
         raise KernelError(f"scaled_mm: K is {k}; packed operands go up to {longest}. Unpack them first.")
@@ -224,11 +249,11 @@ def scaled_mm(
         parts = a[:, start : start + length], b_t[:, start : start + length]
         if start + length < k:
             sums = a.new_empty((m, n), dtype=torch.float32) if partial is None else partial  # each tile reads and writes its own
-            epilogue = _Epilogue(sums, partial, a_zero=a_zero, b_zero=b_zero)
+            epilogue = Epilogue(sums, partial, a_zero=a_zero, b_zero=b_zero)
             partial = sums
         else:
             epilogue = last._replace(partial=partial, a_sum=None, b_sum=None)
-        launch(*parts, epilogue, config, _Packing(False, False, 1, parts[0].shape[1]))
+        launch(*parts, epilogue, config, Packing(False, False, 1, parts[0].shape[1]))
     return out
 
 
@@ -286,7 +311,7 @@ def _check(
             )
 
 
-class _Packing(NamedTuple):
+class Packing(NamedTuple):
     """Which operands are packed, how many codes a byte of them holds, and how many there are along K."""
 
     a: bool
@@ -295,7 +320,7 @@ class _Packing(NamedTuple):
     k: int
 
 
-class _Epilogue(NamedTuple):
+class Epilogue(NamedTuple):
     """The tensors that `epilogue.finish_tile` reads and writes."""
 
     out: Tensor
@@ -308,7 +333,7 @@ class _Epilogue(NamedTuple):
     b_sum: Tensor | None = None
     bias: Tensor | None = None
 
-    def with_sums(self, a: Tensor, b_t: Tensor, packing: _Packing) -> _Epilogue:
+    def with_sums(self, a: Tensor, b_t: Tensor, packing: Packing) -> Epilogue:
         """With the sums over K that zero points ask for."""
         a_sum = None if self.b_zero is None else _row_sums(a, self.a_sum, packing.fields if packing.a else 1)
         b_sum = None if self.a_zero is None else _row_sums(b_t, self.b_sum, packing.fields if packing.b else 1)
@@ -341,7 +366,7 @@ class _Epilogue(NamedTuple):
         return found
 
 
-def _launch(a: Tensor, b_t: Tensor, epilogue: _Epilogue, config: tuning.MatmulConfig, packing: _Packing) -> None:
+def _launch(a: Tensor, b_t: Tensor, epilogue: Epilogue, config: tuning.MatmulConfig, packing: Packing) -> None:
     m, n = epilogue.out.shape
     part = -(-packing.k // packing.fields)
     grid = (triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)
@@ -359,7 +384,7 @@ def _launch(a: Tensor, b_t: Tensor, epilogue: _Epilogue, config: tuning.MatmulCo
             B_PACKED=packing.b,
             FIELDS=packing.fields,
             EVEN_K=part % config.block_k == 0 and part * packing.fields == packing.k,
-            **_tiles(config),
+            **tiles_of(config),
             **epilogue.with_sums(a, b_t, packing).arguments(),
             num_warps=config.warps,
             num_stages=config.stages,
@@ -367,7 +392,7 @@ def _launch(a: Tensor, b_t: Tensor, epilogue: _Epilogue, config: tuning.MatmulCo
         )
 
 
-def _launch_tma(a: Tensor, b_t: Tensor, epilogue: _Epilogue, config: tuning.MatmulConfig, packing: _Packing) -> None:
+def _launch_tma(a: Tensor, b_t: Tensor, epilogue: Epilogue, config: tuning.MatmulConfig, packing: Packing) -> None:
     m, n = epilogue.out.shape
     _check_described(a, b_t, packing)
     symmetric = epilogue.a_zero is None and epilogue.b_zero is None
@@ -382,7 +407,7 @@ def _launch_tma(a: Tensor, b_t: Tensor, epilogue: _Epilogue, config: tuning.Matm
             N=n,
             K=packing.k,
             FLATTEN=config.flatten,
-            **_tiles(config),
+            **tiles_of(config),
             **epilogue.with_sums(a, b_t, packing).arguments(),
             num_warps=config.warps,
             num_stages=config.stages,
@@ -391,7 +416,7 @@ def _launch_tma(a: Tensor, b_t: Tensor, epilogue: _Epilogue, config: tuning.Matm
         )
 
 
-def _launch_gluon(a: Tensor, b_t: Tensor, epilogue: _Epilogue, config: tuning.MatmulConfig, packing: _Packing) -> None:
+def _launch_gluon(a: Tensor, b_t: Tensor, epilogue: Epilogue, config: tuning.MatmulConfig, packing: Packing) -> None:
     from triton.experimental.gluon.language import NVMMASharedLayout  # a part of Triton that changes more than the rest
     from triton.experimental.gluon.nvidia import hopper
 
@@ -409,7 +434,7 @@ def _launch_gluon(a: Tensor, b_t: Tensor, epilogue: _Epilogue, config: tuning.Ma
             N=n,
             K=packing.k,
             STAGES=config.stages,
-            **_tiles(config),
+            **tiles_of(config),
             **epilogue.with_sums(a, b_t, packing).arguments(),
             num_warps=config.warps,
             **EXACT,
@@ -419,7 +444,7 @@ def _launch_gluon(a: Tensor, b_t: Tensor, epilogue: _Epilogue, config: tuning.Ma
 _LAUNCHERS = {"triton": _launch, "triton_tma": _launch_tma, "triton_gluon": _launch_gluon}
 
 
-def _check_described(a: Tensor, b_t: Tensor, packing: _Packing) -> None:
+def _check_described(a: Tensor, b_t: Tensor, packing: Packing) -> None:
     if packing.fields > 1 or not (takes(a) and takes(b_t)):
         raise KernelError(
             f"scaled_mm: a descriptor is for codes that are not packed, K above 0, on a boundary of {ALIGNMENT} bytes, with rows a "
@@ -427,7 +452,7 @@ def _check_described(a: Tensor, b_t: Tensor, packing: _Packing) -> None:
         )
 
 
-def _tiles(config: tuning.MatmulConfig) -> dict[str, int]:
+def tiles_of(config: tuning.MatmulConfig) -> dict[str, int]:
     return {
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,

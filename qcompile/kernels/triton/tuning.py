@@ -28,6 +28,7 @@ __all__ = [
     "choose",
     "conv_config",
     "for_packed",
+    "for_requantize",
     "forget",
     "max_k",
     "remember",
@@ -200,6 +201,11 @@ def for_packed(config: MatmulConfig, fields: int) -> MatmulConfig:
     if config.block_k // fields < 32:
         return config._replace(block_k=32, warps=max(8, config.warps))
     return config._replace(block_k=config.block_k // fields)
+
+
+def for_requantize(config: MatmulConfig) -> MatmulConfig:
+    """A configuration for a GEMM that asks several things of its result: 64 values of it to a thread at most, or they spill."""
+    return config._replace(warps=max(config.warps, config.block_m * config.block_n // (32 * 64)))
 
 
 def max_k(zero_points: int) -> int:
