@@ -5,7 +5,7 @@
     python examples/show_features.py                             # print the table
     python examples/show_features.py --write docs/training.md    # replace the table between the markers of that page
 
-Outcomes are kept in docs/benchmarks/features.json: torch version -> test -> how many of its cases passed, failed and were skipped.
+Outcomes are kept in docs/features.json: torch version -> test -> how many of its cases passed, failed and were skipped.
 """
 
 from __future__ import annotations
@@ -18,11 +18,9 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from tabulate import tabulate
-
 BEGIN, END = "<!-- made by examples/show_features.py -->", "<!-- end -->"
 ROOT = Path(__file__).parents[1]
-OUTCOMES = ROOT / "docs" / "benchmarks" / "features.json"
+OUTCOMES = ROOT / "docs" / "features.json"
 
 FEATURES = {
     "stop, new process, continue: bit for bit, with static ranges and stochastic rounding; `torch.save` (`weights_only`), "
@@ -30,6 +28,7 @@ FEATURES = {
     "loading before and after the first step; missing, extra, renamed entries; another size, another bit width (refused)": [
         "state/test_state_dict.py"
     ],
+    "decisions of the profit filter: saved, resumed, equal on all ranks": ["state/test_decisions.py"],
     "a range of the past is used, and learnt by its formula": ["state/test_proof.py"],
     "activation checkpointing: both modes, selective, nested, inside and around; several forwards before a backward; "
     "`retain_graph`": ["state/test_checkpointing.py"],
@@ -131,7 +130,8 @@ def table() -> str:
         tests = [test for selector in selectors for test in tests_of(selector)]
         files = ", ".join(f"`{selector.partition('::')[0]}`" for selector in {s.partition("::")[0]: s for s in selectors}.values())
         rows.append([feature, files, *(_cell(tests, outcomes[version]) for version in outcomes)])
-    return tabulate(rows, headers=["feature", "tests", *(f"torch {v}" for v in outcomes)], tablefmt="pipe", disable_numparse=True)
+    head = ["feature", "tests", *(f"torch {v}" for v in outcomes)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows))
 
 
 def write(page: Path) -> None:

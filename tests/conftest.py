@@ -12,6 +12,7 @@ from tests.device import CHOSEN
 # Before anything imports Triton: without a GPU its kernels run in the interpreter.
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+os.environ["QTRAIN_CACHE_DIR"] = ""  # what the tests measure stays with them
 
 
 @pytest.fixture(autouse=True)

@@ -63,8 +63,16 @@ class Block(nn.Module):
         return x + self.down(nn.functional.gelu(self.up(self.norm(x)), approximate="tanh"))
 
 
-MODELS = {"linear": lambda: nn.Linear(WIDTH, 2 * WIDTH), "mlp": lambda: Block(WIDTH)}
-RECIPES = ("int8_in_hindsight", "int8_tensorwise")
+MODELS = {
+    "linear": lambda: nn.Linear(WIDTH, 2 * WIDTH),
+    "mlp": lambda: Block(WIDTH),
+    "relu": lambda: nn.Sequential(nn.Linear(WIDTH, 4 * WIDTH, bias=False), nn.ReLU(), nn.Linear(4 * WIDTH, WIDTH, bias=False)),
+}
+CASES = [
+    *((model, recipe) for model in ("linear", "mlp") for recipe in ("int8_in_hindsight", "int8_tensorwise")),
+    *(("relu", recipe) for recipe in ("int8_in_hindsight", "int8_in_hindsight+requantize")),
+]
+"""Model and recipe; "+requantize": with that option of the backend."""
 
 
 # --- The halves of a step, lowered as for a GPU -------------------------------------------------------------
@@ -102,7 +110,8 @@ def lowered_halves(model: str, recipe: str) -> tuple[dict[str, fx.GraphModule], 
         stack.enter_context(torch.compiler.config.patch(force_disable_caches=True))
         module = MODELS[model]().to(torch.bfloat16)
         x = torch.randn(TOKENS, WIDTH, dtype=torch.bfloat16, requires_grad=True)
-        y = torch.compile(module, backend=backend.qtrain, options={"recipe": recipe})(x)
+        name, _, option = recipe.partition("+")
+        y = torch.compile(module, backend=backend.qtrain, options={"recipe": name, **({option: True} if option else {})})(x)
         y.backward(torch.randn_like(y))
         made = backend.compiled_graphs()[-1]
     return found, {f"{site.name}.{gemm.role}": gemm.kernel for site, gemm in made.context.gemms()}
@@ -276,7 +285,7 @@ def _described(kernel: str) -> str:
 
 
 def main() -> None:
-    wanted = [tuple(sys.argv[1:])] if len(sys.argv) > 1 else [(m, r) for m in MODELS for r in RECIPES]
+    wanted = [tuple(sys.argv[1:])] if len(sys.argv) > 1 else CASES
     traced = {case: lowered_halves(*case) for case in wanted}
     found = []
     with pretended_gpu(), inductor_config.patch(joint_graph_constant_folding=False, compile_threads=1):

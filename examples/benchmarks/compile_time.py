@@ -19,11 +19,12 @@ import torch
 from tabulate import tabulate
 from torch._dynamo.utils import compilation_time_metrics
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-from gpt import GPT, GPTConfig  # noqa: E402
-from mlp import machine  # noqa: E402
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script: examples/ is not on the path
 
-from qcompile import compiled_graphs  # noqa: E402
+from benchmarks import results
+from gpt import GPT, GPTConfig
+
+from qcompile import compiled_graphs
 
 
 class Row(NamedTuple):
@@ -75,16 +76,18 @@ def main(argv: list[str] | None = None) -> list[Row]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", default="2,6,12")
     parser.add_argument("--recipe", default="int8_in_hindsight")
+    results.add_argument(parser, "compile_time")
     args = parser.parse_args(argv)
     with torch.compiler.config.patch(force_disable_caches=True):
         rows = measure([int(n) for n in args.layers.split(",")], args.recipe)
-    print(machine(), f"\nGPT of width 64, recipe {args.recipe}; seconds\n")
+    print(results.machine(), f"\nGPT of width 64, recipe {args.recipe}; seconds\n")
     headers = ["layers", "GEMMs", "Inductor bf16", "qtrain", "of it C++ compiler", "of it passes", "passes' share without C++"]
     table = [
         [r.layers, r.nodes, f"{r.inductor:.1f}", f"{r.qtrain:.1f}", f"{r.compiler:.1f}", f"{r.passes:.2f}", f"{r.share:.0%}"]
         for r in rows
     ]
     print(tabulate(table, headers=headers))
+    results.save("compile_time", args, [{**r._asdict(), "share": r.share} for r in rows], args.save)
     return rows
 
 

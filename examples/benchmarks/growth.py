@@ -16,7 +16,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,6 +24,7 @@ import torch
 from tabulate import tabulate
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script: examples/ is not on the path
+from benchmarks import harness
 from experiments import figure, numbers, save
 from gpt import GPT, VOCAB, GPTConfig
 
@@ -56,59 +56,51 @@ class Point:
 
 
 def measure(axis: str, shape: Shape, variants: Sequence[str], rounds: int, device: str) -> list[Point]:
-    """Time the variants alternately on one size."""
+    """Time the variants of `harness` alternately on one size."""
     tokens = torch.randint(VOCAB, (2, shape.batch, shape.sequence), device=device)
+    config = GPTConfig(width=shape.width, layers=shape.layers, heads=max(1, shape.width // 64), context=shape.sequence)
     steps: dict[str, Callable[[], None]] = {}
     found: dict[str, Point] = {}
     for variant in variants:
         torch.compiler.reset()
         torch.manual_seed(0)
-        config = GPTConfig(width=shape.width, layers=shape.layers, heads=max(1, shape.width // 64), context=shape.sequence)
         model = GPT(config).to(device)
-        if variant in ("fp32", "bf16"):
-            run = torch.compile(model)
-        else:
-            run = torch.compile(model, backend="qtrain", options={"recipe": variant})
+        run = harness.compiled(variant, model)
 
-        def precision(on: bool = variant != "fp32") -> AbstractContextManager[object]:
-            return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=on)
+        def forward(variant: str = variant, run: Any = run) -> torch.Tensor:
+            with harness.autocast(device, variant != "fp32"):
+                return run(tokens[0], tokens[1])
 
-        def step(model: Any = model, run: Any = run, precision: Any = precision) -> None:
+        def step(model: torch.nn.Module = model, forward: Callable[[], torch.Tensor] = forward) -> None:
             model.zero_grad()
-            with precision():
-                loss = run(tokens[0], tokens[1])
-            loss.backward()
-            if device != "cpu":
-                torch.cuda.synchronize()
+            forward().backward()
 
         start = time.perf_counter()
         step()
         compiled = time.perf_counter() - start
         for _ in range(2):  # until range state is known to be valid
             step()
-        with precision():
+        with harness.autocast(device, variant != "fp32"):
             saved = saved_bytes(run, tokens[0], tokens[1]).total
         found[variant] = Point(axis, getattr(shape, axis), variant, 0.0, saved, _peak(step, device), compiled)
         steps[variant] = step
     taken: dict[str, list[float]] = {variant: [] for variant in variants}
     for _ in range(rounds):
         for variant, step in steps.items():
-            start = time.perf_counter()
-            step()
-            taken[variant].append(1e3 * (time.perf_counter() - start))
+            taken[variant].append(harness.milliseconds(step, torch.device(device).type))
     for variant, point in found.items():
         point.ms = median(taken[variant])
     return list(found.values())
 
 
 def _peak(step: Callable[[], None], device: str) -> int | None:
-    """The most bytes of a step beside what was there before it."""
+    """The most bytes of a step beside what was there before it; None where the device does not say."""
     if torch.device(device).type != "cuda":
-        step()
         return None
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     step()
+    torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
 
 

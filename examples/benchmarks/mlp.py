@@ -13,14 +13,20 @@ from __future__ import annotations
 import argparse
 import contextlib
 import platform
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from statistics import median, quantiles
 
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script: examples/ is not on the path
+
+from benchmarks import results as files
 
 from qcompile.inspect.saved_bytes import SavedBytes, saved_bytes
 from qcompile.kernels import record_launches
@@ -188,13 +194,27 @@ def table(results: list[Result], baseline: str = "bf16") -> str:
     return tabulate(rows, headers=headers)
 
 
-def machine() -> str:
+def rows(results: list[Result], baseline: str = "bf16") -> list[dict[str, object]]:
+    """For `benchmarks.results`: medians in ms, the ratio of medians to the baseline's, bytes; an infinite ratio is None."""
+    base = next((r for r in results if r.name == baseline), results[0])
+    return [
+        {
+            "variant": r.name,
+            "ms": median(r.times),
+            "times_ms": r.times,
+            f"times_{base.name}": median(base.times) / median(r.times),
+            "saved_bytes": r.saved,
+            "weight_copy_bytes": r.weight_copies,
+            "integer_gemms": r.integer_gemms,
+            "gradient_snr_db": r.gradient_snr_db if r.gradient_snr_db < float("inf") else None,
+        }
+        for r in results
+    ]
+
+
+def machine(device: str = "cpu") -> str:
     """Versions and hardware, one line."""
-    with contextlib.suppress(OSError), open("/proc/cpuinfo") as f:
-        names = [line.split(":")[1].strip() for line in f if line.startswith("model name")]
-        processor = names[0] if names else platform.processor()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else processor
-    return f"{device}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
+    return f"{files.machine(device)}, torch {torch.__version__}, Python {platform.python_version()}"
 
 
 def main(argv: list[str] | None = None) -> list[Result]:
@@ -207,16 +227,18 @@ def main(argv: list[str] | None = None) -> list[Result]:
     parser.add_argument("--variants", default=",".join(VARIANTS))
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--breakdown", action="store_true", help="profile each variant too (CPU)")
+    files.add_argument(parser, "mlp")
     args = parser.parse_args(argv)
     results = measure(
         args.variants.split(","), args.width, args.tokens, args.blocks, args.act, args.rounds, args.device
     )
-    print(machine())
+    print(machine(args.device))
     print(f"{args.blocks} blocks, width {args.width}, {args.tokens} tokens, {args.act}, {args.rounds} rounds\n")
     print(table(results))
     if args.breakdown:
         variants = [v for v in args.variants.split(",") if v != "fp32"]
         print("\n" + breakdown_table(breakdown(variants, args.width, args.tokens, args.blocks, args.act)))
+    files.save("mlp", args, rows(results), args.save, args.device)
     return results
 
 

@@ -23,7 +23,8 @@ from torch.nn.functional import cross_entropy
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script: examples/ is not on the path
 
-from benchmarks.mlp import Result, machine, table
+from benchmarks import results as files
+from benchmarks.mlp import Result, machine, rows, table
 from cnn_models import resnet18
 
 from qcompile.inspect.saved_bytes import saved_bytes
@@ -102,6 +103,7 @@ def main(argv: list[str] | None = None) -> list[Result]:
     parser.add_argument("--variants", default=",".join(VARIANTS), help="the first one is what the others are compared with")
     parser.add_argument("--recipe-precision", choices=("bf16", "fp32"), default="bf16", help="what surrounds the integer GEMMs")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    files.add_argument(parser, "resnet18")
     options = parser.parse_args(argv)
     variants = options.variants.split(",")
     results = measure(
@@ -113,8 +115,10 @@ def main(argv: list[str] | None = None) -> list[Result]:
         recipe_precision=options.recipe_precision,
         device=options.device,
     )
-    print(f"ResNet-18, width {options.width}, batch {options.batch} at {options.image} x {options.image}; {machine()}")
+    sizes = f"width {options.width}, batch {options.batch} at {options.image} x {options.image}"
+    print(f"ResNet-18, {sizes}; {machine(options.device)}")
     print(table(results, baseline=variants[0]))
+    files.save("resnet18", options, rows(results, variants[0]), options.save, options.device)
     return results
 
 

@@ -24,6 +24,7 @@ import qcompile
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
+from benchmarks import results
 from benchmarks.mlp import Block
 from experiments import recipe_named
 from gpt import GPT, GPTConfig
@@ -67,10 +68,12 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--recipes", default=",".join(RECIPES))
+    results.add_argument(parser, "saved")
     args = parser.parse_args(argv)
     rows = measure(args.recipes.split(","), args.width, args.tokens)
     print(f"width {args.width}, {args.tokens} tokens, torch {torch.__version__}\n")
     print(tabulate(rows, headers="keys", floatfmt=("", "", ".2f", ".2f", ".1f")))
+    results.save("saved", args, rows, args.save)
     return rows
 
 

@@ -21,6 +21,7 @@ import torch
 from tabulate import tabulate
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script: examples/ is not on the path
+from benchmarks import results
 from gpt import GPT, VOCAB, GPTConfig
 
 from qcompile import backend
@@ -86,11 +87,14 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--recipe", default="int8_in_hindsight")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    results.add_argument(parser, "state_cost")
     args = parser.parse_args(argv)
     config = GPTConfig(width=args.width, layers=args.layers, heads=max(1, args.width // 64), context=args.context)
     found = measure(config, batch=args.batch, steps=args.steps, recipe=args.recipe, device=args.device)
     row = [args.recipe, f"{found['step']:.2f}", f"{found['state']:.3f}", f"{found['share']:.2%}"]
     print(tabulate([row], headers=["recipe", "ms/step", "ms of state handling", "share"], disable_numparse=True))
+    rows = [{"ms": found["step"], "ms_of_state": found["state"], "share": found["share"]}]
+    results.save("state_cost", args, rows, args.save, args.device)
     return found
 
 

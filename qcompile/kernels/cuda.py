@@ -306,10 +306,19 @@ def scaled_mm_requantize_cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     name = "none" if 0 in (m, n, k) else gemm_for(a.device, m, n, k)
     if not name.startswith("triton") or k > max_k(zero_points):
         return scaled_mm_requantize_reference(*args)
-    from qcompile.kernels.triton.requantize import scaled_mm_requantize
+    from qcompile.kernels.triton import requantize
 
-    note_launch("triton+requantize", m, n, k)
-    return scaled_mm_requantize(_rows_contiguous(a), _rows_contiguous(b.t()), *rest)
+    kernel = "triton+requantize"
+
+    def ours() -> tuple[Tensor, Tensor, Tensor]:
+        made = requantize.scaled_mm_requantize(_rows_contiguous(a), _rows_contiguous(b.t()), *rest)
+        note_launch(kernel, m, n, k)
+        return made
+
+    def by_parts() -> tuple[Tensor, Tensor, Tensor]:
+        return scaled_mm_requantize_reference(*args)
+
+    return ours_or_plain(kernel, a.device, ours, by_parts, f"a GEMM of {m} x {n} x {k}")
 
 
 def scaled_bmm_cuda(

@@ -46,7 +46,7 @@ def same(a, b):
 def test_a_killed_rank_is_restarted_and_the_run_resumes(tmp_path):
     code, errors = torchrun(tmp_path / "whole", kill=-1, restarts=0)
     assert code == 0, errors
-    code, errors = torchrun(tmp_path / "killed", kill=KILL, restarts=1)
+    code, errors = torchrun(tmp_path / "killed", kill=KILL, restarts=3)  # gloo itself may fail to connect again
     assert code == 0, errors
     assert "Signal 9 (SIGKILL)" in errors or "exitcode: -9" in errors or "exitcode  : -9" in errors, errors
     for rank in range(RANKS):

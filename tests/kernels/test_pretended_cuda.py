@@ -137,3 +137,17 @@ def test_a_tensor_with_a_dynamic_scale_is_quantized_both_ways_at_once():
     assert ours("mlp", "int8_tensorwise", "backward")["qtrain.quantize_transposed"] == 2
     for phase in ("forward", "backward"):
         assert ours("mlp", "int8_tensorwise", phase)["qtrain.transpose_codes"] == 0
+
+
+# ---- two linear layers and a ReLU, the results as codes
+
+
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+def test_a_relu_between_two_layers_costs_no_kernel_of_its_own(phase):
+    """What Inductor does in three (codes, mask and statistics by blocks; two small ones that finish those) the GEMM does."""
+    plain, fused = ("relu", "int8_in_hindsight", phase), ("relu", "int8_in_hindsight+requantize", phase)
+    assert any("round" in kernel for kernel in own(*plain)) and not any("round" in kernel for kernel in own(*fused))
+    gemms = ours(*plain)["qtrain.scaled_mm"]
+    assert ours(*fused)["qtrain.scaled_mm_requantize"] == 1 and ours(*fused)["qtrain.scaled_mm"] == gemms - 1
+    reductions = [sum(bool(kernel & {"max", "sum"}) for kernel in own(*case)) for case in (plain, fused)]
+    assert reductions[0] - reductions[1] == 3

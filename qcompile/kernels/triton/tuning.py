@@ -204,7 +204,7 @@ def for_packed(config: MatmulConfig, fields: int) -> MatmulConfig:
 
 
 def for_requantize(config: MatmulConfig) -> MatmulConfig:
-    """A configuration for a GEMM that asks several things of its result: no more than 64 values of it to a thread, or they spill."""
+    """A configuration for a GEMM that asks several things of its result: 64 values of it to a thread at most, or they spill."""
     return config._replace(warps=max(config.warps, config.block_m * config.block_n // (32 * 64)))
 
 
