@@ -26,7 +26,8 @@ __all__ = ["LoadResult", "RangeState", "range_state"]
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module")
 _LAYER = "layer#"
-_OPERANDS = ("input", "weight", "grad_output")
+_KNOWN = ("input", "weight", "grad_output", "output", "grad_input", "grad_weight")
+"""What an entry of a layer may belong to: an operand (its range) or a GEMM (the profit filter's decision)."""
 
 
 class LoadResult(NamedTuple):
@@ -285,7 +286,7 @@ def _place(name: str, parameters: dict[str, tuple[nn.Parameter, list[str]]]) -> 
         return (parameters[owner][0], key) if owner in parameters else None
     module, _, operand = name.rpartition(".")
     module, _, use = module.partition("#")
-    if operand.partition("@")[0] not in _OPERANDS or not (use or "0").isdigit():
+    if operand.partition("@")[0] not in _KNOWN or not (use or "0").isdigit():
         return None  # no graph would ever ask for it
     weight = f"{module}.weight".removeprefix(".")
     return (parameters[weight][0], f"{_LAYER}{use or 0}.{operand}") if weight in parameters else None
