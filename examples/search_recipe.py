@@ -135,7 +135,7 @@ def frontier(rows: Sequence[Row], task: Task, costs: Mapping[str, Totals], basel
             {
                 "recipe": Path(name).stem,
                 "saved bytes x hp": "" if cost is None else f"{cost.shares_of(costs['hp'])[0]:.2f}",
-                "GEMM time x hp": "" if cost is None else f"{cost.shares_of(costs['hp'])[1]:.2f}",
+                "GEMM time x hp": "" if cost is None or not costs["hp"].seconds else f"{cost.shares_of(costs['hp'])[1]:.2f}",
                 "a step loses, %": "" if cost is None else f"{100 * cost.loss:.2f}",
                 f"{task.metric}, minus {baseline}": _signed(difference) if name != baseline else "",
             }

@@ -96,17 +96,24 @@ def test_a_second_process_starts_warm_with_state_of_its_own(tmp_path, changes):
 
 
 @pytest.mark.slow
-def test_torch_logs_show_the_integer_operators():
+def test_torch_logs_and_debug_folders_show_the_integer_operators(tmp_path):
     code = """
 import torch
 from tests.compiling import compiled
 compiled(torch.nn.Linear(16, 8), "int8_tensorwise")(torch.ones(12, 16)).sum().backward()
 """
-    environment = os.environ | {"TORCH_LOGS": "aot_graphs,post_grad_graphs,recompiles", "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1"}
+    environment = os.environ | {
+        "TORCH_LOGS": "aot_graphs,post_grad_graphs,recompiles",
+        "TORCH_COMPILE_DEBUG": "1",
+        "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
+        "PYTHONPATH": str(Path(__file__).parents[1]),
+    }
     command = [sys.executable, "-c", code]
-    done = subprocess.run(command, cwd=Path(__file__).parents[1], env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "AFTER POST GRAD" in done.stderr and "torch.ops.qtrain.scaled_mm" in done.stderr
+    written = list((tmp_path / "torch_compile_debug").rglob("output_code.py"))
+    assert len(written) == 2 and all("qtrain.scaled_mm" in path.read_text() for path in written)  # forward, backward
 
 
 # ---- nothing is left behind

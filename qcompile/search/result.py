@@ -72,7 +72,10 @@ class SearchResult:
         """The recipe as TOML, with the reasons as comments; `Recipe.from_toml` reads it."""
         table = self.recipe.to_dict()
         notes = {i: self._why(row["pattern"]) for i, row in enumerate(table["overrides"])}
-        return recipe_files.to_toml(table, head=self._head(), notes=notes)
+        text = recipe_files.to_toml(table, head=self._head(), notes=notes)
+        others = dict.fromkeys(site for site, _ in self.chosen() if site not in {row["pattern"] for row in table["overrides"]})
+        rest = [f"# {site}: {line}" for site in others for line in self._why(site)]
+        return text + "\n".join(["", "# The sites without a row of their own:", *rest, ""]) if rest else text
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the recipe with its reasons to a .toml file. Errors: `RecipeError` for another suffix; OSError."""
@@ -106,10 +109,10 @@ class SearchResult:
         return tabulate(rows, headers=["site", *GEMM_OPERANDS], disable_numparse=True)
 
     def __str__(self) -> str:
-        totals = [
-            [name, f"{100 * t.loss:.3f}", *(f"{ratio:.2f}" for ratio in t.shares_of(self.hp))]
-            for name, t in self._totals().items()
-        ]
+        totals = []
+        for name, t in self._totals().items():
+            memory, time = t.shares_of(self.hp)
+            totals.append([name, f"{100 * t.loss:.3f}", f"{memory:.2f}", f"{time:.2f}" if self.hp.seconds else "-"])
         tables = (
             self._choices(),
             tabulate(totals, headers=["recipe", "loss, % of a step", "saved bytes x hp", "GEMM time x hp"], disable_numparse=True),

@@ -107,6 +107,11 @@ def test_the_file_is_a_recipe_with_its_reasons(planted, tmp_path, interpreted):
     rows = tomllib.loads(text)["overrides"]
     assert rows and text.count("in hp: hp") + text.count("in int8: hp") >= len(rows)
     assert "int4 loses" in text and "bytes saved" in text
+    for site, role in found.chosen():  # in its row, or at the end
+        assert sum(line.startswith((f"# {role} in ", f"# {site}: {role} in ")) for line in text.splitlines()) >= 1
+    nothing = search.under({"memory": 1.0})  # one option everywhere: no row, and all the reasons at the end
+    assert not nothing.recipe.overrides and Recipe.from_toml(nothing.to_toml()) == nothing.recipe
+    assert all(f"# {site}: {role} in hp: " in nothing.to_toml() for site, role in nothing.chosen())
     launched = _launches(compiled(model, str(path)))
     wanted = sorted(found.chosen())
     assert launched == len([1 for gemm in wanted if found.chosen()[gemm] != HP])
