@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from qcompile._checks import suggestion
 from qcompile.errors import QtrainWarning, StateError
-from qcompile.site_recipe import GEMM_OPERANDS
 from qcompile.state.decisions import Decision
 from qcompile.state.fsdp import gather_once, gathered_parameters
 from qcompile.state.store import BITS, STORE, RangeStore, Slot, check_bits
@@ -27,7 +26,8 @@ __all__ = ["LoadResult", "RangeState", "range_state"]
 
 _WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module")
 _LAYER = "layer#"
-_OPERANDS = ("input", "weight", "grad_output")
+_KNOWN = ("input", "weight", "grad_output", "output", "grad_input", "grad_weight")
+"""What an entry of a layer may belong to: an operand (its range) or a GEMM (the profit filter's decision)."""
 
 
 class LoadResult(NamedTuple):
@@ -142,7 +142,7 @@ class RangeState:
         decided: list[tuple[str, nn.Parameter, str, Decision]] = []
         for name, fields in entries.items():
             slot = slots.get(name) or by_alias.get(name)
-            if Decision.is_one(fields) and (place := _place(name, waiting, tuple(GEMM_OPERANDS))) is not None:
+            if Decision.is_one(fields) and (place := _place(name, waiting)) is not None:
                 decided.append((name, *place, Decision.of(fields)))
             elif slot is not None:
                 check_bits(name, fields, slot.bits)
@@ -279,19 +279,14 @@ def _by_alias(slots: Mapping[str, Slot]) -> dict[str, Slot]:
     return found
 
 
-def _place(
-    name: str, parameters: dict[str, tuple[nn.Parameter, list[str]]], kinds: tuple[str, ...] = _OPERANDS
-) -> tuple[nn.Parameter, str] | None:
-    """Whose state a name means, for entries that no graph has claimed: the reverse of `_slot_name`.
-
-    kinds  what a layer's entry may be for: operands; GEMMs, for what was decided about them
-    """
+def _place(name: str, parameters: dict[str, tuple[nn.Parameter, list[str]]]) -> tuple[nn.Parameter, str] | None:
+    """Whose state a name means, for entries that no graph has claimed: the reverse of `_slot_name`."""
     owner, colon, key = name.partition(":")
     if colon:
         return (parameters[owner][0], key) if owner in parameters else None
     module, _, operand = name.rpartition(".")
     module, _, use = module.partition("#")
-    if operand.partition("@")[0] not in kinds or not (use or "0").isdigit():
+    if operand.partition("@")[0] not in _KNOWN or not (use or "0").isdigit():
         return None  # no graph would ever ask for it
     weight = f"{module}.weight".removeprefix(".")
     return (parameters[weight][0], f"{_LAYER}{use or 0}.{operand}") if weight in parameters else None
