@@ -209,8 +209,7 @@ def test_a_peer_may_replace_linear_layers_anywhere():
     assert all(torch.equal(m.weight, w) for m, w in zip((made[0][0], made[2]), weights, strict=True))
 
 
-@pytest.mark.slow
-def test_growth_measures_every_size(tmp_path):
+def test_growth_measures_every_size(tmp_path, quick):
     base = "--base-layers 1 --base-width 64 --base-sequence 32 --base-batch 2 --widths= --sequences= --batches="
     points = growth.main(f"{base} --layers 1,2 --variants bf16,int8 --rounds 2 --device cpu --plot {tmp_path / 'g.png'}".split())
     assert [(p.axis, p.value, p.variant) for p in points] == [("layers", n, v) for n in (1, 2) for v in ("bf16", "int8")]
