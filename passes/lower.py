@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, fx
 
 from passes.context import PassContext
+from passes.environment import skipped
 from passes.fuse_quantize import fuse_quantize
 from passes.graph import (
     DEQUANTIZE,
@@ -63,7 +64,8 @@ def lower(graph: fx.Graph, context: PassContext | None = None, *, steady: bool =
     for node in [n for n in graph.nodes if n.target in (SCALED_MM, SCALED_MM_PACKED, SCALED_MM_REQUANTIZE)]:
         lowered += _lay_out(graph, node, transposed)
     lowered += _apply(_STATE, graph, steady)  # first: what a scale depends on decides what can be fused
-    lowered += fuse_quantize(graph)
+    if "fuse_quantize" not in skipped():
+        lowered += fuse_quantize(graph)
     lowered += _apply(_ELEMENTWISE, graph, steady)
     return lowered
 

@@ -37,6 +37,8 @@ from passes.find_sites import find_sites
 from passes.fold_masks import fold_masks
 from passes.follow_layouts import follow_layouts
 from passes.fuse_matmul import fuse_matmul
+from passes.fuse_quantize import fuse_quantize
+from passes.fuse_requantize import fuse_requantize
 from passes.graph import erase_unused
 from passes.identity import describe
 from passes.insert_qdq import insert_qdq
@@ -52,6 +54,7 @@ from passes.save_transposed import save_transposed
 from passes.share_quantized import share_quantized
 from passes.split_convolution_backward import split_convolution_backward
 from passes.store_masks import store_masks
+from passes.unfuse_attention import unfuse_attention
 from passes.verify import count_writes, verify
 from qcompile.kernels.registry import registered_kernels
 
@@ -138,33 +141,40 @@ def _apply_rows(graph: fx.Graph, context: PassContext, *, rows: Sequence[Row]) -
     return done
 
 
+Stage = Literal["program", "joint", "cut", "half"]
+
+
 @dataclass(frozen=True)
 class PassInfo:
     """A pass as lists show it.
 
-    stage     "joint" (the joint graph), "cut" (both halves, behind the partitioner) or "half" (each half)
+    stage     "program" (what Dynamo traced, before there is a backward), "joint" (the joint graph), "cut" (both halves, behind the
+              partitioner) or "half" (each half)
     summary   what it does, in a line
     numerics  "exact" or "changes"
     contract  the whole of it: before and after, numerics, what it requires and ensures
     """
 
     name: str
-    stage: Literal["joint", "cut", "half"]
+    stage: Stage
     summary: str
     numerics: str
     contract: str
 
 
 def list_passes() -> list[PassInfo]:
-    """The passes in the order in which they run."""
+    """The passes in the order in which they run. Some run where a recipe, an option or the device asks for them."""
     return [
+        _info("unfuse_attention", "program", unfuse_attention, "changes"),
         *(_info(s.name, "joint", s.run, s.numerics) for s in joint_steps()),
         *(_info(s.name, "cut", s.run, s.numerics) for s in cut_steps()),
+        _info("fuse_requantize", "half", fuse_requantize, "exact"),
         _info("lower", "half", lower, "exact"),
+        _info("fuse_quantize", "half", fuse_quantize, "exact"),  # called by `lower`, between states and quantizes
     ]
 
 
-def _info(name: str, stage: Literal["joint", "cut", "half"], run: Callable[..., object], numerics: str) -> PassInfo:
+def _info(name: str, stage: Stage, run: Callable[..., object], numerics: str) -> PassInfo:
     contract = (sys.modules[getattr(run, "func", run).__module__].__doc__ or "").strip()
     return PassInfo(name, stage, contract.split("\n\n")[0].partition(": ")[2].replace("\n", " "), numerics, contract)
 
@@ -296,5 +306,5 @@ def source_fingerprint() -> str:
 
 def _selected(steps: Iterable[Step]) -> list[Step]:
     steps, names = list(steps), skipped()
-    behind = {"lower", *(s.name for s in cut_steps())}
+    behind = {p.name for p in list_passes() if p.stage != "joint"}
     return without(steps, *(name for name in names if name not in behind)) if names else steps

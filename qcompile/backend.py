@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 
 from passes.context import PassContext
 from passes.dynamo_inputs import DynamoInputs
+from passes.environment import skipped
 from passes.fuse_requantize import fuse_requantize
 from passes.gemms import INTEGER
 from passes.graph import BACKWARD, FORWARD, SCALED_MM, SCALED_MM_PACKED, SCALED_MM_REQUANTIZE, SELECT
@@ -200,7 +201,7 @@ class Compilation:
 
     def run(self) -> Callable[..., Any]:
         start = time.perf_counter()
-        if "bmm" in self.context.recipe.ops:
+        if "bmm" in self.context.recipe.ops and "unfuse_attention" not in skipped():
             unfuse_attention(self.gm, self.context.recipe)
         compiled = inductor.compile_with_inductor(
             self.gm,
@@ -276,7 +277,7 @@ class Compilation:
             until_valid = _copy(half)
         phase = BACKWARD if backward else FORWARD
         writes = Counter({phase: self.writes[phase]})
-        if self.requantize:
+        if self.requantize and "fuse_requantize" not in skipped():
             self.context.counts["fuse_requantize"] = self.context.counts.get("fuse_requantize", 0) + fuse_requantize(half.graph)
         lower_half(half.graph, self.context, phase=phase, steady=True, writes=writes)
         half.recompile()
