@@ -27,6 +27,7 @@ from passes.context import PassContext
 from passes.partition import min_cut_partition
 from passes.restore_decompositions import decompositions
 from qcompile.cache_folders import check_cache_folders
+from qcompile.errors import UnsupportedError
 
 __all__ = [
     "compile_alone",
@@ -195,6 +196,11 @@ def compile_with_inductor(
     context     what the passes share; the partitioner reads what the recipe says about saved tensors
     """
     check_cache_folders(default_cache_dir())
+    if config.get("freezing", inductor_config.freezing) and not torch.is_grad_enabled() and _has_memory(context):
+        raise UnsupportedError(
+            "torch._inductor.config.freezing makes constants of an inference graph's weights, and stored ranges are found by the "
+            "weights: they cannot be used. Set it to False for this model; to deploy, qcompile.convert gives a model of its own"
+        )
     users_pass = config.get("joint_custom_pre_pass", inductor_config.joint_custom_pre_pass)
     users_partitioner = config.get("custom_partitioner_fn", inductor_config.custom_partitioner_fn)
     patches = {
@@ -214,6 +220,10 @@ def compile_with_inductor(
     # AOTAutograd's cache would skip the joint pass and our wrapper, and cannot store the wrapper: off for this compile only.
     with functorch_config.patch(enable_autograd_cache=False):
         return compile_fx(gm, example_inputs, inner_compile=_hooked(cacheable), config_patches=patches, decompositions=table)
+
+
+def _has_memory(context: PassContext | None) -> bool:
+    return context is not None and any(estimator.static for estimator in context.recipe.estimators())
 
 
 def compile_alone(fn: Callable[..., Sequence[torch.Tensor]], inputs: Sequence[torch.Tensor]) -> Callable[..., Any]:

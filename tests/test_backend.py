@@ -706,3 +706,12 @@ def test_a_user_recipe_of_every_kind(interpreted):
     for _ in range(2):
         assert shapes(train(run, x)) == sorted([OUTPUT, GRAD_INPUT, GRAD_WEIGHT])
     assert qcompile.__version__
+
+
+def test_frozen_weights_are_refused_where_ranges_are_stored(interpreted):
+    model, x = nn.Linear(16, 16), torch.randn(8, 16)
+    with torch._inductor.config.patch(freezing=True):
+        stored = compiled(model, "int8_in_hindsight")
+        stored(x).sum().backward()  # training freezes nothing
+        with torch.no_grad(), pytest.raises(Exception, match="stored ranges are found by the weights.*qcompile.convert"):
+            stored(x)
