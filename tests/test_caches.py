@@ -160,7 +160,7 @@ def train_through_a_reset(before, alive):
     step(layer)
     now = alive()
     assert len(compiled_graphs()) == 1 and in_use() > before[1] and now["Binder"] == before[0].get("Binder", 0) + 1
-    assert now["Graph"] > before[0]["Graph"] and len(now) > len(before[0])  # many of our classes have objects now
+    assert now["Graph"] > before[0]["Graph"]
     torch.compiler.reset()
     assert compiled_graphs() == []
     assert range_state(layer)["input"]["steps"] == 1  # state is the model's, not the compiler's
