@@ -48,7 +48,8 @@ class Binding:
     """The state of one instance for one half of a graph.
 
     `tensor` is the arena, `index` (int64) says which of its elements, in the graph's order. `reductions` has, for each element,
-    how data-parallel ranks agree on it ("max", "min", "mean"; "own": they need not). `serial` counts bindings as they are made.
+    how data-parallel ranks agree on it ("max", "min", "mean"; "own": they need not). `serial` counts bindings as they are made;
+    `first_element` of the arena is the same for every graph of the instance.
     """
 
     def __init__(self, store: RangeStore, layout: Any, owners: dict[str | None, object], device: torch.device) -> None:
@@ -73,6 +74,7 @@ class Binding:
             self.reductions.extend([how] * entry.size)
             if name == "steps" and "seed_low" not in entry.fields:
                 steps.extend(range(start, start + entry.size))
+        self.first_element = min(order, default=0)
         # The host does not wait for the copies, here or anywhere in a step.
         self.index = torch.tensor(order, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
         self._steps = torch.tensor(steps, dtype=torch.int64, device="cpu").to(device, non_blocking=True)

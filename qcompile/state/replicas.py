@@ -7,9 +7,10 @@ started from equal bounds; others take the mean or the minimum. Counters of rand
 
 Where    in a callback of the autograd engine, as DDP does its own work: after the last gradient, on whatever thread that is.
 Who      the default process group, or that of `set_range_group`. Recipes with `ranges="local"` take no part.
-Order    collectives must come in one order on all ranks. Sites are taken in the order in which their graphs were first called, and
-         the first exchange of any set of sites compares what they are: ranks that hold other parts of a model (pipeline stages,
-         tensor parallelism) get an error that says what to do, instead of ranges of another layer.
+Order    collectives must come in one order on all ranks, and one rank alone may compile a graph anew (its batch has another size).
+         So sites are taken in the order of their names, and where these are equal (blocks compiled one by one) in that in which
+         state was made for them. The first exchange of any set of sites compares what they are: ranks that hold other parts of a
+         model (pipeline stages, tensor parallelism) get an error that says what to do, instead of ranges of another layer.
 """
 
 from __future__ import annotations
@@ -39,7 +40,13 @@ class Replicas:
         self._lock = threading.Lock()
         self._touched: dict[int, Binding] = {}  # serial -> binding, since the last exchange
         self._queued: set[int] = set()  # backward passes that have a callback
-        self._plans: dict[tuple[int, ...], _Plan] = {}
+        self._plans: dict[tuple[int, ...], _Plan] = {}  # serials -> where their elements are
+        self._compared: set[str] = set()  # digests of the sets of sites that all ranks are known to have
+
+    def forget(self) -> None:
+        """Compare again what ranks hold: the group is another."""
+        self._plans.clear()
+        self._compared.clear()
 
     def active(self) -> bool:
         """Whether there is anyone to agree with."""
@@ -80,7 +87,12 @@ class Replicas:
         key = tuple(b.serial for b in touched)
         plan = self._plans.get(key)
         if plan is None:
-            _compare_sites(touched, self.group)
+            touched = sorted(touched, key=lambda b: (_sites(b), b.first_element))
+            sites = [site for b in touched for site in _sites(b)]
+            digest = hashlib.sha256("\n".join(sites).encode()).hexdigest()
+            if digest not in self._compared:  # a graph that this rank has compiled anew has the sites that it had
+                _compare(len(sites), digest, self.group)
+                self._compared.add(digest)
             if len(self._plans) > 256:
                 self._plans.clear()
             plan = self._plans[key] = _Plan(touched)
@@ -119,9 +131,14 @@ class _Plan:
             start += index.numel()
 
 
-def _compare_sites(bindings: Sequence[Binding], group: Any) -> None:
-    sites = [f"{s.site}.{s.operand} {s.key} {s.fields} {s.size}" for b in bindings for s in b.slots]
-    mine = (len(sites), hashlib.sha256("\n".join(sites).encode()).hexdigest())
+def _sites(binding: Binding) -> list[str]:
+    """What a binding has state of, the same on every replica."""
+    return [f"{s.site}.{s.operand} {s.key} {s.fields} {s.size}" for s in binding.slots]
+
+
+def _compare(count: int, digest: str, group: Any) -> None:
+    """Errors: `StateError` if the ranks' digests differ."""
+    mine = (count, digest)
     everyone: list[Any] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyone, mine, group=group)
     if len(set(everyone)) > 1:
@@ -144,3 +161,4 @@ def set_range_group(group: Any = None) -> None:
     the data-parallel dimension, `mesh["dp"]`; on all ranks, before the first training step.
     """
     REPLICAS.group = group.get_group() if hasattr(group, "get_group") else group
+    REPLICAS.forget()

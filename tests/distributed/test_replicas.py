@@ -118,6 +118,28 @@ def test_replicas_agree_and_train_as_one_process_does(how, on_two_ranks, interpr
             assert state_0[name].item() == STEPS
 
 
+def _compile_anew_alone(rank):
+    """From the third step on the second rank's first block sees more rows than before, and is compiled for them."""
+    from qcompile import compiled_graphs, range_state
+
+    torch._dynamo.reset()
+    model = make_model()
+    first, second = (torch.compile(b, backend="qtrain", options={"recipe": "int8_in_hindsight"}, dynamic=False) for b in model)
+    generator = torch.Generator().manual_seed(rank)
+    for step in range(5):
+        rows = 2 * ROWS if rank == 1 and step >= 2 else ROWS
+        x = torch.randn(rows, WIDTH, generator=generator) * (1 + rank)
+        second(first(x)[:ROWS]).square().mean().backward()
+    return len(compiled_graphs()), range_state(model).state_dict()
+
+
+def test_a_rank_may_compile_anew_alone(interpreted):
+    (graphs_0, state_0), (graphs_1, state_1) = run_on(2, _compile_anew_alone)
+    assert graphs_1 > graphs_0
+    assert len(state_0) == 2 * 2 * 2 * 4
+    assert {n: (v, state_1[n]) for n, v in state_0.items() if not torch.equal(v, state_1[n])} == {}
+
+
 def test_local_ranges_stay_local():
     (_, state_0), (_, state_1) = run_on(2, _train, 2, "compile inside ddp", {"ranges": "local"})
     name = "0.up.grad_output.amax"
