@@ -157,7 +157,7 @@ _VIT: Settings = {"model": "vit", "optimizer": "adamw", "lr": 1e-3, "weight_deca
 _LITE: Settings = {"model": "efficientnet_lite0", "lr": 0.01, "weight_decay": 1e-4}
 _QUARTER: Settings = {"model": "mobilenet_v2", "model_width": 0.25}
 _ENDS: Settings = {"skip": ["stem", "head"]}  # papers leave the first convolution and the classifier in high precision
-_INT4 = ["fp32", "int4_interval", "int4_gamma_1", "int4_gamma_0.6", "int4_dsgc"]
+_INT4 = ["fp32", "int4_interval", "int4_gamma_1", "int4_gamma_0.6", "int4_dsgc", "int4_luq"]
 _RANGES = ["fp32", "int8_in_hindsight", "int8_current", "int8_running"]
 _GRADIENTS = ["fp32", "int8_tensorwise", "int8_dai8", "int8_unified"]
 

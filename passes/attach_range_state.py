@@ -43,6 +43,7 @@ from passes.graph import (
     QUANTIZE,
     RANGE,
     READ,
+    ROUND_TO_POWERS,
     SEED,
     SELECT,
     UNPACK,
@@ -358,7 +359,7 @@ def _replace_seeds(
 
 
 def _set_range(node: fx.Node, scale: fx.Node, zero: fx.Node | None, dequantize_scale: fx.Node) -> None:
-    """Quantize reads `scale`; everything else (the dequantize, perhaps transposed) reads the scale that shows an overflow."""
+    """What makes codes reads `scale`; everything else (the dequantize, perhaps transposed) the scale that shows an overflow."""
     for n in {scale, dequantize_scale} | ({zero} if zero is not None else set()):
         n.meta["recompute"] = CheckpointPolicy.MUST_SAVE
     for item in list(node.users):
@@ -366,7 +367,7 @@ def _set_range(node: fx.Node, scale: fx.Node, zero: fx.Node | None, dequantize_s
             replace(item, zero)  # type: ignore[arg-type]
             continue
         for user in list(item.users):
-            user.replace_input_with(item, scale if user.target is QUANTIZE else dequantize_scale)
+            user.replace_input_with(item, scale if user.target in (QUANTIZE, ROUND_TO_POWERS) else dequantize_scale)
         node.graph.erase_node(item)
     node.graph.erase_node(node)
 

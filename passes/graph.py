@@ -22,7 +22,7 @@ aten = torch.ops.aten
 prims = torch.ops.prims
 
 RANGE, SEED = ops.range_, ops.seed_
-QUANTIZE, DEQUANTIZE = ops.quantize, ops.dequantize
+QUANTIZE, DEQUANTIZE, ROUND_TO_POWERS = ops.quantize, ops.dequantize, ops.round_to_powers
 SCALED_MM, SCALED_BMM, TRANSPOSE = ops.scaled_mm, ops.scaled_bmm, ops.transpose_codes
 PACK_CODES, UNPACK_CODES, SCALED_MM_PACKED = ops.pack_codes, ops.unpack_codes, ops.scaled_mm_packed
 SCALED_CONV, SCALED_CONV_GRAD_INPUT, SCALED_CONV_GRAD_WEIGHT = (

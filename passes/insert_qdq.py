@@ -16,6 +16,9 @@ is one scale for each index of the axis that is left: of a convolution's `output
 output channel of the weight; of its `grad_weight` one for each channel of either. A depthwise convolution is quantized too and
 computed in high precision: an int8 kernel would have one product for each number to read.
 
+Codes that are powers of two come from two operators: round_to_powers(x, s) puts the values on that grid, quantize then takes them
+into codes as they are.
+
 A scale for each block (PerBlock) of a linear layer's matrix takes the same form on a view [R / rows, rows, C / cols, cols], and its
 dequantize is viewed back: numbers as block-scaled kernels have them, but for the order of fp32 additions, in a GEMM that stays in
 high precision (no integer kernel sums over several scales) and is reported so.
@@ -51,6 +54,7 @@ from passes.graph import (
     PERMUTE,
     QUANTIZE,
     RANGE,
+    ROUND_TO_POWERS,
     SEED,
     VIEWS,
     after,
@@ -325,7 +329,11 @@ def _quantize(
         zero = None if spec.symmetric else call(graph, operator.getitem, ranges, 1, scope=scope)
         seed = call(graph, SEED, matrix, scope=scope) if spec.rounding == "stochastic" else None
         salt = zlib.crc32(label.encode()) if seed is not None else 0
-        codes = call(graph, QUANTIZE, matrix, scale, zero, spec.bits, seed, salt, scope=scope)
+        bits = spec.bits
+        if spec.grid == "powers_of_two":  # rounded to its grid first; then each value is its code times the scale
+            matrix = call(graph, ROUND_TO_POWERS, matrix, scale, bits, seed, salt, scope=scope)
+            bits, seed, salt = 8, None, 0
+        codes = call(graph, QUANTIZE, matrix, scale, zero, bits, seed, salt, scope=scope)
     scope = scope_of(gemm, phase_of(gemm))
     with graph.inserting_before(gemm):
         dtype = operands(gemm)[0].meta["val"].dtype

@@ -36,6 +36,7 @@ from passes.graph import (
     PERMUTE,
     QUANTIZE,
     READ,
+    ROUND_TO_POWERS,
     SCALED_MM,
     SCALED_MM_PACKED,
     SCALED_MM_REQUANTIZE,
@@ -95,6 +96,10 @@ def _dequantize(graph: fx.Graph, node: fx.Node, steady: bool) -> None:
     _inline_in_place(graph, node, ops.dequantize_reference, "dequantize")
 
 
+def _round_to_powers(graph: fx.Graph, node: fx.Node, steady: bool) -> None:
+    _inline_in_place(graph, node, ops.round_to_powers_reference, "round_to_powers")
+
+
 def _pack_codes(graph: fx.Graph, node: fx.Node, steady: bool) -> None:
     _inline_in_place(graph, node, ops.pack_codes_reference, "pack_codes")
 
@@ -132,6 +137,7 @@ _ELEMENTWISE: dict[Any, Callable[[fx.Graph, fx.Node, bool], None]] = {
     DEQUANTIZE: _dequantize,
     PACK_CODES: _pack_codes,
     UNPACK_CODES: _unpack_codes,
+    ROUND_TO_POWERS: _round_to_powers,
 }
 
 

@@ -20,7 +20,7 @@ from dataclasses import replace as replace_fields
 from torch import fx
 
 from passes.context import PassContext
-from passes.graph import PERMUTE, QUANTIZE, RANGE, SEED, VIEWS, replace
+from passes.graph import PERMUTE, QUANTIZE, RANGE, ROUND_TO_POWERS, SEED, VIEWS, replace
 from passes.insert_qdq import RangeUse
 
 
@@ -29,12 +29,12 @@ def share_quantized(graph: fx.Graph, context: PassContext | None = None) -> int:
     merged = 0
     order = {site.name: index for index, site in enumerate(context.sites)} if context is not None else {}
     seen: dict[object, fx.Node] = {}
-    mergeable = {RANGE, SEED, QUANTIZE, PERMUTE, operator.getitem, *VIEWS}
+    mergeable = {RANGE, SEED, ROUND_TO_POWERS, QUANTIZE, PERMUTE, operator.getitem, *VIEWS}
     for node in list(graph.nodes):
         if node.op != "call_function" or node.target not in mergeable:
             continue
         source = node.args[0]
-        ours = node.target in (RANGE, SEED, QUANTIZE) or source.target in (RANGE, QUANTIZE) or node.target in VIEWS
+        ours = node.target in (RANGE, SEED, ROUND_TO_POWERS, QUANTIZE) or source.target in (RANGE, QUANTIZE) or node.target in VIEWS
         if not ours and source.target is not operator.getitem:
             continue
         key = _key(node)
@@ -59,7 +59,7 @@ def _key(node: fx.Node) -> object:
     args = node.args
     if node.target is RANGE:  # the last argument is a label
         args = args[:-1]
-    elif node.target is QUANTIZE:  # the last argument, the salt, follows from the label: equal seeds make equal draws
+    elif node.target in (QUANTIZE, ROUND_TO_POWERS):  # the last one, the salt, follows from the label: equal seeds, equal draws
         args = args[:-1]
     return node.target, tuple(str(a) if isinstance(a, list) else a for a in args)
 

@@ -282,16 +282,23 @@ def _check_site_fields(where: str, values: Mapping[str, Any]) -> None:
             continue
         if field in OPERANDS:
             check_instance(f"{where}.{field}", value, QuantSpec, "a QuantSpec, or None (hp)")
+            _check_grid(f"{where}.{field}", field, value)
             continue
         check_instance(
             f"{where}.{field}", value, GemmSpec, "SAME (the operands' specs), a GemmSpec, or None (hp)"
         )
         for operand in OPERANDS:
+            _check_grid(f"{where}.{field}.{operand}", operand, getattr(value, operand))
             if operand not in GEMM_OPERANDS[field] and getattr(value, operand) is not SAME:
                 operands = " and ".join(GEMM_OPERANDS[field])
                 raise RecipeError(
                     f"{where}.{field}: its operands are {operands}; leave {operand} out of its GemmSpec."
                 )
+
+
+def _check_grid(where: str, operand: str, spec: object) -> None:
+    if isinstance(spec, QuantSpec) and spec.grid != "uniform" and operand != "grad_output":
+        refuse(f"{where}.grid", spec.grid, "'uniform'", "Powers of two are for gradients, which lie close to 0.")
 
 
 def _checked_ops(ops: object) -> tuple[str, ...]:

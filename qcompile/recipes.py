@@ -145,6 +145,18 @@ def int4_interval() -> Recipe:
     )
 
 
+def int4_luq() -> Recipe:
+    """LUQ-style INT4 training (arXiv 2112.10769): gradients in 4 bits as powers of two, without bias.
+
+    From the paper: a sign and 3 bits of exponent for gradients, the largest one at the top of the grid; values below it are pruned
+    and others rounded stochastically, so that the mean is the gradient; weights and inputs in 4 bits, to nearest. Ours: ranges
+    of weights and inputs as in `int4_interval`. Left out: the mean of two samples for the gradient of the weight (two GEMMs), and a
+    last epoch in high precision.
+    """
+    gradient = QuantSpec(bits=4, estimator=MinMax(), rounding="stochastic", grid="powers_of_two")
+    return int4_interval().replace(grad_output=gradient, name="int4_luq")
+
+
 def learned(
     method: Learned, *, weight_bits: int = 4, input_bits: int = 4, grad_output: QuantSpec | None = None, name: str = "custom"
 ) -> Recipe:
@@ -203,6 +215,7 @@ _BUILT_IN = {
         int8_unified(),
         int8_jetfire(),
         int4_interval(),
+        int4_luq(),
         qat_lsq(),
         qat_lsq_plus(),
         qat_ewgs(),

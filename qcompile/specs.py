@@ -113,6 +113,7 @@ _GRANULARITIES: dict[str, type[Granularity]] = {
 }
 
 ROUNDINGS = ("nearest", "stochastic")
+GRIDS = ("uniform", "powers_of_two")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +127,8 @@ class QuantSpec:
                  remainder).
     symmetric    True: zero point 0, and the code -2**(bits-1) is not used. False: the range need not be
                  centred on 0.
+    grid         "uniform", or, for gradients of 2 to 4 bits, "powers_of_two": a bit for the sign, the others for an exponent.
+                 The codes are 0, +-1, +-2, +-4, ... +-2**(2**(bits-1) - 2), integers that an INT8 GEMM multiplies as any other.
     """
 
     bits: int = 8
@@ -133,6 +136,7 @@ class QuantSpec:
     estimator: RangeEstimator = MinMax()
     rounding: Literal["nearest", "stochastic"] = "nearest"
     symmetric: bool = True
+    grid: Literal["uniform", "powers_of_two"] = "uniform"
 
     def __post_init__(self) -> None:
         check_int("QuantSpec.bits", self.bits, "an int from 2 to 8", low=2, high=8)
@@ -145,11 +149,18 @@ class QuantSpec:
             refuse("QuantSpec.symmetric", self.symmetric, "True or False")
         if not self.symmetric and not self.estimator.asymmetric:
             refuse("QuantSpec.symmetric", False, f"True with {self.estimator!r}, which has ranges centred on 0 only")
+        if self.grid not in GRIDS:
+            refuse("QuantSpec.grid", self.grid, " or ".join(map(repr, GRIDS)))
+        if self.grid == "powers_of_two" and (self.bits > 4 or not self.symmetric):
+            given = f"{self.bits} bits, symmetric={self.symmetric}"
+            refuse("QuantSpec(grid='powers_of_two')", given, "2 to 4 bits (a code is one int8) and symmetric=True")
         check_declarations(self.estimator, self.symmetric)
 
     @property
     def qmax(self) -> int:
         """Largest code."""
+        if self.grid == "powers_of_two":
+            return 2 ** (2 ** (self.bits - 1) - 2)
         return 2 ** (self.bits - 1) - 1
 
     @property
@@ -158,19 +169,20 @@ class QuantSpec:
         return -self.qmax if self.symmetric else -(2 ** (self.bits - 1))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values only; `from_dict` reads it."""
-        return {
+        """Plain values only; `from_dict` reads it. A uniform grid is left out, and fingerprints stay as they were without grids."""
+        values = {
             "bits": self.bits,
             "granularity": self.granularity.to_dict(),
             "estimator": self.estimator.to_dict(),
             "rounding": self.rounding,
             "symmetric": self.symmetric,
         }
+        return values if self.grid == "uniform" else values | {"grid": self.grid}
 
     @classmethod
     def from_dict(cls, data: object, where: str = "QuantSpec") -> QuantSpec:
         """Read what `to_dict` wrote; keys that are left out keep their defaults. Errors: `RecipeError`."""
-        values = dict(check_keys(where, data, ("bits", "granularity", "estimator", "rounding", "symmetric")))
+        values = dict(check_keys(where, data, ("bits", "granularity", "estimator", "rounding", "symmetric", "grid")))
         if "granularity" in values:
             values["granularity"] = Granularity.from_dict(values["granularity"], f"{where}.granularity")
         if "estimator" in values:
@@ -182,6 +194,8 @@ class QuantSpec:
 
     def __str__(self) -> str:
         kind = f"int{self.bits}" if self.symmetric else f"int{self.bits} asymmetric"
+        if self.grid == "powers_of_two":
+            kind = f"{self.bits} bits, powers of two"
         return f"{kind} {self.granularity!r}, {self.estimator!r}, {self.rounding}"
 
 

@@ -32,7 +32,7 @@ from tests.compiling import compiled
 from tests.numerics import row_snr_db
 from tests.passes.graphs import joint_graph, mlp, mlp_inputs
 
-PAPERS = ["int8_dai8", "int8_unified", "int4_interval"]
+PAPERS = ["int8_dai8", "int8_unified", "int4_interval", "int4_luq"]
 
 
 def train(model, recipe, steps=4, **options):

@@ -18,6 +18,7 @@ from qcompile.ops.quantize import code_range, dequantize, dequantize_reference, 
 from qcompile.ops.quantize_transposed import quantize_transposed, quantize_transposed_reference
 from qcompile.ops.random import draw_key, uniform_draws
 from qcompile.ops.range_state import range_, read_state, seed_, select_range, unpack, write_state_
+from qcompile.ops.round_to_powers import round_to_powers, round_to_powers_reference
 from qcompile.ops.scaled_bmm import scaled_bmm, scaled_bmm_reference
 from qcompile.ops.scaled_conv import (
     scaled_conv,
@@ -50,6 +51,8 @@ __all__ = [
     "quantize_transposed_reference",
     "range_",
     "read_state",
+    "round_to_powers",
+    "round_to_powers_reference",
     "scaled_bmm",
     "scaled_bmm_reference",
     "scaled_conv",
