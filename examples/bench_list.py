@@ -158,6 +158,8 @@ _LITE: Settings = {"model": "efficientnet_lite0", "lr": 0.01, "weight_decay": 1e
 _QUARTER: Settings = {"model": "mobilenet_v2", "model_width": 0.25}
 _ENDS: Settings = {"skip": ["stem", "head"]}  # papers leave the first convolution and the classifier in high precision
 _INT4 = ["fp32", "int4_interval", "int4_gamma_1", "int4_gamma_0.6", "int4_dsgc", "int4_luq"]
+_WIDTHS = ["int8", "int8+8", "w4a8", "int4 w4a4g8", "int4"]  # from eight bits everywhere to four
+_ROUNDINGS = ["bf16", "int8", "int8_stochastic", "int8_in_hindsight", "int8_in_hindsight_stochastic"]
 _RANGES = ["fp32", "int8_in_hindsight", "int8_current", "int8_running"]
 _GRADIENTS = ["fp32", "int8_tensorwise", "int8_dai8", "int8_unified"]
 
@@ -226,6 +228,13 @@ ACCURACY = [
           _cnn, _both(_packages(*pretrained.EFFICIENTNET), _images)),
     _task("minilm", "a MiniLM sentence encoder with learned scales", _ENCODER_SMALL, _ENCODER_FULL, _minilm,
           _packages(*pretrained.MINILM)),
+    _task("widths_gpt", "a byte-level GPT at several widths of codes", {**_GPT_SMALL, "recipes": ["bf16", *_WIDTHS]},
+          {**_GPT_FULL, "recipes": ["bf16", *_WIDTHS]}, _gpt),
+    _task("widths_resnet", "a ResNet-8 (full: ResNet-20) on Fashion-MNIST at several widths of codes",
+          {"model": "resnet8", **_SHORT, "recipes": ["fp32", *_WIDTHS]},
+          {"model": "resnet20", **_FULL, "recipes": ["fp32", *_WIDTHS]}, _cnn, _images),
+    _task("rounding", "a byte-level GPT with gradients rounded to nearest and stochastically",
+          {**_GPT_SMALL, "recipes": _ROUNDINGS}, {**_GPT_FULL, "recipes": _ROUNDINGS}, _gpt),
     _paper("interval_update", "arXiv 2407.12637: the interval of 4-bit gradients against fixed ones and DSGC",
            {"model": "resnet8", **_SMALL, **_ENDS, "recipes": _INT4},
            {"model": "resnet20", **_FULL, **_ENDS, "epochs": 60, "recipes": [*_INT4, "int4_gamma_0.8", "qat_int4_interval"]}),

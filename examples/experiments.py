@@ -121,8 +121,8 @@ def with_width(recipe: Recipe, width: str) -> Recipe:
 
 
 def methods_of(recipes: Iterable[str], widths: Iterable[str] = ("",)) -> list[Method]:
-    """Every recipe at every width, baselines once, in order and without repetitions."""
-    found = [Method(r, "" if r in HP_RECIPES else w) for r in recipes for w in widths]
+    """Every recipe at every width, baselines once, in order and without repetitions. "int4 w4a4g8" has its width with it."""
+    found = [Method(*r.split()) if " " in r else Method(r, "" if r in HP_RECIPES else w) for r in recipes for w in widths]
     return list(dict.fromkeys(found))
 
 
