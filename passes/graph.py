@@ -22,7 +22,8 @@ aten = torch.ops.aten
 prims = torch.ops.prims
 
 RANGE, SEED = ops.range_, ops.seed_
-QUANTIZE, DEQUANTIZE, ROUND_TO_POWERS = ops.quantize, ops.dequantize, ops.round_to_powers
+QUANTIZE, DEQUANTIZE = ops.quantize, ops.dequantize
+HADAMARD, ROUND_TO_POWERS = ops.hadamard, ops.round_to_powers  # what is done to a tensor in front of its quantize
 SCALED_MM, SCALED_BMM, TRANSPOSE = ops.scaled_mm, ops.scaled_bmm, ops.transpose_codes
 PACK_CODES, UNPACK_CODES, SCALED_MM_PACKED = ops.pack_codes, ops.unpack_codes, ops.scaled_mm_packed
 SCALED_CONV, SCALED_CONV_GRAD_INPUT, SCALED_CONV_GRAD_WEIGHT = (

@@ -17,7 +17,7 @@ from typing import Any
 from torch import fx
 from torch._functorch import partitioners
 
-from passes.graph import ALIASES, DEQUANTIZE, PERMUTE, QUANTIZE, SELECT, VIEWS, aten
+from passes.graph import ALIASES, DEQUANTIZE, PERMUTE, QUANTIZE, ROUND_TO_POWERS, SELECT, VIEWS, aten
 
 __all__ = ["ancestors", "in_memory"]
 
@@ -64,7 +64,7 @@ def _inductor_makes(node: fx.Node) -> bool:
         return _inductor_makes(node.args[0])
     if node.op != "call_function":
         return False
-    return node.target in (QUANTIZE, DEQUANTIZE) or getattr(node.target, "overloadpacket", None) in _fusible()
+    return node.target in (QUANTIZE, DEQUANTIZE, ROUND_TO_POWERS) or getattr(node.target, "overloadpacket", None) in _fusible()
 
 
 @lru_cache(maxsize=1)

@@ -19,6 +19,9 @@ computed in high precision: an int8 kernel would have one product for each numbe
 Codes that are powers of two come from two operators: round_to_powers(x, s) puts the values on that grid, quantize then takes them
 into codes as they are.
 
+Under `GemmSpec(hadamard=block)` both operands go through a Hadamard transform along the axis that the GEMM sums over, in front of
+their ranges: the product is the same, the codes are of tensors without outliers.
+
 A scale for each block (PerBlock) of a linear layer's matrix takes the same form on a view [R / rows, rows, C / cols, cols], and its
 dequantize is viewed back: numbers as block-scaled kernels have them, but for the order of fp32 additions, in a GEMM that stays in
 high precision (no integer kernel sums over several scales) and is reported so.
@@ -46,11 +49,12 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from passes.context import EMULATED, OPERANDS, Gemm, PassContext, Site
 from passes.find_sites import GemmNode
-from passes.gemms import BATCHED, GEMMS, is_depthwise, kept_axis, operands, shared_axes
+from passes.gemms import BATCHED, CONVOLUTIONS, GEMMS, is_depthwise, kept_axis, operands, shared_axes
 from passes.graph import (
     BACKWARD,
     DEQUANTIZE,
     FORWARD,
+    HADAMARD,
     PERMUTE,
     QUANTIZE,
     RANGE,
@@ -90,6 +94,7 @@ class _Plan:
     name: str
     spec: QuantSpec
     dims: list[int] | None
+    hadamard: int | None = None
 
 
 def insert_qdq(graph: fx.Graph, context: PassContext) -> int:
@@ -113,7 +118,7 @@ def insert_qdq(graph: fx.Graph, context: PassContext) -> int:
             continue
         plans = []
         for side, name in enumerate(where.operands):
-            plan = _plan(node, side, name, specs[name], model_quantizes)
+            plan = _plan(node, side, name, specs[name], model_quantizes, context.resolve(site).hadamard(gemm.role))
             if isinstance(plan, str):
                 gemm.reason = plan
                 break
@@ -123,7 +128,7 @@ def insert_qdq(graph: fx.Graph, context: PassContext) -> int:
                 if plan.dims is None:
                     new = _reuse(graph, node, plan)
                 else:
-                    new = _quantize(graph, node, plan.operand, plan.name, plan.spec, plan.dims, where)
+                    new = _quantize(graph, node, plan, plan.dims, where)
                 if new is not plan.matrix:
                     _set_operand(node, plan.matrix, new)
                     inserted += 1
@@ -140,11 +145,15 @@ def insert_qdq(graph: fx.Graph, context: PassContext) -> int:
     return inserted
 
 
-def _plan(node: fx.Node, side: int, name: str, spec: QuantSpec, model_quantizes: bool) -> _Plan | str:
+def _plan(
+    node: fx.Node, side: int, name: str, spec: QuantSpec, model_quantizes: bool, hadamard: int | None = None
+) -> _Plan | str:
     """What to do with an operand, or why it cannot be codes."""
     matrix = operands(node)[side]
     operand = resolve_operand(matrix, batched=node.target in BATCHED)
     learned = isinstance(spec.estimator, Learned)
+    if hadamard is not None and (why := _no_hadamard(hadamard, node, side, name, operand)):
+        return why
     codes = operand.source.op == "call_function" and operand.source.target is DEQUANTIZE
     if codes and _scales_fit(node, side, operand):
         return _Plan(matrix, operand, name, _spec_in_use(operand.source, spec), None)
@@ -152,7 +161,7 @@ def _plan(node: fx.Node, side: int, name: str, spec: QuantSpec, model_quantizes:
         dims = _scale_dims(spec, node, side, operand, name)
         if isinstance(dims, list) and (why := _changes_size(spec, name, node.meta["qtrain_gemm"].role)):
             dims = why
-        return dims if isinstance(dims, str) else _Plan(matrix, operand, name, spec, dims)
+        return dims if isinstance(dims, str) else _Plan(matrix, operand, name, spec, dims, hadamard)
     if codes:
         return (
             f"{name}: its learned scales lie along an axis that is summed over; give this GEMM a spec of its own, as in "
@@ -161,6 +170,18 @@ def _plan(node: fx.Node, side: int, name: str, spec: QuantSpec, model_quantizes:
     if model_quantizes:
         return f"recipe: no learned scale for {name} here; prepare left the layer out"
     return f"{name}: its scale is to be learned, and the model has none; call qcompile.prepare(model, recipe) before torch.compile"
+
+
+def _no_hadamard(block: int, node: fx.Node, side: int, name: str, operand: Operand) -> str | None:
+    """Why an operand cannot be transformed along the axis that the GEMM sums over."""
+    if operand.source.target is DEQUANTIZE:
+        return f"{name}: hadamard={block} is for tensors in high precision, and these are codes already"
+    if node.target in BATCHED or node.target in CONVOLUTIONS:
+        return f"{name}: hadamard={block} is for the matrices of linear layers; keep it out of the specs of other sites"
+    size = operands(node)[side].meta["val"].shape[1 - side]
+    if not isinstance(size, int) or size % block:
+        return f"{name}: hadamard={block} does not divide the {size} elements that are summed; use a block that does, or None"
+    return None
 
 
 def _scales_fit(node: fx.Node, side: int, operand: Operand) -> bool:
@@ -303,9 +324,8 @@ def _changes_size(spec: QuantSpec, operand: str, role: str) -> str | None:
     )
 
 
-def _quantize(
-    graph: fx.Graph, gemm: fx.Node, operand: Operand, name: str, spec: QuantSpec, dims: list[int], where: GemmNode
-) -> fx.Node:
+def _quantize(graph: fx.Graph, gemm: fx.Node, plan: _Plan, dims: list[int], where: GemmNode) -> fx.Node:
+    operand, name, spec = plan.operand, plan.name, plan.spec
     source = operand.source
     phase = BACKWARD if phase_of(source) == BACKWARD else FORWARD
     scope = scope_of(gemm, phase)
@@ -321,8 +341,14 @@ def _quantize(
     # The sizes of a view are nodes too where shapes are symbolic; comparing nodes compares places in the graph.
     with after(graph, max([source, *(s for s in operand.view or () if isinstance(s, fx.Node))])):
         matrix = source
+        if plan.hadamard is not None:
+            if operand.view is not None:
+                matrix = call(graph, aten.view.default, matrix, list(operand.view), scope=scope)
+            (summed,), _ = _axes(gemm, where.operands.index(name), operand)
+            matrix = call(graph, HADAMARD, matrix, summed, plan.hadamard, scope=scope)
+            view = view if isinstance(spec.granularity, PerBlock) else None
         if view is not None:
-            matrix = call(graph, aten.view.default, source, view, scope=scope)
+            matrix = call(graph, aten.view.default, matrix, view, scope=scope)
         ranges = call(graph, RANGE, matrix, dims, json.dumps(spec.to_dict(), sort_keys=True), label, scope=scope)
         ranges.meta["qtrain_range"] = RangeUse(where.site, name, where.role, spec)
         scale = call(graph, operator.getitem, ranges, 0, scope=scope)

@@ -32,6 +32,7 @@ from passes.environment import skipped
 from passes.fuse_quantize import fuse_quantize
 from passes.graph import (
     DEQUANTIZE,
+    HADAMARD,
     PACK_CODES,
     PERMUTE,
     QUANTIZE,
@@ -96,6 +97,10 @@ def _dequantize(graph: fx.Graph, node: fx.Node, steady: bool) -> None:
     _inline_in_place(graph, node, ops.dequantize_reference, "dequantize")
 
 
+def _hadamard(graph: fx.Graph, node: fx.Node, steady: bool) -> None:
+    _inline_in_place(graph, node, ops.hadamard_reference, "hadamard")
+
+
 def _round_to_powers(graph: fx.Graph, node: fx.Node, steady: bool) -> None:
     _inline_in_place(graph, node, ops.round_to_powers_reference, "round_to_powers")
 
@@ -137,6 +142,7 @@ _ELEMENTWISE: dict[Any, Callable[[fx.Graph, fx.Node, bool], None]] = {
     DEQUANTIZE: _dequantize,
     PACK_CODES: _pack_codes,
     UNPACK_CODES: _unpack_codes,
+    HADAMARD: _hadamard,
     ROUND_TO_POWERS: _round_to_powers,
 }
 

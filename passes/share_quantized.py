@@ -20,8 +20,11 @@ from dataclasses import replace as replace_fields
 from torch import fx
 
 from passes.context import PassContext
-from passes.graph import PERMUTE, QUANTIZE, RANGE, ROUND_TO_POWERS, SEED, VIEWS, replace
+from passes.graph import HADAMARD, PERMUTE, QUANTIZE, RANGE, ROUND_TO_POWERS, SEED, VIEWS, replace
 from passes.insert_qdq import RangeUse
+
+_OURS = (HADAMARD, RANGE, SEED, ROUND_TO_POWERS, QUANTIZE)
+_MERGEABLE = {*_OURS, PERMUTE, operator.getitem, *VIEWS}
 
 
 def share_quantized(graph: fx.Graph, context: PassContext | None = None) -> int:
@@ -29,12 +32,11 @@ def share_quantized(graph: fx.Graph, context: PassContext | None = None) -> int:
     merged = 0
     order = {site.name: index for index, site in enumerate(context.sites)} if context is not None else {}
     seen: dict[object, fx.Node] = {}
-    mergeable = {RANGE, SEED, ROUND_TO_POWERS, QUANTIZE, PERMUTE, operator.getitem, *VIEWS}
     for node in list(graph.nodes):
-        if node.op != "call_function" or node.target not in mergeable:
+        if node.op != "call_function" or node.target not in _MERGEABLE:
             continue
         source = node.args[0]
-        ours = node.target in (RANGE, SEED, ROUND_TO_POWERS, QUANTIZE) or source.target in (RANGE, QUANTIZE) or node.target in VIEWS
+        ours = node.target in _OURS or source.target in (RANGE, QUANTIZE) or node.target in VIEWS
         if not ours and source.target is not operator.getitem:
             continue
         key = _key(node)

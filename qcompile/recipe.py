@@ -133,8 +133,8 @@ class Recipe:
         if why is None and kind not in (*self.ops, "unknown"):
             why = f"recipe: {kind!r} is not among its ops"
         if why is not None:
-            hp = dict.fromkeys(GEMM_OPERANDS)
-            return SiteRecipe(site=site, **hp, reasons=tuple((gemm, why) for gemm in GEMM_OPERANDS))
+            reasons = tuple((gemm, why) for gemm in GEMM_OPERANDS)
+            return SiteRecipe(site=site, output=None, grad_input=None, grad_weight=None, reasons=reasons)
         values = self._site_fields()
         origin = dict.fromkeys(SITE_FIELDS, "recipe")
         for pattern, changes in self.overrides:
@@ -147,7 +147,8 @@ class Recipe:
             origin["weight"] = origin["input"]
         pairs = {gemm: operand_pair(values, gemm) for gemm in GEMM_OPERANDS}
         reasons = tuple((gemm, why_hp(values, origin, gemm)) for gemm, pair in pairs.items() if pair is None)
-        return SiteRecipe(site=site, **pairs, reasons=reasons)
+        transforms = tuple((g, v.hadamard) for g in pairs if isinstance(v := values[g], GemmSpec) and v.hadamard is not None)
+        return SiteRecipe(site=site, **pairs, reasons=reasons, transforms=transforms)
 
     def unmatched_patterns(self, site_names: Iterable[str]) -> list[str]:
         """The patterns of `skip` and `overrides` that mean none of these sites: most likely misspelt. Kinds are no misspelling."""

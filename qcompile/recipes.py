@@ -145,6 +145,18 @@ def int4_interval() -> Recipe:
     )
 
 
+def int4_hadamard() -> Recipe:
+    """`int4` behind Hadamard transforms of 32 elements (after arXiv 2306.11987), for linear layers.
+
+    From the paper: the transform of both operands along the summed axis, in blocks of 32. Ours: a scale per row in place of one per
+    tensor that is learned, and the same transform in the two GEMMs of the gradient, where the paper splits gradients in two 4-bit
+    halves and samples rows by leverage scores (not built: the products of sampled rows have no fixed shape). Convolutions stay in
+    high precision and are reported, and so do GEMMs whose summed axis 32 does not divide.
+    """
+    turned = GemmSpec(hadamard=32)
+    return int4().replace(output=turned, grad_input=turned, grad_weight=turned, name="int4_hadamard")
+
+
 def int4_luq() -> Recipe:
     """LUQ-style INT4 training (arXiv 2112.10769): gradients in 4 bits as powers of two, without bias.
 
@@ -216,6 +228,7 @@ _BUILT_IN = {
         int8_jetfire(),
         int4_interval(),
         int4_luq(),
+        int4_hadamard(),
         qat_lsq(),
         qat_lsq_plus(),
         qat_ewgs(),

@@ -53,6 +53,7 @@ class SiteRecipe:
     grad_input: OperandPair | None  # grad_output, weight
     grad_weight: OperandPair | None  # grad_output, input
     reasons: tuple[tuple[str, str], ...] = ()
+    transforms: tuple[tuple[str, int], ...] = ()
 
     def gemm(self, name: str) -> OperandPair | None:
         """The operands' specs of a GEMM, in the order of `GEMM_OPERANDS`; None if it stays in hp."""
@@ -64,6 +65,10 @@ class SiteRecipe:
         if operand not in operands:
             refuse(f"operand of {gemm}", operand, " or ".join(map(repr, operands)))
         return pair and pair[operands.index(operand)]
+
+    def hadamard(self, gemm: str) -> int | None:
+        """The block of the Hadamard transform of a GEMM's operands; None: they are quantized as they are."""
+        return dict(self.transforms).get(gemm_name(gemm))
 
     def reason(self, gemm: str) -> str | None:
         """Why a GEMM stays in hp; None if it is integer."""

@@ -207,13 +207,21 @@ class GemmSpec:
     """Specs of its own for one GEMM.
 
     Each operand: `SAME` (the recipe's spec), a `QuantSpec`, or None (hp, and so is the GEMM).
+    hadamard      both operands go through a Hadamard transform along the axis that the GEMM sums over, in blocks of so many
+                  elements (a power of two from 2 to 1024), before they are quantized. The product is the same, outliers are spread.
+                  For the matrices of linear layers whose summed axis it divides.
     """
 
     input: QuantSpec | Same | None = SAME
     weight: QuantSpec | Same | None = SAME
     grad_output: QuantSpec | Same | None = SAME
+    hadamard: int | None = None
 
     def __post_init__(self) -> None:
+        if self.hadamard is not None:
+            check_int("GemmSpec.hadamard", self.hadamard, "a power of two from 2 to 1024, or None", low=2, high=1024)
+            if self.hadamard & (self.hadamard - 1):
+                refuse("GemmSpec.hadamard", self.hadamard, "a power of two from 2 to 1024, or None")
         for operand in OPERANDS:
             value = getattr(self, operand)
             if value is not None and value is not SAME:
@@ -222,24 +230,25 @@ class GemmSpec:
     def to_dict(self) -> dict[str, Any]:
         """The operands that are not `SAME`; None is hp."""
         values = {operand: getattr(self, operand) for operand in OPERANDS}
-        return {key: value and value.to_dict() for key, value in values.items() if value is not SAME}
+        table: dict[str, Any] = {key: value and value.to_dict() for key, value in values.items() if value is not SAME}
+        return table if self.hadamard is None else table | {"hadamard": self.hadamard}
 
     @classmethod
     def from_dict(cls, data: object, where: str = "GemmSpec") -> GemmSpec:
         """Read what `to_dict` wrote; also "same" and "hp" (None) for an operand. Errors: `RecipeError`."""
-        given = check_keys(where, data, OPERANDS)
-        return cls(
-            **{
-                key: SAME if value == "same" else operand_from_dict(value, f"{where}.{key}")
-                for key, value in given.items()
-            }
-        )
+        given = check_keys(where, data, [*OPERANDS, "hadamard"])
+        operands = {
+            key: SAME if value == "same" else operand_from_dict(value, f"{where}.{key}")
+            for key, value in given.items()
+            if key in OPERANDS
+        }
+        return cls(**operands, hadamard=given.get("hadamard"))
 
     def __str__(self) -> str:
         own = ((operand, getattr(self, operand)) for operand in OPERANDS)
-        return "; ".join(f"{operand}: {spec or 'hp'}" for operand, spec in own if spec is not SAME) or str(
-            SAME
-        )
+        parts = [f"{operand}: {spec or 'hp'}" for operand, spec in own if spec is not SAME]
+        parts += [f"hadamard: {self.hadamard}"] if self.hadamard is not None else []
+        return "; ".join(parts) or str(SAME)
 
 
 def operand_from_dict(data: object, where: str) -> QuantSpec | None:

@@ -7,6 +7,7 @@ aten and says what the operator means; kernels agree with it bit for bit whereve
 from qcompile.kernels.cuda import register_cuda_kernels
 from qcompile.ops.convolution import conv_grad_input, conv_grad_weight
 from qcompile.ops.fake_quantize import fake_quantize, fake_quantize_codes
+from qcompile.ops.hadamard import hadamard, hadamard_reference
 from qcompile.ops.pack_codes import (
     codes_per_byte,
     pack_codes,
@@ -43,6 +44,8 @@ __all__ = [
     "draw_key",
     "fake_quantize",
     "fake_quantize_codes",
+    "hadamard",
+    "hadamard_reference",
     "pack_codes",
     "pack_codes_reference",
     "quantize",
