@@ -297,7 +297,7 @@ SCRIPTS = [
     _script("mlp_gelu", "speed", "MLP blocks with GELU", "benchmarks.mlp",
             f"--act gelu --rounds 9 --variants {_MLP}", f"--act gelu --width 4096 --tokens 16384 --variants {_MLP}"),
     _script("resnet_speed", "speed", "ResNet-18, forward and backward", "benchmarks.resnet",
-            "--batch 16 --rounds 5", "--batch 256 --image 224 --rounds 20"),
+            "--batch 16 --rounds 15", "--batch 256 --image 224 --rounds 20"),
     _script("growth", "speed", "a GPT's step, saved bytes and compile time by size", "benchmarks.growth",
             "--layers 1,2,4 --widths 64,128,256 --sequences 64,128,256 --batches 2,4,8 --rounds 5",
             "--base-layers 6 --base-width 1024 --base-sequence 1024 --base-batch 8 --layers 2,4,8,12 --widths 512,1024,2048,4096 "
@@ -307,7 +307,8 @@ SCRIPTS = [
             device=False),
     _script("saved_wide", "memory", "the same with wider blocks and more tokens, by recipe", "benchmarks.saved",
             "--width 256 --tokens 8192 --recipes int8,int8_tensorwise,int8_in_hindsight", None, device=False),
-    _script("compile_time", "compile time", "what the passes take", "benchmarks.compile_time", "--layers 2,6", "--layers 2,6,12,24",
+    _script("compile_time", "compile time", "what the passes take", "benchmarks.compile_time", "--layers 2,6",
+            "--layers 2,6,12,24",
             device=False),
     _script("state_cost", "speed", "what handling ranges costs the host", "benchmarks.state_cost", None,
             "--width 1024 --layers 12"),

@@ -185,12 +185,13 @@ def compile_time(run: Run) -> str:
     lines = [
         {
             "layers": row["layers"],
-            "GEMMs": row["nodes"],
-            "Inductor bf16, s": f"{row['inductor']:.1f}",
-            "qtrain, s": f"{row['qtrain']:.1f}",
-            "of it C++ compiler": f"{row['compiler']:.1f}",
-            "of it passes": f"{row['passes']:.2f}",
-            "passes' share without C++": f"{row['passes'] / (row['qtrain'] - row['compiler']):.0%}",
+            "": f"`{row['variant']}`",
+            "GEMMs": row["gemms"] or "",
+            "cold, s": f"{row['cold']:.1f}",
+            "times Inductor": f"{row['ratio']:.2f}",
+            "from the cache, s": f"{row['warm']:.1f}",
+            "of cold": f"{row['reuse']:.2f}",
+            "passes, s": f"{row['passes']:.2f}",
         }
         for row in run["rows"]
     ]

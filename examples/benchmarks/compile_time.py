@@ -1,23 +1,28 @@
-"""How long compiling takes, and how much of it is ours.
+"""How long compiling takes against Inductor alone, cold and from Inductor's cache, and how much of it the passes are.
 
-    python examples/benchmarks/compile_time.py --layers 2,6,12
+    python examples/benchmarks/compile_time.py --layers 2,6 --rounds 3
 
-For each depth of a small GPT: the wall time of the first step under Inductor bf16 autocast and under a recipe, the time inside
-qtrain's passes, and their share of the recipe's compile time with the C++ compiler's share taken out (it is waited for in
-`async_compile.wait`). Caches are off.
+Each measurement is a process of its own: the wall time of the first three steps of a small GPT under bf16 autocast, which holds
+every compilation (a recipe with ranges of past steps compiles once more when its ranges are valid). Each round starts with an empty
+cache folder for each variant (cold), and goes on with a second process on the same folder (warm). What only the first compilation of
+a process costs, such as imports, is spent before.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import os
+import statistics
+import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from tabulate import tabulate
-from torch._dynamo.utils import compilation_time_metrics
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script: examples/ is not on the path
 
@@ -26,68 +31,104 @@ from gpt import GPT, GPTConfig
 
 from qcompile import compiled_graphs
 
+BASELINE = "inductor"
+STEPS = 3
+
 
 class Row(NamedTuple):
-    """Seconds; `share` is passes / (compile - compiler)."""
+    """Medians over rounds, in seconds. `ratio`: cold, to Inductor's of the same round; `reuse`: warm to cold."""
 
     layers: int
-    inductor: float
-    qtrain: float
-    compiler: float
+    variant: str
+    cold: float
+    warm: float
+    ratio: float
+    reuse: float
     passes: float
-    nodes: int
-
-    @property
-    def share(self) -> float:
-        return self.passes / (self.qtrain - self.compiler)
+    gemms: int
 
 
-def first_step(model: torch.nn.Module, tokens: torch.Tensor) -> tuple[float, float]:
-    """(wall seconds of a first forward and backward, seconds of them waiting for the C++ compiler)."""
-    compilation_time_metrics.clear()
+def first_steps(variant: str, layers: int, width: int) -> dict[str, Any]:
+    """In this process: seconds of the first steps, those in our passes, and the number of GEMMs."""
+    torch.compile(lambda x: x.sin() + 1)(torch.randn(8))
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(width=width, layers=layers, heads=2, context=32))
+    tokens = torch.randint(0, 256, (2, 32))
+    options = None if variant == BASELINE else {"recipe": variant}
+    compiled = torch.compile(model, backend="inductor" if variant == BASELINE else "qtrain", options=options)
     start = time.perf_counter()
-    with torch.autocast("cpu", torch.bfloat16):
-        loss = model(tokens).float().square().mean()
-    loss.backward()
-    wall = time.perf_counter() - start
-    waited = sum(sum(v) for k, v in compilation_time_metrics.items() if "async_compile.wait" in k)
-    return wall, waited
+    for _ in range(STEPS):
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = compiled(tokens).float().square().mean()
+        loss.backward()
+    seconds = time.perf_counter() - start
+    graphs = [] if variant == BASELINE else compiled_graphs()
+    gemms = sum(1 for _ in graphs[-1].context.gemms()) if graphs else 0
+    return {"seconds": seconds, "passes": sum(g.seconds["passes"] for g in graphs), "gemms": gemms}
 
 
-def measure(depths: list[int], recipe: str, width: int = 64) -> list[Row]:
-    """One `Row` for each depth."""
+def in_new_process(variant: str, layers: int, width: int, cache: str) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--one", variant, "--layers", str(layers), "--width", str(width)]
+    root = str(Path(__file__).parents[2])
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        command,
+        env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "PYTHONPATH": path},
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(variants: list[str], layers: int, width: int, rounds: int) -> list[Row]:
+    """One `Row` for each variant."""
+    found: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {variant: [] for variant in variants}
+    for _ in range(rounds):
+        for variant in variants:
+            with tempfile.TemporaryDirectory() as cache:
+                cold = in_new_process(variant, layers, width, cache)
+                found[variant].append((cold, in_new_process(variant, layers, width, cache)))
     rows = []
-    for layers in depths:
-        tokens = torch.randint(0, 256, (2, 32))
-        walls = {}
-        for backend in ("inductor", "qtrain"):
-            torch._dynamo.reset()
-            torch.manual_seed(0)
-            model = GPT(GPTConfig(width=width, layers=layers, heads=2, context=32))
-            options = {"recipe": recipe} if backend == "qtrain" else None
-            walls[backend] = first_step(torch.compile(model, backend=backend, options=options), tokens)
-        graph = compiled_graphs()[-1]
-        gemms = sum(1 for _ in graph.context.gemms())
-        rows.append(Row(layers, walls["inductor"][0], *walls["qtrain"], graph.seconds["passes"], gemms))
+    for variant, pairs in found.items():
+        bases = [cold["seconds"] for cold, _ in found[variants[0]]]
+        rows.append(
+            Row(
+                layers,
+                variant,
+                statistics.median(cold["seconds"] for cold, _ in pairs),
+                statistics.median(warm["seconds"] for _, warm in pairs),
+                statistics.median(cold["seconds"] / base for (cold, _), base in zip(pairs, bases, strict=True)),
+                statistics.median(warm["seconds"] / cold["seconds"] for cold, warm in pairs),
+                statistics.median(cold["passes"] for cold, _ in pairs),
+                pairs[0][0]["gemms"],
+            )
+        )
     return rows
 
 
 def main(argv: list[str] | None = None) -> list[Row]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", default="2,6,12")
-    parser.add_argument("--recipe", default="int8_in_hindsight")
+    parser.add_argument("--layers", default="2,6")
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--variants", default=f"{BASELINE},int8,int8_in_hindsight", help="the first is what others are compared with")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--one", metavar="VARIANT", help="measure in this process, print JSON, and nothing else")
     results.add_argument(parser, "compile_time")
     args = parser.parse_args(argv)
-    with torch.compiler.config.patch(force_disable_caches=True):
-        rows = measure([int(n) for n in args.layers.split(",")], args.recipe)
-    print(results.machine(), f"\nGPT of width 64, recipe {args.recipe}; seconds\n")
-    headers = ["layers", "GEMMs", "Inductor bf16", "qtrain", "of it C++ compiler", "of it passes", "passes' share without C++"]
+    depths = [int(n) for n in args.layers.split(",")]
+    if args.one:
+        print(json.dumps(first_steps(args.one, depths[0], args.width)))
+        return []
+    rows = [row for layers in depths for row in measure(args.variants.split(","), layers, args.width, args.rounds)]
+    print(results.machine(), f"\nGPT of width {args.width}, bf16 autocast, seconds of the first {STEPS} steps\n")
+    headers = ["layers", "variant", "GEMMs", "cold", "x Inductor", "warm", "x cold", "passes (cold)"]
     table = [
-        [r.layers, r.nodes, f"{r.inductor:.1f}", f"{r.qtrain:.1f}", f"{r.compiler:.1f}", f"{r.passes:.2f}", f"{r.share:.0%}"]
+        [r.layers, r.variant, r.gemms or "", *(f"{seconds:.2f}" for seconds in (r.cold, r.ratio, r.warm, r.reuse, r.passes))]
         for r in rows
     ]
-    print(tabulate(table, headers=headers))
-    results.save("compile_time", args, [{**r._asdict(), "share": r.share} for r in rows], args.save)
+    print(tabulate(table, headers=headers, disable_numparse=True))
+    results.save("compile_time", args, [r._asdict() for r in rows], args.save)
     return rows
 
 

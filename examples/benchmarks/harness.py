@@ -153,6 +153,9 @@ def measure(
         result.gemms, result.kernels = len(launches), kernels_of(step, device) or sorted({x.kernel for x in launches})
         del got
         steps[variant] = step
+    for step in steps.values():  # the reset for each variant made the ones before it compile anew
+        for _ in range(WARM):
+            step()
     timed = [result for result in results if result.variant in steps]
     for number in range(rounds):
         for place in range(len(timed)):

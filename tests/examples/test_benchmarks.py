@@ -250,9 +250,10 @@ def test_kernels_times_every_candidate(tmp_path, capsys):
 
 @pytest.mark.slow
 def test_compile_time_counts_the_passes(capsys):
-    (row,) = compile_time.main(["--layers", "1"])
-    assert row.nodes == 15  # five linear layers with three GEMMs each
-    assert 0 < row.passes < row.qtrain
+    baseline, row = compile_time.main("--layers 1 --rounds 1 --variants inductor,int8".split())
+    assert (baseline.gemms, baseline.passes, baseline.ratio) == (0, 0, 1)
+    assert row.gemms == 17  # five linear layers with three GEMMs each, and attention's two products
+    assert 0 < row.passes < row.cold and row.warm < row.cold and row.reuse == row.warm / row.cold
     assert "passes" in capsys.readouterr().out
 
 
