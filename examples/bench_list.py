@@ -308,8 +308,7 @@ SCRIPTS = [
     _script("saved_wide", "memory", "the same with wider blocks and more tokens, by recipe", "benchmarks.saved",
             "--width 256 --tokens 8192 --recipes int8,int8_tensorwise,int8_in_hindsight", None, device=False),
     _script("compile_time", "compile time", "what the passes take", "benchmarks.compile_time", "--layers 2,6",
-            "--layers 2,6,12,24",
-            device=False),
+            "--layers 2,6,12,24", device=False),
     _script("state_cost", "speed", "what handling ranges costs the host", "benchmarks.state_cost", None,
             "--width 1024 --layers 12"),
     *(

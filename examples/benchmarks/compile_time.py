@@ -3,9 +3,9 @@
     python examples/benchmarks/compile_time.py --layers 2,6 --rounds 3
 
 Each measurement is a process of its own: the wall time of the first three steps of a small GPT under bf16 autocast, which holds
-every compilation (a recipe with ranges of past steps compiles once more when its ranges are valid). Each round starts with an empty
-cache folder for each variant (cold), and goes on with a second process on the same folder (warm). What only the first compilation of
-a process costs, such as imports, is spent before.
+every compilation (a recipe with ranges of past steps compiles once more when its ranges are valid). Each round starts with an
+empty cache folder for each variant (cold), and goes on with a second process on the same folder (warm). What only the first
+compilation of a process costs, such as imports, is spent before.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> list[Row]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", default="2,6")
     parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--variants", default=f"{BASELINE},int8,int8_in_hindsight", help="the first is what others are compared with")
+    parser.add_argument("--variants", default=f"{BASELINE},int8,int8_in_hindsight", help="compared with the first")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--one", metavar="VARIANT", help="measure in this process, print JSON, and nothing else")
     results.add_argument(parser, "compile_time")
