@@ -159,7 +159,7 @@ _QUARTER: Settings = {"model": "mobilenet_v2", "model_width": 0.25}
 _ENDS: Settings = {"skip": ["stem", "head"]}  # papers leave the first convolution and the classifier in high precision
 _INT4 = ["fp32", "int4_interval", "int4_gamma_1", "int4_gamma_0.6", "int4_dsgc", "int4_luq"]
 _WIDTHS = ["int8", "int8+8", "w4a8", "int4 w4a4g8", "int4"]  # from eight bits everywhere to four
-_ROUNDINGS = ["int8", "int8_stochastic", "int8_in_hindsight", "int8_in_hindsight_stochastic"]
+_ROUNDINGS = ["int8", "int8_nearest", "int8_in_hindsight", "int8_in_hindsight_nearest"]
 _RANGES = ["fp32", "int8_in_hindsight", "int8_current", "int8_running"]
 _GRADIENTS = ["fp32", "int8_tensorwise", "int8_dai8", "int8_unified"]
 

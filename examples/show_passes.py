@@ -2,6 +2,7 @@
 
     python examples/show_passes.py                                     # print it
     python examples/show_passes.py --recipe int8                       # under another recipe
+    python examples/show_passes.py --recipe int8_nearest               # the same, gradients rounded to nearest: no draws
     python examples/show_passes.py --write docs/how-it-works.md        # renew the listings of the page
 
 A listing of the page stands between two markers, <!-- show_passes RECIPE STAGE --> and <!-- end -->; with the
@@ -42,7 +43,7 @@ def stages(recipe: str) -> dict[str, str]:
 
     The input, 2 sequences of 8 tokens, needs a gradient too, so the layer has three GEMMs.
     """
-    found = qcompile.capture(Layer(), torch.randn(2, 8, 16, requires_grad=True), recipe=recipe)
+    found = qcompile.capture(Layer(), torch.randn(2, 8, 16, requires_grad=True), recipe=_recipe(recipe))
     listings = {"joint": format_graph(found.joint_before.graph)}
     before = found.joint_before.graph
     for name, graph in found.steps.items():
@@ -53,6 +54,11 @@ def stages(recipe: str) -> dict[str, str]:
     listings["lower_forward"] = _changes(found.forward.graph, found.forward_lowered.graph)
     listings["lower_backward"] = _changes(found.backward.graph, found.backward_lowered.graph)
     return {stage: listing for stage, listing in listings.items() if listing}
+
+
+def _recipe(name: str) -> str | qcompile.Recipe:
+    known = name.removesuffix("_nearest")
+    return name if known == name else qcompile.get_recipe(known).round_gradients("nearest")
 
 
 def _changes(before: fx.Graph, after: fx.Graph) -> str:
@@ -75,7 +81,7 @@ def updated(page: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Show what each pass does to one linear layer.")
-    parser.add_argument("--recipe", default="int8_tensorwise", help="a recipe's name or file (default: int8_tensorwise)")
+    parser.add_argument("--recipe", default="int8_tensorwise", help="name or file, or NAME_nearest (default: int8_tensorwise)")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="bring the listings of a page up to date instead")
     arguments = parser.parse_args()
     if arguments.write is not None:

@@ -131,10 +131,18 @@ def _fuse(graph: fx.Graph, node: fx.Node, statistics: _Statistics) -> None:
         ((b, nodes) for (of, b), nodes in statistics.share.items() if of is x and places[b] < places[node]), (None, [])
     )
     codes = any(user.target is not TRANSPOSE for user in node.users)
-    inputs = [n for n in (*operands.values(), bound) if isinstance(n, fx.Node)]
+    seed = operands["seed"]
+    inputs = [n for n in (*operands.values(), bound) if isinstance(n, fx.Node) and n is not seed]
     behind = max(inputs, key=places.__getitem__).next
     while behind.op == "placeholder":
         behind = behind.next
+    if seed is not None:  # read from the state, perhaps behind the first reader of a statistic that the operator now has
+        made_of = ancestors(seed, until=set()) | {seed}
+        late = [n for n in graph.nodes if n in made_of and places[n] >= places[behind]]
+        while behind in late:
+            behind = behind.next
+        for n in late:
+            behind.prepend(n)
     scope = {k: v for k, v in node.meta.items() if k not in ("val", "tensor_meta", "original_aten")}
     with graph.inserting_before(behind):
         made = call(graph, QUANTIZE_TRANSPOSED, *operands.values(), codes, bool(amax), bound, scope=scope)

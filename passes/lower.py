@@ -2,6 +2,7 @@
 
 Before                                          After
   q = quantize(x, s)                              q = to_int8(clamp(round(x * (1 / s))))     # Inductor fuses it into x's producer
+                                                  with a seed: + draws of keys[i], keys = draw_keys(seed, salts) for all
                                                   on a GPU perhaps one kernel with the transposed copy: passes.fuse_quantize
   x = dequantize(q, s)                            x = to_dtype(q * s)
   y = scaled_mm(permute(a), b, ...)               y = scaled_mm(transpose_codes(a), b, ...)  # the layout that the kernel reads
@@ -15,12 +16,14 @@ The integer GEMM itself stays one operator, which picks its kernel by device and
 
 Numerics  exact.
 Requires  a graph after the partitioner, or an inference graph. Ensures: the only `qtrain::` operators left are integer GEMMs
-          (of packed codes too), transposes (on a GPU perhaps with their quantize) and `unpack`; every matrix of an integer GEMM
-          has the layout that the device's kernel reads without a copy.
+          (of packed codes too), transposes (on a GPU perhaps with their quantize), `unpack`, `draw_keys` and the halves of a
+          convolution's gradient that stayed hp; every matrix of an integer GEMM has the layout that the device's kernel reads
+          without a copy.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -45,6 +48,7 @@ from passes.graph import (
     TRANSPOSE,
     UNPACK_CODES,
     WRITE,
+    after,
     args_by_name,
     aten,
     call,
@@ -68,6 +72,7 @@ def lower(graph: fx.Graph, context: PassContext | None = None, *, steady: bool =
     lowered += _apply(_STATE, graph, steady)  # first: what a scale depends on decides what can be fused
     if "fuse_quantize" not in skipped():
         lowered += fuse_quantize(graph)
+    _compute_keys(graph)
     lowered += _apply(_ELEMENTWISE, graph, steady)
     return lowered
 
@@ -90,7 +95,8 @@ def assume_valid(graph: fx.Graph) -> int:
 
 
 def _quantize(graph: fx.Graph, node: fx.Node, steady: bool) -> None:
-    _inline_in_place(graph, node, ops.quantize_reference, "quantize")
+    x, scale, zero, bits, _, _ = args_by_name(node).values()
+    _inline_args(graph, node, ops.quantize_by_key, "quantize", x, scale, zero, bits, node.meta.get(_KEY))
 
 
 def _dequantize(graph: fx.Graph, node: fx.Node, steady: bool) -> None:
@@ -102,7 +108,8 @@ def _hadamard(graph: fx.Graph, node: fx.Node, steady: bool) -> None:
 
 
 def _round_to_powers(graph: fx.Graph, node: fx.Node, steady: bool) -> None:
-    _inline_in_place(graph, node, ops.round_to_powers_reference, "round_to_powers")
+    x, scale, bits, _, _ = args_by_name(node).values()
+    _inline_args(graph, node, ops.round_to_powers_by_key, "round_to_powers", x, scale, bits, node.meta.get(_KEY))
 
 
 def _pack_codes(graph: fx.Graph, node: fx.Node, steady: bool) -> None:
@@ -147,13 +154,37 @@ _ELEMENTWISE: dict[Any, Callable[[fx.Graph, fx.Node, bool], None]] = {
 }
 
 
+_KEY = "qtrain_key"
+
+
+def _compute_keys(graph: fx.Graph) -> None:
+    """One `draw_keys` behind each seed, for all that round by it; each then finds its key in its meta."""
+    by_seed: dict[fx.Node, list[fx.Node]] = {}
+    for target in (QUANTIZE, ROUND_TO_POWERS):
+        for node in graph.find_nodes(op="call_function", target=target):
+            seed = args_by_name(node)["seed"]
+            if seed is not None:
+                by_seed.setdefault(seed, []).append(node)
+    for seed, nodes in by_seed.items():
+        salts = list(dict.fromkeys(args_by_name(node)["salt"] for node in nodes))
+        with after(graph, seed):
+            keys = call(graph, ops.draw_keys, seed, salts, scope=_scope(seed))
+            streams = {salt: call(graph, operator.getitem, keys, i, scope=_scope(seed)) for i, salt in enumerate(salts)}
+        for node in nodes:
+            node.meta[_KEY] = streams[args_by_name(node)["salt"]]
+
+
 def _inline_in_place(graph: fx.Graph, node: fx.Node, fn: Callable[..., Any], key: str) -> None:
+    _inline_args(graph, node, fn, key, *args_by_name(node).values())
+
+
+def _inline_args(graph: fx.Graph, node: fx.Node, fn: Callable[..., Any], key: str, *args: Any) -> None:
     with graph.inserting_before(node):
-        replace(node, inline(graph, fn, *args_by_name(node).values(), scope=_scope(node), key=key))
+        replace(node, inline(graph, fn, *args, scope=_scope(node), key=key))
 
 
 def _scope(node: fx.Node) -> dict[str, Any]:
-    return {k: v for k, v in node.meta.items() if k not in ("val", "tensor_meta", "original_aten")}
+    return {k: v for k, v in node.meta.items() if k not in ("val", "tensor_meta", "original_aten", _KEY)}
 
 
 def _read_packed(graph: fx.Graph) -> int:

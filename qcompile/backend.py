@@ -285,7 +285,9 @@ class Compilation:
         self.record.seconds["passes"] = self.record.seconds.get("passes", 0.0) + time.perf_counter() - start
         self.record.halves.append(phase)
         compiled = compile_inner(half, inputs, **kwargs)
-        replicated = self.context.recipe.ranges == "replicated" and bool(self.context.layouts)
+        entries = [entry for layout in self.context.layouts.values() for entry in layout.entries]
+        ranges = any(entry.spec is not None for entry in entries)  # streams of random draws are each rank's own
+        replicated = self.context.recipe.ranges == "replicated" and ranges
         if not ours:
             if not backward:
                 return self._watch_names(compiled, names)

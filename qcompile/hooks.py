@@ -1,9 +1,10 @@
 """Our compiler inside other people's: options for plain Inductor, and range state for any compiler of graph halves.
 
-    torch.compile(model, options=qcompile.inductor_hooks("int8"))           # backend="inductor"; recipes without memory
+    torch.compile(model, options=qcompile.inductor_hooks(recipe))           # backend="inductor"; recipes without state
 
-Plain Inductor has no place where a call could be told which module instance it belongs to. A recipe with memory therefore needs
-a compiler wrapped in `with_range_state`, in a backend of the user's own (docs/plugging-in.md).
+Plain Inductor has no place where a call could be told which module instance it belongs to. A recipe that keeps state, past ranges
+or the seed of random rounding, therefore needs a compiler wrapped in `with_range_state`, in a backend of the user's own
+(docs/plugging-in.md).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ __all__ = ["inductor_hooks", "with_range_state"]
 
 
 def inductor_hooks(
-    recipe: str | Recipe | Mapping[str, Any] = "int8",
+    recipe: str | Recipe | Mapping[str, Any] | None = None,
     *,
     passes: Sequence[Step] | None = None,
     strict: bool = False,
@@ -38,14 +39,16 @@ def inductor_hooks(
 ) -> dict[str, Any]:
     """Options for `torch.compile(model, options=...)` with Inductor itself, or for `compile_fx(..., config_patches=...)`.
 
-    recipe, passes, strict   as in `torch.compile(model, backend="qtrain", options={...})`
+    recipe    as in `torch.compile(model, backend="qtrain", options={...})`; None: `int8` with gradients rounded to nearest, the
+              nearest to the default that keeps no state
+    passes, strict   as there
     options   further options of Inductor's. Hooks among them, and hooks that are set when this is called, are kept and run too.
-    graph     (graph module, example inputs) as Dynamo hands them to a backend: then ranges belong to Parameters, and the recipe may
-              have memory, for a compiler that is wrapped in `with_range_state`. Without it a recipe with memory is refused.
-    Errors: `RecipeError`; `StateError`, when a graph is compiled, for a recipe with memory where nobody binds it;
+    graph     (graph module, example inputs) as Dynamo hands them to a backend: then state belongs to Parameters, and the recipe may
+              keep some, for a compiler that is wrapped in `with_range_state`. Without it a recipe that keeps state is refused.
+    Errors: `RecipeError`; `StateError`, when a graph is compiled, for a recipe that keeps state where nobody binds it;
     `UnsupportedError` under `strict`.
     """
-    recipe = get_recipe(recipe)
+    recipe = get_recipe("int8").round_gradients("nearest") if recipe is None else get_recipe(recipe)
     steps = joint_steps() if passes is None else list(passes)
     identity = Pipeline(steps, PassContext(recipe, strict=strict)).fingerprint()
     inputs = None if graph is None else DynamoInputs.of(*graph)
@@ -60,11 +63,12 @@ def inductor_hooks(
         at_the_cut.parameters = context.parameters
         tell_what_stays_hp(context)
         if context.layouts and inputs is None:
-            first = next(e for layout in context.layouts.values() for e in layout.entries)
+            seed, entries = "the seed of its draws", [e for layout in context.layouts.values() for e in layout.entries]
+            ranges = (f"past ranges (first: {e.site}.{e.operand})" for e in entries if e.spec is not None)
             raise StateError(
-                f"inductor_hooks: recipe {recipe.name!r} keeps range state (first: {first.site}.{first.operand}), and plain "
-                "Inductor cannot say which module a call belongs to. Use backend='qtrain', or a recipe without memory (dynamic "
-                "estimators, nearest rounding), or a backend of your own with with_range_state(compile_fx_inner)."
+                f"inductor_hooks: recipe {recipe.name!r} keeps state, {next(ranges, seed)}, and plain Inductor cannot say which "
+                "module a call belongs to. Use backend='qtrain'; or a recipe that keeps none, with dynamic estimators and gradients "
+                "rounded to nearest (recipe.round_gradients('nearest')); or a backend of your own with with_range_state(compile_fx_inner)."
             )
 
     def half_pass(half: fx.Graph) -> None:

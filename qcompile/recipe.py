@@ -167,6 +167,26 @@ class Recipe:
             return changed
         return replace(changed, name=f"{self.name}*")
 
+    def round_gradients(self, rounding: Literal["nearest", "stochastic"]) -> Recipe:
+        """The recipe with every quantize of `grad_output`, in whatever GEMM and override, rounding that way: "int8_nearest".
+
+        To nearest, a recipe whose ranges are of the present tensor keeps no state at all.
+        Errors: `RecipeError` for another word.
+        """
+        if rounding not in ("nearest", "stochastic"):
+            refuse("Recipe.round_gradients", rounding, "'nearest' or 'stochastic'")
+
+        def of(field: str, value: Any) -> Any:
+            if isinstance(value, GemmSpec):
+                return replace(value, grad_output=of("grad_output", value.grad_output))
+            return replace(value, rounding=rounding) if field == "grad_output" and isinstance(value, QuantSpec) else value
+
+        own = {field: of(field, value) for field, value in self._site_fields().items()}
+        overrides = tuple((pattern, {f: of(f, v) for f, v in changes.items()}) for pattern, changes in self.overrides)
+        changed = replace(self, **own, overrides=overrides)
+        own_name = self.name.removesuffix("_nearest").removesuffix("_stochastic")
+        return self if changed == self else replace(changed, name=f"{own_name}_{rounding}")
+
     def estimators(self) -> set[RangeEstimator]:
         """Every range estimator that it names."""
         tables = (self._site_fields(), *(changes for _, changes in self.overrides))

@@ -28,9 +28,9 @@ from qcompile.specs import GemmSpec, PerBlock, PerRow, PerTensor, QuantSpec
 
 __all__ = ["GRADIENT_ROUNDING", "get_recipe", "learned", "list_recipes", "register_recipe"]
 
-# What the integer recipes do with gradients. Papers on quantized training commonly round gradients
-# stochastically; which one is the default here is decided by measurement.
-GRADIENT_ROUNDING: Literal["nearest", "stochastic"] = "nearest"
+# What the 8-bit recipes do with gradients, as papers on quantized training commonly do. Decided by measurement
+# (docs/results.md, "How gradients are rounded"): to nearest, small gradients vanish and what is left is biased.
+GRADIENT_ROUNDING: Literal["nearest", "stochastic"] = "stochastic"
 
 
 def none() -> Recipe:
@@ -39,7 +39,8 @@ def none() -> Recipe:
 
 
 def int8() -> Recipe:
-    """The default: every GEMM in int8, a scale per row of each operand, ranges from the present tensor.
+    """The default: every GEMM in int8, a scale per row of each operand, ranges from the present tensor, gradients rounded
+    stochastically.
 
     All of it is our choice.
     """
@@ -61,9 +62,9 @@ def int8_tensorwise() -> Recipe:
 def int8_in_hindsight() -> Recipe:
     """Every GEMM in int8; ranges of inputs and gradients from past steps (arXiv 2105.04246).
 
-    From the paper: static per-tensor ranges for activations and gradients. Reconstructed: momentum 0.9, and
-    that weights, known before the step, take their current min-max. Our choice: symmetric ranges for all
-    three, the rounding of gradients (`GRADIENT_ROUNDING`), and the estimator's `max_clipped`.
+    From the paper: static per-tensor ranges for activations and gradients, stochastic rounding of gradients.
+    Reconstructed: momentum 0.9, and that weights, known before the step, take their current min-max. Our
+    choice: symmetric ranges for all three, and the estimator's `max_clipped`.
     """
     past = QuantSpec(granularity=PerTensor(), estimator=InHindsight(momentum=0.9))
     weight = QuantSpec(granularity=PerTensor(), estimator=MinMax())
@@ -94,12 +95,12 @@ def int8_dai8() -> Recipe:
 
     From the paper: inputs and weights per tensor; the gradient per tensor for the gradient of the input, and per output channel
     for the gradient of the weight; ranges by distribution. Our choice: ranges of inputs and weights are their min-max, gradients
-    are rounded to nearest, linear layers are treated as convolutions are. Papers on CNNs leave the first convolution and the
+    are rounded stochastically, linear layers are treated as convolutions are. Papers on CNNs leave the first convolution and the
     classifier in high precision: name them in `skip`.
     """
     tensor = QuantSpec(granularity=PerTensor(), estimator=MinMax())
-    gradient = QuantSpec(granularity=PerTensor(), estimator=DistributionAdaptive())
-    channel = QuantSpec(granularity=PerRow(), estimator=DistributionAdaptive())
+    gradient = QuantSpec(granularity=PerTensor(), estimator=DistributionAdaptive(), rounding=GRADIENT_ROUNDING)
+    channel = QuantSpec(granularity=PerRow(), estimator=DistributionAdaptive(), rounding=GRADIENT_ROUNDING)
     return Recipe(
         name="int8_dai8", input=tensor, weight=tensor, grad_output=gradient, grad_weight=GemmSpec(grad_output=channel)
     )

@@ -12,6 +12,7 @@ from qcompile import backend, range_state
 from qcompile.estimators import InHindsight
 from qcompile.ops import quantize_reference, scaled_mm_reference
 from qcompile.recipe import Recipe
+from qcompile.recipes import get_recipe
 from qcompile.specs import QuantSpec
 
 MOMENTUM = 0.9
@@ -34,6 +35,11 @@ JUMPING = AVERAGE.replace(
 STOCHASTIC = AVERAGE.replace(
     input=hindsight(rounding="stochastic"), grad_output=hindsight(rounding="stochastic"), name="stochastic"
 )
+
+
+def nearest(name: str) -> Recipe:
+    """A built-in recipe with gradients rounded to nearest: what can be worked out without draws."""
+    return get_recipe(name).round_gradients("nearest")
 
 
 def compiled(model: Any, recipe: Any = AVERAGE, **options: Any) -> Any:

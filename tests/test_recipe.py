@@ -349,6 +349,21 @@ def test_replace_marks_the_name_of_a_changed_recipe():
     assert recipe.skip == ()
 
 
+def test_gradients_rounded_another_way():
+    recipe = get_recipe("int8_dai8")
+    nearest = recipe.round_gradients("nearest")
+    assert recipe.grad_output.rounding == recipe.grad_weight.grad_output.rounding == "stochastic"
+    assert nearest.grad_output.rounding == nearest.grad_weight.grad_output.rounding == "nearest"
+    assert nearest.input == recipe.input and nearest.name == "int8_dai8_nearest"
+    assert nearest.round_gradients("nearest") is nearest
+    assert nearest.round_gradients("stochastic").fingerprint() == recipe.fingerprint()
+    assert nearest.round_gradients("stochastic").name == "int8_dai8_stochastic"
+    changed = get_recipe("int8").replace(overrides=[("a", {"grad_output": QuantSpec(rounding="stochastic"), "output": None})])
+    assert changed.round_gradients("nearest").resolve("a").grad_input[0].rounding == "nearest"
+    with pytest.raises(RecipeError, match="round_gradients.*'up'.*'nearest' or 'stochastic'"):
+        get_recipe("none").round_gradients("up")
+
+
 def test_printed_recipe():
     recipe = Recipe(
         name="mine",

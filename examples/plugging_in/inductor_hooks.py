@@ -30,16 +30,17 @@ def step(run: object, x: torch.Tensor) -> int:
 
 
 def dynamic_recipe() -> None:
-    """A recipe without memory is a set of options for torch.compile."""
+    """A recipe that keeps no state is a set of options for torch.compile: dynamic ranges, gradients to nearest."""
     mine = CountNodes()
-    hooks = qcompile.inductor_hooks("int8_tensorwise", options={"joint_custom_pre_pass": mine})
+    recipe = qcompile.get_recipe("int8_tensorwise").round_gradients("nearest")
+    hooks = qcompile.inductor_hooks(recipe, options={"joint_custom_pre_pass": mine})
     model, x = nn.Linear(16, 8), torch.randn(6, 16)
     assert step(torch.compile(model, options=hooks), x) == 2
     assert len(mine.seen) == 1, "the user's hook ran too"
     print("dynamic recipe: 2 integer GEMMs under Inductor's own backend")
 
 
-def recipe_with_memory() -> None:
+def recipe_with_state() -> None:
     """Ranges belong to modules, so the compiler of the halves is wrapped: `with_range_state` binds them at each call."""
 
     def backend(gm: fx.GraphModule, example_inputs: list) -> object:
@@ -57,12 +58,12 @@ def recipe_with_memory() -> None:
     assert state["steps"].item() == 3
     # The third batch is clipped by more than the recipe bears, so its range is taken whole.
     torch.testing.assert_close(state["amax"], (3 * x).abs().max().view(1))
-    print("recipe with memory:", {k: round(v.item(), 3) for k, v in state.items()})
+    print("recipe with state:", {k: round(v.item(), 3) for k, v in state.items()})
 
 
 def main() -> None:
     dynamic_recipe()
-    recipe_with_memory()
+    recipe_with_state()
 
 
 if __name__ == "__main__":

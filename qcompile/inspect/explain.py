@@ -431,6 +431,8 @@ def _entries(graph: CapturedGraph, call: Call) -> Iterator[Entry]:
     by_name = {site.name: site for site in graph.sites}
     for layout in graph.layouts.values():
         for e in layout.entries:
+            if e.spec is None:
+                continue  # the seed of random draws
             site = by_name.get(e.site)
             prefix = call.prefix_of(site) if site is not None else ""
             yield Entry(

@@ -97,7 +97,7 @@ def rename_by_label(graph: fx.Graph, inputs: Mapping[str, str]) -> None:
         label = inputs.get(node.name) or node.meta.get(LABEL)
         if node.target is TRANSPOSE:
             label = f"{node.args[0].name}_t"
-        elif label and label.endswith("_q") and node.meta["val"].dtype is not torch.int8:  # part of a lowered quantize
+        elif label and label.endswith("_q") and getattr(node.meta["val"], "dtype", None) is not torch.int8:  # of a lowered quantize
             label = label.removesuffix("_q") + "_rounding"
         if label and label != node.name:
             node.meta["qtrain_first_name"] = node.name

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from qcompile.state.binding import indices
 from qcompile.state.store import STORE
 
 __all__ = ["SavedBytes", "SavedTensor", "saved_bytes"]
@@ -97,7 +98,7 @@ def saved_bytes(
     for leaf in leaves:
         if not any(leaf is tensor for tensor in given):
             named[f"parameter {tuple(leaf.shape)}"] = leaf  # of a plain function: its name is not to be had
-    alive = {_storage(tensor) for tensor in [*given, *leaves, *outputs, *STORE.tensors()]}
+    alive = {_storage(tensor) for tensor in [*given, *leaves, *outputs, *STORE.tensors(), *indices()]}
 
     entries: dict[int, SavedTensor] = {}
     for tensor in saved:

@@ -15,11 +15,18 @@ from qcompile.ops.pack_codes import (
     unpack_codes,
     unpack_codes_reference,
 )
-from qcompile.ops.quantize import code_range, dequantize, dequantize_reference, quantize, quantize_reference
+from qcompile.ops.quantize import (
+    code_range,
+    dequantize,
+    dequantize_reference,
+    quantize,
+    quantize_by_key,
+    quantize_reference,
+)
 from qcompile.ops.quantize_transposed import quantize_transposed, quantize_transposed_reference
-from qcompile.ops.random import draw_key, uniform_draws
+from qcompile.ops.random import draw_key, draw_keys, uniform_draws
 from qcompile.ops.range_state import range_, read_state, seed_, select_range, unpack, write_state_
-from qcompile.ops.round_to_powers import round_to_powers, round_to_powers_reference
+from qcompile.ops.round_to_powers import round_to_powers, round_to_powers_by_key, round_to_powers_reference
 from qcompile.ops.scaled_bmm import scaled_bmm, scaled_bmm_reference
 from qcompile.ops.scaled_conv import (
     scaled_conv,
@@ -42,6 +49,7 @@ __all__ = [
     "dequantize",
     "dequantize_reference",
     "draw_key",
+    "draw_keys",
     "fake_quantize",
     "fake_quantize_codes",
     "hadamard",
@@ -49,12 +57,14 @@ __all__ = [
     "pack_codes",
     "pack_codes_reference",
     "quantize",
+    "quantize_by_key",
     "quantize_reference",
     "quantize_transposed",
     "quantize_transposed_reference",
     "range_",
     "read_state",
     "round_to_powers",
+    "round_to_powers_by_key",
     "round_to_powers_reference",
     "scaled_bmm",
     "scaled_bmm_reference",

@@ -22,9 +22,9 @@ from torch import Tensor
 from qcompile.errors import KernelError
 from qcompile.ops._checks import FLOATS, OUTPUTS, check_dtype, check_shared
 from qcompile.ops._library import define
-from qcompile.ops.random import uniform_draws
+from qcompile.ops.random import draw_key, draws_of_key
 
-__all__ = ["code_range", "dequantize", "dequantize_reference", "quantize", "quantize_reference"]
+__all__ = ["code_range", "dequantize", "dequantize_reference", "quantize", "quantize_by_key", "quantize_reference"]
 
 
 def code_range(bits: int, *, symmetric: bool) -> tuple[int, int]:
@@ -37,10 +37,15 @@ def quantize_reference(
     x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, seed: Tensor | None, salt: int
 ) -> Tensor:
     """`qtrain::quantize` in aten, unchecked."""
+    return quantize_by_key(x, scale, zero_point, bits, None if seed is None else draw_key(seed, salt))
+
+
+def quantize_by_key(x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, key: Tensor | None) -> Tensor:
+    """The same by the key of seed and salt (`qtrain::draw_keys`), which a graph computes for all its quantizes at once."""
     qmin, qmax = code_range(bits, symmetric=zero_point is None)
     value = x.to(torch.float32) * torch.reciprocal(scale)
-    if seed is not None:
-        value = value + uniform_draws(seed, salt, value)
+    if key is not None:
+        value = value + draws_of_key(key, value)
     value = torch.round(value)  # half to even
     if zero_point is not None:
         value = value + zero_point.to(torch.float32)  # exact: integers below 2**24, or far outside the clamp

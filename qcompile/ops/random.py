@@ -14,6 +14,10 @@ enough to round with; not for cryptography.
 torch has no full set of unsigned 32-bit operations, so the arithmetic is on int64 values in [0, 2**32). A
 multiplier above 2**31 is written as its negative representative modulo 2**32: then no product leaves int64,
 whose overflow C++ leaves undefined.
+
+`qtrain::draw_keys` computes the keys of all streams of a graph at once, and is opaque to Inductor on purpose: it would write the
+key's expression into every use of it, and each of the three steps of mix32 uses the one before twice. A thousand operations in
+place of one scalar read cost minutes of compilation.
 """
 
 from __future__ import annotations
@@ -21,7 +25,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["draw_key", "uniform_draws"]
+from qcompile.ops._library import define
+
+__all__ = ["draw_key", "draw_keys", "draws_of_key", "uniform_draws"]
 
 _MASK = 0xFFFF_FFFF
 _MULTIPLY_1 = 0x7FEB_352D
@@ -51,12 +57,48 @@ def draw_key(seed: Tensor, salt: int) -> Tensor:
     return _mix32((seed & _MASK) ^ _mix32(((seed >> 32) & _MASK) ^ _mix32_int(salt)))
 
 
+def _keys_on_host(seed: Tensor, salts: list[int]) -> list[Tensor]:
+    low, high = int(seed) & _MASK, int(seed) >> 32 & _MASK
+    keys = [_mix32_int(low ^ _mix32_int(high ^ _mix32_int(salt))) for salt in salts]
+    return [torch.tensor([key], dtype=torch.int64) for key in keys]
+
+
+def _keys_on_device(seed: Tensor, salts: list[int]) -> list[Tensor]:
+    """Without waiting for the device: the salts travel as arguments of a kernel, a copy would be waited for.
+
+    Nor can they be copied once and kept: what is allocated while a CUDA graph is recorded belongs to the graph.
+    """
+    mixed = seed.new_zeros(len(salts))
+    torch._foreach_add_(mixed.split(1), [_mix32_int(salt) for salt in salts])
+    keys = _mix32((seed & _MASK) ^ _mix32(((seed >> 32) & _MASK) ^ mixed))
+    parts = [keys.new_empty(1) for _ in salts]
+    torch.split_with_sizes_copy(keys, [1] * len(salts), out=parts)  # one kernel
+    return parts
+
+
+def _draw_keys(seed: Tensor, salts: list[int]) -> list[Tensor]:
+    return (_keys_on_host if seed.device.type == "cpu" else _keys_on_device)(seed, salts)
+
+
+draw_keys = define(
+    "draw_keys(Tensor seed, int[] salts) -> Tensor[]",
+    _draw_keys,
+    fake=lambda seed, salts: [seed.new_empty(1) for _ in salts],
+)
+"""`draw_key` of one seed (int64, 0-d) and several salts -> for each int64 [1], in memory of its own."""
+
+
 def uniform_draws(seed: Tensor, salt: int, like: Tensor) -> Tensor:
-    """fp32 draws, uniform in [-1/2, 1/2), of `like`'s shape on its device; 24 random bits each.
+    """fp32 draws, uniform in [-1/2, 1/2), of `like`'s shape on its device; 24 random bits each."""
+    return draws_of_key(draw_key(seed, salt), like)
+
+
+def draws_of_key(key: Tensor, like: Tensor) -> Tensor:
+    """The draws of a stream, by the key of its seed and salt (int64, one element).
 
     Plain aten without synchronisation or data-dependent control flow: it traces with symbolic sizes, and
     Inductor fuses it.
     """
     element = torch.arange(like.numel(), dtype=torch.int64, device=like.device).reshape(like.shape)
-    r = _mix32(((element & _MASK) * _SPREAD + draw_key(seed, salt)) & _MASK)
+    r = _mix32(((element & _MASK) * _SPREAD + key) & _MASK)
     return (r >> 8).to(torch.float32) * 2.0**-24 - 0.5

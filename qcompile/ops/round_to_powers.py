@@ -24,13 +24,18 @@ from torch import Tensor
 from qcompile.errors import KernelError
 from qcompile.ops._checks import FLOATS, check_dtype, check_shared
 from qcompile.ops._library import define
-from qcompile.ops.random import uniform_draws
+from qcompile.ops.random import draw_key, draws_of_key
 
-__all__ = ["round_to_powers", "round_to_powers_reference"]
+__all__ = ["round_to_powers", "round_to_powers_by_key", "round_to_powers_reference"]
 
 
 def round_to_powers_reference(x: Tensor, scale: Tensor, bits: int, seed: Tensor | None, salt: int) -> Tensor:
-    """`qtrain::round_to_powers` in aten, unchecked: elementwise, without a logarithm, so that devices agree."""
+    """`qtrain::round_to_powers` in aten, unchecked."""
+    return round_to_powers_by_key(x, scale, bits, None if seed is None else draw_key(seed, salt))
+
+
+def round_to_powers_by_key(x: Tensor, scale: Tensor, bits: int, key: Tensor | None) -> Tensor:
+    """The same by the key of seed and salt: elementwise, without a logarithm, so that devices agree."""
     magnitudes = 2 ** (bits - 1) - 1
     value = x.to(torch.float32) * torch.reciprocal(scale)
     m = value.abs().clamp_max(2.0 ** (magnitudes - 1))
@@ -38,7 +43,7 @@ def round_to_powers_reference(x: Tensor, scale: Tensor, bits: int, seed: Tensor 
     for exponent in range(1, magnitudes):
         low = low + torch.where(m >= 2.0**exponent, 2.0 ** (exponent - 1), 0.0)
     step = low.clamp_min(1.0)
-    threshold = 0.5 * step if seed is None else (uniform_draws(seed, salt, value) + 0.5) * step
+    threshold = 0.5 * step if key is None else (draws_of_key(key, value) + 0.5) * step
     return torch.sign(value) * (low + torch.where(m - low > threshold, step, 0.0)) * scale
 
 

@@ -23,7 +23,7 @@ from qcompile.specs import QuantSpec
 from qcompile.state.store import STORE, RangeStore, Request
 from qcompile.state.uses import Place
 
-__all__ = ["Binder", "Binding", "binding_of"]
+__all__ = ["Binder", "Binding", "binding_of", "indices"]
 
 
 class Entry(Protocol):
@@ -178,6 +178,11 @@ class _Bound:
 
 _BY_INDEX: weakref.WeakValueDictionary[int, Binding] = weakref.WeakValueDictionary()
 """Index tensor's address -> binding."""
+
+
+def indices() -> list[Tensor]:
+    """The index tensors of all bindings: alive whether or not a backward pass waits for them."""
+    return [binding.index for binding in list(_BY_INDEX.values())]
 
 
 def binding_of(index: Tensor) -> Binding | None:

@@ -104,7 +104,7 @@ class RangeState:
         """
         saved = {}
         for name, slot in self._slots():
-            saved.update({f"{name}.{field}": slot.read(field).to("cpu") for field in slot.fields})
+            saved.update({f"{name}.{field}": slot.saved(field) for field in slot.fields})
             if slot.bits != 8:
                 saved[f"{name}.{BITS}"] = torch.tensor([float(slot.bits)], device="cpu")
         for names, parameter in self._parameters():
@@ -127,7 +127,7 @@ class RangeState:
         """Copy values in place. State of sites that no graph has claimed yet is kept until one does.
 
         Errors: `StateError`, before anything is changed, for a value that is no tensor, has another size, or belongs to codes of
-        another width; with `strict` also for names that fit no Parameter of this model, and for claimed entries without a value.
+        another width; with `strict` also for names that fit no Parameter of this model, and for claimed ranges without a value.
         What no graph has claimed yet is checked when one does: the first step raises `StateError` for another width.
         Under FSDP2, before the first step: gathers the Parameters once, so all ranks must call it.
         """
@@ -155,11 +155,13 @@ class RangeState:
                 unexpected += [f"{name}.{field}" for field in fields]
         given = {id(slot): fields for slot, fields in writes}
         missing = [f"{n}.{f}" for n, s in slots.items() for f in s.fields if f not in given.get(id(s), ())]
-        if strict and (missing or unexpected):
-            raise StateError(_mismatch(self.model, missing, unexpected))
+        # What owns a stream of draws follows from how the model was cut into graphs: one that is missing goes on as it is.
+        lacking = [f"{n}.{f}" for n, s in slots.items() for f in s.fields if not s.draws and f not in given.get(id(s), ())]
+        if strict and (lacking or unexpected):
+            raise StateError(_mismatch(self.model, lacking, unexpected))
         for slot, fields in writes:
             for field, value in fields.items():
-                slot.write(field, value.detach().to(torch.float32))
+                slot.load(field, value)
         for parameter, key, fields in keep:
             self.store.set_pending(parameter, key, fields)
         _warn_of_other_decisions(self.decisions(), decided)

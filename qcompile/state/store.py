@@ -31,6 +31,9 @@ __all__ = ["STORE", "Arena", "RangeStore", "Request", "Slot", "SlotKey", "initia
 BITS = "bits"
 """Beside the fields of an entry in a saved state: the width of the codes that its range is for. 8 where it is not there."""
 
+SEED = ("seed_low", "seed_high")
+"""The fields of a stream of random draws that say where it began: 16 bits each of 32. `steps` says how far it has come."""
+
 SlotKey = tuple[str, tuple[str, ...], int]
 """(key, fields, size): two recipes that remember other things about one operand keep them apart."""
 
@@ -105,6 +108,21 @@ class Slot:
         start = self.field_offset(name)
         with torch.no_grad():
             self.arena.tensor[start : start + self.size] = value  # copies across devices and dtypes
+
+    @property
+    def draws(self) -> bool:
+        """Whether it is a stream of random draws, no range."""
+        return SEED[0] in self.fields
+
+    def saved(self, name: str) -> Tensor:
+        """A field as files have it, on the CPU: a stream's beginning is that of rank 0, so that any rank can start from it."""
+        value = self.read(name).to("cpu")
+        return _of_rank(name, value) if name in SEED else value
+
+    def load(self, name: str, value: Tensor) -> None:
+        """The reverse of `saved`."""
+        value = value.detach().to(torch.float32)
+        self.write(name, _of_rank(name, value) if name in SEED else value)
 
 
 @dataclass
@@ -265,7 +283,7 @@ class RangeStore:
             )
             return
         for name, value in fields.items():
-            slot.write(name, value)
+            slot.load(name, value)
 
     def forget_pending(self, owner: object) -> None:
         """Drop what was loaded for an owner and that no graph has claimed."""
@@ -278,10 +296,9 @@ class RangeStore:
         """Back to the values before the first update; a random stream starts anew from torch's seed."""
         for name, value in zip(slot.fields, slot.initial, strict=True):
             slot.write(name, value)
-        if "seed_low" in slot.fields:
-            base = _random_base(slot.identity, slot.key)
-            slot.write("seed_low", float(base & 0xFFFF))
-            slot.write("seed_high", float(base >> 16))
+        if slot.draws:
+            for name, value in _random_seed(slot.identity, slot.key).items():
+                slot.load(name, torch.tensor([value], device="cpu"))
 
     def tensors(self) -> list[Tensor]:
         """The arenas themselves."""
@@ -320,16 +337,31 @@ def _key(counted: str, number: int, rest: str) -> str:
     return counted if number == 0 else f"{counted}#{number}"
 
 
-def _random_base(*identity: str) -> int:
+def _random_seed(*identity: str) -> dict[str, float]:
     """32 bits that follow from torch's generator without advancing it: the user's random numbers do not depend on the recipe.
 
-    `identity` tells apart streams that are made at one state of the generator; ranks differ by their number.
+    `identity` tells apart streams that are made at one state of the generator.
+    """
+    digest = hashlib.sha256(torch.get_rng_state().numpy().tobytes())
+    digest.update(repr(identity).encode())
+    return {name: float(part) for name, part in zip(SEED, _halves(digest.digest()), strict=True)}
+
+
+def _of_rank(name: str, seed: Tensor) -> Tensor:
+    """Half a seed of rank 0 -> this rank's, and back: a constant of the rank's, none on rank 0, is combined with it by xor.
+
+    So ranks that start from one seed, or load one file, draw other numbers.
     """
     distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
     rank = torch.distributed.get_rank() if distributed else 0
-    digest = hashlib.sha256(torch.get_rng_state().numpy().tobytes())
-    digest.update(repr((*identity, rank)).encode())
-    return int.from_bytes(digest.digest()[:4], "little")
+    if rank == 0:
+        return seed
+    part = _halves(hashlib.sha256(f"rank {rank}".encode()).digest())[SEED.index(name)]
+    return (seed.to(torch.int64) ^ part).to(torch.float32)
+
+
+def _halves(digest: bytes) -> tuple[int, int]:
+    return int.from_bytes(digest[:2], "little"), int.from_bytes(digest[2:4], "little")
 
 
 def _shapes(fields: Mapping[str, Tensor | int]) -> str:
@@ -342,9 +374,8 @@ def initial_values(layout: Any) -> Tensor:
     values = []
     for entry, name in layout.order():
         start = entry.initial[entry.fields.index(name)]
-        if "seed_low" in entry.fields and name.startswith("seed"):
-            base = _random_base("", entry.key)
-            start = float(base & 0xFFFF if name == "seed_low" else base >> 16)
+        if name in SEED:
+            start = _random_seed("", entry.key)[name]
         values += [start] * entry.size
     return torch.tensor(values, dtype=torch.float32)
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.compiling import nearest
 from tests.distributed.ranks import run_on
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="a torch without distributed support")
@@ -70,10 +71,10 @@ def wrapped(how, model, options):
 
 
 def _train(rank, ranks, how, changes):
-    from qcompile import get_recipe, range_state
+    from qcompile import range_state
 
     model = make_model()
-    run = wrapped(how, model, {"recipe": get_recipe("int8_in_hindsight").replace(**changes)})
+    run = wrapped(how, model, {"recipe": nearest("int8_in_hindsight").replace(**changes)})
     losses = train(run, model, [x[rank] for x in batches(ranks)])
     return losses, range_state(model).state_dict()
 
@@ -95,7 +96,7 @@ def _one_process(ranks):
     from qcompile import range_state
 
     model = make_model()
-    run = torch.compile(model, backend="qtrain", options={"recipe": "int8_in_hindsight"})
+    run = torch.compile(model, backend="qtrain", options={"recipe": nearest("int8_in_hindsight")})
     losses = train(run, model, [x.flatten(0, 1) for x in batches(ranks)])
     return losses, range_state(model).state_dict()
 
@@ -124,7 +125,8 @@ def _compile_anew_alone(rank):
 
     torch._dynamo.reset()
     model = make_model()
-    first, second = (torch.compile(b, backend="qtrain", options={"recipe": "int8_in_hindsight"}, dynamic=False) for b in model)
+    options = {"recipe": nearest("int8_in_hindsight")}
+    first, second = (torch.compile(b, backend="qtrain", options=options, dynamic=False) for b in model)
     generator = torch.Generator().manual_seed(rank)
     for step in range(5):
         rows = 2 * ROWS if rank == 1 and step >= 2 else ROWS
@@ -154,21 +156,30 @@ def _random(rank):
     run = torch.compile(model, backend="qtrain", options={"recipe": Recipe(input=spec, weight=spec, grad_output=spec)})
     run = torch.nn.parallel.DistributedDataParallel(run)
     run(torch.ones(4, WIDTH)).sum().backward()
-    state = range_state(model).state_dict()
-    return {name: value for name, value in state.items() if "seed_" in name}
+    state = range_state(model)
+
+    def seeds():
+        return {f"{name}.{f}": v for name, fields in state.snapshot().items() for f, v in fields.items() if f.startswith("seed_")}
+
+    drawn, saved = seeds(), state.state_dict()
+    state.load_state_dict(saved)
+    assert all(torch.equal(drawn[name], value) for name, value in seeds().items())
+    return drawn, {name: value for name, value in saved.items() if name in drawn}
 
 
 def test_ranks_draw_other_numbers():
-    first, second = run_on(2, _random)
+    """And a file of any rank serves all: what is saved is the seed of the first."""
+    (first, saved), (second, also_saved) = run_on(2, _random)
     assert first.keys() == second.keys() and first
-    assert any(not torch.equal(first[name], second[name]) for name in first)
+    assert not any(torch.equal(first[name], second[name]) for name in first)
+    assert all(torch.equal(saved[name], also_saved[name]) for name in first)
 
 
 def _other_parts(rank):
     from qcompile import StateError
 
     model = make_model()[rank:]  # two blocks on the first rank, one on the second
-    run = torch.compile(model, backend="qtrain", options={"recipe": "int8_in_hindsight"})
+    run = torch.compile(model, backend="qtrain", options={"recipe": nearest("int8_in_hindsight")})
     with pytest.raises(StateError, match=r"rank 0: 8, rank 1: 4.*set_range_group"):
         run(torch.ones(4, WIDTH)).sum().backward()
 
@@ -186,7 +197,7 @@ def _groups(rank):
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("pp", "dp"))
     set_range_group(mesh["dp"])
     stage = make_model()[rank // 2 :]
-    run = torch.compile(stage, backend="qtrain", options={"recipe": "int8_in_hindsight"})
+    run = torch.compile(stage, backend="qtrain", options={"recipe": nearest("int8_in_hindsight")})
     run(batches(1)[0][0] * (1 + rank % 2)).square().sum().backward()
     return range_state(stage).state_dict()
 
@@ -202,7 +213,7 @@ def _load_before_the_first_step(rank, state):
     from qcompile import range_state
 
     model = make_model()
-    run = wrapped("fsdp2 by block", model, {"recipe": "int8_in_hindsight"})
+    run = wrapped("fsdp2 by block", model, {"recipe": nearest("int8_in_hindsight")})
     range_state(model).load_state_dict(state)
     run(batches(1)[0][0]).square().sum().backward()
     return range_state(model).state_dict()

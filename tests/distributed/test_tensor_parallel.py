@@ -3,12 +3,13 @@
 import pytest
 import torch
 
+from tests.compiling import nearest
 from tests.distributed.ranks import run_on
 from tests.distributed.test_replicas import STEPS, Block, batches, make_model, train
 
 pytestmark = pytest.mark.skipif(not torch.distributed.is_available(), reason="a torch without distributed support")
 
-RECIPE = {"recipe": "int8_in_hindsight"}
+RECIPE = {"recipe": nearest("int8_in_hindsight")}
 
 
 def _parallel(by_block):
@@ -86,13 +87,13 @@ def _stages(rank):
     """Two stages compiled one by one, two micro-batches in flight, by PyTorch's own schedule."""
     from torch.distributed.pipelining import PipelineStage, ScheduleGPipe
 
-    from qcompile import get_recipe, range_state
+    from qcompile import range_state
     from qcompile.kernels import record_launches
 
     torch.manual_seed(0)
     blocks = [Block(), Block()]
     block = blocks[rank]
-    block.compile(backend="qtrain", options={"recipe": get_recipe("int8_in_hindsight").replace(ranges="local")})
+    block.compile(backend="qtrain", options={"recipe": nearest("int8_in_hindsight").replace(ranges="local")})
     stage = PipelineStage(block, rank, 2, torch.device("cpu"))
     schedule = ScheduleGPipe(stage, n_microbatches=2, loss_fn=lambda y, target: (y - target).square().mean())
     x, losses = batches(1)[0][0], []

@@ -77,7 +77,7 @@ def test_nodes_are_named_by_site():
 
 def test_range_state_is_a_buffer_and_visible_by_site():
     capture = qcompile.capture(MLP(), torch.randn(24, 16), recipe="int8_in_hindsight")
-    assert sorted(capture.state) == ["down.grad_output", "down.input", "up.grad_output", "up.input"]
+    assert sorted(capture.state) == ["down.grad_output", "down.input", "seed_backward", "up.grad_output", "up.input"]
     assert capture.state["up.input"].fields[0] == "amax" and capture.state["up.input"].size == 1
     for module, phase in ((capture.forward, "forward"), (capture.backward, "backward")):
         assert dict(module.named_buffers())[f"{phase}_ranges"].shape == (capture.layouts[phase].numel,)

@@ -10,7 +10,7 @@ from torch import nn
 import qcompile
 from qcompile.recipe import Recipe
 from qcompile.specs import QuantSpec
-from tests.compiling import AVERAGE, compiled, poke
+from tests.compiling import AVERAGE, compiled, nearest, poke
 from tests.inspect.models import MLP, Broken
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
@@ -69,7 +69,7 @@ def bias_of(model, name):
 
 def test_it_equals_an_independent_eager_computation():
     model, x = MLP(), torch.randn(ROWS, 16)
-    found = qcompile.compare(model, x, recipe="int8_tensorwise")
+    found = qcompile.compare(model, x, recipe=nearest("int8_tensorwise"))
     gemms, products, y, gradients, tangent = step(model, x, None, fake)
     _, hp_products, hp_y, hp_gradients, _ = step(model, x, tangent, same)
 

@@ -20,7 +20,8 @@ import torch
 pytestmark = pytest.mark.cpu
 
 ROOT = Path(__file__).parents[2]
-CASES = [(m, r, p) for m in ("linear", "mlp") for r in ("int8_in_hindsight", "int8_tensorwise") for p in ("forward", "backward")]
+STATIC, DYNAMIC = "int8_in_hindsight_nearest", "int8_tensorwise_nearest"
+CASES = [(m, r, p) for m in ("linear", "mlp") for r in (STATIC, DYNAMIC) for p in ("forward", "backward")]
 
 
 @functools.cache
@@ -56,7 +57,7 @@ def test_only_known_operators_are_called():
 
 
 @pytest.mark.parametrize("model, layers", [("linear", 1), ("mlp", 2)])
-@pytest.mark.parametrize("recipe", ["int8_in_hindsight", "int8_tensorwise"])
+@pytest.mark.parametrize("recipe", [STATIC, DYNAMIC])
 def test_every_gemm_is_one_kernel_and_the_report_names_it(model, layers, recipe):
     assert ours(model, recipe, "forward")["qtrain.scaled_mm"] == layers
     assert ours(model, recipe, "backward")["qtrain.scaled_mm"] == 2 * layers
@@ -67,7 +68,7 @@ def test_every_gemm_is_one_kernel_and_the_report_names_it(model, layers, recipe)
 # ---- a linear layer: all its tensors are in memory
 
 
-@pytest.mark.parametrize("recipe", ["int8_in_hindsight", "int8_tensorwise"])
+@pytest.mark.parametrize("recipe", [STATIC, DYNAMIC])
 def test_a_linear_layer_transposes_nothing_apart(recipe):
     assert ours("linear", recipe, "forward")["qtrain.quantize_transposed"] == 2  # X and W, both ways
     assert ours("linear", recipe, "backward")["qtrain.quantize_transposed"] == 1  # G; X^T and W^T were saved
@@ -79,14 +80,14 @@ def test_a_linear_layer_transposes_nothing_apart(recipe):
 def test_with_a_static_range_only_the_weight_has_a_reduction_of_its_own():
     """Amax and clipped share of X and G come from the kernel that quantizes them. A maximum over a matrix takes Inductor two
     kernels; so does the sum that is the bias's gradient."""
-    forward, backward = own("linear", "int8_in_hindsight", "forward"), own("linear", "int8_in_hindsight", "backward")
+    forward, backward = own("linear", STATIC, "forward"), own("linear", STATIC, "backward")
     assert sum("max" in kernel for kernel in forward) == 2
     assert sum("max" in kernel for kernel in backward) == 0 and sum("sum" in kernel for kernel in backward) == 2
 
 
 @pytest.mark.parametrize(
     "recipe, forward, backward",
-    [("int8_in_hindsight", 7, 7), ("int8_tensorwise", 4, 4)],  # beside our operators; 5 of the static ones read or write state
+    [(STATIC, 7, 7), (DYNAMIC, 4, 4)],  # beside our operators; 5 of the static ones read or write state
 )
 def test_the_number_of_kernels_for_a_linear_layer(recipe, forward, backward):
     assert len(own("linear", recipe, "forward")) == forward
@@ -96,9 +97,9 @@ def test_the_number_of_kernels_for_a_linear_layer(recipe, forward, backward):
 # ---- a block: LayerNorm, linear, GELU, linear
 
 
-@pytest.mark.parametrize("recipe", ["int8_in_hindsight", "int8_tensorwise"])
+@pytest.mark.parametrize("recipe", [STATIC, DYNAMIC])
 def test_a_layer_norm_takes_the_maximum_of_what_it_makes(recipe):
-    static = {"round"} if recipe == "int8_in_hindsight" else set()
+    static = {"round"} if recipe == STATIC else set()
     assert {"max", "sum", "rsqrt"} | static in own("mlp", recipe, "forward")
 
 
@@ -111,32 +112,43 @@ flat = pytest.mark.skipif(
 @flat
 def test_static_codes_are_made_in_the_producers_kernel_with_their_statistics():
     """Codes, amax and clipped share in one kernel with the LayerNorm, with the GELU, and with the GELU's gradient."""
-    assert [k for k in own("mlp", "int8_in_hindsight", "forward") if "round" in k] == [
+    assert [k for k in own("mlp", STATIC, "forward") if "round" in k] == [
         {"round", "max", "sum", "rsqrt"},
         {"round", "max", "sum", "tanh"},
     ]
-    assert [k for k in own("mlp", "int8_in_hindsight", "backward") if "round" in k] == [{"round", "max", "sum", "tanh"}]
+    assert [k for k in own("mlp", STATIC, "backward") if "round" in k] == [{"round", "max", "sum", "tanh"}]
 
 
 def test_what_inductor_quantizes_is_transposed_as_codes():
-    assert ours("mlp", "int8_in_hindsight", "forward")["qtrain.quantize_transposed"] == 2  # the weights
-    assert ours("mlp", "int8_in_hindsight", "backward")["qtrain.quantize_transposed"] == 1  # the block's own gradient
-    assert ours("mlp", "int8_in_hindsight", "backward")["qtrain.transpose_codes"] == 3  # both inputs, and the GELU's gradient
+    assert ours("mlp", STATIC, "forward")["qtrain.quantize_transposed"] == 2  # the weights
+    assert ours("mlp", STATIC, "backward")["qtrain.quantize_transposed"] == 1  # the block's own gradient
+    assert ours("mlp", STATIC, "backward")["qtrain.transpose_codes"] == 3  # both inputs, and the GELU's gradient
 
 
 @flat
 def test_a_dynamic_amax_is_taken_in_the_producers_kernel():
-    forward, backward = own("mlp", "int8_tensorwise", "forward"), own("mlp", "int8_tensorwise", "backward")
+    forward, backward = own("mlp", DYNAMIC, "forward"), own("mlp", DYNAMIC, "backward")
     assert {"max", "tanh"} in forward and {"max", "tanh"} in backward
 
 
 def test_a_tensor_with_a_dynamic_scale_is_quantized_both_ways_at_once():
     for phase in ("forward", "backward"):
-        assert not any("round" in kernel for kernel in own("mlp", "int8_tensorwise", phase))
-    assert ours("mlp", "int8_tensorwise", "forward")["qtrain.quantize_transposed"] == 4
-    assert ours("mlp", "int8_tensorwise", "backward")["qtrain.quantize_transposed"] == 2
+        assert not any("round" in kernel for kernel in own("mlp", DYNAMIC, phase))
+    assert ours("mlp", DYNAMIC, "forward")["qtrain.quantize_transposed"] == 4
+    assert ours("mlp", DYNAMIC, "backward")["qtrain.quantize_transposed"] == 2
     for phase in ("forward", "backward"):
-        assert ours("mlp", "int8_tensorwise", phase)["qtrain.transpose_codes"] == 0
+        assert ours("mlp", DYNAMIC, phase)["qtrain.transpose_codes"] == 0
+
+
+@pytest.mark.parametrize("recipe", ["int8_in_hindsight", "int8_tensorwise"])
+def test_random_rounding_costs_four_small_kernels_at_most(recipe):
+    """Draws are made where the codes are. Beside them: the seed, its step, and keys where Inductor makes the codes."""
+    for phase in ("forward", "backward"):
+        drawn, nearest = (recipe, phase), (f"{recipe}_nearest", phase)
+        more = ours("mlp", *drawn) - ours("mlp", *nearest)
+        assert sum(more.values()) == more["qtrain.draw_keys"] <= (phase == "backward" and recipe == "int8_in_hindsight")
+        assert len(own("mlp", *drawn)) - len(own("mlp", *nearest)) <= (4 if phase == "backward" else 0)
+        assert [k for k in own("mlp", *drawn) if "round" in k] == [k for k in own("mlp", *nearest) if "round" in k]
 
 
 # ---- two linear layers and a ReLU, the results as codes
@@ -145,7 +157,7 @@ def test_a_tensor_with_a_dynamic_scale_is_quantized_both_ways_at_once():
 @pytest.mark.parametrize("phase", ["forward", "backward"])
 def test_a_relu_between_two_layers_costs_no_kernel_of_its_own(phase):
     """What Inductor does in three (codes, mask and statistics by blocks; two small ones that finish those) the GEMM does."""
-    plain, fused = ("relu", "int8_in_hindsight", phase), ("relu", "int8_in_hindsight+requantize", phase)
+    plain, fused = ("relu", STATIC, phase), ("relu", f"{STATIC}+requantize", phase)
     assert any("round" in kernel for kernel in own(*plain)) and not any("round" in kernel for kernel in own(*fused))
     gemms = ours(*plain)["qtrain.scaled_mm"]
     assert ours(*fused)["qtrain.scaled_mm_requantize"] == 1 and ours(*fused)["qtrain.scaled_mm"] == gemms - 1

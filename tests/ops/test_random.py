@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from qcompile.ops import uniform_draws
+from qcompile.ops import draw_keys, uniform_draws
+from qcompile.ops.random import _keys_on_device, _keys_on_host, draws_of_key
 
 N = 2**20
 
@@ -33,6 +34,22 @@ def test_equals_python_integers(seed, salt):
     got = draws(seed, salt, 3, 5)
     assert got.dtype is torch.float32 and got.shape == (3, 5)
     assert got.flatten().tolist() == [draw(seed, salt, element) for element in range(15)]
+
+
+@pytest.mark.parametrize("seed", [0, 2**31, 2**63 - 1, -1, -(2**63)])
+@pytest.mark.parametrize("keys_of", [draw_keys, _keys_on_host, _keys_on_device], ids=["operator", "host", "device"])
+def test_keys_of_several_streams(seed, keys_of):
+    salts = [0, 7, 2**32 - 1, 2**40 + 3, -2]
+    keys = keys_of(torch.tensor(seed), salts)
+    assert [(k.dtype, k.shape) for k in keys] == [(torch.int64, (1,))] * len(salts)
+    assert len({k.untyped_storage().data_ptr() for k in keys}) == len(salts), "an operator's results share no memory"
+    for key, salt in zip(keys, salts, strict=True):
+        assert torch.equal(draws_of_key(key, torch.empty(3, 5)), draws(seed, salt, 3, 5))
+
+
+def test_the_operator_of_keys():
+    torch.library.opcheck(draw_keys, (torch.tensor(3), [1, 2]))
+    assert draw_keys(torch.tensor(3), []) == []
 
 
 def test_elements_past_32_bits_wrap():

@@ -17,11 +17,12 @@ from passes.context import PassContext
 from passes.pipeline import Pipeline, Step, joint_steps
 from passes.restore_decompositions import decompositions
 from qcompile.recipe import Recipe
-from qcompile.recipes import get_recipe
 from qcompile.specs import QuantSpec
+from tests.compiling import nearest
 
-TENSORWISE = get_recipe("int8_tensorwise")
-ROWWISE = get_recipe("int8")
+# Gradients to nearest: a test of structure is about the graph without draws, unless it asks for them.
+TENSORWISE = nearest("int8_tensorwise")
+ROWWISE = nearest("int8")
 WEIGHT_ONLY_OUTPUT = Recipe(input=QuantSpec(), weight=QuantSpec(), name="forward only")
 
 

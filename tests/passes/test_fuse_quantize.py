@@ -257,7 +257,7 @@ def test_codes_that_are_read_otherwise_stay_as_they_lie(use, as_gpu):
 
 @pytest.mark.parametrize("dynamic", [False, True], ids=["static shapes", "dynamic shapes"])
 def test_training_steps_of_a_model_are_the_same(dynamic, interpreted, monkeypatch):
-    """Through the backend, with range state: gradients of steps on batches of several sizes, bit for bit."""
+    """Through the backend, with range state and draws: gradients of steps on batches of several sizes, bit for bit."""
     torch.manual_seed(0)
     start = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8, bias=False))
     batches = [torch.randn(n, 8) for n in ((6, 6, 6) if not dynamic else (6, 10, 14))]

@@ -10,7 +10,7 @@ from qcompile.specs import QuantSpec
 from tests.compiling import AVERAGE, STOCHASTIC
 from tests.passes.graphs import ROWWISE, TENSORWISE, assert_same_outputs, copied, joint_graph, mlp, mlp_inputs
 
-ALLOWED = {SCALED_MM, TRANSPOSE, ops.unpack}
+ALLOWED = {SCALED_MM, TRANSPOSE, ops.unpack, ops.draw_keys}
 ASYMMETRIC = TENSORWISE.replace(input=QuantSpec(symmetric=False), grad_weight=None)
 
 
@@ -40,6 +40,18 @@ def test_values_are_equal_bit_for_bit(recipe):
         for phase in joint.context.layouts:
             assert result.read_state(phase) == joint.read_state(phase)
     assert ours(result) <= ALLOWED
+
+
+def test_keys_are_computed_once_for_all_that_round():
+    """Inductor writes a key's expression into every use of it: minutes of compilation for two layers."""
+    joint = ready(STOCHASTIC)
+    result = lowered(joint, steady=True)
+    rounded = [n for n in joint.graph.find_nodes(op="call_function", target=QUANTIZE) if n.args[4] is not None]
+    keys = result.graph.find_nodes(op="call_function", target=ops.draw_keys)
+    assert len(keys) == len({n.args[4] for n in rounded}) < len(rounded), "one for the forward seed, one for the backward seed"
+    assert sorted(salt for k in keys for salt in k.args[1]) == sorted({n.args[5] for n in rounded})
+    multiplied = [n for n in result.graph.nodes if n.target is torch.ops.aten.mul.Tensor and 0x7FEB352D in n.args]
+    assert len(multiplied) == len(rounded), "one mix for the elements of each, none for keys"
 
 
 def test_a_steady_graph_reads_what_is_stored():
