@@ -67,8 +67,9 @@ def inductor_hooks(
             ranges = (f"past ranges (first: {e.site}.{e.operand})" for e in entries if e.spec is not None)
             raise StateError(
                 f"inductor_hooks: recipe {recipe.name!r} keeps state, {next(ranges, seed)}, and plain Inductor cannot say which "
-                "module a call belongs to. Use backend='qtrain'; or a recipe that keeps none, with dynamic estimators and gradients "
-                "rounded to nearest (recipe.round_gradients('nearest')); or a backend of your own with with_range_state(compile_fx_inner)."
+                "module a call belongs to. Use backend='qtrain'; or a recipe that keeps none, with dynamic estimators and nearest "
+                "rounding of gradients (recipe.round_gradients('nearest')); or a backend of your own with "
+                "with_range_state(compile_fx_inner)."
             )
 
     def half_pass(half: fx.Graph) -> None:
