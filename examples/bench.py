@@ -5,20 +5,21 @@
     python examples/bench.py gpt saved --size small
     python examples/bench.py gpt --set steps=100 --set seeds=0,1 --results scratch
 
-A finished run is a file in --results (docs/benchmarks), NAME_SIZE_DEVICE.json, and is not repeated unless --again says so; accuracy
-experiments go on inside of one, too, where they were stopped. `small` takes minutes to an hour on a few CPU cores and shows what is
-measured, `full` is the real protocol and wants a GPU. `examples/show_results.py --write` puts the files into the pages.
+A finished run is a file in --results (docs/benchmarks), NAME_SIZE_DEVICE.json. It is not repeated unless its settings or recipes
+have changed since, or --again says so. Accuracy experiments go on inside of one where they were stopped, and share the runs that
+they have in common (--out). `small` takes minutes to an hour on a few CPU cores and shows what is measured, `full` is the real
+protocol and wants a GPU. `examples/show_results.py --write` puts the files into the pages.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 import time
 import traceback
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,22 +29,23 @@ from experiments import numbers
 from tabulate import tabulate
 
 
-def finished(path: Path, settings: Settings) -> str | None:
-    """The date of a finished run under these settings; None where there is none.
+@dataclass(frozen=True)
+class Finished:
+    """A run that left a file: when, and which of its settings are others than asked for."""
 
-    Errors: ValueError for a file of a run under other settings.
-    """
+    date: str
+    others: tuple[str, ...]
+
+
+def finished(path: Path, settings: Settings) -> Finished | None:
     if not path.exists():
         return None
     found = json.loads(path.read_text())
     plain = json.loads(json.dumps(settings))
-    if changed := [key for key, value in plain.items() if found["arguments"].get(key) != value]:
-        raise ValueError(f"{path.name} holds a run under other settings ({', '.join(changed)}); --again replaces it")
-    return found["date"]
+    return Finished(found["date"], tuple(key for key, value in plain.items() if found["arguments"].get(key) != value))
 
 
 def run_bench(bench: Bench, size: Size, settings: Settings, place: Place, path: Path) -> None:
-    place = dataclasses.replace(place, out=place.out / path.stem)
     more, rows = bench.run(settings, place)
     arguments = {"size": size, "device": torch.device(place.device).type, **settings, **more}
     results.save(bench.name, arguments, rows, path, place.device)
@@ -104,9 +106,14 @@ def main(argv: list[str] | None = None) -> int:
         else:
             try:
                 settings = changed(bench.sizes[size], args.set)
-                date = None if args.again else finished(path, settings)
-                state = f"done {date}" if date else "to run"
-                if date is None and not args.list:
+                settings |= bench.identity(settings)
+                found = None if args.again else finished(path, settings)
+                others = ", ".join(found.others) if found is not None else ""
+                if others and args.set:
+                    raise ValueError(f"{path.name} holds a run under other settings ({others}); --again replaces it")
+                done = found is not None and not others
+                state = f"done {found.date}" if done else f"to run again: other {others}" if others else "to run"
+                if not done and not args.list:
                     print(f"\n==== {name}: {bench.what} ({size}, {results.machine(args.device)})", flush=True)
                     torch.compiler.reset()
                     start = time.perf_counter()

@@ -20,7 +20,7 @@ import qat_encoder
 import torch
 from benchmarks import harness
 from cnn_trainer import CNNConfig, CNNTask
-from experiments import Results, Task, as_json, comparison, methods_of, run_all
+from experiments import Results, Task, as_json, comparison, fingerprint, methods_of, run_all
 from gpt import GPTConfig
 from qat_trainer import QATConfig, QATMethod, QATTask
 from trainer import TrainConfig
@@ -52,6 +52,7 @@ class Bench:
     sizes  size -> settings: plain values, which the result file has among its arguments
     run    (settings, place) -> (more arguments for the file, rows)
     needs  place -> why it cannot run there; None: it can
+    identity  settings -> what else makes a run another one, for the file
     """
 
     name: str
@@ -60,6 +61,7 @@ class Bench:
     sizes: Mapping[Size, Settings]
     run: Callable[[Settings, Place], tuple[Settings, list[dict[str, Any]]]]
     needs: Callable[[Place], str | None] = lambda place: None
+    identity: Callable[[Settings], Settings] = lambda settings: {}
 
     def file(self, size: str, device: str) -> str:
         return f"{self.name}_{size}_{torch.device(device).type}.json"
@@ -97,7 +99,8 @@ def _recipes(settings: Settings) -> Sequence[Any]:
 
 def _values(settings: Settings) -> Settings:
     """What is left for a task's configuration."""
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items() if k not in ("recipes", "methods", "seeds")}
+    others = ("recipes", "methods", "seeds", "fingerprints")
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items() if k not in others}
 
 
 def _gpt(settings: Settings, place: Place) -> Task:
@@ -202,9 +205,13 @@ _LEARNED_FULL: Settings = {
 def _task(
     name: str, what: str, small: Settings, full: Settings | None, make: Any, needs: Any = None, *, group: str = "accuracy"
 ) -> Bench:
-    run = accuracy(make, _qat_methods if "methods" in small else _recipes)
+    methods = _qat_methods if "methods" in small else _recipes
     sizes: dict[Size, Settings] = {"small": small} | ({} if full is None else {"full": full})  # type: ignore[dict-item]
-    return Bench(name, group, what, sizes, run, needs or (lambda place: None))
+
+    def identity(settings: Settings) -> Settings:
+        return {"fingerprints": {str(method): fingerprint(method) for method in methods(settings)}}
+
+    return Bench(name, group, what, sizes, accuracy(make, methods), needs or (lambda place: None), identity)
 
 
 def _paper(name: str, what: str, small: Settings, full: Settings | None, make: Any = _cnn) -> Bench:

@@ -107,8 +107,22 @@ def test_a_file_of_other_settings_is_not_taken_for_this_run(run):
     toy, calls = fake("toy")
     run("toy", "--set", "steps=5", toy=toy)
     assert calls[0][0] == {"steps": 5, "seeds": [0]}
-    failed, out = run(toy=toy)
+    failed, out = run("toy", "--set", "steps=6", toy=toy)
     assert failed == 1 and "other settings (steps)" in out and "--again" in out and len(calls) == 1
+    assert "to run again: other steps" in run("--list", toy=toy)[1]
+    assert run(toy=toy)[0] == 0 and len(calls) == 2 and "done" in run(toy=toy)[1] and len(calls) == 2
+
+
+def test_a_run_under_a_recipe_that_has_changed_since_is_another(run):
+    toy, calls = fake("toy", identity=lambda settings: {"fingerprints": {"int8": "new"}})
+    run(toy=toy)
+    assert json.loads((run.folder / "toy_small_cpu.json").read_text())["arguments"]["fingerprints"] == {"int8": "new"}
+    changed, more = fake("toy", identity=lambda settings: {"fingerprints": {"int8": "newer"}})
+    assert "other fingerprints" in run("--list", toy=changed)[1]
+    assert run(toy=changed)[0] == 0 and len(more) == 1
+    for name in ("gpt", "learned"):
+        settings = BENCHES[name].sizes["small"]
+        assert BENCHES[name].identity(settings)["fingerprints"].keys() == set(settings.get("recipes", settings.get("methods")))
 
 
 def test_one_that_fails_takes_none_of_the_others_with_it(run):
