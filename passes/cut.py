@@ -36,6 +36,7 @@ class Cut:
     def __init__(self, forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int) -> None:
         self.forward, self.backward, self.num_fwd_outputs = forward, backward, num_fwd_outputs
         self.output = next(iter(forward.find_nodes(op="output")))
+        self._copies: dict[fx.Node, fx.Node] = {}  # node of the backward graph -> its copy in the forward graph
         self._moved: set[fx.Node] = set()  # nodes of the backward graph whose strides are not those that their users were made for
 
     @property
@@ -111,6 +112,8 @@ class Cut:
 
     def _in_forward(self, node: fx.Node, known: dict[str, fx.Node]) -> fx.Node:
         """The node of the forward graph that is what `node` is in the backward graph; copied there with all it needs."""
+        if node in self._copies:  # it may have got another name
+            return self._copies[node]
         same = known.get(node.name)
         if same is not None and (node.op == "placeholder" or same.target == node.target):
             return same
@@ -119,7 +122,7 @@ class Cut:
         copy = self.forward.node_copy(node, copies.__getitem__)
         if "partitioner_tag" in copy.meta:
             copy.meta["partitioner_tag"] = f"is_{FORWARD}"
-        known[node.name] = copy
+        self._copies[node] = copy
         return copy
 
     def drop_unused(self) -> None:

@@ -108,7 +108,7 @@ def _cost(gemm: fx.Node, where: GemmNode) -> GemmCost:
         quantize, transposed = _quantize_behind(operand)
         x, scale, zero = quantize.args[:3]
         dims, text = _range_of(scale).args[1:3]
-        spec = replace(QuantSpec.from_dict(json.loads(text)), bits=8)  # codes of few bits take the same time
+        spec = replace(QuantSpec.from_dict(json.loads(text)), bits=8, grid="uniform")  # all grids and widths take the same time
         integer_parts["quantize", quantize.name] = Quantize(_like(x), tuple(dims), spec)
         if spec.estimator.state_fields(spec.symmetric) or spec.rounding == "stochastic":
             integer_parts["state", phase_of(quantize)] = None

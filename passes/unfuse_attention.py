@@ -78,9 +78,11 @@ def attention(
         scores = scores.masked_fill(~attn_mask, float("-inf"))
     elif attn_mask is not None:
         scores = scores + attn_mask
-    weights = F.softmax(scores, -1)
-    if attn_mask is not None:
-        weights = weights.masked_fill(torch.isneginf(scores).all(-1, keepdim=True), 0.0)
+    if attn_mask is None:
+        weights = F.softmax(scores, -1)
+    else:  # a softmax of nothing is NaN, and so would its gradient be, whatever is done to it afterwards
+        blind = torch.isneginf(scores).all(-1, keepdim=True)
+        weights = F.softmax(scores.masked_fill(blind, 0.0), -1).masked_fill(blind, 0.0)
     if dropout_p > 0:
         weights = F.dropout(weights, dropout_p)
     return torch.matmul(weights.to(value.dtype), value)

@@ -177,6 +177,7 @@ class Compilation:
     """One Dynamo graph on its way through the compiler. Inspection overrides the stages to look on."""
 
     store: RangeStore = STORE
+    replicates = True  # ranks that hold replicas agree on what it learns
 
     def __init__(
         self,
@@ -190,7 +191,8 @@ class Compilation:
         profit_filter: bool = False,
     ) -> None:
         self.requantize, self.profit_filter = requantize, profit_filter
-        self.gm, self.example_inputs, self.config = gm, example_inputs, config
+        self.gm: fx.GraphModule | None = gm
+        self.example_inputs, self.config = example_inputs, config
         self.steps = list(steps)
         self.inputs = DynamoInputs.of(gm, example_inputs)
         self.context = PassContext(recipe=recipe, strict=strict)
@@ -201,6 +203,7 @@ class Compilation:
 
     def run(self) -> Callable[..., Any]:
         start = time.perf_counter()
+        assert self.gm is not None, "a compilation runs once"
         if "bmm" in self.context.recipe.ops and "unfuse_attention" not in skipped():
             unfuse_attention(self.gm, self.context.recipe)
         compiled = inductor.compile_with_inductor(
@@ -212,6 +215,8 @@ class Compilation:
             config=self.config,
             context=self.context,
         )
+        # What AOTAutograd keeps leads back here; Dynamo's examples are the user's own batch and Parameters.
+        self.gm, self.example_inputs = None, ()
         self.record.seconds["compile"] = time.perf_counter() - start
         return compiled
 
@@ -229,7 +234,8 @@ class Compilation:
         context.device = _device(graph)
         if self.profit_filter:
             own = {name: parameter for name, (_, parameter) in parameters.items()}
-            context.profit = StoredDecisions(self.store, own, shared=context.recipe.ranges == "replicated")
+            shared = self.replicates and context.recipe.ranges == "replicated"
+            context.profit = StoredDecisions(self.store, own, shared=shared)
         Pipeline(self.steps, context, on_step=self.on_step).run(graph)
         self.writes = count_writes(graph)
         self.record.seconds["passes"] = self.record.seconds.get("passes", 0.0) + time.perf_counter() - start
@@ -287,7 +293,7 @@ class Compilation:
         compiled = compile_inner(half, inputs, **kwargs)
         entries = [entry for layout in self.context.layouts.values() for entry in layout.entries]
         ranges = any(entry.spec is not None for entry in entries)  # streams of random draws are each rank's own
-        replicated = self.context.recipe.ranges == "replicated" and ranges
+        replicated = self.replicates and self.context.recipe.ranges == "replicated" and ranges
         if not ours:
             if not backward:
                 return self._watch_names(compiled, names)

@@ -17,7 +17,7 @@ from torch._dynamo.utils import counters
 from passes import Step, joint_steps
 from passes.graph import _SNIPPETS
 from qcompile import compiled_graphs, get_recipe, range_state
-from qcompile.kernels import record_launches
+from qcompile.kernels import profit, record_launches
 from qcompile.state import STORE
 from tests.compiling import compiled
 
@@ -167,6 +167,22 @@ def train_through_a_reset(before, alive):
     step(layer)
     assert range_state(layer)["input"]["steps"] == 2
     return weakref.ref(layer.weight)
+
+
+@pytest.mark.filterwarnings("ignore:profit filter:qcompile.QtrainWarning")
+@pytest.mark.parametrize("options", [{}, {"profit_filter": True}])
+def test_compiled_code_keeps_neither_model_nor_batch(interpreted, options, monkeypatch):
+    monkeypatch.setattr(profit, "measure", lambda trials, device: dict.fromkeys(trials, 1.0))
+    for recipe in ("int8", "int8_in_hindsight"):
+        gone = train_and_leave(recipe, options)
+        gc.collect()
+        assert [reference() for reference in gone] == [None, None] and compiled_graphs()
+
+
+def train_and_leave(recipe, options):
+    layer, x = nn.Linear(K, N), torch.randn(M, K)
+    compiled(layer, recipe, **options)(x).sum().backward()
+    return weakref.ref(layer.weight), weakref.ref(x)
 
 
 def check_recompilations(times, alive):

@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from passes.context import Gemm, Site, StateLayout
+from passes.cut import root_of
 from passes.gemms import INTEGER
-from passes.graph import DEQUANTIZE, QUANTIZE, SELECT
+from passes.graph import DEQUANTIZE, HADAMARD, QUANTIZE, ROUND_TO_POWERS, SELECT
 from qcompile._patterns import matches
 from qcompile.errors import QtrainWarning, StateError, UnsupportedError
 from qcompile.inspect.capture import Capture, capture
@@ -146,6 +147,12 @@ def _read(name: str, node: fx.Node, gemm: Gemm, values: _Values, recipe: Recipe)
     x, weight = (_quantize_of(operand) for operand in node.args[:2])
     if x is None or weight is None:
         raise UnsupportedError(f"convert: the codes of {name!r} come from no quantize of its own.")
+    sources = [root_of(node) for quantize in (x, weight) for node in quantize.all_input_nodes[:1]]
+    if any(source.target in (HADAMARD, ROUND_TO_POWERS) for source in sources):
+        raise UnsupportedError(
+            f"convert: recipe {recipe.name!r} transforms an operand of {name!r} (hadamard, grid='powers_of_two') before it is "
+            "quantized; a deployed layer quantizes its plain input. Go on training for a while without that in the `output` GEMM."
+        )
     input_scale, input_zero, input_bits, seed = _arguments(x)
     weight_scale, weight_zero, weight_bits, weight_seed = _arguments(weight)
     if seed is not None or weight_seed is not None:

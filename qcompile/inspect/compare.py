@@ -28,7 +28,7 @@ from tabulate import tabulate
 from torch import Tensor, fx, nn
 
 from passes.find_sites import GemmNode
-from passes.graph import DEQUANTIZE, QUANTIZE
+from passes.graph import DEQUANTIZE, QUANTIZE, ROUND_TO_POWERS
 from qcompile.errors import GraphError
 from qcompile.inspect.capture import Capture, capture
 from qcompile.inspect.captured_graph import CapturedGraph
@@ -311,14 +311,18 @@ class _Measuring(Replay):
         self.found: dict[tuple[str, str], tuple[Agreement | None, Agreement | None, dict[str, OperandNumerics]]] = {}
         self._uses: dict[fx.Node, int] = {}
         self._quantized: dict[fx.Node, tuple[Any, ...]] = {}  # quantize -> its arguments
+        self._rounded: dict[Any, Tensor] = {}  # what was rounded to powers of two in front of a quantize
         for gemm in module.graph.nodes:
             for _, way in quantized_operands(gemm):
                 self._uses[way[0]] = self._uses.get(way[0], 0) + 1
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
+        if n.target is ROUND_TO_POWERS:
+            self._rounded[n] = self.fetch_args_kwargs_from_env(n)[0][0]
         if n in self._uses:
-            self._quantized[n] = self.fetch_args_kwargs_from_env(n)[0]
+            x, *others = self.fetch_args_kwargs_from_env(n)[0]
+            self._quantized[n] = self._rounded.get(n.args[0], x), *others
         where: GemmNode | None = n.meta.get("qtrain_gemm") if n.op == "call_function" else None
         if where is not None:
             want = self.reference.pop((where.site, where.role), None)

@@ -470,7 +470,8 @@ def _operand_text(site: SiteReport) -> str:
 
 def _spec_text(spec: QuantSpec) -> str:
     """Bits, what shares a scale, range estimator, rounding where it is not to nearest: "int8/row/MinMax"."""
-    parts = [f"int{spec.bits}{'' if spec.symmetric else ' asymmetric'}", _granularity_text(spec.granularity)]
+    grid = "" if spec.grid == "uniform" else f" {spec.grid.replace('_', ' ')}"
+    parts = [f"int{spec.bits}{'' if spec.symmetric else ' asymmetric'}{grid}", _granularity_text(spec.granularity)]
     parts.append(type(spec.estimator).__name__)
     return "/".join(parts + ([] if spec.rounding == "nearest" else [spec.rounding]))
 

@@ -30,8 +30,12 @@ __all__ = ["Recording", "storage_of"]
 
 
 class Recording(Compilation):
-    """A compilation that keeps copies of every stage, and interprets the halves instead of compiling them."""
+    """A compilation that keeps copies of every stage, and interprets the halves instead of compiling them.
 
+    One rank may look on alone: it waits for no other, and changes nothing that they share.
+    """
+
+    replicates = False
     tensor_names: dict[int, list[str]]
     alive: set[int]  # storages of what the model has and the step was given
 
@@ -52,6 +56,7 @@ class Recording(Compilation):
     def run(self) -> Callable[..., Any]:
         if not self.plain:
             return super().run()
+        assert self.gm is not None
         return inductor.watch_plain(self.gm, self.example_inputs, look=self.joint_pass, inner=self.compile_half, config=self.config)
 
     def _keep(self, stage: str, graph: fx.Graph) -> None:

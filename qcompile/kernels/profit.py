@@ -211,19 +211,19 @@ def _quantize(x: Tensor, dims: tuple[int, ...], spec: QuantSpec) -> Callable[[],
     kept = [] if len(dims) == x.ndim else [1 if axis in dims else size for axis, size in enumerate(x.shape)]
     fields = tuple(initial_state(spec.estimator, spec.symmetric))
     memory = [torch.ones(kept, device=x.device) for _ in fields]
-    seed = [torch.zeros((), dtype=torch.int64, device=x.device)] if spec.rounding == "stochastic" else []
-    inputs = [x, *memory, *seed]
+    key = [torch.zeros(1, dtype=torch.int64, device=x.device)] if spec.rounding == "stochastic" else []  # as `draw_keys` leaves it
+    inputs = [x, *memory, *key]
     run = compile_alone(functools.partial(_codes, dims, spec, fields), inputs)
     return lambda: run(list(inputs))
 
 
 def _codes(dims: tuple[int, ...], spec: QuantSpec, fields: tuple[str, ...], x: Tensor, *tensors: Tensor) -> list[Tensor]:
     state = dict(zip(fields, tensors, strict=False))
-    seed = tensors[len(fields)] if len(tensors) > len(fields) else None
+    key = tensors[len(fields)] if len(tensors) > len(fields) else None
     stats = measured(spec, x, dims, present_statistics(spec, x, dims), state or None)
     low, high = stored_range(spec, stats, state) if state else first_range(spec, stats)
     scale, zero = scale_and_zero_point(low, high, spec)
-    outputs = [ops.quantize_reference(x, scale, zero, spec.bits, seed, 0)]
+    outputs = [ops.quantize_by_key(x, scale, zero, spec.bits, key)]
     if state:
         outputs += [*stats.values(), clipped_share(x, dims, None if spec.symmetric else low, high)]
     return outputs

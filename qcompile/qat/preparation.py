@@ -131,7 +131,7 @@ def _chosen_layers(model: nn.Module, recipe: Recipe) -> list[tuple[str, nn.Modul
     if recipe.skip_first_last:
         layers = layers[1:-1]
     for name, module in layers:
-        pair = recipe.resolve(name, kind(module)).gemm("output")
+        pair = recipe.resolve(name, kind=kind(module)).gemm("output")
         specs = dict(zip(("input", "weight"), pair or (), strict=False))
         learned = {operand: spec for operand, spec in specs.items() if isinstance(spec.estimator, Learned)}
         for operand, spec in learned.items():

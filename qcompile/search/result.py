@@ -14,7 +14,7 @@ from qcompile import recipe_files
 from qcompile.errors import RecipeError
 from qcompile.recipe import Recipe
 from qcompile.search.choose import HP, Choice, GemmOptions
-from qcompile.site_recipe import GEMM_OPERANDS
+from qcompile.site_recipe import GEMM_OPERANDS, OperandPair
 from qcompile.specs import SAME, GemmSpec
 
 __all__ = ["SearchResult", "Totals", "mixed_recipe"]
@@ -175,20 +175,29 @@ def _differing(
     """The fields of an override that make a recipe treat a site as it should."""
     changes: dict[str, Any] = {}
     for role, option in roles.items():
-        pair = None if option == HP else candidates[option].resolve(site, kind=kind).gemm(role)
-        if recipe.resolve(site, kind=kind).gemm(role) == pair:
+        wanted = None if option == HP else _what(candidates[option], site, kind, role)
+        if _what(recipe, site, kind, role) == wanted:
             continue
-        if pair is None:
+        if wanted is None:
             changes[role] = None
-        elif base.resolve(site, kind=kind).gemm(role) == pair:
+        elif _what(base, site, kind, role) == wanted:
             changes[role] = getattr(base, role)
         else:
-            changes[role] = GemmSpec(**dict(zip(GEMM_OPERANDS[role], pair, strict=True)))
+            pair, hadamard = wanted
+            changes[role] = GemmSpec(**dict(zip(GEMM_OPERANDS[role], pair, strict=True)), hadamard=hadamard)
     return changes
+
+
+def _what(recipe: Recipe, site: str, kind: str, role: str) -> tuple[OperandPair, int | None] | None:
+    """Specs of the two operands and the transform in front of them; None: hp."""
+    resolved = recipe.resolve(site, kind=kind)
+    pair = resolved.gemm(role)
+    return None if pair is None else (pair, resolved.hadamard(role))
 
 
 def _gemm_spec(candidate: Recipe, role: str) -> GemmSpec:
     """A GEMM's specs, said in full."""
     given = getattr(candidate, role)
     own = {o: getattr(given, o) if isinstance(given, GemmSpec) else SAME for o in GEMM_OPERANDS[role]}
-    return GemmSpec(**{o: getattr(candidate, o) if spec is SAME else spec for o, spec in own.items()})
+    specs = {o: getattr(candidate, o) if spec is SAME else spec for o, spec in own.items()}
+    return GemmSpec(**specs, hadamard=given.hadamard if isinstance(given, GemmSpec) else None)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from passes.graph import erase_unused
+from passes.graph import ROUND_TO_POWERS, erase_unused
 from qcompile.inspect.capture import default_loss
 from qcompile.inspect.captured_graph import CapturedGraph, copy_graph
 from qcompile.inspect.compare import quantized_operands
@@ -120,6 +120,8 @@ def with_one_quantized(graph: CapturedGraph, kept: Iterable[Gemm]) -> fx.GraphMo
             dtype = gemm.args[position].args[3]
             with module.graph.inserting_before(gemm):
                 value = quantize.args[0]
+                if value.target is ROUND_TO_POWERS:
+                    value = value.args[0]
                 for node in way:  # views and transposes on the codes' way to the GEMM
                     value = module.graph.call_function(node.target, (value, *node.args[1:]), dict(node.kwargs))
                 value = module.graph.call_function(torch.ops.aten._to_copy.default, (value,), {"dtype": dtype})

@@ -14,6 +14,7 @@ have none. So state is loaded on all ranks, or on none.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
@@ -81,10 +82,15 @@ class StoredDecisions(Decisions):
 
     def __init__(self, store: RangeStore, parameters: Mapping[str, Any], *, shared: bool) -> None:
         super().__init__()
-        self.store, self.parameters, self.shared = store, parameters, shared
+        self.store, self.shared = store, shared
+        self._parameters = {name: weakref.ref(parameter) for name, parameter in parameters.items()}  # a report outlives its model
+
+    def _parameter(self, owner: str | None) -> Any:
+        reference = self._parameters.get(owner or "")
+        return None if reference is None else reference()
 
     def get(self, owner: str | None, key: str) -> Decision | None:
-        parameter = self.parameters.get(owner or "")
+        parameter = self._parameter(owner)
         found = None if parameter is None else self.store.decisions_of(parameter).get(key)
         if found is not None:
             self.made[owner, key] = found
@@ -92,7 +98,7 @@ class StoredDecisions(Decisions):
 
     def put(self, owner: str | None, key: str, decision: Decision) -> None:
         super().put(owner, key, decision)
-        if (parameter := self.parameters.get(owner or "")) is not None:
+        if (parameter := self._parameter(owner)) is not None:
             self.store.decide(parameter, key, decision)
 
     def adopt(self, parameters: Mapping[str, Any]) -> None:

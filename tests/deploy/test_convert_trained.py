@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import qcompile
-from qcompile import InHindsight, PerRow, QuantSpec, Sigma
+from qcompile import GemmSpec, InHindsight, PerRow, QuantSpec, Sigma
 from qcompile.deploy import IntegerLayer
 from qcompile.errors import StateError, UnsupportedError
 from qcompile.kernels import record_launches
@@ -181,6 +181,11 @@ def test_what_else_cannot_be_converted(net):
     with pytest.raises(UnsupportedError, match="stochastically"):
         stochastic = HINDSIGHT.replace(weight=QuantSpec(rounding="stochastic"))
         qcompile.convert(net[0], x, recipe=stochastic)
+    with pytest.raises(UnsupportedError, match="transforms an operand of 'first'.*its plain input"):
+        model = nn.Sequential()
+        model.first, rotated = nn.Linear(16, 8), HINDSIGHT.replace(output=GemmSpec(hadamard=8))
+        compiled(model, rotated)(torch.randn(12, 16)).sum().backward()
+        qcompile.convert(model.eval(), torch.randn(12, 16), recipe=rotated)
 
 
 # ---- back into training

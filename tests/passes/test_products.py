@@ -208,6 +208,23 @@ def test_attention_taken_apart_is_attention(options):
     torch.testing.assert_close(attention(query, key, value, **options), want)
 
 
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32])
+def test_a_row_that_sees_nothing_has_gradients(kind):
+    """As fused attention has it: 0 forward and backward, whether a mask says so in bools or in -inf."""
+    q, k, v = (torch.randn(2, 4, 8, requires_grad=True) for _ in range(3))
+    seen = torch.ones(4, 4, dtype=torch.bool).tril()
+    seen[0] = False
+    mask = seen if kind is torch.bool else torch.zeros(4, 4).masked_fill(~seen, -torch.inf)
+    found = []
+    for attend in (F.scaled_dot_product_attention, attention):
+        y = attend(q, k, v, attn_mask=mask)
+        found.append((y, *torch.autograd.grad(y.square().sum(), (q, k, v))))
+    for want, got in zip(*found, strict=True):
+        assert got.isfinite().all()
+        torch.testing.assert_close(got, want)
+    assert found[1][0][:, 0].abs().max() == 0
+
+
 def test_dropout_in_attention_taken_apart():
     ones = torch.ones(1, 1, 64, 64)
     got = attention(ones, ones, ones, dropout_p=0.5)

@@ -58,6 +58,20 @@ def test_skipped_layers_are_as_they_were():
     assert type(model.middle) is nn.Linear and "middle.weight" not in quantizers(model)
 
 
+def test_kinds_of_layers_are_not_their_names():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.linear = nn.Conv2d(3, 4, 3), nn.Linear(4, 4)
+
+    def learned(**changes):
+        return {name.partition(".")[0] for name in quantizers(prepared(W4A4.replace(**changes), model=Both()))}
+
+    assert learned() == {"conv", "linear"}
+    assert learned(ops=("linear",)) == {"linear"} and learned(ops=("conv",)) == {"conv"}
+    assert learned(skip=("op=conv",)) == {"linear"} and learned(skip=("op=linear",)) == {"conv"}
+
+
 def test_a_weight_starts_at_lsqs_value():
     model = prepared(learned(LSQ(), weight_bits=3))
     weight, q = model.middle.weight, model.middle.weight_quantizer

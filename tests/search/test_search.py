@@ -17,6 +17,7 @@ from qcompile.search import Search
 from qcompile.search.choose import HP, GemmOptions, Option
 from qcompile.search.result import mixed_recipe
 from qcompile.search.sensitivity import Lost, exact_gradients, lost_alone, with_one_quantized
+from qcompile.site_recipe import GEMM_OPERANDS
 from tests.compiling import compiled
 from tests.search.models import Planted, batches
 
@@ -140,6 +141,17 @@ def test_every_gemm_gets_what_was_chosen_for_it(planted):
         for gemm, name in zip(search.gemms, choice, strict=True):
             pair = None if name == HP else recipes[name].resolve(gemm.sites[0]).gemm(gemm.role)
             assert made.resolve(gemm.sites[0]).gemm(gemm.role) == pair
+
+
+def test_a_transform_of_a_candidate_is_in_the_recipe():
+    recipes = {name: qcompile.get_recipe(name) for name in ("int8", "int4_hadamard")}
+    gemms = [GemmOptions((site,), role, {n: Option() for n in (HP, *recipes)}) for site in ("a", "b") for role in GEMM_OPERANDS]
+    for choice in (("int8",) * 3 + ("int4_hadamard",) * 3, ("int4_hadamard",) * 5 + (HP,)):
+        made = mixed_recipe(recipes, gemms, choice, "made")
+        for gemm, name in zip(gemms, choice, strict=True):
+            wanted = None if name == HP else recipes[name].resolve("a").hadamard(gemm.role)
+            assert made.resolve(gemm.sites[0]).hadamard(gemm.role) == wanted
+    assert wanted is None and recipes["int4_hadamard"].resolve("a").hadamard("grad_weight") is not None
 
 
 def test_patterns_that_mean_more_than_their_site_are_set_right():

@@ -265,3 +265,12 @@ def test_the_real_clock_within_a_compilation(interpreted, dynamic):
         assert (got - want).norm() < 0.05 * want.norm()
     decisions = range_state(run).decisions()
     assert len(decisions) == 5 and all(0 < d.integer_seconds < 1 and 0 < d.hp_seconds < 1 for d in decisions.values())
+
+
+@pytest.mark.parametrize("name", [n for n in qcompile.list_recipes() if n not in ("none", "int8_jetfire") and "qat" not in n])
+def test_every_built_in_recipe_can_be_priced(interpreted, clock, name):
+    asked = clock()
+    net = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 64))
+    net_step = compiled(net, name, profit_filter=True)
+    net_step(seeded(64, 64, seed=0)).square().sum().backward()
+    assert asked and len(range_state(net).decisions()) == 5
