@@ -199,6 +199,12 @@ def _first_owner(context: PassContext) -> str | None:
     return next(iter(context.parameters), None)
 
 
+def _seed_owner(graph: fx.Graph, context: PassContext) -> str | None:
+    """The graph's first matrix: its values, drawn at random, tell equal blocks apart, and those of a norm do not."""
+    matrices = {n.name for n in graph.find_nodes(op="placeholder") if isinstance(v := n.meta.get("val"), Tensor) and v.ndim > 1}
+    return next((name for name in context.parameters if name in matrices), _first_owner(context))
+
+
 def _layout(phase: str, stateful: list[_Stateful], seeds: list[fx.Node], context: PassContext) -> StateLayout | None:
     """Group by group, field by field, entry by entry: a field of a group is one slice, so one update serves all entries."""
     layout = StateLayout(phase)
@@ -208,7 +214,8 @@ def _layout(phase: str, stateful: list[_Stateful], seeds: list[fx.Node], context
     for items in groups.values():
         layout.add([item.entry for item in items])
     if seeds:
-        layout.add([Entry(_first_owner(context), f"seed.{phase}", _SEED_FIELDS, (0.0, 0.0, 0.0), 1, "", f"seed_{phase}")])
+        owner = _seed_owner(seeds[0].graph, context)
+        layout.add([Entry(owner, f"seed.{phase}", _SEED_FIELDS, (0.0, 0.0, 0.0), 1, "", f"seed_{phase}")])
     return layout if layout.entries else None
 
 

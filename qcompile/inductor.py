@@ -196,7 +196,7 @@ def compile_with_inductor(
     context     what the passes share; the partitioner reads what the recipe says about saved tensors
     """
     check_cache_folders(default_cache_dir())
-    if config.get("freezing", inductor_config.freezing) and not torch.is_grad_enabled() and _has_memory(context):
+    if config.get("freezing", inductor_config.freezing) and not torch.is_grad_enabled() and _keeps_state_forward(context):
         raise UnsupportedError(
             "torch._inductor.config.freezing makes constants of an inference graph's weights, and stored ranges are found by the "
             "weights: they cannot be used. Set it to False for this model; to deploy, qcompile.convert gives a model of its own"
@@ -222,8 +222,12 @@ def compile_with_inductor(
         return compile_fx(gm, example_inputs, inner_compile=_hooked(cacheable), config_patches=patches, decompositions=table)
 
 
-def _has_memory(context: PassContext | None) -> bool:
-    return context is not None and any(estimator.static for estimator in context.recipe.estimators())
+def _keeps_state_forward(context: PassContext | None) -> bool:
+    return context is not None and any(
+        spec.estimator.state_fields(spec.symmetric) or spec.rounding == "stochastic"
+        for field, operand, spec in context.recipe.specs()
+        if operand != "grad_output" and field not in ("grad_input", "grad_weight")
+    )
 
 
 def compile_alone(fn: Callable[..., Sequence[torch.Tensor]], inputs: Sequence[torch.Tensor]) -> Callable[..., Any]:

@@ -187,12 +187,16 @@ class Recipe:
         own_name = self.name.removesuffix("_nearest").removesuffix("_stochastic")
         return self if changed == self else replace(changed, name=f"{own_name}_{rounding}")
 
+    def specs(self) -> Iterator[tuple[str, str, QuantSpec]]:
+        """Every spec that it names, with the field that it stands in (an operand's or a GEMM's) and its operand."""
+        for table in (self._site_fields(), *(changes for _, changes in self.overrides)):
+            for field, value in table.items():
+                parts = {o: getattr(value, o) for o in OPERANDS} if isinstance(value, GemmSpec) else {field: value}
+                yield from ((field, operand, spec) for operand, spec in parts.items() if isinstance(spec, QuantSpec))
+
     def estimators(self) -> set[RangeEstimator]:
         """Every range estimator that it names."""
-        tables = (self._site_fields(), *(changes for _, changes in self.overrides))
-        choices = [value for table in tables for value in table.values()]
-        choices += [getattr(c, operand) for c in choices if isinstance(c, GemmSpec) for operand in OPERANDS]
-        return {c.estimator for c in choices if isinstance(c, QuantSpec)}
+        return {spec.estimator for _, _, spec in self.specs()}
 
     def fingerprint(self) -> str:
         """sha256 (hex) of everything but the name; equal recipes have equal ones.

@@ -14,7 +14,20 @@ from torch.utils.checkpoint import checkpoint
 import qcompile
 from passes.graph import DEQUANTIZE, QUANTIZE, SCALED_MM
 from passes.pipeline import Step, insert_after, joint_steps, without
-from qcompile import GemmSpec, MinMax, PerBlock, PerRow, QtrainWarning, QuantSpec, Recipe, compiled_graphs, get_recipe, range_state
+from qcompile import (
+    GemmSpec,
+    InHindsight,
+    MinMax,
+    PerBlock,
+    PerRow,
+    QtrainWarning,
+    QuantSpec,
+    Recipe,
+    RunningMinMax,
+    compiled_graphs,
+    get_recipe,
+    range_state,
+)
 from qcompile.backend import qtrain
 from qcompile.inspect import saved_bytes
 from qcompile.kernels import record_launches
@@ -725,10 +738,12 @@ def test_a_user_recipe_of_every_kind(interpreted):
     assert qcompile.__version__
 
 
-def test_frozen_weights_are_refused_where_ranges_are_stored(interpreted):
+@pytest.mark.parametrize("spec", [QuantSpec(estimator=InHindsight()), QuantSpec(estimator=RunningMinMax()),
+                                  QuantSpec(rounding="stochastic")], ids=["static", "running", "draws"])
+def test_frozen_weights_are_refused_where_ranges_are_stored(interpreted, spec):
     model, x = nn.Linear(16, 16), torch.randn(8, 16)
     with torch._inductor.config.patch(freezing=True):
-        stored = compiled(model, "int8_in_hindsight")
+        stored = compiled(model, get_recipe("int8_in_hindsight").replace(input=spec))
         stored(x).sum().backward()  # training freezes nothing
         with torch.no_grad(), pytest.raises(Exception, match="stored ranges are found by the weights.*qcompile.convert"):
             stored(x)

@@ -57,6 +57,14 @@ class RangeState:
             yield names[key], _as_graphs_see_it(gathered.get(key, parameter))
 
     def _slots(self) -> Iterator[tuple[str, Slot]]:
+        """Names and slots; where graphs under several recipes have asked for state of one operand, that of the latest."""
+        latest: dict[str, Slot] = {}
+        for name, slot in self._every_slot():
+            if name not in latest or slot.claimed > latest[name].claimed:
+                latest[name] = slot
+        return iter(latest.items())
+
+    def _every_slot(self) -> Iterator[tuple[str, Slot]]:
         for names, parameter in self._parameters():
             for slot in self.store.slots_of(parameter):
                 yield _slot_name(slot.key, names, slot.site), slot
@@ -218,7 +226,7 @@ class RangeState:
 
         It holds for the ranges that there are: of graphs that have run, and loaded ones.
         """
-        for _, slot in self._slots():
+        for _, slot in self._every_slot():
             if "frozen" in slot.fields:
                 slot.write("frozen", float(frozen))
         for _, parameter in self._parameters():
@@ -228,7 +236,7 @@ class RangeState:
 
     def reset(self) -> None:
         """Forget all ranges, loaded ones too: the next step is a first step, with dynamic ranges."""
-        for _, slot in self._slots():
+        for _, slot in self._every_slot():
             self.store.reset_slot(slot)
         for _, parameter in self._parameters():
             self.store.forget_pending(parameter)

@@ -16,7 +16,7 @@ import threading
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -71,6 +71,17 @@ class Arena:
         self.used += length
         return offset
 
+    def has_room(self, lengths: Iterable[int]) -> bool:
+        """Whether all of these can be taken."""
+        free = {length: len(offsets) for length, offsets in self.free.items()}
+        more = 0
+        for length in lengths:
+            if free.get(length, 0):
+                free[length] -= 1
+            else:
+                more += length
+        return self.used + more <= self.tensor.numel()
+
     def give_back(self, offset: int, length: int) -> None:
         self.free.setdefault(length, []).append(offset)
 
@@ -91,6 +102,7 @@ class Slot:
     live: bool = True  # False once the entry has moved to another arena
     identity: str = ""  # of the instance that it belongs to, for random numbers: equal in a run that is repeated
     bits: int = 8
+    claimed: int = 0  # when a graph last asked for it: of two recipes' slots for one operand the later one is in use
 
     @property
     def numel(self) -> int:
@@ -145,6 +157,7 @@ class RangeStore:
     def __init__(self) -> None:
         self.epoch = 0
         self.numberings = 0
+        self._claims = 0
         self._arenas: dict[tuple[torch.device, int], list[Arena]] = {}
         self._owners: dict[int, _Owner] = {}
         self._lock = threading.RLock()
@@ -208,7 +221,11 @@ class RangeStore:
             requests = self._with_numbers(requests, learns)
             known = [self._owner(r.owner).slots.get((r.key, r.fields, r.size)) for r in requests]
             arena = self._arena_for(known, requests, device, capacity)
-            return arena, [self._settle(arena, s, r, identity) for s, r in zip(known, requests, strict=True)]
+            slots = [self._settle(arena, s, r, identity) for s, r in zip(known, requests, strict=True)]
+            self._claims += 1
+            for slot in slots:
+                slot.claimed = self._claims
+            return arena, slots
 
     def _with_numbers(self, requests: Sequence[Request], learns: bool) -> list[Request]:
         """The requests with keys that hold over all graphs, not only within the one that asks."""
@@ -237,7 +254,7 @@ class RangeStore:
         homes = Counter(id(s.arena) for s in known if s is not None)
         for arena in sorted(arenas, key=lambda a: -homes[id(a)]):
             new = [r for s, r in zip(known, requests, strict=True) if s is None or s.arena is not arena]
-            if arena.tensor.numel() - arena.used >= sum(len(r.fields) * r.size for r in new):
+            if arena.has_room(len(r.fields) * r.size for r in new):
                 return arena
         arenas.append(Arena(torch.zeros(capacity, dtype=torch.float32, device=device)))
         return arenas[-1]

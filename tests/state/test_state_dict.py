@@ -1,5 +1,6 @@
 """Saving, loading, freezing and resetting range state."""
 
+import gc
 import io
 
 import pytest
@@ -540,3 +541,40 @@ def test_state_of_convolutions_is_kept_until_a_graph_claims_it(interpreted):
     claimed = range_state(fresh).state_dict()
     assert {"stem.input.amax", "a.input.amax", "a.grad_output.amax"} <= set(claimed)
     assert same(claimed, saved)
+
+
+def test_freed_slots_are_room():
+    """Models that come and go do not fill arena after arena."""
+    from qcompile.state.store import RangeStore, Request
+
+    store, device = RangeStore(), torch.device("cpu")
+    for _ in range(5):
+        owner = nn.Parameter(torch.zeros(1))
+        store.claim([Request(owner, "layer#0.input", ("amax",), (0.0,), 60, "site", "input")], device, capacity=100)
+        del owner
+        gc.collect()
+    assert len(store.tensors()) == 1
+
+
+def test_state_after_a_change_of_recipe(interpreted):
+    """Two recipes keep other things about one operand: what is saved is the state in use."""
+    model, _ = trained("int8_dai8")
+    run = compiled(model, "int8_in_hindsight")
+    train(model, run, range(2))
+    saved = range_state(model).state_dict()
+    assert range_state(model)["body.0.input"].keys() == {"amax", "steps", "frozen", "clipped"}
+    assert range_state(model).load_state_dict(saved) == ([], [])
+    torch.compiler.reset()
+    other = Net()
+    range_state(other).load_state_dict(saved)
+    train(other, compiled(other, "int8_in_hindsight"), range(1))
+    assert range_state(other)["body.0.input"]["steps"].item() == 3
+
+
+def test_equal_blocks_compiled_one_by_one_draw_other_numbers(interpreted):
+    """Whatever stands first in them: the weights of a norm are all alike."""
+    model = nn.Sequential(*(nn.Sequential(nn.LayerNorm(WIDTH), nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(3)))
+    for number, block in enumerate(model):
+        compiled(block, "int8")(batch(number).requires_grad_()).square().sum().backward()
+    seeds = [v["seed_low"].item() for name, v in range_state(model).snapshot().items() if "seed" in name]
+    assert len(seeds) == len(set(seeds)) == 3
