@@ -163,7 +163,7 @@ _ENDS: Settings = {"skip": ["stem", "head"]}  # papers leave the first convoluti
 _INT4 = ["fp32", "int4_interval", "int4_gamma_1", "int4_gamma_0.6", "int4_dsgc", "int4_luq"]
 _WIDTHS = ["int8", "int8+8", "w4a8", "int4 w4a4g8", "int4"]  # from eight bits everywhere to four
 _ROUNDINGS = ["int8", "int8_nearest", "int8_in_hindsight", "int8_in_hindsight_nearest"]
-_RANGES = ["fp32", "int8_in_hindsight", "int8_current", "int8_running"]
+_RANGES = ["fp32", "int8_in_hindsight", "int8_tensorwise", "int8_running"]
 _GRADIENTS = ["fp32", "int8_tensorwise", "int8_dai8", "int8_unified"]
 
 

@@ -57,6 +57,7 @@ from passes.graph import (
     is_joint,
     phase_of,
     replace,
+    set_value,
     start_of,
 )
 from passes.insert_qdq import RangeUse
@@ -235,8 +236,7 @@ def _add_inputs(graph: fx.Graph, layout: StateLayout) -> tuple[fx.Node, fx.Node]
         name = f"primals_qtrain_{layout.phase}_{what}"
         with graph.inserting_after(last):
             node = graph.create_node("placeholder", name, name=name)
-        node.meta["val"] = value
-        node.meta["tensor_meta"] = fx.passes.shape_prop._extract_tensor_metadata(value)
+        set_value(node, value)
         node.meta["qtrain_state"] = (layout.phase, what)
         node.meta["qtrain_layout"] = layout
         if is_joint(graph):

@@ -16,14 +16,13 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._inductor.decomposition import select_decomp_table
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
 from passes.buffers import bind_state
 from passes.context import PassContext, parameter_source
-from passes.graph import FORWARD
+from passes.graph import FORWARD, inductor_decompositions
 from passes.pipeline import lower_half
 from passes.restore_decompositions import KEPT_WHOLE
 from qcompile.errors import GraphError
@@ -43,7 +42,7 @@ def forward_graph(program: ExportedProgram | nn.Module, *inputs: Any) -> fx.Grap
         with torch.no_grad():
             program = torch.export.export(program, inputs, strict=False)
     table = torch.export.default_decompositions()
-    ours = {op: fn for op, fn in select_decomp_table().items() if op not in KEPT_WHOLE}
+    ours = {op: fn for op, fn in inductor_decompositions().items() if op not in KEPT_WHOLE}
     for op in KEPT_WHOLE:
         table.pop(op, None)
     with warnings.catch_warnings():

@@ -86,6 +86,8 @@ def _chain(quantize: fx.Node) -> _Chain | None:
         x = x.args[0]
     if x.op != "call_function" or _shape(x) != _shape(quantize) or 0 in _shape(x):
         return None
+    if chain.gate is not None and _shape(chain.gate) != _shape(x):
+        return None
     chain.gemm = x
     return chain
 
@@ -95,7 +97,7 @@ def _shape(node: fx.Node) -> list[object]:
 
 
 def _gate(where: fx.Node) -> fx.Node | None:
-    """The codes of `where(codes < 0, 0, x)`, as fold_masks writes it, if they have the shape of the GEMM's result."""
+    """The codes of `where(codes < 0, 0, x)`, as fold_masks writes it."""
     condition, zero, _ = where.args
     if not (zero == 0 or (isinstance(zero, fx.Node) and zero.target is aten.full.default and zero.args[1] == 0)):
         return None

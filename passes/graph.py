@@ -96,18 +96,20 @@ def call(graph: fx.Graph, target: Any, *args: Any, scope: dict[str, Any], name: 
     node = graph.create_node("call_function", target, args, kwargs, name=name)
     value = _run_fake(graph, target, args, kwargs)
     node.meta.update(scope)
+    set_value(node, value)
+    return node
+
+
+def set_value(node: fx.Node, value: Any) -> None:
+    """Note a fake value, as passes and Inductor look for it."""
     node.meta["val"] = value
     if isinstance(value, torch.Tensor):
         node.meta["tensor_meta"] = fx.passes.shape_prop._extract_tensor_metadata(value)
-    return node
 
 
 def refresh(node: fx.Node) -> None:
     """Compute a node's fake value anew from those of its arguments."""
-    value = _run_fake(node.graph, node.target, node.args, node.kwargs)
-    node.meta["val"] = value
-    if isinstance(value, torch.Tensor):
-        node.meta["tensor_meta"] = fx.passes.shape_prop._extract_tensor_metadata(value)
+    set_value(node, _run_fake(node.graph, node.target, node.args, node.kwargs))
 
 
 def _run_fake(graph: fx.Graph, target: Any, args: Any, kwargs: Any) -> Any:
@@ -156,7 +158,7 @@ def inline(
     if traced is None:
         mode = next((v.fake_mode for v in values if hasattr(v, "fake_mode")), None) or fake_mode(graph)
         with mode, torch.no_grad():
-            traced = make_fx(on_tensors, decomposition_table=_decompositions(), _allow_non_fake_inputs=True)(*values)
+            traced = make_fx(on_tensors, decomposition_table=inductor_decompositions(), _allow_non_fake_inputs=True)(*values)
         traced.graph.eliminate_dead_code()
         if cache_key is not None:
             while len(_SNIPPETS) >= MOST_SNIPPETS:
@@ -178,8 +180,9 @@ def inline(
     return result
 
 
-def _decompositions() -> dict[Any, Any]:
-    from torch._inductor.decomposition import select_decomp_table
+def inductor_decompositions() -> dict[Any, Any]:
+    """What Inductor takes operators apart into: its private table, asked for here alone. Checked on torch 2.11 and 2.13."""
+    from torch._inductor.decomposition import select_decomp_table  # depends on Inductor's options: anew each time
 
     return select_decomp_table()
 
@@ -209,9 +212,7 @@ def refresh_values(graph: fx.Graph, changed: Iterable[fx.Node]) -> None:
         old = node.meta.get("val")
         if isinstance(old, torch.Tensor) and isinstance(value, torch.Tensor) and old.stride() == value.stride():
             continue
-        node.meta["val"] = value
-        if isinstance(value, torch.Tensor):
-            node.meta["tensor_meta"] = fx.passes.shape_prop._extract_tensor_metadata(value)
+        set_value(node, value)
         stale.add(node)
 
 

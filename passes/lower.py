@@ -72,7 +72,7 @@ def lower(graph: fx.Graph, context: PassContext | None = None, *, steady: bool =
     lowered += _apply(_STATE, graph, steady)  # first: what a scale depends on decides what can be fused
     if "fuse_quantize" not in skipped():
         lowered += fuse_quantize(graph)
-    _compute_keys(graph)
+    lowered += _round_by_keys(graph)
     lowered += _apply(_ELEMENTWISE, graph, steady)
     return lowered
 
@@ -95,8 +95,7 @@ def assume_valid(graph: fx.Graph) -> int:
 
 
 def _quantize(graph: fx.Graph, node: fx.Node, steady: bool) -> None:
-    x, scale, zero, bits, _, _ = args_by_name(node).values()
-    _inline_args(graph, node, ops.quantize_by_key, "quantize", x, scale, zero, bits, node.meta.get(_KEY))
+    _inline_in_place(graph, node, ops.quantize_reference, "quantize")
 
 
 def _dequantize(graph: fx.Graph, node: fx.Node, steady: bool) -> None:
@@ -108,8 +107,7 @@ def _hadamard(graph: fx.Graph, node: fx.Node, steady: bool) -> None:
 
 
 def _round_to_powers(graph: fx.Graph, node: fx.Node, steady: bool) -> None:
-    x, scale, bits, _, _ = args_by_name(node).values()
-    _inline_args(graph, node, ops.round_to_powers_by_key, "round_to_powers", x, scale, bits, node.meta.get(_KEY))
+    _inline_in_place(graph, node, ops.round_to_powers_reference, "round_to_powers")
 
 
 def _pack_codes(graph: fx.Graph, node: fx.Node, steady: bool) -> None:
@@ -154,11 +152,8 @@ _ELEMENTWISE: dict[Any, Callable[[fx.Graph, fx.Node, bool], None]] = {
 }
 
 
-_KEY = "qtrain_key"
-
-
-def _compute_keys(graph: fx.Graph) -> None:
-    """One `draw_keys` behind each seed, for all that round by it; each then finds its key in its meta."""
+def _round_by_keys(graph: fx.Graph) -> int:
+    """Lower what rounds by a seed: one `draw_keys` behind each seed, for all that draw by it."""
     by_seed: dict[fx.Node, list[fx.Node]] = {}
     for target in (QUANTIZE, ROUND_TO_POWERS):
         for node in graph.find_nodes(op="call_function", target=target):
@@ -171,20 +166,26 @@ def _compute_keys(graph: fx.Graph) -> None:
             keys = call(graph, ops.draw_keys, seed, salts, scope=_scope(seed))
             streams = {salt: call(graph, operator.getitem, keys, i, scope=_scope(seed)) for i, salt in enumerate(salts)}
         for node in nodes:
-            node.meta[_KEY] = streams[args_by_name(node)["salt"]]
+            *values, _, salt = args_by_name(node).values()
+            by_key, name = _BY_KEY[node.target]
+            with graph.inserting_before(node):
+                replace(node, inline(graph, by_key, *values, streams[salt], scope=_scope(node), key=name))
+    return sum(map(len, by_seed.values()))
+
+
+_BY_KEY: dict[Any, tuple[Callable[..., Tensor], str]] = {
+    QUANTIZE: (ops.quantize_by_key, "quantize by key"),
+    ROUND_TO_POWERS: (ops.round_to_powers_by_key, "round_to_powers by key"),
+}
 
 
 def _inline_in_place(graph: fx.Graph, node: fx.Node, fn: Callable[..., Any], key: str) -> None:
-    _inline_args(graph, node, fn, key, *args_by_name(node).values())
-
-
-def _inline_args(graph: fx.Graph, node: fx.Node, fn: Callable[..., Any], key: str, *args: Any) -> None:
     with graph.inserting_before(node):
-        replace(node, inline(graph, fn, *args, scope=_scope(node), key=key))
+        replace(node, inline(graph, fn, *args_by_name(node).values(), scope=_scope(node), key=key))
 
 
 def _scope(node: fx.Node) -> dict[str, Any]:
-    return {k: v for k, v in node.meta.items() if k not in ("val", "tensor_meta", "original_aten", _KEY)}
+    return {k: v for k, v in node.meta.items() if k not in ("val", "tensor_meta", "original_aten")}
 
 
 def _read_packed(graph: fx.Graph) -> int:

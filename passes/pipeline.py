@@ -268,7 +268,12 @@ def run_cut_steps(
             continue
         for when in ("before", "after"):
             if when == "after":
-                changes += step.run(forward, backward, num_fwd_outputs) or 0
+                made = step.run(forward, backward, num_fwd_outputs) or 0
+                changes += made
+                if context is not None:
+                    context.counts[step.name] = made
+                for half in (forward, backward):
+                    verify(half, after=step.name)
             dump(forward, number, step.name, f"forward.{when}")
             dump(backward, number, step.name, f"backward.{when}")
     return changes

@@ -19,10 +19,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._inductor.decomposition import select_decomp_table
 
 from passes.context import PassContext
-from passes.graph import aten, inline, replace
+from passes.graph import aten, inductor_decompositions, inline, replace
 
 __all__ = ["KEPT_WHOLE", "decompositions", "restore_decompositions"]
 
@@ -50,14 +49,14 @@ def _addbmm(bias: Tensor, left: Tensor, right: Tensor, beta: float = 1, alpha: f
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
     """Inductor's table for tracing the joint graph, but for matrix products: all of them are an operator of `KEPT_WHOLE`."""
-    table = {op: fn for op, fn in select_decomp_table().items() if op not in KEPT_WHOLE}
+    table = {op: fn for op, fn in inductor_decompositions().items() if op not in KEPT_WHOLE}
     ours = {aten.mv.default: _mv, aten.addmv.default: _addmv, aten.ger.default: _ger, aten.addbmm.default: _addbmm}
     return table | ours
 
 
 def restore_decompositions(graph: fx.Graph, context: PassContext | None = None) -> int:
     """Return the number of nodes that were decomposed."""
-    table = select_decomp_table()
+    table = inductor_decompositions()
     changes = 0
     for node in list(graph.nodes):
         if node.op != "call_function" or node.target not in KEPT_WHOLE or node.target not in table:

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 import types
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,14 +31,17 @@ __all__ = ["attention", "multi_head_attention", "unfuse_attention"]
 _FUSED = (torch._C._nn.scaled_dot_product_attention, F.scaled_dot_product_attention, F.multi_head_attention_forward)
 
 
-def unfuse_attention(module: fx.GraphModule, recipe: Recipe) -> int:
-    """Return the number of calls taken apart, those in bodies of higher-order operators included."""
+def unfuse_attention(module: fx.GraphModule, recipe: Recipe, prefixes: Sequence[str] = ("",)) -> int:
+    """Return the number of calls taken apart, those in bodies of higher-order operators included.
+
+    prefixes  what stands in front of the frame's own names in the whole model
+    """
     changes = 0
     for part in module.modules():
         if not isinstance(part, fx.GraphModule):
             continue
         found = [n for target in _FUSED for n in part.graph.find_nodes(op="call_function", target=target)]
-        found = [n for n in dict.fromkeys(found) if _is_quantized(n, recipe)]
+        found = [n for n in dict.fromkeys(found) if _is_quantized(n, recipe, prefixes)]
         for node in found:
             node.target = multi_head_attention if node.target is F.multi_head_attention_forward else attention
         if found:
@@ -46,9 +50,10 @@ def unfuse_attention(module: fx.GraphModule, recipe: Recipe) -> int:
     return changes
 
 
-def _is_quantized(node: fx.Node, recipe: Recipe) -> bool:
+def _is_quantized(node: fx.Node, recipe: Recipe, prefixes: Sequence[str]) -> bool:
     """Whether any product of the attention's module would be an integer GEMM."""
-    resolved = recipe.resolve(f"{enclosing_module(node)}:bmm".removeprefix(":"), kind="bmm")
+    site = f"{enclosing_module(node)}:bmm".removeprefix(":")
+    resolved = recipe.resolve(*(prefix + site for prefix in prefixes), kind="bmm")
     return any(resolved.gemm(role) is not None for role in ("output", "grad_input", "grad_weight"))
 
 

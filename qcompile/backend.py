@@ -99,7 +99,7 @@ def qtrain(
     strict = options.pop("strict", False)
     if not isinstance(strict, bool):
         raise ValueError(f"strict: got {strict!r}; allowed: True or False")
-    steps = options.pop("passes", None)
+    steps = _checked_passes(options.pop("passes", None))
     requantize = options.pop("requantize", False)
     if not isinstance(requantize, bool):
         raise ValueError(f"requantize: got {requantize!r}; allowed: True or False")
@@ -124,6 +124,16 @@ def qtrain(
         _COMPILED.append(compilation.record)
         del _COMPILED[:-256]
     return compiled
+
+
+def _checked_passes(steps: Any) -> Sequence[Step] | None:
+    if steps is None or (isinstance(steps, Sequence) and all(isinstance(step, Step) for step in steps)):
+        return steps
+    wrong = next((s for s in steps if not isinstance(s, Step)), steps) if isinstance(steps, Sequence) else steps
+    raise ValueError(
+        f"passes: got {wrong!r} ({type(wrong).__name__}); allowed: a list of passes.Step(name, function), as "
+        "passes.insert_after(passes.joint_steps(), 'fuse_matmul', Step('mine', function)) makes it"
+    )
 
 
 _told: set[str] = set()
@@ -161,9 +171,7 @@ def quantizes_nothing(recipe: Recipe) -> bool:
 
 
 def _inductor_options(options: dict[str, Any]) -> dict[str, Any]:
-    from torch._inductor import config
-
-    known = config.get_config_copy()
+    known = inductor.known_options()
     checked = {}
     for key, value in options.items():
         name = key.replace("-", "_")
@@ -205,7 +213,8 @@ class Compilation:
         start = time.perf_counter()
         assert self.gm is not None, "a compilation runs once"
         if "bmm" in self.context.recipe.ops and "unfuse_attention" not in skipped():
-            unfuse_attention(self.gm, self.context.recipe)
+            named = {str(i): (self.inputs.sources[i], e) for i, e in enumerate(self.example_inputs) if isinstance(e, nn.Parameter)}
+            unfuse_attention(self.gm, self.context.recipe, prefixes(named))
         compiled = inductor.compile_with_inductor(
             self.gm,
             self.example_inputs,
@@ -358,7 +367,8 @@ class Compilation:
             tunes = node.target is SCALED_MM and self.context.device.type == "cuda" and inductor.tunes_gemms()
             if tunes and all(isinstance(s, int) for s in gemm.shape):
                 tune(self.context.device, m, n, k, node.meta["val"].dtype)  # before the report asks what was chosen
-            gemm.kernel = gemm_kernel(self.context.device, m, n, k, zero_points=zero_points)
+            own = node.target is SCALED_MM
+            gemm.kernel = gemm_kernel(self.context.device, m, n, k, zero_points=zero_points, users_too=own)
 
 
 def is_training(kwargs: Mapping[str, Any]) -> bool:

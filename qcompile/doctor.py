@@ -25,14 +25,12 @@ from tabulate import tabulate
 
 from qcompile.errors import KernelError
 from qcompile.kernels import cpu
+from qcompile.kernels.cuda import INT8_TENSOR_CORES
 
 __all__ = ["main", "report"]
 
 TESTED_PAIRS = {"2.11": "3.6", "2.13": "3.7"}
 """torch release -> the Triton release that pairs with it and was tested."""
-
-INT8_TENSOR_CORES = (7, 5)
-"""The first compute capability with int8 tensor cores (Turing)."""
 
 CPU_FLAGS = (
     "avx2",

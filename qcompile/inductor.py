@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -147,6 +147,11 @@ def compile_frozen(module: nn.Module) -> Callable[..., Any]:
             return compiled(*args, **kwargs)
 
     return run
+
+
+def known_options() -> Collection[str]:
+    """The names of Inductor's options."""
+    return inductor_config.get_config_copy().keys()
 
 
 def compile_plain(gm: fx.GraphModule, example_inputs: Sequence[Any], config: dict[str, Any]) -> Callable[..., Any]:

@@ -536,6 +536,8 @@ def message_of(model, options, *inputs):
     [
         ({"recipe": "int9"}, "RecipeError: unknown recipe 'int9'"),
         ({"recipe": 8}, "RecipeError: recipe: got 8"),
+        ({"passes": [str]}, "ValueError: passes: got <class 'str'> (type); allowed: a list of passes.Step(name, function)"),
+        ({"passes": "fuse_matmul"}, "ValueError: passes: got 'f' (str); allowed: a list of passes.Step"),
         ({"recipes": "int8"}, "ValueError: options: 'recipes' is not known; allowed: recipe, strict, mode, passes"),
         ({"mode": "fastest"}, "ValueError: mode: got 'fastest'; allowed: default"),
         ({"strict": "yes"}, "ValueError: strict: got 'yes'; allowed: True or False"),

@@ -196,6 +196,31 @@ def test_attention_is_quantized_in_both_directions_where_the_recipe_asks(interpr
     assert all(distance(g, f) < 0.1 for g, f in zip(quantized, full, strict=True) if f.ndim > 1)
 
 
+def test_skipped_attention_stays_fused_where_blocks_are_compiled_one_by_one(interpreted):
+    class Blocks(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.blocks = nn.ModuleList(Attention(True) for _ in range(2))
+            for block in self.blocks:
+                block.compile(backend="qtrain", options={"recipe": EVERYTHING.replace(skip=("blocks.1",))})
+
+        def forward(self, x):
+            self.ops = []
+            for block in self.blocks:
+                torch.compiler.reset()  # equal blocks would share one graph
+                x = block(x).detach()
+                self.ops.append({site.op for graph in qcompile.compiled_graphs() for site in graph.context.sites})
+            return x
+
+    model = Blocks()
+
+    with record_launches() as launches:
+        model(torch.randn(3, 6, 16))
+    assert counts(launches) == {"bmm": 2, "mm": 2}
+    first, second = model.ops
+    assert second - first == {"scaled_dot_product_attention"}, "taken apart, its products would be sites in high precision"
+
+
 @pytest.mark.parametrize("need_weights", [True, False])
 def test_multihead_attention_is_quantized_in_both_directions(interpreted, need_weights):
     """It lays out keys and values by a permute of its own for forward and for backward, and hides its fused attention."""

@@ -70,6 +70,7 @@ def test_a_wrong_value_is_refused_with_field_value_and_what_is_allowed(field, va
     [
         lambda: PerChannel("0"),
         lambda: PerChannel(True),
+        lambda: PerChannel(7),
         lambda: PerBlock(0, 32),
         lambda: PerBlock(32, -1),
         lambda: PerBlock(32, 1.5),

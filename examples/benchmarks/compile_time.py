@@ -3,7 +3,7 @@
     python examples/benchmarks/compile_time.py --layers 2,6 --rounds 3
 
 Each measurement is a process of its own: the wall time of the first three steps of a small GPT under bf16 autocast, which holds
-every compilation (a recipe with ranges of past steps compiles once more when its ranges are valid). Each round starts with an
+every compilation (a recipe with ranges of past steps runs its first step operator by operator). Each round starts with an
 empty cache folder for each variant (cold), and goes on with a second process on the same folder (warm). What only the first
 compilation of a process costs, such as imports, is spent before.
 """

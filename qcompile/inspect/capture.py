@@ -216,9 +216,10 @@ def capture(
     if ranges:
         RangeState(copied, store).load_state_dict(ranges, strict=False)
     recordings: list[Recording] = []
+    steps = joint_steps() if passes is None else passes
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        recording = Recording(gm, example_inputs, recipe, strict, {}, passes or joint_steps(), False, profit_filter)
+        recording = Recording(gm, example_inputs, recipe, strict, {}, steps, False, profit_filter)
         recording.store, recording.tensor_names, recording.alive = store, names, alive
         compiled = recording.run()
         recordings.append(recording)

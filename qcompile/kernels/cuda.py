@@ -333,7 +333,10 @@ def scaled_bmm_cuda(
 ) -> Tensor:
     """`qtrain::scaled_bmm` of checked operands, matrix by matrix."""
     (m, k), n = a.shape[1:], b.shape[2]
-    name = "none" if 0 in (m, n, k) else gemm_for(a.device, m, n, k)
+
+    def name() -> str:
+        return "none" if 0 in (m, n, k) else gemm_for(a.device, m, n, k)
+
     return batched.scaled_bmm(product, name, a, b, a_scale, b_scale, a_zero, b_zero, bias, out_dtype)
 
 
@@ -405,7 +408,7 @@ def register_cuda_kernels() -> None:
         return transpose_codes_cuda(codes)
 
     def name_of(m: int, n: int, k: int, *, zero_points: bool = False) -> str:
-        return "none" if 0 in (m, n, k) else gemm_for(torch.device("cuda"), m, n, k)
+        return "none" if 0 in (m, n, k) else gemm_for(torch.device("cuda", torch.cuda.current_device()), m, n, k)
 
     if torch._C._dispatch_has_kernel_for_dispatch_key("qtrain::scaled_mm", "CUDA"):
         return  # the imports above may have called this function

@@ -56,9 +56,12 @@ def fallback_reason(devices: Iterable[torch.device]) -> str | None:
     return next((reason for reason in reasons if reason is not None), None)
 
 
-def gemm_kernel(device: torch.device, m: int, n: int, k: int, *, zero_points: bool = False) -> str:
-    """The name of the kernel that a GEMM of M x N x K runs on. Errors: `KernelError` where there is none."""
-    users = find_kernel(device.type, m, n, k, zero_points=zero_points)
+def gemm_kernel(device: torch.device, m: int, n: int, k: int, *, zero_points: bool = False, users_too: bool = True) -> str:
+    """The name of the kernel that a GEMM of M x N x K runs on. Errors: `KernelError` where there is none.
+
+    users_too  whether a kernel of the user's may take it: those are asked for `scaled_mm` alone
+    """
+    users = find_kernel(device.type, m, n, k, zero_points=zero_points) if users_too else None
     if users is not None:
         return users.name
     if device.type == "cpu":

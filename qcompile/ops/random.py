@@ -25,6 +25,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from qcompile.errors import KernelError
 from qcompile.ops._library import define
 
 __all__ = ["draw_key", "draw_keys", "draws_of_key", "uniform_draws"]
@@ -77,6 +78,8 @@ def _keys_on_device(seed: Tensor, salts: list[int]) -> list[Tensor]:
 
 
 def _draw_keys(seed: Tensor, salts: list[int]) -> list[Tensor]:
+    if seed.dtype is not torch.int64 or seed.numel() != 1:
+        raise KernelError(f"draw_keys: seed is {seed.dtype} {list(seed.shape)}; allowed: one int64")
     return (_keys_on_host if seed.device.type == "cpu" else _keys_on_device)(seed, salts)
 
 

@@ -2,12 +2,15 @@
 
 import pytest
 import torch
+from torch import nn
 
+import qcompile
 from qcompile import check_kernel, register_kernel, unregister_kernel
 from qcompile.errors import KernelError
 from qcompile.kernels import record_launches, registry
 from qcompile.kernels.select import gemm_kernel
 from qcompile.ops import scaled_mm, scaled_mm_reference
+from tests.compiling import compiled
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +39,19 @@ def test_a_kernel_takes_what_it_supports_and_ours_the_rest():
     assert names(*operands(m=0)) == []
     unregister_kernel("mine")
     assert names(*operands()) != ["mine"]
+
+
+def test_other_products_are_not_its_own_and_the_report_says_so(interpreted):
+    register_kernel("mine", scaled_mm_reference)
+    model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.Flatten(), nn.Linear(8 * 16, 8))
+    x = torch.randn(2, 4, 6, 6)
+    with record_launches() as launches:
+        compiled(model, "int8")(x).sum().backward()
+    ran = {(launch.op == "mm", launch.kernel == "mine") for launch in launches}
+    assert ran == {(True, True), (False, False)}
+    report = qcompile.explain(model, x, recipe="int8")
+    told = {(site.op, gemm.kernel == "mine") for site in report.sites for gemm in site.gemms.values()}
+    assert told == {("conv2d", False), ("linear", True)}
 
 
 def test_the_latest_registration_comes_first_and_devices_are_apart():

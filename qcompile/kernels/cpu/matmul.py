@@ -5,6 +5,7 @@ The integer sum is exact and every rounding is the reference's, in its order (`q
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -184,7 +185,7 @@ def scaled_bmm(
 ) -> Tensor:
     """`qtrain::scaled_bmm` of checked operands; `qcompile.ops.scaled_bmm` has their shapes and dtypes."""
     (m, k), n = a.shape[1:], b.shape[2]
-    name = kernel_name(m, n, k, zero_points=a_zero is not None or b_zero is not None)
+    name = functools.partial(kernel_name, m, n, k, zero_points=a_zero is not None or b_zero is not None)
     return batched.scaled_bmm(product, name, a, b, a_scale, b_scale, a_zero, b_zero, bias, out_dtype)
 
 
