@@ -2,6 +2,7 @@
 
     python examples/benchmarks/resnet.py                            # batch 32 at 64 x 64, ImageNet stem
     python examples/benchmarks/resnet.py --image 96 --batch 16
+    python examples/benchmarks/resnet.py --channels-last            # model and images, for every variant
     python examples/benchmarks/resnet.py --recipe-precision fp32    # the recipes without autocast
 
 One step is zero_grad, forward, cross-entropy, backward. The variants take turns in one process; the table gives medians, the ratio
@@ -58,17 +59,27 @@ def under(precision: str, device: str) -> contextlib.AbstractContextManager[obje
 
 
 def measure(
-    variants: list[str], *, batch: int, image: int, width: float, rounds: int, recipe_precision: str = "bf16", device: str = "cpu"
+    variants: list[str],
+    *,
+    batch: int,
+    image: int,
+    width: float,
+    rounds: int,
+    recipe_precision: str = "bf16",
+    layout: torch.memory_format = torch.contiguous_format,
+    device: str = "cpu",
 ) -> list[Result]:
     """Time the variants alternately; returns one `Result` each, in order. The first one's gradients are the reference."""
     torch.manual_seed(0)
     reference = resnet18(classes=CLASSES, width=width).to(device)
     images, labels = torch.randn(batch, 3, image, image, device=device), torch.randint(0, CLASSES, (batch,), device=device)
+    images = images.contiguous(memory_format=layout)
     steps, results, gradients = {}, {}, {}
     for name in variants:
         torch._dynamo.reset()
         model = resnet18(classes=CLASSES, width=width).to(device)
         model.load_state_dict(reference.state_dict())
+        model.to(memory_format=layout)
         precision = name if name in ("fp32", "bf16") else recipe_precision
         steps[name], compiled = make_step(name, model, images, labels, precision)
         for _ in range(3):  # compile, then the first steady step
@@ -105,6 +116,7 @@ def main(argv: list[str] | None = None) -> list[Result]:
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--variants", default=",".join(VARIANTS), help="the first one is what the others are compared with")
     parser.add_argument("--recipe-precision", choices=("bf16", "fp32"), default="bf16", help="what surrounds the integer GEMMs")
+    parser.add_argument("--channels-last", action="store_true", help="model and images in torch.channels_last")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     files.add_argument(parser, "resnet18")
     options = parser.parse_args(argv)
@@ -116,6 +128,7 @@ def main(argv: list[str] | None = None) -> list[Result]:
         width=options.width,
         rounds=options.rounds,
         recipe_precision=options.recipe_precision,
+        layout=torch.channels_last if options.channels_last else torch.contiguous_format,
         device=options.device,
     )
     sizes = f"width {options.width}, batch {options.batch} at {options.image} x {options.image}"

@@ -251,12 +251,12 @@ def weight_grad(
 def operators(product: Product, kernel_name: Callable[..., str]) -> dict[str, Callable[..., Tensor]]:
     """The implementations of `qtrain::scaled_conv` and its gradients, for checked operands, by the operators' names.
 
-    kernel_name  (m, n, k, zero_points=) -> the name to note a launch under when it has run; "none": nothing is launched
+    kernel_name  (device, m, n, k, zero_points=) -> the name to note a launch under when it has run; "none": nothing is launched
     """
 
-    def note(op: str, gemm: str, geometry: Geometry, sizes: Sequence[Sequence[int]], *zeros: Tensor | None) -> None:
+    def note(out: Tensor, op: str, gemm: str, geometry: Geometry, sizes: Sequence[Sequence[int]], *zeros: Tensor | None) -> None:
         m, n, k = geometry.product(gemm, *sizes)
-        name = kernel_name(m, n, k, zero_points=any(z is not None for z in zeros))
+        name = kernel_name(out.device, m, n, k, zero_points=any(z is not None for z in zeros))
         if name != "none":
             note_launch(name, m, n, k, op, geometry.groups)
 
@@ -267,7 +267,7 @@ def operators(product: Product, kernel_name: Callable[..., str]) -> dict[str, Ca
         run = correlate if geometry.correlates("output") else spread
         operands = (input, weight, in_scale, w_scale, in_zero, w_zero, bias)
         result = run(product, *operands, *geometry.steps, geometry.groups, places, out_dtype)
-        note("conv", "output", geometry, (input.shape, weight.shape, (input.shape[0], 0, *places)), in_zero, w_zero)
+        note(result, "conv", "output", geometry, (input.shape, weight.shape, (input.shape[0], 0, *places)), in_zero, w_zero)
         return result
 
     def scaled_conv_grad_input(grad_output: Tensor, weight: Tensor, *rest: Any) -> Tensor:
@@ -276,7 +276,7 @@ def operators(product: Product, kernel_name: Callable[..., str]) -> dict[str, Ca
         run = correlate if geometry.correlates("grad_input") else spread
         operands = (grad_output, weight, g_scale, w_scale, g_zero, w_zero, None)
         result = run(product, *operands, *geometry.steps, geometry.groups, input_size[2:], out_dtype)
-        note("conv_grad_input", "grad_input", geometry, (input_size, weight.shape, grad_output.shape), g_zero, w_zero)
+        note(result, "conv_grad_input", "grad_input", geometry, (input_size, weight.shape, grad_output.shape), g_zero, w_zero)
         return result
 
     def scaled_conv_grad_weight(grad_output: Tensor, input: Tensor, *rest: Any) -> Tensor:
@@ -286,7 +286,7 @@ def operators(product: Product, kernel_name: Callable[..., str]) -> dict[str, Ca
         if geometry.transposed:
             operands = (input, grad_output, in_scale, g_scale, in_zero, g_zero)
         result = weight_grad(product, *operands, weight_size[2:], *geometry.steps, geometry.groups, out_dtype)
-        note("conv_grad_weight", "grad_weight", geometry, (input.shape, weight_size, grad_output.shape), g_zero, in_zero)
+        note(result, "conv_grad_weight", "grad_weight", geometry, (input.shape, weight_size, grad_output.shape), g_zero, in_zero)
         return result
 
     return {f.__name__: f for f in (scaled_conv, scaled_conv_grad_input, scaled_conv_grad_weight)}

@@ -259,7 +259,8 @@ def test_compile_time_counts_the_passes(capsys):
 
 @pytest.mark.slow
 def test_resnet_times_integer_convolutions_against_bf16(capsys):
-    baseline, ours = resnet.main("--width 0.125 --image 32 --batch 4 --rounds 1 --variants bf16,int8_tensorwise".split())
+    options = "--width 0.125 --image 32 --batch 4 --rounds 1 --channels-last --variants bf16,int8_tensorwise"
+    baseline, ours = resnet.main(options.split())
     assert (baseline.integer_gemms, ours.integer_gemms) == (0, 21 * 3 - 1)  # 20 convolutions and the classifier
     assert len(ours.times) == 1 and 0 < ours.saved < baseline.saved
     assert 5 < ours.gradient_snr_db < 60

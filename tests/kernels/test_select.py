@@ -11,6 +11,7 @@ from qcompile.errors import KernelError, QtrainWarning, UnsupportedError
 from qcompile.kernels import cuda
 from qcompile.kernels.select import fallback_reason, gemm_kernel, unsupported_device
 from qcompile.kernels.triton import launch
+from tests.compiling import nearest
 
 pytestmark = pytest.mark.cpu
 
@@ -127,7 +128,7 @@ def test_max_autotune_measures_every_gemm_when_it_compiles(mode, tuned, interpre
     monkeypatch.setattr(backend, "tune", lambda *problem: asked.append(problem))
     model = nn.Linear(16, 24, bias=False).to(torch.bfloat16)
     x = torch.randn(40, 16, dtype=torch.bfloat16, requires_grad=True)
-    compiled = torch.compile(model, backend=qtrain, options={"recipe": "int8_tensorwise", "mode": mode})
+    compiled = torch.compile(model, backend=qtrain, options={"recipe": nearest("int8_tensorwise"), "mode": mode})
     compiled(x).sum().backward()
     assert len(asked) == tuned and {problem[0] for problem in asked} <= {GPU}
     products = {problem[1:4] for problem in asked}

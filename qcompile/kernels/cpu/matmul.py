@@ -191,7 +191,7 @@ def scaled_bmm(
 
 def convolutions() -> dict[str, Callable[..., Tensor]]:
     """`qtrain::scaled_conv` and its gradients for checked operands, by name: products of gathered codes."""
-    return operators(_gathered_product, kernel_name)
+    return operators(_gathered_product, lambda device, *sizes, zero_points: kernel_name(*sizes, zero_points=zero_points))
 
 
 def _gathered_product(a: Tensor, b: Tensor, *rest: Tensor | torch.dtype | None) -> Tensor:
