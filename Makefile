@@ -86,7 +86,7 @@ lint: $(READY)
 	$(RUN) -m mypy
 
 clean:
-	rm -rf .venv .venv-torch-* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis demo_out train_out deploy_out
+	rm -rf .venv .venv-torch-* build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis demo_out train_out deploy_out compare_out search_out
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.installed: pyproject.toml constraints.txt

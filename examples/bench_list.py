@@ -194,7 +194,7 @@ _ENCODER_FULL: Settings = {
     "methods": _at("w8a8 w4a8 w4a4", "lsq lsq_plus lsq+prefix"),
 }  # fmt: skip
 _LEARNED_SMALL: Settings = {
-    "model": "resnet8", **_SHORT, "pretrain_epochs": 8, "methods": _at("w4a4 w2a2", "lsq lg_lsq lsq+prefix"),
+    "model": "resnet8", **_SHORT, "pretrain_epochs": 8, "methods": _at("w4a4 w3a3 w2a2", "lsq lg_lsq lsq+prefix"),
 }  # fmt: skip
 _LEARNED_FULL: Settings = {
     "model": "resnet20", **_FULL, "warmup": 0, "pretrain_epochs": 60,
