@@ -295,7 +295,7 @@ def _script(
 
 
 _MLP = "fp32,bf16,int8_in_hindsight,int8_tensorwise,int8"
-_FOUR = "bf16,int8,int4,int8_tensorwise,int4_interval,int4_luq"
+_METHODS = "bf16,int8,int8_tensorwise,int8_in_hindsight,int8_dai8,int8_unified,int4,int4_interval,int4_luq"
 SCRIPTS = [
     _script("peers", "speed", "a linear layer against other libraries", "benchmarks.peers",
             "--shapes 1024x1024x1024 --rounds 10", "--shapes 8192x4096x4096,8192x4096x14336 --rounds 30"),
@@ -304,8 +304,9 @@ SCRIPTS = [
             f"--variants {_MLP}", f"--width 4096 --tokens 16384 --variants {_MLP}"),
     _script("mlp_gelu", "speed", "MLP blocks with GELU", "benchmarks.mlp",
             f"--act gelu --rounds 9 --variants {_MLP}", f"--act gelu --width 4096 --tokens 16384 --variants {_MLP}"),
-    _script("mlp_four_bits", "speed", "MLP blocks at 4 bits and at 8", "benchmarks.mlp",
-            f"--act gelu --width 1024 --rounds 9 --variants {_FOUR}", f"--act gelu --width 4096 --tokens 16384 --variants {_FOUR}"),
+    _script("mlp_methods", "speed", "MLP blocks under every method, at 8 and at 4 bits", "benchmarks.mlp",
+            f"--act gelu --width 1024 --rounds 9 --variants {_METHODS}",
+            f"--act gelu --width 4096 --tokens 16384 --variants {_METHODS}"),
     _script("resnet_speed", "speed", "ResNet-18, forward and backward", "benchmarks.resnet",
             "--batch 16 --rounds 15", "--batch 256 --image 224 --rounds 20"),
     _script("resnet_channels_last", "speed", "the same with model and images in channels_last", "benchmarks.resnet",
