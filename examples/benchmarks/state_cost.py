@@ -25,6 +25,7 @@ from benchmarks import results
 from gpt import GPT, VOCAB, GPTConfig
 
 from qcompile import backend
+from qcompile.recipe import Recipe
 from qcompile.state.binding import Binder
 from qcompile.state.replays import Replays
 
@@ -52,7 +53,7 @@ def stopwatch() -> Iterator[list[float]]:
         Binder.bind, Replays.view, backend.binding_of = before  # type: ignore[method-assign, assignment]
 
 
-def measure(config: GPTConfig, *, batch: int, steps: int, recipe: str, device: str) -> dict[str, float]:
+def measure(config: GPTConfig, *, batch: int, steps: int, recipe: str | Recipe, device: str) -> dict[str, float]:
     """Medians in ms: of a whole step (forward, backward, optimizer) and of the state's bookkeeping in it; and their ratio."""
     torch.manual_seed(0)
     torch.compiler.reset()
