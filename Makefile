@@ -47,7 +47,7 @@ help:
 	@echo "make test-slow  the long ones among them"
 	@echo "make test-gpu   the tests that need one, and the suite again with everything on it"
 	@echo "make bench      every experiment and benchmark that can run here, one result file each (ARGS=--list says which)"
-	@echo "make bench-gpu  kernels, linear layers and models on a GPU, timed (ARGS=--quick: a look), into docs/benchmarks/"
+	@echo "make bench-gpu  kernels, layers and models on a GPU, timed (ARGS=\"--size quick\": a look)"
 	@echo "make test-aot   compile the Triton kernels for GPUs that need not be present"
 	@echo "make docs       the documentation site, in build/site"
 	@echo "make lint       ruff and mypy"
@@ -72,7 +72,8 @@ bench: $(READY)
 	$(RUN) examples/show_results.py --write
 
 bench-gpu: $(READY)
-	$(RUN) examples/benchmarks/run_all.py $(ARGS)
+	failed=0; $(RUN) examples/bench.py --groups "kernels,speed,memory,compile time" --device cuda --processes $(ARGS) || failed=1; \
+	$(RUN) examples/show_results.py --write; exit $$failed
 
 test-aot: $(READY)
 	$(RUN) $(PYTEST) -m aot $(ARGS)

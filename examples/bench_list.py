@@ -9,7 +9,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import data
 import finetune_lm
@@ -25,7 +25,8 @@ from gpt import GPTConfig
 from qat_trainer import QATConfig, QATMethod, QATTask
 from trainer import TrainConfig
 
-Size = Literal["small", "full"]
+Size = Literal["quick", "small", "full"]
+SIZES: tuple[Size, ...] = get_args(Size)
 Settings = dict[str, Any]
 
 RECIPES = (
@@ -53,6 +54,7 @@ class Bench:
     run    (settings, place) -> (more arguments for the file, rows)
     needs  place -> why it cannot run there; None: it can
     identity  settings -> what else makes a run another one, for the file
+    limit  seconds that a process for it alone may take
     """
 
     name: str
@@ -62,6 +64,7 @@ class Bench:
     run: Callable[[Settings, Place], tuple[Settings, list[dict[str, Any]]]]
     needs: Callable[[Place], str | None] = lambda place: None
     identity: Callable[[Settings], Settings] = lambda settings: {}
+    limit: int = 12 * 3600
 
     def file(self, size: str, device: str) -> str:
         return f"{self.name}_{size}_{torch.device(device).type}.json"
@@ -73,8 +76,8 @@ class Bench:
             return "no GPU"
         if size not in self.sizes:
             return f"has no {size} size"
-        if size == "full" and not gpu:
-            return "the full size wants a GPU; --size small runs here"
+        if size != "small" and not gpu:
+            return f"the {size} size wants a GPU; --size small runs here"
         return self.needs(place)
 
 
@@ -284,22 +287,37 @@ def _plain(row: Any) -> dict[str, Any]:
 
 
 def _script(
-    name: str, group: str, what: str, module: str, small: str | None, full: str | None, *, device: bool = True, **more: Any
+    name: str, group: str, what: str, module: str, small: str | None, full: str | None, quick: str | None = None,
+    *, device: bool = True, **more: Any,
 ) -> Bench:
-    sizes: dict[Size, Settings] = {}
-    if small is not None:
-        sizes["small"] = {"command": small}
-    if full is not None:
-        sizes["full"] = {"command": full}
-    return Bench(name, group, what, sizes, script(module, device=device), **more)
+    commands: dict[Size, str | None] = {"quick": quick, "small": small, "full": full}
+    sizes: dict[Size, Settings] = {size: {"command": command} for size, command in commands.items() if command is not None}
+    return Bench(name, group, what, sizes, script(module, device=device), **{"limit": 3600} | more)
 
 
 _MLP = "fp32,bf16,int8_in_hindsight,int8_tensorwise,int8"
 _METHODS = "bf16,int8,int8_tensorwise,int8_in_hindsight,int8_dai8,int8_unified,int4,int4_interval,int4_luq"
+_ONE = "--shapes 8192x4096x4096"
 SCRIPTS = [
+    # A kernel that has run on no GPU yet comes first and by itself: if it hangs, nothing hangs with it.
+    _script("gluon", "kernels", "the Gluon GEMM against bf16's", "benchmarks.kernels", None,
+            "--sets te --only triton_gluon", "--shapes 4096x4096x4096 --only triton_gluon", needs=_gpu, limit=600),
+    _script("kernels", "kernels", "every other kernel alone", "benchmarks.kernels", None, "", _ONE, needs=_gpu),
+    _script("linear", "speed", "linear layers against bf16, with and without the profit filter", "benchmarks.linear",
+            "--shapes 64x512x512,512x256x256,512x1024x1024,2048x512x2048,1024x2048x512,2048x1024x1024,2048x2048x2048 "
+            "--variants bf16,int8_in_hindsight,int8_tensorwise,int8 --profit-filter --rounds 15",
+            "--rounds 30 --profit-filter", f"{_ONE} --rounds 10", limit=7200),
+    _script("llama", "speed", "a Llama block", "benchmarks.models",
+            "llama --width 512,1024 --layers 1,2 --tokens 512,1024 --rounds 9 --variants bf16,int8_in_hindsight,int8",
+            "llama", "llama --tokens 8192 --layers 1 --width 4096 --rounds 10"),
+    _script("gpt_step", "speed", "a GPT's step with AdamW", "benchmarks.models",
+            "gpt --width 512,256 --layers 2,4 --tokens 1024,512 --rounds 9 --variants bf16,int8_in_hindsight,int8",
+            "gpt", "gpt --tokens 8192 --layers 2 --width 1024 --rounds 10"),
+    _script("resnet50", "speed", "ResNet-50 at 224 x 224, forward and backward", "benchmarks.models",
+            "resnet50 --tokens 4 --rounds 7 --variants bf16,int8_in_hindsight,int8_tensorwise",
+            "resnet50", "resnet50 --tokens 64 --rounds 10"),
     _script("peers", "speed", "a linear layer against other libraries", "benchmarks.peers",
             "--shapes 1024x1024x1024 --rounds 10", "--shapes 8192x4096x4096,8192x4096x14336 --rounds 30"),
-    _script("linear", "speed", "linear layers against bf16", "benchmarks.linear", None, "--rounds 30"),
     _script("mlp_relu", "speed", "MLP blocks with ReLU", "benchmarks.mlp",
             f"--variants {_MLP}", f"--width 4096 --tokens 16384 --variants {_MLP}"),
     _script("mlp_gelu", "speed", "MLP blocks with GELU", "benchmarks.mlp",
@@ -315,13 +333,12 @@ SCRIPTS = [
             "--layers 1,2,4 --widths 64,128,256 --sequences 64,128,256 --batches 2,4,8 --rounds 5",
             "--base-layers 6 --base-width 1024 --base-sequence 1024 --base-batch 8 --layers 2,4,8,12 --widths 512,1024,2048,4096 "
             "--sequences 256,512,1024,2048 --batches 2,4,8,16 --rounds 20"),
-    _script("kernels", "speed", "the kernels alone", "benchmarks.kernels", None, "", device=False, needs=_gpu),
     _script("saved", "memory", "what a step saves for backward", "benchmarks.saved", "", "--width 1024 --tokens 16384",
             device=False),
     _script("saved_wide", "memory", "the same with wider blocks and more tokens, by recipe", "benchmarks.saved",
             "--width 256 --tokens 8192 --recipes int8,int8_tensorwise,int8_in_hindsight", None, device=False),
     _script("compile_time", "compile time", "what the passes take", "benchmarks.compile_time", "--layers 2,6",
-            "--layers 2,6,12,24", device=False),
+            "--layers 2,6,12,24", "--layers 2", device=False),
     _script("state_cost", "speed", "what handling ranges costs the host", "benchmarks.state_cost", None,
             "--width 1024 --layers 12"),
     *(

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from bench_list import BENCHES
-from benchmarks import growth
+from benchmarks import growth, harness, linear
 from benchmarks.results import FOLDER
 from experiments import Row, from_json, paired_difference
 from tabulate import tabulate
@@ -58,7 +58,8 @@ def caption(run: Run) -> str:
     dirty = " (with changes)" if str(run["commit"]).endswith("-dirty") else ""
     note = f". {arguments['note']}" if "note" in arguments else ""
     command = f"`python examples/bench.py {run['benchmark']} --size {arguments['size']}`"
-    return f"{command}; {run['date']}, {run['machine']}, torch {run['versions']['torch']}, {commit}{dirty}{note}"
+    stopped = "; it was stopped before its end" if run.get("unfinished") else ""
+    return f"{command}; {run['date']}, {run['machine']}, torch {run['versions']['torch']}, {commit}{dirty}{note}{stopped}"
 
 
 def not_run(stem: str) -> str:
@@ -145,17 +146,22 @@ def blocks(run: Run) -> str:
 
 
 def layers(run: Run) -> str:
-    """What `harness` measured: a line for each variant and subject, and why a peer is missing."""
-    lines, missing = [], []
+    """What `harness` measured: a line for each variant and subject, and why a peer is missing; the filtered ones that lose."""
+    lines, missing, filtered, slow = [], [], 0, []
     for row in run["rows"]:
+        subject = _subject(row)
         if "left_out" in row:
             missing.append(f"- `{row['variant']}`: {row['left_out']}")
             continue
         low, high = row.get("quartiles_of_ratio", (None, None))
         ratio = f"{row[f'times_{BASE}']:.2f}x ({low:.2f} - {high:.2f})" if f"times_{BASE}" in row else ""
+        if row["variant"].endswith(harness.FILTER) and f"times_{BASE}" in row:
+            filtered += 1
+            if 1 / row[f"times_{BASE}"] > 1 + linear.SLOWER:
+                slow.append(f"`{row['variant']}` at {', '.join(map(str, subject.values()))}")
         lines.append(
-            {
-                "tokens x in x out": " x ".join(str(row[size]) for size in ("tokens", "in", "out")),
+            subject
+            | {
                 "variant": f"`{row['variant']}`",
                 "ms": f"{row['ms']:.2f}",
                 f"against {BASE} (quartiles)": "" if row["variant"] == BASE else ratio,
@@ -164,8 +170,37 @@ def layers(run: Run) -> str:
                 "our integer GEMMs": row["integer_gemms"],
             }
         )
-    left_out = "\n\nLeft out:\n\n" + "\n".join(dict.fromkeys(missing)) if missing else ""
-    return f"{table(lines)}{left_out}\n\n{caption(run)}"
+    notes = ["Left out:\n\n" + "\n".join(dict.fromkeys(missing))] if missing else []
+    if filtered:
+        lost = f": {'; '.join(slow)}" if slow else ""
+        notes.append(f"Slower than {BASE} by more than {linear.SLOWER:.0%} under the filter: {len(slow)} of {filtered}{lost}.")
+    return "\n\n".join([table(lines), *notes, caption(run)])
+
+
+def _subject(row: Mapping[str, Any]) -> dict[str, object]:
+    """The columns that say what was measured."""
+    if "in" in row:
+        return {"tokens x in x out": " x ".join(str(row[size]) for size in ("tokens", "in", "out"))}
+    return {size: row[size] for size in ("width", "layers", "tokens")}
+
+
+def kernels(run: Run) -> str:
+    """GEMM candidates by shape, then the elementwise kernels beside a copy."""
+    gemms, moving = [], []
+    for row in run["rows"]:
+        kernel = {"kernel": row["kernel"], "ms": f"{row['ms']:.3f}"}
+        if "tera_ops" in row:
+            gemms.append({"m x n x k": f"{row['m']} x {row['n']} x {row['k']}", **kernel, "10^12/s": f"{row['tera_ops']:.0f}"})
+        else:
+            rate = {"GB/s": f"{row['gb_per_s']:.0f}", "of a copy": f"{row['of_copy']:.0%}"}
+            moving.append({"matrix": f"{row['m']} x {row['n']}", **kernel, **rate})
+    return "\n\n".join([table(gemms), *([table(moving)] if moving else []), caption(run)])
+
+
+def rows_as_they_are(run: Run) -> str:
+    """A column for each value."""
+    plain = [{k: f"{v:.3g}" if isinstance(v, float) else v for k, v in row.items()} for row in run["rows"]]
+    return f"{table(plain)}\n\n{caption(run)}"
 
 
 def saved(run: Run) -> str:
@@ -321,7 +356,7 @@ def status(*_: Run) -> str:
 
 VIEWS: dict[str, Callable[..., str]] = {
     "accuracy": accuracy, "blocks": blocks, "layers": layers, "saved": saved, "compile_time": compile_time, "growth": growing,
-    "failures": failures, "summary": summary, "status": status, "targets": targets,
+    "failures": failures, "summary": summary, "status": status, "targets": targets, "kernels": kernels, "rows": rows_as_they_are,
 }  # fmt: skip
 
 

@@ -2,8 +2,8 @@
 
     {"benchmark", "date", "machine", "versions", "commit", "arguments", "rows": [...]}
 
-A row is whatever the benchmark measures, with units in its keys (`ms`, `peak_mb`); lists of times are kept, so that another
-statistic than the median can be taken later.
+with "unfinished": true behind it while the benchmark still runs, or if it was stopped. A row is whatever the benchmark measures,
+with units in its keys (`ms`, `peak_mb`); lists of times are kept, so that another statistic than the median can be taken later.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-__all__ = ["FOLDER", "add_argument", "commit", "machine", "result", "save", "versions"]
+__all__ = ["FOLDER", "add_argument", "commit", "keeping", "machine", "result", "save", "versions"]
 
 FOLDER = Path(__file__).parents[2] / "docs" / "benchmarks"
 """Where runs worth keeping are kept."""
@@ -79,6 +79,26 @@ def result(benchmark: str, arguments: Mapping[str, Any], rows: Iterable[Mapping[
     }
 
 
+class _Kept(NamedTuple):
+    benchmark: str
+    arguments: Mapping[str, Any]
+    path: Path
+
+
+_kept: _Kept | None = None
+
+
+@contextlib.contextmanager
+def keeping(benchmark: str, arguments: Mapping[str, Any], path: Path) -> Iterator[None]:
+    """What a script saves without a path of its own goes to `path`, unfinished: if it is stopped, its rows so far are there."""
+    global _kept
+    before, _kept = _kept, _Kept(benchmark, arguments, path)
+    try:
+        yield
+    finally:
+        _kept = before
+
+
 def save(
     benchmark: str,
     arguments: argparse.Namespace | Mapping[str, Any],
@@ -87,11 +107,15 @@ def save(
     device: str = "cpu",
 ) -> Path | None:
     """Write a run to `path`, if there is one; the folder is made, and a reader never sees half a file."""
+    kept = _kept if path is None else None
+    if kept is not None:
+        benchmark, arguments, path = kept
     if path is None:
         return None
     path = Path(path)
     given = vars(arguments) if isinstance(arguments, argparse.Namespace) else arguments
-    text = json.dumps(result(benchmark, given, rows, device), indent=1, allow_nan=False)
+    found = result(benchmark, given, rows, device) | ({} if kept is None else {"unfinished": True})
+    text = json.dumps(found, indent=1, allow_nan=False)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}")
     unfinished.write_text(text + "\n")

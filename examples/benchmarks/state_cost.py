@@ -79,7 +79,7 @@ def measure(config: GPTConfig, *, batch: int, steps: int, recipe: str | Recipe, 
     return {"step": step, "state": cost, "share": cost / step}
 
 
-def main(argv: list[str] | None = None) -> dict[str, float]:
+def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--layers", type=int, default=4)
@@ -94,9 +94,9 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     found = measure(config, batch=args.batch, steps=args.steps, recipe=args.recipe, device=args.device)
     row = [args.recipe, f"{found['step']:.2f}", f"{found['state']:.3f}", f"{found['share']:.2%}"]
     print(tabulate([row], headers=["recipe", "ms/step", "ms of state handling", "share"], disable_numparse=True))
-    rows = [{"ms": found["step"], "ms_of_state": found["state"], "share": found["share"]}]
+    rows = [{"recipe": args.recipe, "ms": found["step"], "ms_of_state": found["state"], "share": found["share"]}]
     results.save("state_cost", args, rows, args.save, args.device)
-    return found
+    return rows
 
 
 if __name__ == "__main__":

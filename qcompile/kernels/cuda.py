@@ -407,7 +407,7 @@ def register_cuda_kernels() -> None:
         check_matrix("transpose_codes", "codes", codes)
         return transpose_codes_cuda(codes)
 
-    def name_of(device: torch.device, m: int, n: int, k: int, *, zero_points: bool = False) -> str:
+    def name_of(device: torch.device, m: int, n: int, k: int, *, integer: bool = False) -> str:
         return "none" if 0 in (m, n, k) else gemm_for(device, m, n, k)
 
     if torch._C._dispatch_has_kernel_for_dispatch_key("qtrain::scaled_mm", "CUDA"):

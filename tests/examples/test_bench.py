@@ -5,6 +5,8 @@ import dataclasses
 import importlib
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import bench
@@ -103,6 +105,52 @@ def test_a_finished_run_is_not_repeated(run):
     assert run("toy", "--again", toy=toy)[0] == 0 and len(calls) == 2
 
 
+def test_a_run_that_was_stopped_leaves_its_rows_and_is_made_again(run):
+    def stopped(settings, place):
+        calls.append(1)
+        bench.results.save("a script's name", {}, [{"ms": 2.0}], None)  # as far as it got
+        raise ValueError("out of time")
+
+    calls = []
+    toy = dataclasses.replace(fake("toy")[0], run=stopped)
+    failed, out = run(toy=toy)
+    found = json.loads((run.folder / "toy_small_cpu.json").read_text())
+    assert failed == 1 and "failed: out of time" in out and found["unfinished"] is True
+    assert (found["benchmark"], found["rows"], found["arguments"]["steps"]) == ("toy", [{"ms": 2.0}], 2)
+    run(toy=toy)
+    assert len(calls) == 2
+    assert run(toy=fake("toy")[0])[0] == 0
+    assert "unfinished" not in json.loads((run.folder / "toy_small_cpu.json").read_text())
+    assert bench.results.save("alone", {}, [], None) is None  # nothing is kept outside
+
+
+def test_one_that_fails_or_hangs_in_its_process_takes_no_other_with_it(run, monkeypatch):
+    started, real = {}, subprocess.run
+    bodies = {"fails": "raise SystemExit(3)", "hangs": "import time; time.sleep(60)", "runs": "pass"}
+
+    def body_instead(command, **more):
+        started[command[2]] = command[3:]
+        return real([sys.executable, "-c", bodies[command[2]]], **more)
+
+    monkeypatch.setattr(bench.subprocess, "run", body_instead)
+    toys = {name: dataclasses.replace(fake(name)[0], limit=2 if name == "hangs" else 60) for name in bodies}
+    failed, out = run("--processes", **toys)
+    assert failed == 2 and "failed: exit status 3" in out and "failed: stopped after 2 s" in out and "done in" in out
+    size, device = started["runs"][:2], started["runs"][2:4]
+    assert (size, device) == (["--size", "small"], ["--device", "cpu"])
+    parsed = bench.parser().parse_args(["runs", *started["runs"]])
+    assert parsed.results == run.folder and not parsed.again and not parsed.processes
+
+
+def test_groups_are_chosen_by_name(run, capsys):
+    kernels = dataclasses.replace(fake("kernels")[0], group="kernels")
+    toy, calls = fake("toy")
+    assert "kernels" not in run("--groups", "speed", toy=toy, kernels=kernels)[1] and len(calls) == 1
+    with pytest.raises(SystemExit):
+        run("--groups", "spead", toy=toy)
+    assert "unknown group 'spead'" in capsys.readouterr().err
+
+
 def test_a_file_of_other_settings_is_not_taken_for_this_run(run):
     toy, calls = fake("toy")
     run("toy", "--set", "steps=5", toy=toy)
@@ -138,6 +186,7 @@ def test_what_is_skipped_says_why(run, monkeypatch):
     assert "skipped: package missing: pip install toy" in run(toy=toy)[1] and not calls
     assert "the full size wants a GPU" in run("--size", "full", toy=fake("toy")[0])[1]
     assert toy.why_not("full", Place("cpu", Path(), Path())) == "the full size wants a GPU; --size small runs here"
+    assert BENCHES["gluon"].why_not("quick", Place("cpu", Path(), Path())) == "the quick size wants a GPU; --size small runs here"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert toy.why_not("small", Place("cuda", Path(), Path())) == "no GPU"
     only_full = dataclasses.replace(toy, sizes={"full": {}})

@@ -45,7 +45,8 @@ def test_the_pages_of_results_have_no_numbers_of_their_own():
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_every_file_is_whole_and_of_a_benchmark(file):
     run = json.loads(file.read_text())
-    assert list(run) == ["benchmark", "date", "machine", "versions", "commit", "arguments", "rows"]
+    keys = ["benchmark", "date", "machine", "versions", "commit", "arguments", "rows"]
+    assert list(run) == keys + ["unfinished"] * ("unfinished" in run)
     assert run["rows"] and re.fullmatch(r"\d{4}-\d\d-\d\d", run["date"]) and "torch" in run["versions"]
     bench, arguments = BENCHES.get(run["benchmark"]), run["arguments"]
     if bench is None or "size" not in arguments:
@@ -133,6 +134,27 @@ def test_a_peer_that_is_missing_has_its_reason():
     ]
     text = show_results.layers(run_of(rows))
     assert "- `other`: ImportError: no other" in text and "y 0.10" in text and "2.00x (1.50 - 2.50)" in text
+
+
+def test_filtered_recipes_that_lose_are_named():
+    size = {"model": "llama", "width": 8, "layers": 1, "tokens": 4}
+    same = {"ms": 1.0, "quartiles_of_ratio": [1.0, 1.0], "peak_mb": None, "relative_error": {"y": 0.001}, "integer_gemms": 0}
+    rows = [
+        {**size, **same, "variant": variant, "times_bf16": ratio}
+        for variant, ratio in (("bf16", 1.0), ("int8", 0.5), ("int8+filter", 1 / 1.04), ("int4+filter", 1 / 1.06))
+    ]
+    text = show_results.layers(run_of(rows))
+    assert "Slower than bf16 by more than 5% under the filter: 1 of 2: `int4+filter` at 8, 1, 4." in text
+    assert [cell.strip() for cell in text.splitlines()[0].split("|")[1:4]] == ["width", "layers", "tokens"]
+    assert "under the filter" not in show_results.layers(run_of(rows[:2]))
+
+
+def test_kernels_have_their_rate_beside_a_copy():
+    gemm = {"shape": "toy", "m": 2, "n": 3, "k": 4, "kernel": "bf16 mm", "ms": 0.5, "tera_ops": 700.4}
+    copy = {"m": 2, "n": 3, "kernel": "copy of bf16", "ms": 0.1, "gb_per_s": 4000.0, "of_copy": 1.0}
+    text = show_results.kernels({**run_of([gemm, copy]), "unfinished": True})
+    assert "| 2 x 3 x 4 " in text and "| 700 " in text and "| 100% " in text and "stopped before its end" in text
+    assert "GB/s" not in show_results.kernels(run_of([gemm]))
 
 
 def test_slopes_saved_bytes_and_failures():

@@ -1,5 +1,6 @@
 """`scaled_conv` and its gradients against fp64 arithmetic on the same codes: equal bit for bit, whatever the geometry."""
 
+import threading
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from qcompile import ops
 from qcompile.errors import KernelError
 from qcompile.geometry import Geometry
 from qcompile.kernels import cpu, record_launches
+from qcompile.kernels.cpu import scratch
 
 aten = torch.ops.aten
 SCALE = torch.tensor(0.015625)
@@ -66,6 +68,20 @@ def test_every_geometry_equals_fp64(case, kind, with_bias, seed):
     check(case, kind, with_bias, seed)
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    cases(),
+    st.sampled_from(["tensor", "rows", "zero points"]),
+    st.booleans(),
+    st.integers(0, 10**6),
+    st.sampled_from([1, 40, 400]),
+)
+def test_cut_into_parts_it_is_the_same(case, kind, with_bias, seed, bytes_at_once):
+    """Some images, some rows of one image or a single row at a time, whose columns lie in the same memory one after the other."""
+    implementations = cpu.convolutions(columns_at_once=bytes_at_once)
+    check(case, kind, with_bias, seed, {getattr(ops, name): run for name, run in implementations.items()})
+
+
 @pytest.mark.slow
 @settings(max_examples=2000, deadline=None)
 @given(cases(), st.sampled_from(["tensor", "rows", "zero points"]), st.booleans(), st.integers(0, 10**6))
@@ -73,7 +89,7 @@ def test_every_geometry_equals_fp64_at_length(case, kind, with_bias, seed):
     check(case, kind, with_bias, seed)
 
 
-def check(case, kind, with_bias, seed):
+def check(case, kind, with_bias, seed, implementations=None):
     input_size, weight_size, geometry = case
     inputs, outputs = geometry.channels(weight_size)
     output_size = [input_size[0], outputs, *geometry.output_size(input_size[2:], weight_size[2:])]
@@ -85,21 +101,21 @@ def check(case, kind, with_bias, seed):
 
     (xs, xz), (ws, wz) = parameters(input_size, 0, kind, seed), parameters(weight_size, first, kind, seed + 1)
     operands = (x, w, xs, ws, xz, wz, bias, *where, dtype)
-    same(ops.scaled_conv, ops.scaled_conv_reference, operands, output_size)
+    same(ops.scaled_conv, ops.scaled_conv_reference, operands, output_size, implementations)
 
     (gs, gz), (ws, wz) = parameters(output_size, 0, kind, seed + 2), parameters(weight_size, second, kind, seed + 3)
     operands = (g, w, gs, ws, gz, wz, input_size, *where, dtype)
-    same(ops.scaled_conv_grad_input, ops.scaled_conv_grad_input_reference, operands, input_size)
+    same(ops.scaled_conv_grad_input, ops.scaled_conv_grad_input_reference, operands, input_size, implementations)
 
     (gs, gz), (xs, xz) = parameters(output_size, 1, kind, seed + 4), parameters(input_size, 1, kind, seed + 5)
     operands = (g, x, gs, xs, gz, xz, weight_size, *where, dtype)
-    same(ops.scaled_conv_grad_weight, ops.scaled_conv_grad_weight_reference, operands, weight_size)
+    same(ops.scaled_conv_grad_weight, ops.scaled_conv_grad_weight_reference, operands, weight_size, implementations)
 
 
-def same(operator, reference, operands, size):
+def same(operator, reference, operands, size, implementations=None):
     """Kernel, reference and fake agree: values bit for bit but for a fused epilogue's last place, sizes, strides."""
     with record_launches() as launches:
-        got = operator(*operands)
+        got = (operator if implementations is None else implementations[operator])(*operands)
     want = reference(*operands)
     assert list(got.shape) == list(size)
     rtol = {torch.float32: 3e-7, torch.bfloat16: 8e-3, torch.float16: 1e-3}[got.dtype]
@@ -127,6 +143,41 @@ def test_every_cpu_product_gives_the_same_integers(name):
         got = ops.scaled_conv(*operands)
     assert torch.equal(got, ops.scaled_conv_reference(*operands))
     assert [launch.kernel for launch in launches] == [name]
+
+
+def test_a_cut_sum_says_that_integers_were_added():
+    """oneDNN's product is rounded to fp32, which parts of a sum must not be."""
+    where = spelled(Geometry([1, 1], [1, 1], [1, 1], False, [0, 0], 1))
+    operands = (codes([2, 5, 9, 8], 0), codes([2, 5, 9, 8], 1), SCALE, SCALE, None, None, [5, 5, 3, 3], *where, torch.float32)
+    kernels = {}
+    for at_once in (64, 2**20):
+        with record_launches() as launches:
+            cpu.convolutions(columns_at_once=at_once)["scaled_conv_grad_weight"](*operands)
+        kernels[at_once] = [launch.kernel for launch in launches]
+    assert kernels == {64: [cpu.kernel_name(5, 45, 144, zero_points=True)], 2**20: [cpu.kernel_name(5, 45, 144)]}
+
+
+def test_columns_of_a_large_batch_are_no_large_memory():
+    """64 images' columns would be 38 MB; what is kept between calls is a part of that, for each thread."""
+    where = spelled(Geometry([1, 1], [1, 1], [1, 1], False, [0, 0], 1))
+    x, w = codes([64, 16, 64, 64], 1), codes([8, 16, 3, 3], 1)
+    kept = []
+
+    def run():
+        with torch.inference_mode():
+            ops.scaled_conv(x, w, SCALE, SCALE, None, None, None, *where, torch.bfloat16)
+        ops.scaled_conv(x, w, SCALE, SCALE, None, None, None, *where, torch.bfloat16)  # the memory is no inference tensor
+        kept.append(scratch.scratch("columns", 1))
+
+    run()
+    thread = threading.Thread(target=run)
+    thread.start()
+    thread.join()
+    mine, others = (memory.untyped_storage() for memory in kept)
+    assert mine.data_ptr() != others.data_ptr() and mine.nbytes() <= 2**22 and others.nbytes() <= 2**22
+    assert scratch.scratch("columns", 1).data_ptr() == kept[0].data_ptr()
+    large, other = scratch.scratch("large", scratch.KEPT + 1), scratch.scratch("large", scratch.KEPT + 1)
+    assert large.data_ptr() != other.data_ptr()
 
 
 def test_a_weight_gradient_longer_than_int32_is_exact():

@@ -6,15 +6,16 @@ The integer sum is exact and every rounding is the reference's, in its order (`q
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
 
 from qcompile.kernels import batched, note_launch
-from qcompile.kernels.convolution import operators
+from qcompile.kernels.convolution import Cut, operators
 from qcompile.kernels.cpu.choice import choices, give_up, kernel_name
 from qcompile.kernels.cpu.products import CANDIDATES, INT32_MAX, MAX_K, onednn, onednn_product, onednn_weight
+from qcompile.kernels.cpu.scratch import scratch
 from qcompile.kernels.cpu.transpose import transpose_codes
 from qcompile.kernels.fallback import first_that_runs
 from qcompile.kernels.registry import find_kernel
@@ -25,6 +26,9 @@ EPILOGUE_ELEMENTS = 2**18
 """Elements of an epilogue block: an fp32 block and its scales (2 MB) about fill a level-2 cache. 2**17 to
 2**20 measured equal on 2048 x 8192, and 3.5 times faster than one pass per operation over the whole
 matrix."""
+
+COLUMNS_AT_ONCE = 2**22
+"""Bytes of a convolution's gathered codes that are multiplied at a time."""
 
 
 def scaled_mm(
@@ -119,6 +123,10 @@ def integer_sum(a: Tensor, b: Tensor, product: Callable[[Tensor, Tensor], Tensor
     return total
 
 
+def _integer_sum_by(a: Tensor, b: Tensor, name: str) -> Tensor:
+    return integer_sum(a, b, CANDIDATES[name])
+
+
 def without_zero_points(
     acc: Tensor, a: Tensor, b: Tensor, a_zero: Tensor | None, b_zero: Tensor | None
 ) -> Tensor:
@@ -189,13 +197,47 @@ def scaled_bmm(
     return batched.scaled_bmm(product, name, a, b, a_scale, b_scale, a_zero, b_zero, bias, out_dtype)
 
 
-def convolutions() -> dict[str, Callable[..., Tensor]]:
+def convolutions(columns_at_once: int = COLUMNS_AT_ONCE) -> dict[str, Callable[..., Tensor]]:
     """`qtrain::scaled_conv` and its gradients for checked operands, by name: products of gathered codes."""
-    return operators(_gathered_product, lambda device, *sizes, zero_points: kernel_name(*sizes, zero_points=zero_points))
+    return operators(
+        _gathered_product,
+        lambda device, *sizes, integer: kernel_name(*sizes, zero_points=integer),
+        Cut(columns_at_once, scratch, _summed),
+    )
 
 
 def _gathered_product(a: Tensor, b: Tensor, *rest: Tensor | torch.dtype | None) -> Tensor:
     """`product` for an `a` that may be a transposed view: gradients of weights."""
-    if not a.is_contiguous() and a.t().is_contiguous():
-        a = transpose_codes(a.t())
-    return product(a, b, *rest)  # type: ignore[arg-type]
+    return product(_row_major(a), b, *rest)  # type: ignore[arg-type]
+
+
+def _row_major(a: Tensor) -> Tensor:
+    return transpose_codes(a.t()) if not a.is_contiguous() and a.t().is_contiguous() else a
+
+
+def _summed(
+    pieces: Iterable[tuple[Tensor, Tensor]],
+    a_scale: Tensor,
+    b_scale: Tensor,
+    a_zero: Tensor | None,
+    b_zero: Tensor | None,
+    out_dtype: torch.dtype,
+) -> Tensor:
+    """`product` of matrices in pieces [M, K_i] and [K_i, N] of the axis that is summed, of which one pair at a time exists."""
+    total, summed = None, 0
+    for left, b in pieces:
+        a = _row_major(left)
+        (m, k), n = a.shape, b.shape[1]
+        names = choices(m, n, k, zero_points=True)  # the sum is complete with the last piece only
+        run = functools.partial(_integer_sum_by, a, b)
+        ran, acc = first_that_runs(names, run, f"a GEMM of {m} x {n} x {k}")
+        give_up(names[: names.index(ran)])
+        if a_zero is not None or b_zero is not None:
+            acc = without_zero_points(acc, a, b, a_zero, b_zero)
+        summed += k
+        # Beyond `MAX_K` int32 may overflow; zero points can make every summand four times as large.
+        if summed > MAX_K // (1 if a_zero is None and b_zero is None else 4):
+            acc = acc.to(torch.int64)
+        total = acc if total is None else total.add_(acc) if total.dtype is acc.dtype else total + acc
+    assert total is not None, "a sum that was cut has several pieces"
+    return epilogue(total, a_scale, b_scale, None, out_dtype)
