@@ -62,7 +62,7 @@ from passes.graph import (
 )
 from passes.insert_qdq import RangeUse
 from qcompile.errors import GraphError
-from qcompile.estimators.base import RangeEstimator, scale_and_zero_point
+from qcompile.estimators.base import RangeEstimator, scale_and_zero_point, symmetric_scale
 from qcompile.estimators.statistics import clipped_share, coarser, statistics
 from qcompile.estimators.step import first_range, initial_state, measured, stored_range, updated
 from qcompile.specs import PerRow, QuantSpec
@@ -299,7 +299,7 @@ def _replace_dynamic(graph: fx.Graph, node: fx.Node, use: RangeUse, stats: dict[
     with after(graph, max([node, *stats.values()])):
         stats = _measure(graph, node, use.spec, stats, {}, scope)
         low, high = inline(graph, _first_range, use.spec, tuple(stats), *stats.values(), scope=scope, key="first_range")
-        scale, zero = inline(graph, _scale, use.spec, low, high, scope=scope, key="scale")
+        scale, zero = _scale(graph, use.spec, low, high, scope)
     _set_range(node, scale, zero, dequantize_scale=scale)
 
 
@@ -325,12 +325,28 @@ def _replace_static(
         low, high = (
             call(graph, SELECT, s, memory["steps"], p, scope=ours) for s, p in zip(stored, present, strict=True)
         )
-        scale, zero = inline(graph, _scale, spec, low, high, scope=ours, key="scale")
+        scale, zero = _scale(graph, spec, low, high, ours)
         visible = inline(graph, _visible, scale, *plain, scope=ours, key="visible")
         bounds = (high,) if spec.symmetric else (low, high)
         item.stats["clipped"] = inline(graph, _clipped, x, dims, *bounds, scope=ours, key="clipped")
         item.stats["clipped"].meta["qtrain_statistic"] = "clipped"
     _set_range(node, scale, zero, dequantize_scale=visible)
+
+
+def _scale(
+    graph: fx.Graph, spec: QuantSpec, low: fx.Node, high: fx.Node, scope: dict[str, object]
+) -> tuple[fx.Node, fx.Node | None]:
+    if spec.symmetric and _mirrored(low, high):
+        return inline(graph, _symmetric_scale, spec, high, scope=scope, key="symmetric scale"), None
+    return inline(graph, _scale_and_zero_point, spec, low, high, scope=scope, key="scale")
+
+
+def _mirrored(low: fx.Node, high: fx.Node) -> bool:
+    """Whether low is -high, as most estimators have it: then one of the two is enough."""
+    if low.target is SELECT and high.target is SELECT:
+        (stored, valid, present), (stored_high, valid_high, present_high) = low.args, high.args
+        return valid is valid_high and _mirrored(stored, stored_high) and _mirrored(present, present_high)
+    return low.target is aten.neg.default and low.args[0] is high
 
 
 def _measure(
@@ -449,8 +465,12 @@ def _stored_range(spec: QuantSpec, names: tuple[str, ...], fields: tuple[str, ..
     return stored_range(spec, stats, state)
 
 
-def _scale(spec: QuantSpec, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
+def _scale_and_zero_point(spec: QuantSpec, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
     return scale_and_zero_point(low, high, spec)
+
+
+def _symmetric_scale(spec: QuantSpec, high: Tensor) -> Tensor:
+    return symmetric_scale(high.abs(), spec)
 
 
 def _visible(scale: Tensor, *stats: Tensor) -> Tensor:

@@ -256,6 +256,11 @@ class IntegerFormat(Protocol):
 SMALLEST_SCALE = torch.finfo(torch.float32).tiny
 
 
+def symmetric_scale(amax: Tensor, spec: IntegerFormat) -> Tensor:
+    """Range -amax..amax -> scale fp32, the `scale_and_zero_point` of it."""
+    return (amax.to(torch.float32) / spec.qmax).clamp_min(SMALLEST_SCALE)
+
+
 def scale_and_zero_point(low: Tensor, high: Tensor, spec: IntegerFormat) -> tuple[Tensor, Tensor | None]:
     """Range -> (scale fp32, zero_point int32 or None), elementwise: hp ~= scale * (code - zero_point).
 
@@ -274,8 +279,7 @@ def scale_and_zero_point(low: Tensor, high: Tensor, spec: IntegerFormat) -> tupl
     """
     low, high = low.to(torch.float32), high.to(torch.float32)
     if spec.symmetric:
-        amax = torch.maximum(low.abs(), high.abs())
-        return (amax / spec.qmax).clamp_min(SMALLEST_SCALE), None
+        return symmetric_scale(torch.maximum(low.abs(), high.abs()), spec), None
     low, high = low.clamp_max(0.0), high.clamp_min(0.0)
     scale = ((high - low) / (spec.qmax - spec.qmin)).clamp_min(SMALLEST_SCALE)
     zero_point = (spec.qmin - low / scale).round().clamp(spec.qmin, spec.qmax)

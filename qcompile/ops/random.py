@@ -102,6 +102,9 @@ def draws_of_key(key: Tensor, like: Tensor) -> Tensor:
     Plain aten without synchronisation or data-dependent control flow: it traces with symbolic sizes, and
     Inductor fuses it.
     """
-    element = torch.arange(like.numel(), dtype=torch.int64, device=like.device).reshape(like.shape)
-    r = _mix32(((element & _MASK) * _SPREAD + key) & _MASK)
+    count = like.numel()
+    element = torch.arange(count, dtype=torch.int64, device=like.device).reshape(like.shape)
+    if not (isinstance(count, int) and count <= _MASK + 1):
+        element = element & _MASK  # or the product leaves int64
+    r = _mix32((element * _SPREAD + key) & _MASK)
     return (r >> 8).to(torch.float32) * 2.0**-24 - 0.5

@@ -1,6 +1,7 @@
 """attach_range_state: reductions of the present tensor, and reads and updates of range state."""
 
 import operator
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from passes.attach_range_state import attach_range_state
 from passes.graph import DEQUANTIZE, QUANTIZE, RANGE, READ, SEED, SELECT, WRITE, phase_of
+from qcompile import RangeEstimator, register_estimator
 from qcompile.errors import GraphError
 from qcompile.specs import GemmSpec, PerRow, PerTensor, QuantSpec
 from tests.compiling import AVERAGE, MOMENTUM, STOCHASTIC, hindsight
@@ -72,7 +74,31 @@ def test_each_half_reads_once_at_its_start_and_writes_once_at_its_end():
         assert write.args[:2] == read.args
         assert order[write] > max(order[n] for n in original if n in order and phase_of(n) == phase)
         assert order[write] > max(order[n] for n in read.users)
-    assert joint.count(SELECT) == 10  # low and high of four operands, and the new range of each half
+    assert joint.count(SELECT) == 6  # the range of four operands, and the new range of each half
+
+
+@register_estimator
+@dataclass(frozen=True)
+class Lopsided(RangeEstimator):
+    name = "test_lopsided"
+
+    def range(self, stats, state):
+        return -3 * stats["amax"], stats["amax"]
+
+
+def test_of_a_range_that_is_the_same_on_both_sides_one_is_enough():
+    """Any other symmetric range is as wide as its larger side."""
+    aten = torch.ops.aten
+    for recipe in (TENSORWISE, AVERAGE):
+        joint = before_attaching(recipe)
+        negatives = joint.count(aten.neg.default)  # of the model's own
+        joint.apply(attach_range_state)
+        assert joint.count(aten.neg.default) == negatives and joint.count(aten.maximum.default) == 0
+    joint = before_attaching(TENSORWISE.replace(input=QuantSpec(estimator=Lopsided())))
+    before = joint.run()
+    joint.apply(attach_range_state)
+    assert joint.count(aten.maximum.default) == 1
+    assert_same_outputs(before, joint.run())
 
 
 @pytest.mark.parametrize("recipe", [TENSORWISE, ROWWISE, AVERAGE, STOCHASTIC], ids=lambda r: r.name)
