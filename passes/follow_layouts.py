@@ -54,7 +54,7 @@ def follow_layouts(graph: fx.Graph, context: PassContext | None = None) -> int:
             if _strides(node.meta.get("val")) != before:
                 moved.add(node)
     for node, strides in returned.items():
-        if node in moved and node.meta["val"].stride() != strides:
+        if node in moved and not _same(node.meta["val"], strides):
             with graph.inserting_before(output):
                 copy = call(graph, aten.clone.default, node, scope=_scope(node), memory_format=_format(strides, node))
             output.replace_input_with(node, copy)
@@ -65,6 +65,11 @@ def follow_layouts(graph: fx.Graph, context: PassContext | None = None) -> int:
 def _strides(value: Any) -> Any:
     values = value if isinstance(value, tuple | list) else (value,)
     return [v.stride() if isinstance(v, Tensor) else None for v in values]
+
+
+def _same(value: Tensor, strides: tuple[Any, ...]) -> bool:
+    """Whether the value lies so. The stride of an axis of size 1 says nothing: a 1x1 kernel is laid out both ways at once."""
+    return all(a == b for a, b, size in zip(value.stride(), strides, value.shape, strict=True) if size != 1)
 
 
 def _allows(value: Tensor, shape: Any) -> bool:

@@ -345,7 +345,7 @@ def weight_grad(
     out_dtype: torch.dtype,
     cut: Cut | None = None,
 ) -> tuple[Tensor, bool]:
-    """small [B, A, *P], big [B, groups * C, *spatial] -> [A, C, *kernel], contiguous; and whether its sum was cut.
+    """small [B, A, *P], big [B, groups * C, *spatial] -> [A, C, *kernel], channels last; and whether its sum was cut.
 
     `small` has a value for each place of the kernel over `big`: it is a convolution's grad_output and `big` its input; of a
     transposed convolution it is the input, and `big` is grad_output. Scales and zero points: 0-d, or [1, A, 1, ...] and
@@ -370,8 +370,8 @@ def weight_grad(
         else:
             rows, codes = next(pieces, (small.new_empty((outputs // groups, 0)), small.new_empty((0, taps * inner))))
             result = product(rows, codes, a_scale, b_scale, a_zero, b_zero, None, out_dtype)
-        found.append(result.view(outputs // groups, *kernel, inner).movedim(-1, 1))
-    return (found[0] if groups == 1 else torch.cat(found)).contiguous(), is_cut
+        found.append(result.view(outputs // groups, *kernel, inner))
+    return (found[0] if groups == 1 else torch.cat(found)).movedim(-1, 1), is_cut
 
 
 def operators(product: Product, kernel_name: Callable[..., str], cut: Cut | None = None) -> dict[str, Callable[..., Tensor]]:

@@ -89,7 +89,7 @@ def operators(gathered: Operators, uses_triton: Callable[[torch.device], bool] |
             first, second = (in_scale, g_scale) if geometry.transposed else (g_scale, in_scale)
             scale = _along_rows(first, acc.ndim) * _along_columns(second, geometry.groups, weight_size, acc.ndim)
             _note("conv_grad_weight", shape, geometry)
-            return (acc.to(torch.float32) * scale).to(out_dtype).movedim(-1, 1).contiguous()
+            return (acc.to(torch.float32) * scale).to(out_dtype).movedim(-1, 1)
 
         return _or_gathered(input.device, ours, lambda: gathered["scaled_conv_grad_weight"](grad_output, input, *rest), shape)
 

@@ -120,7 +120,7 @@ def scaled_conv_grad_weight_reference(
     # The weight's first axis is the channels of `first`, its second those of `second` within a group.
     first, second = (input_scale, grad_scale) if transposed else (grad_scale, input_scale)
     scale = _rows(first, weight_size) * _columns(second, weight_size, groups)
-    return (acc.to(torch.float32) * scale).to(out_dtype).contiguous()
+    return _laid_out((acc.to(torch.float32) * scale).to(out_dtype))
 
 
 def _exact(codes: Tensor, zero: Tensor | None) -> Tensor:
@@ -256,7 +256,7 @@ def _fake_grad_input(grad_output: Tensor, weight: Tensor, *rest: Any) -> Tensor:
 
 
 def _fake_grad_weight(grad_output: Tensor, input: Tensor, *rest: Any) -> Tensor:
-    return grad_output.new_empty(rest[4], dtype=rest[-1])
+    return channels_last(grad_output, rest[4], rest[-1])
 
 
 scaled_conv = define(
@@ -292,7 +292,7 @@ scaled_conv_grad_weight = define(
     checked(check_scaled_conv_grad_weight, scaled_conv_grad_weight_reference),
     fake=checked(check_scaled_conv_grad_weight, _fake_grad_weight),
 )
-"""grad_output int8 [N, C_out, *spatial], input int8 [N, C_in, *spatial] -> out_dtype of `weight_size`, contiguous.
+"""grad_output int8 [N, C_out, *spatial], input int8 [N, C_in, *spatial] -> out_dtype of `weight_size`, channels last.
 
     grad_scale, grad_zero    0-d, or [1, C_out, 1, ...]
     input_scale, input_zero  0-d, or [1, C_in, 1, ...]
