@@ -28,12 +28,15 @@ Requires  the form that share_quantized leaves. Ensures: no `range` and no `seed
 
 from __future__ import annotations
 
+import contextlib
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from torch.utils.checkpoint import CheckpointPolicy
 
 from passes.context import Block, Entry, PassContext, StateLayout
@@ -61,7 +64,7 @@ from passes.graph import (
     start_of,
 )
 from passes.insert_qdq import RangeUse
-from qcompile.errors import GraphError
+from qcompile.errors import GraphError, RecipeError
 from qcompile.estimators.base import RangeEstimator, scale_and_zero_point, symmetric_scale
 from qcompile.estimators.statistics import clipped_share, coarser, statistics
 from qcompile.estimators.step import first_range, initial_state, measured, stored_range, updated
@@ -453,16 +456,22 @@ def _named_statistic(x: Tensor, dims: tuple[int, ...], name: str) -> Tensor:
 def _measured(
     spec: QuantSpec, dims: tuple[int, ...], stats: tuple[str, ...], fields: tuple[str, ...], x: Tensor, *tensors: Tensor
 ) -> dict[str, Tensor]:
-    return measured(spec, x, dims, dict(zip(stats, tensors, strict=False)), dict(zip(fields, tensors[len(stats) :], strict=True)))
+    given = dict(zip(stats, tensors, strict=False))
+    with _calling(spec.estimator, "measure", given, fields):
+        return measured(spec, x, dims, given, dict(zip(fields, tensors[len(stats) :], strict=True)))
 
 
 def _first_range(spec: QuantSpec, names: tuple[str, ...], *stats: Tensor) -> tuple[Tensor, Tensor]:
-    return first_range(spec, dict(zip(names, stats, strict=True)))
+    with _calling(spec.estimator, "first_range", names, ()):
+        low, high = first_range(spec, dict(zip(names, stats, strict=True)))
+    return low, high
 
 
 def _stored_range(spec: QuantSpec, names: tuple[str, ...], fields: tuple[str, ...], *tensors: Tensor) -> tuple[Tensor, Tensor]:
     stats, state = dict(zip(names, tensors, strict=False)), dict(zip(fields, tensors[len(names) :], strict=True))
-    return stored_range(spec, stats, state)
+    with _calling(spec.estimator, "range", stats, fields):
+        low, high = stored_range(spec, stats, state)
+    return low, high
 
 
 def _scale_and_zero_point(spec: QuantSpec, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -488,7 +497,29 @@ def _clipped(x: Tensor, dims: tuple[int, ...], *bounds: Tensor) -> Tensor:
 
 def _updated(estimator: RangeEstimator, names: tuple[str, ...], fields: tuple[str, ...], *tensors: Tensor) -> list[Tensor]:
     stats = dict(zip(names, tensors, strict=False))
-    return list(updated(estimator, stats, dict(zip(fields, tensors[len(names) :], strict=True))).values())
+    with _calling(estimator, "update", stats, fields):
+        return list(updated(estimator, stats, dict(zip(fields, tensors[len(names) :], strict=True))).values())
+
+
+@contextlib.contextmanager
+def _calling(estimator: RangeEstimator, method: str, stats: Iterable[str], fields: Iterable[str]) -> Iterator[None]:
+    """An estimator's own errors name it. Dynamo takes some of them for a reason to run the model without a compiler."""
+    try:
+        yield
+    except RecipeError:
+        raise
+    except Exception as error:
+        where = f"{type(estimator).__name__}.{method}"
+        if isinstance(error, (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode)):
+            raise RecipeError(
+                f"{where} asks for the value of a tensor (an `if`, float() or .item()). It is traced into the graph, once for all "
+                "steps: write torch.where(condition, a, b) and plain tensor arithmetic."
+            ) from error
+        what = f"there is no {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error}"
+        raise RecipeError(
+            f"{where} (or what it calls): {what}. Given are the statistics {', '.join(stats) or 'none'} (`statistics_for` asks for "
+            f"others) and the fields {', '.join(fields) or 'none'}; ranges are two tensors (low, high), updates have every field."
+        ) from error
 
 
 def _seed(low: Tensor, high: Tensor, steps: Tensor) -> Tensor:

@@ -94,7 +94,7 @@ def scope_of(node: fx.Node, phase: str) -> dict[str, Any]:
 def call(graph: fx.Graph, target: Any, *args: Any, scope: dict[str, Any], name: str | None = None, **kwargs: Any) -> fx.Node:
     """Append `target(*args, **kwargs)` at the graph's insertion point, with its fake value and `scope` as metadata."""
     node = graph.create_node("call_function", target, args, kwargs, name=name)
-    value = _run_fake(graph, target, args, kwargs)
+    value = fake_result(graph, target, args, kwargs)
     node.meta.update(scope)
     set_value(node, value)
     return node
@@ -109,10 +109,11 @@ def set_value(node: fx.Node, value: Any) -> None:
 
 def refresh(node: fx.Node) -> None:
     """Compute a node's fake value anew from those of its arguments."""
-    set_value(node, _run_fake(node.graph, node.target, node.args, node.kwargs))
+    set_value(node, fake_result(node.graph, node.target, node.args, node.kwargs))
 
 
-def _run_fake(graph: fx.Graph, target: Any, args: Any, kwargs: Any) -> Any:
+def fake_result(graph: fx.Graph, target: Any, args: Any, kwargs: Any) -> Any:
+    """What an operator returns for the fake values of the nodes among its arguments."""
     def value(a: Any) -> Any:
         return a.meta["val"] if isinstance(a, fx.Node) else a
 
@@ -203,12 +204,12 @@ def refresh_values(graph: fx.Graph, changed: Iterable[fx.Node]) -> None:
         if node.op != "call_function" or stale.isdisjoint(node.all_input_nodes):
             continue
         try:
-            value = _run_fake(graph, node.target, node.args, node.kwargs)
+            value = fake_result(graph, node.target, node.args, node.kwargs)
         except RuntimeError:
             if node.target not in VIEWS:
                 raise
             node.target = aten.reshape.default
-            value = _run_fake(graph, node.target, node.args, node.kwargs)
+            value = fake_result(graph, node.target, node.args, node.kwargs)
         old = node.meta.get("val")
         if isinstance(old, torch.Tensor) and isinstance(value, torch.Tensor) and old.stride() == value.stride():
             continue

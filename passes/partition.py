@@ -20,16 +20,18 @@ from __future__ import annotations
 import unittest.mock
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from operator import getitem
 from typing import Any, Literal
 
 import torch
 from torch import fx
 from torch._functorch import partitioners
+from torch._ops import HigherOrderOperator
 
 from passes.buffers import bind_state
 from passes.context import PassContext
 from passes.dynamo_inputs import DynamoInputs
-from passes.graph import BACKWARD, FORWARD
+from passes.graph import BACKWARD, FORWARD, fake_result, set_value
 from passes.pipeline import Pipeline, Step, joint_steps, lower_half, run_cut_steps
 from passes.report import tell_what_stays_hp
 from passes.verify import count_writes
@@ -64,10 +66,26 @@ def min_cut_partition(
 
     with unittest.mock.patch.object(partitioners, "get_default_op_list", with_ours):
         forward, backward = partitioner(joint, joint_inputs, **kwargs)
+    for half in (forward, backward):
+        _give_values(half.graph)
     if run_cut_steps(forward.graph, backward.graph, kwargs["num_fwd_outputs"], context):
         forward.recompile()
         backward.recompile()
     return forward, backward
+
+
+def _give_values(graph: fx.Graph) -> None:
+    """Fake values for what the partitioner makes of operators that may draw random numbers and are run twice: attention with a
+    dropout of 0 in a checkpoint is one. It leaves them without."""
+    for node in graph.nodes:
+        if node.op != "call_function" or "val" in node.meta or not isinstance(node.target, HigherOrderOperator):
+            continue
+        saves = node.target.name() == "run_and_save_rng_state"
+        operator_at = 0 if saves or node.target.name().startswith("graphsafe") else 1  # behind the state to run with
+        drawn, *args = node.args[operator_at:]
+        value = fake_result(graph, drawn, args, {k: v for k, v in node.kwargs.items() if k != "rng_state"})
+        states = (n.meta["val"] for n in node.users if n.target is getitem and n.args[1] == 0)
+        set_value(node, (next(states, None), value) if saves else value)
 
 
 class QtrainPartition:

@@ -62,7 +62,7 @@ def _masks_alone(source: fx.Node) -> list[fx.Node]:
             seen.add(user)
             if user.op != "call_function" or any("tangents" in str(n.target) for n in sources(user)):
                 return []
-            if user.meta["val"].dtype is torch.bool:
+            if getattr(user.meta["val"], "dtype", None) is torch.bool:  # some operators return several tensors
                 masks.append(user)
             else:
                 stack.append(user)

@@ -107,6 +107,15 @@ def qtrain(
     if not isinstance(profit_filter, bool):
         raise ValueError(f"profit_filter: got {profit_filter!r}; allowed: True or False")
     config = inductor.mode_options(options.pop("mode", mode)) | _inductor_options(options)
+    if not recipe.asks_for_integers() and recipe.compress_saved is None and recipe.fingerprint() != Recipe().fingerprint():
+        told = (
+            f"recipe {recipe.name!r} makes no GEMM an integer one: each needs a spec for both of its operands (output: input and "
+            "weight; grad_input: grad_output and weight; grad_weight: grad_output and input). "
+            "To change a built-in recipe instead of writing one: get_recipe('int8').replace(...)"
+        )
+        if strict:
+            raise UnsupportedError(f"strict: {told}")
+        _warn(told)
     if quantizes_nothing(recipe):
         return inductor.compile_plain(gm, example_inputs, config)
     if reason := unsupported_device({e.device for e in example_inputs if isinstance(e, Tensor)}):
@@ -463,6 +472,11 @@ def _adopting(compiled: Callable[..., Any], decisions: StoredDecisions, position
     return run
 
 
+PATIENCE = 8
+"""Calls after which a half that still waits for a range is compiled in that form too. Some ranges come late or never: a channel
+that is always zero, a layer that is not used yet."""
+
+
 class _Interpreted:
     """A half for calls in which some range has no memory yet: run operator by operator, so that nothing is compiled twice.
 
@@ -471,18 +485,22 @@ class _Interpreted:
 
     def __init__(self, half: fx.GraphModule, context: PassContext, strides: list[tuple[int, ...] | None] | None) -> None:
         self.half, self.context, self.strides = half, context, strides
-        self.ready = False
+        self.calls = 0
         self.told = False  # that a call without grad ran this way
+        self.run: Callable[..., Any] = half.forward
 
     def __call__(self, args: list[Any]) -> tuple[Any, ...]:
-        if not self.ready:
+        if self.calls == 0:
             lower(self.half.graph, self.context, steady=False)
             self.half.recompile()
-            self.ready = True
+            self.run = self.half.forward
+        elif self.calls == PATIENCE:
+            self.run = torch.compile(self.half, dynamic=any(isinstance(a, int) for a in args))
+        self.calls += 1
         given = list(args)
         args.clear()
         with torch.no_grad():
-            outputs = self.half.forward(*given)
+            outputs = self.run(*given)
         if self.strides is None:
             return tuple(outputs)
         return tuple(_with_strides(o, s) for o, s in zip(outputs, self.strides, strict=True))

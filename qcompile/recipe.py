@@ -150,6 +150,12 @@ class Recipe:
         transforms = tuple((g, v.hadamard) for g in pairs if isinstance(v := values[g], GemmSpec) and v.hadamard is not None)
         return SiteRecipe(site=site, **pairs, reasons=reasons, transforms=transforms)
 
+    def asks_for_integers(self) -> bool:
+        """Whether some GEMM of some site has specs for both of its operands."""
+        own = self._site_fields()
+        tables = [own, *({**own, **changes} for _, changes in self.overrides)]
+        return any(operand_pair(values, gemm) is not None for values in tables for gemm in GEMM_OPERANDS)
+
     def unmatched_patterns(self, site_names: Iterable[str]) -> list[str]:
         """The patterns of `skip` and `overrides` that mean none of these sites: most likely misspelt. Kinds are no misspelling."""
         names = list(site_names)

@@ -98,7 +98,8 @@ def learning_rate_factors(state: RangeState, *, a: float = 20.0, b: float = 0.1)
         module, _, operand = name.rpartition(".")
         fields = state[name] if operand.startswith("grad_output") else {}
         if "deviation" in fields:
-            deviations[module] = max(deviations.get(module, 0.0), float(fields["deviation"].max()))
+            layer = module.partition("#")[0]  # "proj#1": its second use in a step
+            deviations[layer] = max(deviations.get(layer, 0.0), float(fields["deviation"].max()))
     if not deviations:
         raise StateError(
             "learning_rate_factors: no gradient's range keeps a deviation. Train a step first, under a recipe whose grad_output "
@@ -122,7 +123,12 @@ def scale_learning_rates(
     factors of 1, before loading the one and making the other, and undo the factors (1 again) before the schedule's step.
     Returns Parameter's name -> learning rate.
     """
-    names = {p: n.removeprefix("_orig_mod.") for n, p in model.named_parameters()}
+    from qcompile.state.handle import clean_name  # the state imports the estimators
+
+    names = {p: clean_name(n) for n, p in model.named_parameters()}
+    layers_of_model = {name.rpartition(".")[0] for name in names.values()}
+    if unknown := [module for module in factors if module not in layers_of_model]:
+        raise ValueError(f"scale_learning_rates: the model has no Parameters in {', '.join(map(repr, unknown))}")
     split: list[dict[str, Any]] = []
     for group in optimizer.param_groups:
         layers: dict[str | None, list[Tensor]] = {}

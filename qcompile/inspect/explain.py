@@ -318,7 +318,8 @@ def explain(
     times = [measure(graph) if timed else {} for graph in found.graphs]
     report = _report(found, hp, times)
     if found.recipe.compress_saved is not None:
-        exact = capture(model, *inputs, recipe=found.recipe.replace(compress_saved=None), loss=loss, passes=passes, **kwargs)
+        without = found.recipe.replace(compress_saved=None)
+        exact = capture(model, *inputs, recipe=without, loss=loss, passes=passes, profit_filter=profit_filter, **kwargs)
         report.crossings = [crossing for graph in found.graphs for crossing in graph.context.crossings]
         report.gradient_snr_db = {n: _snr_db(g, exact.gradients[n]) for n, g in found.gradients.items() if n in exact.gradients}
     return report

@@ -75,9 +75,11 @@ class Binding:
             if name == "steps" and "seed_low" not in entry.fields:
                 steps.extend(range(start, start + entry.size))
         self.first_element = min(order, default=0)
-        # The host does not wait for the copies, here or anywhere in a step.
-        self.index = torch.tensor(order, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
-        self._steps = torch.tensor(steps, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
+        # The host does not wait for the copies, here or anywhere in a step. A first call may be one for inference: what is made in
+        # that mode could not be saved for backward.
+        with torch.inference_mode(False):
+            self.index = torch.tensor(order, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
+            self._steps = torch.tensor(steps, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
         self._steady_since: int | None = None if steps else -1  # epoch at which all ranges were found valid; -1: always
         self._answer: tuple[Tensor, torch.cuda.Event, int] | None = None
 

@@ -117,9 +117,10 @@ class Slot:
         return self.arena.tensor[start : start + self.size].clone()
 
     def write(self, name: str, value: Tensor | float) -> None:
+        """`value`: a number, or a tensor of as many elements, of any shape, device and dtype."""
         start = self.field_offset(name)
         with torch.no_grad():
-            self.arena.tensor[start : start + self.size] = value  # copies across devices and dtypes
+            self.arena.tensor[start : start + self.size] = value.reshape(-1) if isinstance(value, Tensor) else value
 
     @property
     def draws(self) -> bool:
@@ -256,7 +257,8 @@ class RangeStore:
             new = [r for s, r in zip(known, requests, strict=True) if s is None or s.arena is not arena]
             if arena.has_room(len(r.fields) * r.size for r in new):
                 return arena
-        arenas.append(Arena(torch.zeros(capacity, dtype=torch.float32, device=device)))
+        with torch.inference_mode(False):  # a first call for inference makes the memory that training writes to
+            arenas.append(Arena(torch.zeros(capacity, dtype=torch.float32, device=device)))
         return arenas[-1]
 
     def _settle(self, arena: Arena, slot: Slot | None, request: Request, identity: str) -> Slot:

@@ -1,0 +1,83 @@
+"""Ranges that come late or never, and state that inference or a file made first: training is right, and not slow for ever."""
+
+import pytest
+import torch
+from torch import nn
+
+import qcompile
+from qcompile import backend, range_state
+from qcompile.recipes import get_recipe
+from tests.compiling import compiled
+from tests.device import seeded
+
+WIDTH = 16
+
+
+def network():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Linear(WIDTH, WIDTH))
+    with torch.no_grad():
+        model[0].bias[3] = -100.0  # its channel is always zero: no range is ever learned for it
+    return model
+
+
+def losses(steps, wake_up=None):
+    torch._dynamo.reset()
+    model = network()
+    run = compiled(model, get_recipe("int8_dai8"), strict=True)
+    found = []
+    for step in range(steps):
+        if step == wake_up:
+            with torch.no_grad():
+                model[0].bias[3] = 1.0
+        x = seeded(8, WIDTH, seed=step)
+        loss = (run(x) - x).square().mean()
+        model.zero_grad()
+        loss.backward()
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= 0.1 * p.grad
+        found.append(loss.item())
+    return found
+
+
+def test_a_channel_that_stays_zero_does_not_keep_a_half_interpreted(interpreted, monkeypatch):
+    """After some calls the form for ranges that are not there yet is compiled as well; it computes the same."""
+    compiled_late, real = [], torch.compile
+
+    def spy(module, **options):
+        if isinstance(module, nn.Sequential):  # the model itself
+            return real(module, **options)
+        compiled_late.append(module)
+        return real(module, backend="aot_eager", **options)
+
+    monkeypatch.setattr(backend, "PATIENCE", 10**9)
+    want = losses(8, wake_up=6)
+    monkeypatch.setattr(backend, "PATIENCE", 3)
+    monkeypatch.setattr(torch, "compile", spy)
+    got = losses(8, wake_up=6)
+    assert len(compiled_late) == 1, "the backward half, whose gradients have a range for each channel"
+    assert got == pytest.approx(want, rel=1e-6)
+
+
+def test_inference_before_the_first_step_leaves_training_as_it_is(interpreted):
+    """The memory of a range is made by the first call, which inference_mode would mark as not to be written to."""
+    model = nn.Linear(WIDTH, WIDTH)
+    run = compiled(model)
+    x = seeded(8, WIDTH, seed=0)
+    with torch.inference_mode(), pytest.warns(qcompile.QtrainWarning, match="no training step has left ranges yet"):
+        run(x)
+    for _ in range(2):
+        run(x).sum().backward()
+    state = range_state(model).state_dict()
+    assert state["input.steps"].item() == 2
+    range_state(model).load_state_dict(state)
+
+
+def test_a_field_of_another_shape_and_as_many_elements_is_loaded():
+    model = nn.Linear(WIDTH, WIDTH)
+    compiled(model)(seeded(8, WIDTH, seed=0)).sum().backward()
+    state = range_state(model).state_dict()
+    range_state(model).load_state_dict({name: value.reshape(1, -1, 1) for name, value in state.items()})
+    after = range_state(model).state_dict()
+    assert all(torch.equal(after[name], value) for name, value in state.items())
