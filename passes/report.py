@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 
 from passes.context import EMULATED, PROFIT_FILTER, PassContext
+from qcompile._checks import suggestion
 from qcompile.errors import QtrainWarning, UnsupportedError
 
 __all__ = ["by_choice", "tell_what_stays_hp"]
@@ -20,7 +21,9 @@ def tell_what_stays_hp(context: PassContext) -> None:
     names = [name for s in context.sites for name in context.names(s)]
     unmatched = context.recipe.unmatched_patterns([*names, *context.layers])
     if unmatched and context.sites:
-        _warn(f"recipe {context.recipe.name!r}: no site matches {', '.join(map(repr, unmatched))}")
+        known = ", ".join(map(repr, names[:4])) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        told = f"recipe {context.recipe.name!r}: no site matches {', '.join(map(repr, unmatched))}; there are {known}"
+        _warn(f"{told}. {suggestion(unmatched[0], names)}".rstrip())
     slow = [(s, g) for s, g in context.gemms() if g.reason is not None and g.reason.startswith(PROFIT_FILTER)]
     if slow:
         _warn(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 import time
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,6 +30,7 @@ from passes.report import tell_what_stays_hp
 from passes.unfuse_attention import unfuse_attention
 from passes.verify import count_writes
 from qcompile import inductor
+from qcompile._checks import suggestion
 from qcompile.enclosing import layers_around, prefixes
 from qcompile.errors import QtrainWarning, UnsupportedError
 from qcompile.kernels.autotune import tune
@@ -185,7 +187,8 @@ def _inductor_options(options: dict[str, Any]) -> dict[str, Any]:
     for key, value in options.items():
         name = key.replace("-", "_")
         if name not in known:
-            raise ValueError(f"options: {key!r} is not known; allowed: {', '.join(OPTIONS)}, and every option of Inductor")
+            allowed = f"{', '.join(OPTIONS)}, and every option of Inductor"
+            raise ValueError(f"options: {key!r} is not known; allowed: {allowed}. {suggestion(key, [*OPTIONS, *known])}".rstrip())
         checked[name] = value
     return checked
 
@@ -341,11 +344,10 @@ class Compilation:
         if not (recipe.skip or recipe.overrides) or context.prefixes == ("",) or not positions:
             return compiled
         first = next(iter(positions.values()))
-        known: set[int] = set()
+        known = _Seen()
 
         def run(args: list[Any]) -> Any:
-            if id(args[first]) not in known:
-                known.add(id(args[first]))
+            if known.first_time(args[first]):
                 here = prefixes({name: (context.parameters[name], args[i]) for name, i in positions.items()})
                 other = replace(context, prefixes=here)
                 for site in context.sites:
@@ -460,16 +462,30 @@ def _agreeing(backward: Callable[..., Any]) -> Callable[..., Any]:
 def _adopting(compiled: Callable[..., Any], decisions: StoredDecisions, positions: Mapping[str, int]) -> Callable[..., Any]:
     """A half that keeps what the profit filter decided with the Parameters of every instance that it runs for."""
     first = next(iter(positions.values()))
-    known: set[int] = set()
+    known = _Seen()
 
     def run(args: list[Any]) -> Any:
-        if id(args[first]) not in known:
-            known.add(id(args[first]))
+        if known.first_time(args[first]):
             decisions.adopt({name: args[i] for name, i in positions.items()})
         return compiled(args)
 
     run._boxed_call = True  # type: ignore[attr-defined]
     return run
+
+
+class _Seen:
+    """Parameters that a half has run for. By identity, as tensors compare elementwise; an address is used again by others."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, weakref.ref[Any]] = {}
+
+    def first_time(self, parameter: Any) -> bool:
+        known = self._known.get(id(parameter))
+        if known is not None and known() is parameter:
+            return False
+        self._known = {key: ref for key, ref in self._known.items() if ref() is not None}
+        self._known[id(parameter)] = weakref.ref(parameter)
+        return True
 
 
 PATIENCE = 8

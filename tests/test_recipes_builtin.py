@@ -1,7 +1,11 @@
+from pathlib import Path
+
 import pytest
+import torch
 
 from qcompile import recipes
-from qcompile.errors import RecipeError
+from qcompile.backend import qtrain
+from qcompile.errors import QtrainWarning, RecipeError
 from qcompile.estimators import EWGS, LGLSQ, InHindsight, Learned, MinMax
 from qcompile.recipe import GEMM_OPERANDS, Recipe
 from qcompile.recipes import get_recipe, list_recipes, register_recipe
@@ -116,3 +120,29 @@ def test_a_name_that_would_mislead_is_refused(name):
         register_recipe(Recipe(name=name, input=QuantSpec()))
     with pytest.raises(RecipeError, match="register_recipe: got 'int8'"):
         register_recipe("int8")
+
+
+def test_the_recipe_file_on_the_page_is_one():
+    page = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text()
+    recipe = Recipe.from_toml(page.split("```toml\n")[1].split("```")[0])
+    assert recipe.asks_for_integers() and recipe.resolve("layers.0.up").grad_input is None and recipe.skip == ("lm_head",)
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+
+
+@pytest.mark.parametrize("asked", [{"skip": ["0"]}, {"input": {"bits": 8}}, {"weight": {}, "input": {}, "output": "hp"}])
+def test_a_recipe_that_asks_for_no_integer_gemm_says_so(asked):
+    """High precision that was not asked for is not silent."""
+    model, x = torch.nn.Linear(16, 16), torch.randn(8, 16)
+    torch._dynamo.reset()
+    with pytest.warns(QtrainWarning, match="makes no GEMM an integer one: each needs a spec for both of its operands"):
+        torch.compile(model, backend=qtrain, options={"recipe": asked})(x)
+    torch._dynamo.reset()
+    with pytest.raises(Exception, match="strict: recipe 'custom' makes no GEMM an integer one"):
+        torch.compile(model, backend=qtrain, options={"recipe": asked, "strict": True})(x)
+
+
+@pytest.mark.parametrize("nothing", ["none", {}])
+def test_the_recipe_none_says_nothing(nothing, recwarn):
+    torch._dynamo.reset()
+    torch.compile(torch.nn.Linear(16, 16), backend=qtrain, options={"recipe": nothing, "strict": True})(torch.randn(8, 16))
+    assert not [w for w in recwarn if issubclass(w.category, QtrainWarning)]

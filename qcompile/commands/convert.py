@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"FILE: got {str(path)!r}; its ending must be one of {', '.join(FORMATS)}")
     made = target.load(argparse.Namespace(target=arguments.target, autocast=None))
     if arguments.weights is not None:
-        made.model.load_state_dict(_read(arguments.weights))
+        _load_weights(made.model, _read(arguments.weights), arguments.weights)
     if arguments.ranges is not None:
         range_state(made.model).load_state_dict(_read(arguments.ranges))
     made.model.eval()
@@ -71,6 +71,15 @@ def run(arguments: argparse.Namespace) -> int:
         report["check"] = _check(deployed, again, made)
     print(json.dumps(report, indent=2) if arguments.json else _text(report))
     return 1 if arguments.check and not report["check"]["same"] else 0
+
+
+def _load_weights(model: nn.Module, state: dict[str, Any], path: Path) -> None:
+    """A compiled model's state too, whose names begin with a wrapper's. Errors: `ValueError` for one of another model."""
+    plain = {name.removeprefix("_orig_mod."): value for name, value in state.items()}
+    try:
+        model.load_state_dict(plain if state.keys() != model.state_dict().keys() else state)
+    except RuntimeError as error:
+        raise ValueError(f"--weights {path}: {error}") from error
 
 
 def _read(path: Path) -> dict[str, Tensor]:

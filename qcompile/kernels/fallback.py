@@ -67,6 +67,8 @@ _failed: set[tuple[str, str]] = set()
 def ours_or_plain(kernel: str, device: torch.device, ours: Callable[[], T], plain: Callable[[], T], work: str) -> T:
     """What `ours` returns: a kernel for which plain operators can stand in. Errors and warnings: those of `first_that_runs`."""
     if (kernel, str(device)) in _failed:
+        if getattr(_here, "strict", False):
+            raise KernelError(f"strict: kernel {kernel!r} failed earlier in this process; plain operators do its work on {device}")
         return plain()
     ran, result = first_that_runs((kernel, "plain"), lambda name: ours() if name == kernel else plain(), work)
     if ran != kernel:

@@ -81,7 +81,9 @@ class Replicas:
         with self._lock:
             touched = [self._touched[serial] for serial in sorted(self._touched)]
             self._touched.clear()
-        touched = [b for b in touched if b.current()]
+        # A model whose graph was compiled for several shapes has several bindings of the same memory; ranks may have run others.
+        by_memory = {tuple(map(id, b.slots)): b for b in reversed(touched) if b.current()}
+        touched = sorted(by_memory.values(), key=lambda b: b.serial)
         if not self.active():
             return
         key = tuple(b.serial for b in touched)

@@ -8,7 +8,7 @@ from torch._subclasses import FakeTensorMode
 from qcompile import backend, inductor
 from qcompile.backend import qtrain
 from qcompile.errors import KernelError, QtrainWarning, UnsupportedError
-from qcompile.kernels import cuda
+from qcompile.kernels import cuda, fallback
 from qcompile.kernels.select import fallback_reason, gemm_kernel, unsupported_device
 from qcompile.kernels.triton import launch
 from tests.compiling import nearest
@@ -133,3 +133,20 @@ def test_max_autotune_measures_every_gemm_when_it_compiles(mode, tuned, interpre
     assert len(asked) == tuned and {problem[0] for problem in asked} <= {GPU}
     products = {problem[1:4] for problem in asked}
     assert products == (set() if not tuned else {(40, 24, 16), (40, 16, 24), (24, 16, 40)}), "M, N, K as the kernel sees them"
+
+
+def test_strict_refuses_what_failed_before_it_was_asked_for(monkeypatch):
+    """The failure was met without strict, and remembered: plain operators must not do the work in silence from then on."""
+    monkeypatch.setattr(fallback, "_failed", set())
+
+    def breaks():
+        raise OSError("no driver")
+
+    def work(args):
+        return fallback.ours_or_plain("ours", torch.device("cpu"), breaks, lambda: "plain", "a GEMM")
+
+    with pytest.warns(QtrainWarning, match="no driver"):
+        assert work([]) == "plain"
+    assert work([]) == "plain"
+    with pytest.raises(KernelError, match="strict: kernel 'ours' failed earlier in this process"):
+        fallback.strictly(work)([])

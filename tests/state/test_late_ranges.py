@@ -7,6 +7,7 @@ from torch import nn
 import qcompile
 from qcompile import backend, range_state
 from qcompile.recipes import get_recipe
+from qcompile.state.replicas import Replicas
 from tests.compiling import compiled
 from tests.device import seeded
 
@@ -81,3 +82,28 @@ def test_a_field_of_another_shape_and_as_many_elements_is_loaded():
     range_state(model).load_state_dict({name: value.reshape(1, -1, 1) for name, value in state.items()})
     after = range_state(model).state_dict()
     assert all(torch.equal(after[name], value) for name, value in state.items())
+
+
+def test_ranges_of_one_model_are_exchanged_once_however_many_shapes_it_was_compiled_for(interpreted, monkeypatch):
+    """Ranks may have met other shapes: what they bring together must be the same."""
+    planned = []
+
+    class Plan:
+        def __init__(self, bindings):
+            planned.append(sum(len(b.slots) for b in bindings))
+
+        def run(self, group):
+            pass
+
+    replicas = Replicas()
+    monkeypatch.setattr(replicas, "active", lambda: True)
+    monkeypatch.setattr("qcompile.state.replicas._Plan", Plan)
+    monkeypatch.setattr("qcompile.state.replicas._compare", lambda *_: None)
+    monkeypatch.setattr(backend, "REPLICAS", replicas)
+    model = nn.Linear(WIDTH, WIDTH)
+    run = compiled(model)
+    for batches in ((8,), (8, 12)):  # the second shape is another graph
+        for rows in batches:
+            run(seeded(rows, WIDTH, seed=0))
+        replicas.exchange()
+    assert planned[0] > 0 and set(planned) == {planned[0]}

@@ -1,0 +1,86 @@
+"""An estimator of a user's that goes wrong is named, whatever it does: its errors must not look like a reason to run eagerly."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from qcompile import RangeEstimator, register_estimator
+from qcompile.backend import qtrain
+from qcompile.recipe import Recipe
+from qcompile.specs import QuantSpec
+
+
+class Wrong(RangeEstimator):
+    def state_fields(self, symmetric):
+        return {"bound": 0.0}
+
+    def range(self, stats, state):
+        return -state["bound"], state["bound"]
+
+    def update(self, stats, state):
+        return {"bound": stats["amax"]}
+
+
+@register_estimator
+@dataclass(frozen=True)
+class Branches(Wrong):
+    name = "test_branches"
+
+    def range(self, stats, state):
+        return (-state["bound"], state["bound"]) if state["bound"] > 1 else (-3 * state["bound"], 3 * state["bound"])
+
+
+@register_estimator
+@dataclass(frozen=True)
+class ReadsWhatItDidNotAskFor(Wrong):
+    name = "test_reads_std"
+
+    def range(self, stats, state):
+        return -stats["std"], stats["std"]
+
+
+@register_estimator
+@dataclass(frozen=True)
+class ReturnsOne(Wrong):
+    name = "test_returns_one"
+
+    def first_range(self, stats):
+        return stats["amax"]
+
+
+@register_estimator
+@dataclass(frozen=True)
+class Misspells(Wrong):
+    name = "test_misspells"
+
+    def update(self, stats, state):
+        return {"bund": stats["amax"]}
+
+
+@register_estimator
+@dataclass(frozen=True)
+class Fails(Wrong):
+    name = "test_fails"
+
+    def measure(self, x, stats, state):
+        raise OSError("no such table")
+
+
+@pytest.mark.parametrize(
+    "estimator, message",
+    [
+        (Branches(), "Branches.range asks for the value of a tensor .*torch.where"),
+        (ReadsWhatItDidNotAskFor(), "ReadsWhatItDidNotAskFor.range .*there is no 'std'.*statistics amax"),
+        (ReturnsOne(), "ReturnsOne.first_range .*two tensors"),
+        (Misspells(), "Misspells.update .*there is no 'bound'.*fields bound"),
+        (Fails(), "Fails.measure .*OSError: no such table"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_an_estimator_that_goes_wrong_is_named(interpreted, estimator, message):
+    torch._dynamo.reset()
+    recipe = Recipe(input=QuantSpec(estimator=estimator), weight=QuantSpec())
+    with pytest.raises(Exception, match=message) as raised:
+        torch.compile(torch.nn.Linear(16, 16), backend=qtrain, options={"recipe": recipe})(torch.randn(8, 16))
+    assert "RecipeError" in str(raised.value) or "RecipeError" in type(raised.value).__name__
