@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import fx
@@ -31,6 +32,7 @@ __all__ = [
     "StateLayout",
     "full_name",
     "parameter_source",
+    "device_of",
 ]
 
 
@@ -220,8 +222,7 @@ class PassContext:
         found = {name: source for name, node in inputs.items() if (source := _parameter_name(node)) is not None}
         found |= {name: source if source.startswith("L[") else parameter_source(source) for name, source in named.items()}
         values = (n.meta.get("val") for n in inputs.values())
-        device = next((v.device for v in values if isinstance(v, torch.Tensor) and v.ndim > 0), torch.device("cpu"))
-        return cls(recipe, strict=strict, device=device, parameters=found)
+        return cls(recipe, strict=strict, device=device_of(values), parameters=found)
 
     def owner(self, site: Site) -> str | None:
         """The placeholder of the Parameter that owns the site's state: what belongs to no weight is the first Parameter's."""
@@ -269,3 +270,9 @@ def parameter_source(name: str) -> str:
 def primals(graph: fx.Graph) -> list[fx.Node]:
     """The graph's inputs that are not gradients, in order."""
     return [n for n in graph.nodes if n.op == "placeholder" and "tangents" not in str(n.target)]
+
+
+def device_of(inputs: Iterable[Any]) -> torch.device:
+    """Where a graph with these inputs computes: on an accelerator if one of them is there. The batch may come from the CPU."""
+    devices = [v.device for v in inputs if isinstance(v, torch.Tensor) and v.ndim > 0]
+    return next((d for d in devices if d.type != "cpu"), torch.device("cpu"))

@@ -159,7 +159,7 @@ def _plan(
         return _Plan(matrix, operand, name, _spec_in_use(operand.source, spec), None)
     if not learned:
         dims = _scale_dims(spec, node, side, operand, name)
-        if isinstance(dims, list) and (why := _changes_size(spec, name, node.meta["qtrain_gemm"].role)):
+        if isinstance(dims, list) and (why := _changes_size(spec, name, node.meta["qtrain_gemm"].role, node.target in BATCHED)):
             dims = why
         return dims if isinstance(dims, str) else _Plan(matrix, operand, name, spec, dims, hadamard)
     if codes:
@@ -310,12 +310,13 @@ def _axes(node: fx.Node, side: int, operand: Operand) -> tuple[list[int], int]:
 
 
 _ROWS_ARE_TOKENS = {("input", "output"), ("grad_output", "grad_input")}
-"""(operand, GEMM) for which the axis that the GEMM does not sum over is the batch's."""
+"""(operand, GEMM) for which the axis that the GEMM does not sum over is the batch's. Products of batches have one in every GEMM."""
 
 
-def _changes_size(spec: QuantSpec, operand: str, role: str) -> str | None:
+def _changes_size(spec: QuantSpec, operand: str, role: str, batched: bool) -> str | None:
     """Why an estimator cannot remember one range for each scale: the next batch may have another number of tokens."""
-    rows_are_tokens = not isinstance(spec.granularity, PerTensor) and (operand, role) in _ROWS_ARE_TOKENS
+    by_row = not isinstance(spec.granularity, PerTensor)
+    rows_are_tokens = by_row and (batched or (operand, role) in _ROWS_ARE_TOKENS)
     if not rows_are_tokens or not spec.estimator.state_fields(spec.symmetric):
         return None
     return (

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from passes.context import PassContext
+from passes.context import PassContext, device_of
 from passes.dynamo_inputs import DynamoInputs
 from passes.environment import skipped
 from passes.fuse_requantize import fuse_requantize
@@ -253,7 +253,7 @@ class Compilation:
         context.parameters = self._parameters(graph)
         parameters = self._own_parameters(graph)
         context.prefixes, context.layers = prefixes(parameters), tuple(layers_around(parameters))
-        context.device = _device(graph)
+        context.device = device_of(n.meta.get("val") for n in graph.find_nodes(op="placeholder"))
         if self.profit_filter:
             own = {name: parameter for name, (_, parameter) in parameters.items()}
             shared = self.replicates and context.recipe.ranges == "replicated"
@@ -545,14 +545,6 @@ def shifted(indices: Sequence[int], added: list[int]) -> list[int]:
     for position in added:
         moved = [i + 1 if i >= position else i for i in moved]
     return sorted({*moved, *added})
-
-
-def _device(graph: fx.Graph) -> torch.device:
-    for node in graph.nodes:
-        value = node.meta.get("val")
-        if node.op == "placeholder" and isinstance(value, Tensor) and value.ndim > 0:
-            return value.device
-    return torch.device("cpu")
 
 
 def _warn(message: str) -> None:

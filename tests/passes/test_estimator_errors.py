@@ -1,13 +1,15 @@
 """An estimator of a user's that goes wrong is named, whatever it does: its errors must not look like a reason to run eagerly."""
 
+import warnings
 from dataclasses import dataclass
 
 import pytest
 import torch
 
-from qcompile import RangeEstimator, register_estimator
+from qcompile import RangeEstimator, compiled_graphs, register_estimator
 from qcompile.backend import qtrain
 from qcompile.recipe import Recipe
+from qcompile.recipes import get_recipe
 from qcompile.specs import QuantSpec
 
 
@@ -84,3 +86,17 @@ def test_an_estimator_that_goes_wrong_is_named(interpreted, estimator, message):
     with pytest.raises(Exception, match=message) as raised:
         torch.compile(torch.nn.Linear(16, 16), backend=qtrain, options={"recipe": recipe})(torch.randn(8, 16))
     assert "RecipeError" in str(raised.value) or "RecipeError" in type(raised.value).__name__
+
+
+def test_a_range_for_each_row_of_a_batch_of_matrices_is_not_remembered(interpreted):
+    """Attention's products have a batch in every GEMM, whose size is the next batch's affair."""
+    torch._dynamo.reset()
+    recipe = get_recipe("int8_dai8").replace(ops=("linear", "bmm"))
+    run = torch.compile(lambda a, b: torch.bmm(a, b), backend=qtrain, options={"recipe": recipe}, dynamic=True)
+    for batch in (4, 6):
+        a, b = torch.randn(batch, 8, 16, requires_grad=True), torch.randn(batch, 16, 8, requires_grad=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            run(a, b).sum().backward()
+    reasons = {g.reason for _, g in compiled_graphs()[-1].context.gemms()}
+    assert any("whose number and meaning change with the batch" in str(reason) for reason in reasons)
