@@ -38,7 +38,7 @@ from qcompile.kernels.fallback import strictly
 from qcompile.kernels.select import fallback_reason, gemm_kernel, unsupported_device
 from qcompile.recipe import Recipe
 from qcompile.recipes import get_recipe
-from qcompile.state.binding import Binder, binding_of
+from qcompile.state.binding import Binder, Binding, binding_of
 from qcompile.state.decisions import StoredDecisions
 from qcompile.state.replays import REPLAYS
 from qcompile.state.replicas import REPLICAS
@@ -421,7 +421,7 @@ def forward_with_state(
                 "no training step has left ranges yet: a call without grad (evaluation, or the first run of a reentrant "
                 "checkpoint) uses dynamic ones"
             )
-        return dynamic(args)
+        return dynamic(args, forward)
 
     run._boxed_call = True  # type: ignore[attr-defined]
     return run
@@ -443,7 +443,7 @@ def backward_with_state(
             args[state] = binding.tensor
         if dynamic is None or (binding is not None and binding.steady()):
             return compiled(args)
-        return dynamic(args)
+        return dynamic(args, binding)
 
     run._boxed_call = True  # type: ignore[attr-defined]
     return run
@@ -490,8 +490,8 @@ class _Seen:
 
 
 PATIENCE = 8
-"""Calls after which a half that still waits for a range is compiled in that form too. Some ranges come late or never: a channel
-that is always zero, a layer that is not used yet."""
+"""Calls for one instance after which a half that still waits for a range is compiled in that form too. Some ranges come late or
+never: those of a channel that is always zero, of a layer that is not used yet."""
 
 
 class _Interpreted:
@@ -502,20 +502,25 @@ class _Interpreted:
 
     def __init__(self, half: fx.GraphModule, context: PassContext, strides: list[tuple[int, ...] | None] | None) -> None:
         self.half, self.context, self.strides = half, context, strides
-        self.calls = 0
+        self.ready = False
+        self.calls: weakref.WeakKeyDictionary[Binding, int] = weakref.WeakKeyDictionary()
         self.told = False  # that a call without grad ran this way
         self.run: Callable[..., Any] = half.forward
 
-    def __call__(self, args: list[Any]) -> tuple[Any, ...]:
-        if self.calls == 0:
+    def __call__(self, args: list[Any], binding: Binding | None = None) -> tuple[Any, ...]:
+        """binding  whose ranges are missing"""
+        if not self.ready:
             lower(self.half.graph, self.context, steady=False)
             self.half.recompile()
-            self.run = self.half.forward
-        elif self.calls == PATIENCE:
-            self.run = torch.compile(self.half, dynamic=any(isinstance(a, int) for a in args))
-        self.calls += 1
+            self.run, self.ready = self.half.forward, True
+        if binding is not None:
+            calls = self.calls[binding] = self.calls.get(binding, 0) + 1
+            if calls > PATIENCE and self.run == self.half.forward:
+                self.run = torch.compile(self.half, dynamic=any(isinstance(a, int) for a in args))
         given = list(args)
         args.clear()
+        if self.run != self.half.forward:  # Dynamo would ask a tensor of autograd's for its gradient
+            given = [a.detach() if isinstance(a, Tensor) and a.requires_grad else a for a in given]
         with torch.no_grad():
             outputs = self.run(*given)
         if self.strides is None:

@@ -123,7 +123,7 @@ def test_a_gpu_without_int8_tensor_cores_stays_in_high_precision(gpu, capability
 @pytest.mark.parametrize("mode, tuned", [("default", 0), ("max-autotune", 3), ("max-autotune-no-cudagraphs", 3)])
 def test_max_autotune_measures_every_gemm_when_it_compiles(mode, tuned, interpreted, monkeypatch):
     asked = []
-    monkeypatch.setattr(backend, "_device", lambda graph: GPU)
+    monkeypatch.setattr(backend, "device_of", lambda values: GPU)
     monkeypatch.setattr(backend, "gemm_kernel", lambda *_, **__: "triton")
     monkeypatch.setattr(backend, "tune", lambda *problem: asked.append(problem))
     model = nn.Linear(16, 24, bias=False).to(torch.bfloat16)
