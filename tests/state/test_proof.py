@@ -90,7 +90,7 @@ def test_only_the_first_step_runs_operator_by_operator(interpreted, layer, monke
     """From then on both halves are the compiled ones, which read what is stored and wait for no reduction."""
     slow = []
     call = backend._Interpreted.__call__
-    monkeypatch.setattr(backend._Interpreted, "__call__", lambda self, args: slow.append(self) or call(self, args))
+    monkeypatch.setattr(backend._Interpreted, "__call__", lambda self, *args: slow.append(self) or call(self, *args))
     run = compiled(layer, AVERAGE)
     counts = []
     for _ in range(3):
