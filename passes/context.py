@@ -30,9 +30,9 @@ __all__ = [
     "PassContext",
     "Site",
     "StateLayout",
+    "device_of",
     "full_name",
     "parameter_source",
-    "device_of",
 ]
 
 

@@ -114,6 +114,7 @@ def refresh(node: fx.Node) -> None:
 
 def fake_result(graph: fx.Graph, target: Any, args: Any, kwargs: Any) -> Any:
     """What an operator returns for the fake values of the nodes among its arguments."""
+
     def value(a: Any) -> Any:
         return a.meta["val"] if isinstance(a, fx.Node) else a
 
