@@ -18,10 +18,22 @@ from torch import Tensor, fx
 from passes.context import PassContext
 from passes.find_sites import GemmNode
 from passes.gemms import CONVOLUTIONS, GEMMS, operands
-from passes.graph import CAST, DEQUANTIZE, PERMUTE, QUANTIZE, RANGE, SCALED_MM, on_gpu, phase_of
+from passes.graph import (
+    CAST,
+    DEQUANTIZE,
+    HADAMARD,
+    PERMUTE,
+    QUANTIZE,
+    RANGE,
+    ROUND_TO_POWERS,
+    SCALED_MM,
+    VIEWS,
+    on_gpu,
+    phase_of,
+)
 from passes.insert_qdq import insert_qdq
 from passes.share_quantized import share_quantized
-from qcompile.kernels.profit import Cast, Like, Product, Quantize, Transpose, Trial
+from qcompile.kernels.profit import Cast, Hadamard, Like, Product, Quantize, Transpose, Trial
 from qcompile.specs import QuantSpec
 
 __all__ = ["GemmCost", "Measure", "gemm_costs", "measured_costs", "quantized_copy", "root_of"]
@@ -108,8 +120,12 @@ def _cost(gemm: fx.Node, where: GemmNode) -> GemmCost:
         quantize, transposed = _quantize_behind(operand)
         x, scale, zero = quantize.args[:3]
         dims, text = _range_of(scale).args[1:3]
-        spec = replace(QuantSpec.from_dict(json.loads(text)), bits=8, grid="uniform")  # all grids and widths take the same time
-        integer_parts["quantize", quantize.name] = Quantize(_like(x), tuple(dims), spec)
+        spec = QuantSpec.from_dict(json.loads(text))
+        if spec.grid == "uniform":
+            spec = replace(spec, bits=8)  # all widths take the same time
+        if x.target is ROUND_TO_POWERS:
+            x = x.args[0]
+        integer_parts["quantize", quantize.name] = Quantize(_like(x), tuple(dims), spec, _hadamard_of(x))
         if spec.estimator.state_fields(spec.symmetric) or spec.rounding == "stochastic":
             integer_parts["state", phase_of(quantize)] = None
         like = _like(operand.args[0])
@@ -156,9 +172,23 @@ def _range_of(scale: fx.Node) -> fx.Node:
     return node
 
 
+def _hadamard_of(x: fx.Node) -> Hadamard | None:
+    """The transform that makes a tensor, if one does. Where several quantizes share it, each is charged for it."""
+    node = _viewed(x)
+    if node.target is not HADAMARD:
+        return None
+    given, axis, block = node.args
+    return Hadamard(_like(given), axis, block)
+
+
 def root_of(x: fx.Node) -> fx.Node:
-    """The tensor behind the view in which it is quantized."""
-    return x.args[0] if x.op == "call_function" and "view" in str(x.target) else x
+    """The model's own tensor behind the view, and the transform, in which it is quantized."""
+    node = _viewed(x)
+    return _viewed(node.args[0]) if node.target is HADAMARD else node
+
+
+def _viewed(x: fx.Node) -> fx.Node:
+    return x.args[0] if x.op == "call_function" and x.target in VIEWS else x
 
 
 def _cast_to_fp32(gemm: fx.Node) -> bool:

@@ -52,6 +52,7 @@ FOREIGN = tuple(PEERS)
 
 FILTER = "+filter"
 
+SAMPLE = 25.0  # ms that a sample takes at least: a core lent to another process for a moment (4 ms) is not a whole sample
 WARM = 6  # steps: compilation, then until range state is known to be valid
 
 Results = Mapping[str, Sequence[Tensor]]
@@ -66,7 +67,7 @@ class Result:
     """One variant of one subject.
 
     subject  what was measured: sizes and names, part of the row
-    times    ms, one a round
+    times    ms of a step, one a round: short steps are repeated until a sample takes `SAMPLE`
     peak     bytes that the step takes beside what was there before it; None: the device does not say
     errors   result -> norm of the difference to fp32 over the norm
     gemms    integer GEMMs of a step
@@ -157,10 +158,11 @@ def measure(
         for _ in range(WARM):
             step()
     timed = [result for result in results if result.variant in steps]
+    repeats = {variant: max(1, round(SAMPLE / max(milliseconds(step, device), 1e-3))) for variant, step in steps.items()}
     for number in range(rounds):
         for place in range(len(timed)):
             result = timed[(number + place) % len(timed)]
-            result.times.append(milliseconds(steps[result.variant], device))
+            result.times.append(milliseconds(steps[result.variant], device, repeats[result.variant]))
     return results
 
 
@@ -171,19 +173,21 @@ def relative_error(got: Sequence[Tensor], want: Sequence[Tensor]) -> float:
     return float((noise / signal).sqrt())  # type: ignore[union-attr, operator]
 
 
-def milliseconds(step: Callable[[], object], device: str) -> float:
-    """On a GPU between two events on its stream, so that launching overlaps as it does in training."""
+def milliseconds(step: Callable[[], object], device: str, repeats: int = 1) -> float:
+    """Of one step. On a GPU between two events on its stream, so that launching overlaps as it does in training."""
     if device == "cuda":
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         start.record()
-        step()
+        for _ in range(repeats):
+            step()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end)
+        return start.elapsed_time(end) / repeats
     begin = time.perf_counter()
-    step()
-    return 1e3 * (time.perf_counter() - begin)
+    for _ in range(repeats):
+        step()
+    return 1e3 * (time.perf_counter() - begin) / repeats
 
 
 def kernels_of(step: Callable[[], object], device: str, most: int = 12) -> list[str]:

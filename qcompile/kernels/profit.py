@@ -32,13 +32,13 @@ from qcompile.estimators.statistics import clipped_share
 from qcompile.estimators.step import first_range, initial_state, measured, present_statistics, stored_range
 from qcompile.specs import QuantSpec
 
-__all__ = ["Cast", "Like", "Product", "Quantize", "Timer", "Transpose", "Trial", "forget", "measure"]
+__all__ = ["Cast", "Hadamard", "Like", "Product", "Quantize", "Timer", "Transpose", "Trial", "forget", "measure"]
 
 Timer = Callable[[Callable[[], object]], float]
 """A function -> the seconds that one call of it takes."""
 
-ROUNDS = 11
-SAMPLE = 2e-3  # seconds that one sample should take at least: shorter runs are repeated within it
+ROUNDS = 15
+SAMPLE = 5e-3  # seconds that a sample takes at least (a core may be lent to others for 4 ms): shorter runs are repeated within it
 LIMIT = 3.0  # seconds for all rounds of trials that are measured together; at least three rounds are made
 
 
@@ -58,13 +58,22 @@ class Product:
     arguments: tuple[Any, ...]
 
 
+class Hadamard(NamedTuple):
+    """A transform of runs of `block` elements along an axis."""
+
+    x: Like
+    axis: int
+    block: int
+
+
 @dataclass(frozen=True)
 class Quantize:
-    """Codes of a tensor, with its range: axes `dims` share a scale."""
+    """Codes of a tensor, with its range: axes `dims` share a scale. `hadamard` makes the tensor, which is a view of its result."""
 
     x: Like
     dims: tuple[int, ...]
     spec: QuantSpec
+    hadamard: Hadamard | None = None
 
 
 @dataclass(frozen=True)
@@ -181,8 +190,14 @@ def _prepare(trial: Trial, device: torch.device) -> Callable[[], object]:
         case Cast(like, dtype):
             x = _tensor(like, device, draws)
             return lambda: x.to(dtype)
-        case Quantize(like, dims, spec):
+        case Quantize(like, dims, spec, None):
             return _quantize(_tensor(like, device, draws), dims, spec)
+        case Quantize(like, dims, spec, Hadamard(given, axis, block)):
+
+            def turned(x: Tensor) -> Tensor:
+                return ops.hadamard_reference(x, axis, block).reshape(like.shape)
+
+            return _quantize(_tensor(given, device, draws), dims, spec, turned)
     raise TypeError(f"no trial: {trial!r}")
 
 
@@ -204,27 +219,39 @@ def _tensor(like: Like, device: torch.device, draws: torch.Generator) -> Tensor:
     return x.expand(like.shape)
 
 
-def _quantize(x: Tensor, dims: tuple[int, ...], spec: QuantSpec) -> Callable[[], object]:
-    """Compiled by Inductor, with the reductions that its range asks for; the update of the memory is a few values and left out."""
+def _quantize(
+    x: Tensor, dims: tuple[int, ...], spec: QuantSpec, before: Callable[[Tensor], Tensor] = lambda x: x
+) -> Callable[[], object]:
+    """Compiled by Inductor, with the reductions that its range asks for; the update of the memory is a few values and left out.
+
+    before  what is done to the tensor first
+    """
     from qcompile.inductor import compile_alone
 
-    kept = [] if len(dims) == x.ndim else [1 if axis in dims else size for axis, size in enumerate(x.shape)]
+    shape = before(x).shape
+    kept = [] if len(dims) == len(shape) else [1 if axis in dims else size for axis, size in enumerate(shape)]
     fields = tuple(initial_state(spec.estimator, spec.symmetric))
     memory = [torch.ones(kept, device=x.device) for _ in fields]
     key = [torch.zeros(1, dtype=torch.int64, device=x.device)] if spec.rounding == "stochastic" else []  # as `draw_keys` leaves it
     inputs = [x, *memory, *key]
-    run = compile_alone(functools.partial(_codes, dims, spec, fields), inputs)
+    run = compile_alone(functools.partial(_codes, before, dims, spec, fields), inputs)
     return lambda: run(list(inputs))
 
 
-def _codes(dims: tuple[int, ...], spec: QuantSpec, fields: tuple[str, ...], x: Tensor, *tensors: Tensor) -> list[Tensor]:
+def _codes(
+    before: Callable[[Tensor], Tensor], dims: tuple[int, ...], spec: QuantSpec, fields: tuple[str, ...], x: Tensor, *tensors: Tensor
+) -> list[Tensor]:
     state = dict(zip(fields, tensors, strict=False))
     key = tensors[len(fields)] if len(tensors) > len(fields) else None
+    x = before(x)
     stats = measured(spec, x, dims, present_statistics(spec, x, dims), state or None)
     low, high = stored_range(spec, stats, state) if state else first_range(spec, stats)
     scale, zero = scale_and_zero_point(low, high, spec)
-    outputs = [ops.quantize_by_key(x, scale, zero, spec.bits, key)]
+    if spec.grid == "powers_of_two":
+        codes = ops.quantize_by_key(ops.round_to_powers_by_key(x, scale, spec.bits, key), scale, None, 8, None)
+    else:
+        codes = ops.quantize_by_key(x, scale, zero, spec.bits, key)
+    outputs = [codes]
     if state:
         outputs += [*stats.values(), clipped_share(x, dims, None if spec.symmetric else low, high)]
     return outputs
-

@@ -10,6 +10,7 @@ from passes.gemm_costs import GemmCost, gemm_costs, quantized_copy
 from passes.graph import QUANTIZE, SCALED_CONV, SCALED_MM
 from passes.keep_slow_gemms_hp import least_time
 from passes.pipeline import Pipeline, joint_steps
+from qcompile import get_recipe
 from qcompile.kernels import profit
 from qcompile.kernels.profit import Cast, Product, Quantize, Transpose
 from qcompile.state.decisions import Decision, Decisions
@@ -118,6 +119,26 @@ def test_hp_pays_for_its_casts(monkeypatch):
     joint = made()
     run(joint)
     assert joint.count(SCALED_MM) == 0
+
+
+def test_what_turns_and_rounds_an_operand_first_is_in_the_price():
+    """A Hadamard transform before the scale, powers of two after it: part of the quantize that is measured, not of another form."""
+
+    def step(x, w):
+        with torch.autocast("cpu", torch.bfloat16):
+            return torch.nn.functional.linear(x, w)
+
+    def quantizes(recipe):
+        joint = joint_graph(step, torch.randn(32, 64), torch.randn(96, 64), parameters=(1,), recipe=get_recipe(recipe))
+        costs = gemm_costs(*quantized_copy(joint.through("find_sites").graph, joint.context))
+        assert [c.role for c in costs] == ["output", "grad_weight", "grad_input"]
+        assert all(c.hp_parts for c in costs)  # autocast's casts are found behind the transform
+        return {trial for c in costs for trial in c.integer_parts.values() if isinstance(trial, Quantize)}
+
+    turned = quantizes("int4_hadamard")
+    assert {(t.hadamard.axis, t.hadamard.block) for t in turned if t.hadamard} == {(0, 32), (1, 32)} and len(turned) == 6
+    powers = [t for t in quantizes("int4_luq") if t.spec.grid == "powers_of_two"]
+    assert [(t.spec.bits, t.x.shape) for t in powers] == [(4, (32, 96))]
 
 
 def test_decisions_that_were_made_hold(monkeypatch):
