@@ -33,6 +33,7 @@ from passes.context import Gemm, PassContext, Site
 from passes.gemms import BATCHED, CONVOLUTION, CONVOLUTIONS, GEMMS, geometry, operands, product_shape
 from passes.graph import BACKWARD, CONV_GRAD_INPUT, CONV_GRAD_WEIGHT, phase_of
 from passes.operands import Operand, resolve_operand, unquantized
+from qcompile.wrappers import without_private_wrappers
 
 __all__ = ["GemmNode", "enclosing_module", "find_sites", "module_path"]
 
@@ -266,7 +267,6 @@ def _unsupported(node: fx.Node) -> str | None:
 
 
 _PREFIX = re.compile(r"^L\[(['\"])[^'\"]*\1\]\.?")
-_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 
 
 def module_path(source: str) -> str:
@@ -280,7 +280,7 @@ def module_path(source: str) -> str:
     path = re.sub(r"\.?__dict__\[(['\"])_modules\1\]", "._modules", path)
     path = re.sub(r"\.?_modules\[(['\"])([^'\"]*)\1\]", r".\2", path)
     path = re.sub(r"\[(['\"]?)([^'\"\]]*)\1\]", r".\2", path)
-    return ".".join(p for p in path.split(".") if p and p not in _WRAPPERS)
+    return without_private_wrappers(path)
 
 
 def enclosing_module(node: fx.Node) -> str:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from torch import fx, nn
 
 from passes.find_sites import module_path
-from qcompile.state.handle import clean_name
+from qcompile.wrappers import clean_names
 
 __all__ = ["layers_around", "prefixes"]
 
@@ -41,8 +41,9 @@ def layers_around(parameters: Mapping[str, tuple[str, nn.Parameter]]) -> list[st
     module = next((m for m in _callers() if _prefix_in(m, parameters) is not None), None) if parameters else None
     if module is None:
         return []
+    clean = clean_names(module)
     owners = (name for name, m in module.named_modules(remove_duplicate=False) if any(p.ndim > 1 for p in m.parameters(False)))
-    return [clean_name(name) for name in owners]
+    return [clean(name) for name in owners]
 
 
 def _callers() -> Iterator[nn.Module]:
@@ -61,8 +62,9 @@ def _callers() -> Iterator[nn.Module]:
 def _prefix_in(module: nn.Module, parameters: Mapping[str, tuple[str, nn.Parameter]]) -> str | None:
     """The prefix that most of the Parameters agree on, or None if the module has none of them."""
     names: dict[int, list[str]] = {}
+    clean = clean_names(module)
     for name, parameter in module.named_parameters(remove_duplicate=False):
-        names.setdefault(id(parameter), []).append(clean_name(name))
+        names.setdefault(id(parameter), []).append(clean(name))
     votes: Counter[str] = Counter()
     for source, parameter in parameters.values():
         own = module_path(source)

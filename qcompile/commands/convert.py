@@ -20,6 +20,7 @@ from torch.utils import _pytree as pytree
 
 from qcompile.commands import target
 from qcompile.deploy.integer_layer import IntegerLayer
+from qcompile.wrappers import without_private_wrappers
 
 FORMATS = {".pt": "state", ".safetensors": "state", ".pt2": "program", ".onnx": "onnx"}
 """A file's ending -> what is written."""
@@ -75,7 +76,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _load_weights(model: nn.Module, state: dict[str, Any], path: Path) -> None:
     """A compiled model's state too, whose names begin with a wrapper's. Errors: `ValueError` for one of another model."""
-    plain = {name.removeprefix("_orig_mod."): value for name, value in state.items()}
+    plain = {without_private_wrappers(name): value for name, value in state.items()}
     try:
         model.load_state_dict(plain if state.keys() != model.state_dict().keys() else state)
     except RuntimeError as error:

@@ -28,7 +28,8 @@ from qcompile.inspect.labels import first_name
 from qcompile.ops.fake_quantize import FORMS
 from qcompile.qat.layers import can_learn
 from qcompile.recipe import Recipe
-from qcompile.state.handle import clean_name, range_state
+from qcompile.state.handle import range_state
+from qcompile.wrappers import clean_names
 
 __all__ = ["TrainedLayer", "trained_layers"]
 
@@ -89,8 +90,9 @@ def trained_layers(
         warnings.filterwarnings("ignore", "no training step has left ranges yet", QtrainWarning)  # an error follows, with the layer
         captured = capture(model, *args, recipe=recipe, ranges=ranges, **kwargs)
     found: dict[str, TrainedLayer] = {}
-    tensors = {clean_name(n): t.detach() for n, t in captured.model.named_parameters(remove_duplicate=False)}
-    tensors |= {clean_name(n): t for n, t in captured.model.named_buffers(remove_duplicate=False)}
+    clean = clean_names(captured.model)
+    tensors = {clean(n): t.detach() for n, t in captured.model.named_parameters(remove_duplicate=False)}
+    tensors |= {clean(n): t for n, t in captured.model.named_buffers(remove_duplicate=False)}
     for graph in captured.graphs:
         for call in graph.calls:
             values = _Values(graph, call, tensors, captured)

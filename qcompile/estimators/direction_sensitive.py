@@ -27,6 +27,7 @@ from qcompile.errors import StateError
 from qcompile.estimators.base import RangeEstimator, State, Stats, register_estimator
 from qcompile.estimators.search import angle_error, best_ratio
 from qcompile.estimators.statistics import Elements
+from qcompile.wrappers import clean_names
 
 if TYPE_CHECKING:
     from qcompile.state.handle import RangeState
@@ -123,9 +124,8 @@ def scale_learning_rates(
     factors of 1, before loading the one and making the other, and undo the factors (1 again) before the schedule's step.
     Returns Parameter's name -> learning rate.
     """
-    from qcompile.state.handle import clean_name  # the state imports the estimators
-
-    names = {p: clean_name(n) for n, p in model.named_parameters()}
+    clean = clean_names(model)
+    names = {p: clean(n) for n, p in model.named_parameters()}
     layers_of_model = {name.rpartition(".")[0] for name in names.values()}
     if unknown := [module for module in factors if module not in layers_of_model]:
         raise ValueError(f"scale_learning_rates: the model has no Parameters in {', '.join(map(repr, unknown))}")

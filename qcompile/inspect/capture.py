@@ -30,8 +30,9 @@ from qcompile.inspect.recording import Recording, storage_of
 from qcompile.inspect.saved_bytes import SavedBytes
 from qcompile.recipe import Recipe
 from qcompile.recipes import get_recipe
-from qcompile.state.handle import RangeState, clean_name, range_state
+from qcompile.state.handle import RangeState, range_state
 from qcompile.state.store import RangeStore
+from qcompile.wrappers import clean_names
 
 if TYPE_CHECKING:
     import networkx
@@ -112,7 +113,8 @@ class Capture:
         were where `capture` was given a loss, and where there are several graphs.
         """
         model = getattr(model, "_orig_mod", model)
-        tensors = {clean_name(n): t.detach() for n, t in [*model.named_parameters(), *model.named_buffers()]}
+        clean = clean_names(model)
+        tensors = {clean(n): t.detach() for n, t in [*model.named_parameters(), *model.named_buffers()]}
         if self.range_state is not None:
             self.range_state.load_state_dict(range_state(model).state_dict(), strict=False)
         for graph in self.graphs:
@@ -233,7 +235,8 @@ def capture(
                 raise error.inner_exception from None
             raise
         _backward(outputs, loss)
-    gradients = {clean_name(n): p.grad.detach().clone() for n, p in copied.named_parameters() if p.grad is not None}
+    clean = clean_names(copied)
+    gradients = {clean(n): p.grad.detach().clone() for n, p in copied.named_parameters() if p.grad is not None}
     copied.zero_grad()
     graphs = [r.captured() for r in recordings if r.calls]
     state = RangeState(copied, store)
@@ -243,11 +246,12 @@ def capture(
 def _names(model: nn.Module) -> dict[int, list[str]]:
     """id of a Parameter or buffer -> its names."""
     names: dict[int, list[str]] = {}
+    clean = clean_names(model)
     for name, tensor in [
         *model.named_parameters(remove_duplicate=False),
         *model.named_buffers(remove_duplicate=False),
     ]:
-        names.setdefault(id(tensor), []).append(clean_name(name))
+        names.setdefault(id(tensor), []).append(clean(name))
     return names
 
 

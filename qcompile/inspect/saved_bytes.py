@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from qcompile.state.binding import indices
 from qcompile.state.store import STORE
+from qcompile.wrappers import clean_names
 
 __all__ = ["SavedBytes", "SavedTensor", "saved_bytes"]
 
@@ -123,8 +124,8 @@ def _tensors(tree: Any) -> list[Tensor]:
 def _named_parameters(fn: Callable[..., Any]) -> dict[str, Tensor]:
     if not isinstance(fn, torch.nn.Module):
         return {}
-    prefix = "_orig_mod."  # what torch.compile puts in front
-    return {name.removeprefix(prefix): parameter for name, parameter in fn.named_parameters()}
+    clean = clean_names(fn)
+    return {clean(name): parameter for name, parameter in fn.named_parameters()}
 
 
 def _leaves(outputs: Iterable[Tensor]) -> list[Tensor]:

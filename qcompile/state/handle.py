@@ -21,10 +21,10 @@ from qcompile.errors import QtrainWarning, StateError
 from qcompile.state.decisions import Decision
 from qcompile.state.fsdp import gather_once, gathered_parameters
 from qcompile.state.store import BITS, STORE, RangeStore, Slot, check_bits
+from qcompile.wrappers import clean_names
 
 __all__ = ["LoadResult", "RangeState", "range_state"]
 
-_WRAPPERS = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module", "module")
 _LAYER = "layer#"
 _KNOWN = ("input", "weight", "grad_output", "output", "grad_input", "grad_weight")
 """What an entry of a layer may belong to: an operand (its range) or a GEMM (the profit filter's decision)."""
@@ -49,8 +49,9 @@ class RangeState:
         """(every name, Parameter as graphs see it); a tied Parameter has several names."""
         names: dict[int, list[str]] = {}
         parameters: dict[int, nn.Parameter] = {}
+        clean = clean_names(self.model)
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
-            names.setdefault(id(parameter), []).append(clean_name(name))
+            names.setdefault(id(parameter), []).append(clean(name))
             parameters[id(parameter)] = parameter
         gathered = gathered_parameters(self.model)
         for key, parameter in parameters.items():
@@ -261,11 +262,6 @@ def _as_graphs_see_it(parameter: nn.Parameter) -> Any:
         if len(tensors) == 1:
             return _as_graphs_see_it(tensors[0])
     return parameter
-
-
-def clean_name(name: str) -> str:
-    """A name of a module or Parameter without what wrappers put into it."""
-    return ".".join(p for p in name.split(".") if p not in _WRAPPERS)
 
 
 def _slot_name(key: str, names: list[str], site: str) -> str:

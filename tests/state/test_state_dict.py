@@ -295,8 +295,7 @@ def test_state_of_another_instance_loads_by_name(interpreted):
     other, _ = trained(steps=1)
     range_state(torch.compile(other)).load_state_dict(saved)
     assert same(range_state(other).state_dict(), saved)
-    wrapped = nn.Module()
-    wrapped.module = other  # as DistributedDataParallel does
+    wrapped = nn.DataParallel(other)
     assert same(range_state(wrapped).state_dict(), saved)
 
 
