@@ -319,13 +319,13 @@ class Compilation:
         if not ours:
             if not backward:
                 return self._watch_names(compiled, names)
-            return _agreeing(compiled) if replicated else compiled
+            return agreeing(compiled) if replicated else compiled
         if until_valid is not None:
             inductor.draw_as_generated_code_does(until_valid, compile_inner)
         dynamic = None if until_valid is None else _Interpreted(until_valid, self.context, inductor.output_strides(compiled))
         if backward:
             run = backward_with_state(compiled, dynamic, ours)
-            return _agreeing(run) if replicated else run
+            return agreeing(run) if replicated else run
         if self.binder is None:
             self.binder = Binder(self.context.layouts, self.context.device, self.store)
         owner_positions = [names.index(o) - sum(p < names.index(o) for p in ours.values()) for o in self.binder.owners]
@@ -449,7 +449,7 @@ def backward_with_state(
     return run
 
 
-def _agreeing(backward: Callable[..., Any]) -> Callable[..., Any]:
+def agreeing(backward: Callable[..., Any]) -> Callable[..., Any]:
     """A backward half after which data-parallel ranks bring their ranges together."""
 
     def run(args: list[Any]) -> Any:

@@ -10,7 +10,7 @@ or the seed of random rounding, therefore needs a compiler wrapped in `with_rang
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from torch import fx
 
@@ -20,9 +20,9 @@ from passes.graph import is_joint
 from passes.pipeline import Pipeline, Step, joint_steps, lower_half
 from passes.report import tell_what_stays_hp
 from qcompile import inductor
-from qcompile.backend import backward_with_state, forward_with_state, is_training, quantizes_nothing, shifted
+from qcompile.backend import agreeing, backward_with_state, forward_with_state, is_training, quantizes_nothing, shifted
 from qcompile.errors import StateError
-from qcompile.recipe import Recipe
+from qcompile.recipe import Ranges, Recipe
 from qcompile.recipes import get_recipe
 from qcompile.state.binding import Binder
 
@@ -85,14 +85,18 @@ def _is_backward(half: fx.Graph) -> bool:
 Compiler = Callable[..., Callable[..., Any]]
 
 
-def with_range_state(compiler: Compiler) -> Compiler:
+def with_range_state(compiler: Compiler, *, ranges: Ranges = "replicated") -> Compiler:
     """Wrap a compiler of graph halves: its graphs get, at each call, the range state of the module that the call belongs to.
 
     compiler  `(half, example_inputs, **kwargs) -> function of a list of arguments` (boxed or not), as AOTAutograd's `fw_compiler`
               and `bw_compiler` are, and Inductor's `compile_fx_inner`. It sees state as inputs that the graph writes to in place.
+    ranges    as in a recipe: "replicated" has data-parallel ranks agree on their ranges after each backward pass, "local" does not
     State is that of `qcompile.range_state(model)`: saved, loaded, frozen and reset there. A half without state is compiled
-    as it is.
+    as it is. Errors: `ValueError` for other values of `ranges`.
     """
+    if ranges not in get_args(Ranges):
+        raise ValueError(f"with_range_state: ranges={ranges!r}; allowed: {', '.join(map(repr, get_args(Ranges)))}")
+    replicated = ranges == "replicated"
 
     def compile_half(half: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
         placeholders = half.graph.find_nodes(op="placeholder")
@@ -106,16 +110,18 @@ def with_range_state(compiler: Compiler) -> Compiler:
             if "static_input_idxs" in kwargs:
                 kwargs["static_input_idxs"] = shifted(kwargs["static_input_idxs"], added)
         compiled = _boxed(compiler(half, inputs, **kwargs))
+        if backward:  # one without state too: the forward half may have some
+            run = backward_with_state(compiled, None, ours)
+            return agreeing(run) if replicated else run
         if not ours:
             return compiled
-        if backward:
-            return backward_with_state(compiled, None, ours)
         layouts = {n.meta["qtrain_state"][0]: n.meta["qtrain_layout"] for n in placeholders if "qtrain_layout" in n.meta}
         device = next(n.meta["val"].device for n in placeholders if "qtrain_state" in n.meta)
         binder = Binder(layouts, device)
         names = [n.name for n in placeholders]
         owners = [names.index(o) - sum(p < names.index(o) for p in ours.values()) for o in binder.owners]
-        return forward_with_state(compiled, None, ours, binder, owners, is_training(kwargs))
+        shared = replicated and any(entry.spec is not None for layout in layouts.values() for entry in layout.entries)
+        return forward_with_state(compiled, None, ours, binder, owners, is_training(kwargs), shared)
 
     return compile_half
 

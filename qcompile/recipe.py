@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from qcompile import recipe_files
 from qcompile._checks import check_instance, check_keys, refuse
@@ -29,7 +29,9 @@ from qcompile.site_recipe import (
 )
 from qcompile.specs import OPERANDS, SAME, GemmSpec, QuantSpec, Same, SavedSpec, operand_from_dict
 
-__all__ = ["GEMM_OPERANDS", "OverrideFields", "Recipe", "SiteRecipe"]
+__all__ = ["GEMM_OPERANDS", "OverrideFields", "Ranges", "Recipe", "SiteRecipe"]
+
+Ranges = Literal["replicated", "local"]
 
 
 class OverrideFields(Mapping[str, "QuantSpec | GemmSpec | Same | None"]):
@@ -94,13 +96,13 @@ class Recipe:
     skip_first_last: bool = False
     overrides: tuple[tuple[str, Mapping[str, QuantSpec | GemmSpec | Same | None]], ...] = ()
     compress_saved: SavedSpec | int | None = None
-    ranges: Literal["replicated", "local"] = "replicated"
+    ranges: Ranges = "replicated"
     name: str = "custom"
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             refuse("Recipe.name", self.name, "a string that is not empty")
-        if self.ranges not in ("replicated", "local"):
+        if self.ranges not in get_args(Ranges):
             refuse("Recipe.ranges", self.ranges, "'replicated' or 'local'")
         own = self._site_fields()
         _check_site_fields("Recipe", own)

@@ -18,6 +18,7 @@ from qcompile.__main__ import main
 from qcompile.errors import GraphError, RecipeError, UnsupportedError
 from qcompile.kernels import record_launches
 from tests.compiling import AVERAGE, STOCHASTIC, all_equal, compiled, gradients, hindsight
+from tests.distributed.ranks import run_on
 
 NAMES = [*(s.name for s in passes.joint_steps()), *(s.name for s in cut_steps()), "lower"]  # as a run with "int8" has them
 LISTED = ["unfuse_attention", *NAMES[:-1], "fuse_requantize", "lower", "fuse_quantize"]
@@ -157,6 +158,30 @@ def test_state_in_buffers_and_bound_state_agree_with_the_backend(interpreted, re
         assert all_equal(found["buffers"], found["backend"]) and all_equal(found["bound"], found["backend"])
     else:
         assert not all_equal(found["buffers"], found["backend"])
+
+
+def _train_replica(rank, ranges):
+    def bound(gm, inputs):
+        compiler = qcompile.with_range_state(interpret, ranges=ranges)
+        partition = passes.qtrain_partition(AVERAGE, state="inputs", graph=(gm, inputs))
+        return aot_autograd(fw_compiler=compiler, bw_compiler=compiler, partition_fn=partition)(gm, inputs)
+
+    model, x = model_and_input()
+    train(torch.compile(model, backend=bound), x * (1 + rank))
+    return x.abs().max(), range_state(model).state_dict()
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="a torch without distributed support")
+@pytest.mark.parametrize("ranges", ["replicated", "local"])
+def test_ranks_agree_on_bound_state_as_under_the_backend(ranges):
+    (largest, first), (_, second) = run_on(2, _train_replica, ranges)
+    seen = [1, 2] if ranges == "local" else [2, 2]  # the second rank's batch is twice as large
+    assert [state["0.input.amax"] / largest for state in (first, second)] == seen
+
+
+def test_ranks_agree_or_do_not():
+    with pytest.raises(ValueError, match=r"with_range_state: ranges='shared'; allowed: 'replicated', 'local'"):
+        qcompile.with_range_state(interpret, ranges="shared")
 
 
 def test_the_partition_function_says_what_stays_in_high_precision(interpreted):
