@@ -21,11 +21,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, fx
-from torch.utils._python_dispatch import _disable_current_modes
 
 from passes.context import StateLayout
 from passes.graph import WRITE, aten, fake_mode
 from qcompile.state.store import initial_values
+from qcompile.torch_private import real_tensors
 
 __all__ = ["bind_state", "state_of"]
 
@@ -46,7 +46,7 @@ def _bind(module: fx.GraphModule, values: dict[str, Tensor]) -> int:
         name = f"{phase}_ranges" if what == "state" else f"{phase}_ranges_index"
         if name not in values:
             layout = node.meta["qtrain_layout"]
-            with _disable_current_modes():  # a partitioner runs under a mode that makes fake tensors
+            with real_tensors():  # a partitioner runs under a mode that makes fake tensors
                 made = initial_values(layout) if what == "state" else torch.arange(layout.numel)
                 values[name] = made.to(node.meta["val"].device)
         module.register_buffer(name, values[name])

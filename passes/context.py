@@ -133,7 +133,7 @@ class StateLayout:
     learns: bool = True  # False for a graph without gradients, which only reads
     groups: list[list[Entry]] = field(default_factory=list)
     blocks: list[Block] = field(default_factory=list)
-    _places: dict[tuple[str | None, str], tuple[int, int]] = field(default_factory=dict)  # entry -> group, offset
+    _groups: dict[tuple[str | None, str], int] = field(default_factory=dict)  # entry -> its group
 
     @property
     def entries(self) -> list[Entry]:
@@ -146,10 +146,7 @@ class StateLayout:
     def add(self, entries: list[Entry]) -> None:
         """Append a group of entries with equal fields."""
         start, size = self.numel, sum(e.size for e in entries)
-        before = 0
-        for e in entries:
-            self._places[e.owner, e.key] = (len(self.groups), before)
-            before += e.size
+        self._groups.update(((e.owner, e.key), len(self.groups)) for e in entries)
         for name in entries[0].fields:
             self.blocks.append(Block(len(self.groups), name, start, size))
             start += size
@@ -157,12 +154,8 @@ class StateLayout:
 
     def block(self, entry: Entry, name: str) -> Block:
         """Where a field of the group that `entry` belongs to lies."""
-        group, _ = self._places[entry.owner, entry.key]
+        group = self._groups[entry.owner, entry.key]
         return next(b for b in self.blocks if b.group == group and b.field == name)
-
-    def offset_in(self, entry: Entry) -> int:
-        """Where `entry` lies in the blocks of its group."""
-        return self._places[entry.owner, entry.key][1]
 
     def order(self) -> Iterator[tuple[Entry, str]]:
         """(entry, field) in the order of the state vector."""

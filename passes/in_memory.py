@@ -5,19 +5,17 @@ a reduction over more than its rows (a dynamic estimator's), so that no one kern
 can quantize it where it is made, and its values in high precision never leave the chip.
 
 An estimate: what Inductor fuses in the end also depends on what else reads the tensor. The partitioner's list of fusible operators
-stands for what Inductor makes itself (private API of torch, as in `passes.partition`; checked on torch 2.11 and 2.13).
+stands for what Inductor makes itself.
 """
 
 from __future__ import annotations
 
 import operator
-from functools import lru_cache
-from typing import Any
 
 from torch import fx
-from torch._functorch import partitioners
 
 from passes.graph import ALIASES, DEQUANTIZE, PERMUTE, QUANTIZE, ROUND_TO_POWERS, SELECT, VIEWS, aten
+from qcompile.torch_private import operators_that_fuse
 
 __all__ = ["ancestors", "in_memory"]
 
@@ -64,12 +62,8 @@ def _inductor_makes(node: fx.Node) -> bool:
         return _inductor_makes(node.args[0])
     if node.op != "call_function":
         return False
-    return node.target in (QUANTIZE, DEQUANTIZE, ROUND_TO_POWERS) or getattr(node.target, "overloadpacket", None) in _fusible()
-
-
-@lru_cache(maxsize=1)
-def _fusible() -> frozenset[Any]:
-    return frozenset(partitioners.get_default_op_list().fusible_ops)
+    packet = getattr(node.target, "overloadpacket", None)
+    return node.target in (QUANTIZE, DEQUANTIZE, ROUND_TO_POWERS) or packet in operators_that_fuse()
 
 
 def _takes_all(reduction: fx.Node, views: set[fx.Node]) -> bool:

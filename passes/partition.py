@@ -11,8 +11,7 @@ Quantization is in the joint graph, so the cut weighs tensors of one byte. Unkno
 for not recomputable and not fusible, and codes are saved *beside* their source. So for the time of the call quantize, dequantize
 and the range operators join its lists of recomputable and fusible operators.
 
-Private API (`torch._functorch.partitioners.get_default_op_list`), used here and in
-`passes.in_memory`; checked on torch 2.11 and 2.13.
+Private API, replaced here only; checked on torch 2.11 and 2.13: `torch._functorch.partitioners.get_default_op_list`.
 """
 
 from __future__ import annotations

@@ -354,8 +354,3 @@ def output_strides(compiled: Any) -> list[tuple[int, ...] | None] | None:
         except (TypeError, ValueError):
             known.append(None)
     return known
-
-
-def is_fake(value: object) -> bool:
-    """Whether a value is a tensor without storage."""
-    return isinstance(value, torch._subclasses.fake_tensor.FakeTensor)

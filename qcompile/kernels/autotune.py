@@ -19,13 +19,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.utils._python_dispatch import _disable_current_modes
 
 from qcompile.errors import KernelError, QtrainWarning
 from qcompile.kernels import cuda, measured
 from qcompile.kernels.triton import tuning
 from qcompile.kernels.triton.launch import family
+from qcompile.torch_private import real_tensors
 
 __all__ = ["Candidate", "Timer", "bench_on_gpu", "candidates", "measure", "tune"]
 
@@ -83,7 +82,7 @@ def tune(device: torch.device, m: int, n: int, k: int, out_dtype: torch.dtype, t
     found = candidates(device, m, k)
     if 0 in (m, n, k) or len(found) < 2:
         return None
-    with unset_fake_temporarily(), _disable_current_modes(), torch.no_grad():
+    with real_tensors(), torch.no_grad():
         times = measure(found, device, (m, n, k), out_dtype, timer or bench_on_gpu)
     if not times:
         return None

@@ -22,8 +22,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.utils._python_dispatch import _disable_current_modes
 
 from qcompile import ops
 from qcompile.errors import QtrainWarning
@@ -31,6 +29,7 @@ from qcompile.estimators.base import scale_and_zero_point
 from qcompile.estimators.statistics import clipped_share
 from qcompile.estimators.step import first_range, initial_state, measured, present_statistics, stored_range
 from qcompile.specs import QuantSpec
+from qcompile.torch_private import real_tensors
 
 __all__ = ["Cast", "Hadamard", "Like", "Product", "Quantize", "Timer", "Transpose", "Trial", "forget", "measure"]
 
@@ -115,7 +114,7 @@ def measure(trials: Sequence[Trial], device: torch.device, timer: Timer | None =
     if unknown:
         timer = timer or (_on_gpu if device.type == "cuda" else _on_cpu)
         # A compiler's fake tensors and modes are around us: what is measured is real.
-        with unset_fake_temporarily(), _disable_current_modes(), torch.no_grad():
+        with real_tensors(), torch.no_grad():
             found = _alternately(unknown, device, timer)
         with _lock:
             _known.update((keys[trial], seconds) for trial, seconds in found.items())

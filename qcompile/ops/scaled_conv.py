@@ -119,7 +119,7 @@ def scaled_conv_grad_weight_reference(
     acc = aten.convolution_backward(grad, x, grad.new_empty(()).expand(weight_size), None, *geometry, (False, True, False))[1]
     # The weight's first axis is the channels of `first`, its second those of `second` within a group.
     first, second = (input_scale, grad_scale) if transposed else (grad_scale, input_scale)
-    scale = _rows(first, weight_size) * _columns(second, weight_size, groups)
+    scale = _rows(first) * _columns(second, weight_size, groups)
     return _laid_out((acc.to(torch.float32) * scale).to(out_dtype))
 
 
@@ -141,7 +141,7 @@ def _over_groups(scale: Tensor, groups: int, on_second_axis: bool) -> Tensor:
     return scale.repeat(1, groups, *[1] * (scale.ndim - 2)) if scale.shape[1] > 1 else scale
 
 
-def _rows(scale: Tensor, weight_size: Sequence[int]) -> Tensor:
+def _rows(scale: Tensor) -> Tensor:
     return scale if scale.ndim == 0 else scale.transpose(0, 1)
 
 

@@ -22,12 +22,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses.fake_tensor import unset_fake_temporarily
-from torch.utils._python_dispatch import _disable_current_modes
 
 from qcompile.errors import StateError
 from qcompile.state.replicas import REPLICAS
 from qcompile.state.store import RangeStore
+from qcompile.torch_private import real_tensors
 
 __all__ = ["Decision", "Decisions", "StoredDecisions"]
 
@@ -116,7 +115,7 @@ class StoredDecisions(Decisions):
         first = dist.get_rank(group) == 0
         sent: list[Any] = [(list(names), decide()) if first else None]
         # A compiler's modes are around us; what is sent are real tensors.
-        with unset_fake_temporarily(), _disable_current_modes():
+        with real_tensors():
             dist.broadcast_object_list(sent, src=dist.get_process_group_ranks(group)[0] if group is not None else 0, group=group)
         theirs, decisions = sent[0]
         if theirs != list(names):

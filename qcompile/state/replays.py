@@ -24,10 +24,12 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from qcompile.torch_private import backward_pass
+
 __all__ = ["REPLAYS", "Replays", "View"]
 
-Key = tuple[int, object]
-"""(backward pass, binding)."""
+Key = tuple[int | None, object]
+"""(backward pass or None, binding)."""
 
 
 class Binding(Protocol):
@@ -85,7 +87,7 @@ class Replays:
         """The snapshot of the call that is replayed now: with retain_graph every backward pass replays from the first."""
         taken = self._taken.get(frame, {}).get(binding, [])
         used = self._used.setdefault(frame, Counter())
-        key = (torch._C._current_graph_task_id(), binding)
+        key = (backward_pass(), binding)
         used[key] += 1
         return taken[used[key] - 1] if used[key] <= len(taken) else None
 

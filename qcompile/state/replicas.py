@@ -26,6 +26,7 @@ from torch import Tensor
 
 from qcompile.errors import StateError
 from qcompile.state.binding import Binding
+from qcompile.torch_private import backward_pass
 
 __all__ = ["REPLICAS", "Replicas", "set_range_group"]
 
@@ -59,8 +60,8 @@ class Replicas:
 
     def at_end_of_backward(self) -> None:
         """Exchange when the backward pass that runs now has ended; once, however often it is asked."""
-        task = torch._C._current_graph_task_id()
-        if task == -1 or not self.active():
+        task = backward_pass()
+        if task is None or not self.active():
             return
         with self._lock:
             if task in self._queued:

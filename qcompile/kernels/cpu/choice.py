@@ -13,10 +13,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
 
 from qcompile.errors import KernelError
 from qcompile.kernels.cpu.products import CANDIDATES, FLOAT_PRODUCTS, MAX_K
+from qcompile.torch_private import real_tensors
 
 __all__ = ["capability", "choices", "forced", "give_up", "kernel_name", "self_test"]
 
@@ -47,7 +47,7 @@ def self_test(name: str) -> str | None:
 
     Runs once, outside the modes of a caller that is tracing: there the product would be fake.
     """
-    with _disable_current_modes():
+    with real_tensors():
         return _self_test(CANDIDATES[name])
 
 

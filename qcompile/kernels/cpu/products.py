@@ -16,6 +16,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from qcompile.torch_private import mkldnn_transpose
+
 __all__ = ["CANDIDATES", "FLOAT_PRODUCTS", "INT32_MAX", "MAX_K", "onednn", "onednn_product", "onednn_weight"]
 
 INT32_MAX = 2**31 - 1
@@ -61,7 +63,7 @@ def onednn_weight(b: Tensor) -> Tensor:
     """oneDNN's opaque copy of b int8 [K, N]."""
     b_t = b.t()
     if b_t.is_contiguous() and not b.is_contiguous():
-        return torch._mkldnn_transpose(b_t.to_mkldnn(), 0, 1)
+        return mkldnn_transpose(b_t)
     return b.contiguous().to_mkldnn()
 
 

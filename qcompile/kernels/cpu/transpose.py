@@ -6,7 +6,8 @@ import functools
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _disable_current_modes
+
+from qcompile.torch_private import mkldnn_transpose, real_tensors
 
 __all__ = ["transpose_codes"]
 
@@ -34,12 +35,12 @@ def transpose_codes(codes: Tensor) -> Tensor:
 
 
 def _mkldnn_transpose(codes: Tensor) -> Tensor:
-    return torch._mkldnn_transpose(codes.to_mkldnn(), 0, 1).to_dense()
+    return mkldnn_transpose(codes).to_dense()
 
 
 @functools.cache
 def _mkldnn_transposes() -> bool:
-    with _disable_current_modes():
+    with real_tensors():
         codes = torch.arange(35, dtype=torch.int8, device="cpu").view(5, 7)
         try:
             return torch.equal(_mkldnn_transpose(codes), codes.t())

@@ -1,0 +1,45 @@
+"""Private API of torch that several modules need, one function each. Checked on torch 2.11 and 2.13.
+
+What one module alone needs stays there, and is named at its top: `qcompile.inductor` (Inductor, AOTAutograd), `passes.matching`
+(Inductor's pattern matcher), `passes.partition` (the cut), `qcompile.state.replays` (checkpoints), `qcompile.state.fsdp`,
+`qcompile.inspect.isolation` (Dynamo).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch import partitioners
+from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._python_dispatch import _disable_current_modes
+
+__all__ = ["backward_pass", "mkldnn_transpose", "operators_that_fuse", "real_tensors"]
+
+
+@contextlib.contextmanager
+def real_tensors() -> Iterator[None]:
+    """Without the modes of a compiler around us, under which every tensor that is made would be a fake one."""
+    with unset_fake_temporarily(), _disable_current_modes():
+        yield
+
+
+def backward_pass() -> int | None:
+    """Which backward pass of autograd runs on this thread; None: none does."""
+    task = torch._C._current_graph_task_id()
+    return None if task == -1 else task
+
+
+@functools.lru_cache(maxsize=1)
+def operators_that_fuse() -> frozenset[Any]:
+    """Overload packets that Inductor computes in kernels of its own, as PyTorch's partitioner counts them."""
+    return frozenset(partitioners.get_default_op_list().fusible_ops)
+
+
+def mkldnn_transpose(matrix: Tensor) -> Tensor:
+    """A matrix in a strided layout -> its transpose in oneDNN's opaque, row-major one."""
+    return torch._mkldnn_transpose(matrix.to_mkldnn(), 0, 1)
