@@ -60,8 +60,8 @@ class Cut:
         saved: Saved,
         store: Callable[[dict[str, object]], Sequence[tuple[str, fx.Node]]],
         restore: Callable[[list[fx.Node], dict[str, object]], fx.Node],
-    ) -> None:
-        """Save other nodes in place of one.
+    ) -> fx.Node:
+        """Save other nodes in place of one; return what `restore` made.
 
         store    (scope) -> (suffix, node): the nodes to save, made in the forward graph; named after the old one and their suffix
         restore  (the placeholders for these, scope) -> the node that stands for the tensor in the backward graph
@@ -89,6 +89,7 @@ class Cut:
         self.backward.erase_node(saved.there)
         if restored.meta["val"].stride() != before.stride():
             self._moved.add(restored)
+        return restored
 
     def add(self, node: fx.Node) -> fx.Node:
         """Save what the backward graph computes as `node` from saved values; return the placeholder that takes its place."""

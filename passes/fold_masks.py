@@ -20,42 +20,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from passes.cut import give_one_name
-from passes.graph import QUANTIZE, VIEWS, aten, inline, scope_of
+from passes.cut import Cut, Saved, view_shape
+from passes.graph import QUANTIZE, VIEWS, aten, inline
 
 __all__ = ["fold_masks"]
 
 
 def fold_masks(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int) -> int:
     """Return the number of masks that were folded into codes."""
-    output = next(iter(forward.find_nodes(op="output")))
-    outputs = list(output.args[0])
-    inputs = {n.name: n for n in backward.find_nodes(op="placeholder")}
-    saved = outputs[num_fwd_outputs:]
-    codes_of: dict[fx.Node, fx.Node] = {}
-    for node in saved:
-        if isinstance(node, fx.Node) and _is_quantized_relu(node) and node not in outputs[:num_fwd_outputs]:
-            codes_of.setdefault(_source(node), node)
+    cut = Cut(forward, backward, num_fwd_outputs)
+    codes_of: dict[fx.Node, Saved] = {}
+    for saved in cut.saved():
+        if _is_quantized_relu(saved.node):
+            codes_of.setdefault(_source(saved.node), saved)
     folded = 0
-    for mask in saved:
-        if not isinstance(mask, fx.Node) or mask.target is not aten.le.Scalar or mask.args[1] != 0:
-            continue
-        codes = codes_of.pop(mask.args[0], None)
-        shape = _view_shape(mask)
-        if codes is None or shape is None or mask in outputs[:num_fwd_outputs]:
-            continue
-        with forward.inserting_before(output):
-            marked = inline(forward, _mark, codes, mask, scope=scope_of(codes, "forward"), key="mark")
-        marked.meta["qtrain_marked"] = True
-        marked.meta["qtrain_bits"] = codes.args[3]
-        outputs[outputs.index(codes, num_fwd_outputs)] = marked
-        outputs.remove(mask)
-        _unfold(backward, inputs[codes.name], inputs[mask.name], shape)
-        give_one_name(marked, inputs[codes.name])
-        folded += 1
-    output.args = (tuple(outputs),)
+    for mask in list(cut.saved()):
+        relus = mask.node.target is aten.le.Scalar and mask.node.args[1] == 0
+        if relus and mask.node.args[0] in codes_of and view_shape(mask.value.shape) is not None:
+            _fold(cut, codes_of.pop(mask.node.args[0]), mask)
+            folded += 1
     if folded:
+        cut.drop_unused()
         forward.eliminate_dead_code()
+    cut.close()
     return folded
 
 
@@ -70,28 +57,25 @@ def _source(codes: fx.Node) -> fx.Node:
     return node.args[0] if node.target in VIEWS else node
 
 
-def _view_shape(mask: fx.Node) -> tuple[int, ...] | None:
-    """The mask's shape as an argument of `view`: one symbolic size can be -1, more cannot be told from the codes alone."""
-    shape = tuple(s if isinstance(s, int) else -1 for s in mask.meta["val"].shape)
-    return shape if shape.count(-1) <= 1 else None
+def _fold(cut: Cut, codes: Saved, mask: Saved) -> None:
+    def store(scope: dict[str, object]) -> list[tuple[str, fx.Node]]:
+        marked = inline(cut.forward, _mark, codes.node, mask.node, scope=scope, key="mark")
+        marked.meta["qtrain_marked"] = True
+        marked.meta["qtrain_bits"] = codes.node.args[3]
+        return [("marked", marked)]
 
+    def restore(parts: list[fx.Node], scope: dict[str, object]) -> fx.Node:
+        plain = inline(cut.backward, _plain, *parts, scope=scope, key="plain")
+        masked = inline(cut.backward, _masked, *parts, view_shape(mask.value.shape), scope=scope, key="masked")
+        gate = masked
+        while gate.target in VIEWS:
+            gate = gate.args[0]
+        gate.meta["qtrain_gate"] = True
+        for user in list(mask.there.users):
+            user.replace_input_with(mask.there, masked)
+        return plain
 
-def _unfold(backward: fx.Graph, codes: fx.Node, mask: fx.Node, shape: tuple[int, ...]) -> None:
-    code_users, mask_users = list(codes.users), list(mask.users)
-    first = next(n for n in backward.nodes if n.op != "placeholder")
-    scope = scope_of(mask, "backward")
-    with backward.inserting_before(first):
-        plain = inline(backward, _plain, codes, scope=scope, key="plain")
-        masked = inline(backward, _masked, codes, shape, scope=scope, key="masked")
-    gate = masked
-    while gate.target in VIEWS:
-        gate = gate.args[0]
-    gate.meta["qtrain_gate"] = True
-    for user in code_users:
-        user.replace_input_with(codes, plain)
-    for user in mask_users:
-        user.replace_input_with(mask, masked)
-    backward.erase_node(mask)
+    cut.store(codes, store, restore)
 
 
 # In fp32 throughout: exact, and the form that vectorizes on a CPU.

@@ -20,7 +20,8 @@ from __future__ import annotations
 
 from torch import fx
 
-from passes.graph import PERMUTE, QUANTIZE, SCALED_MM, TRANSPOSE, call, on_gpu, replace, scope_of
+from passes.cut import Cut, Saved
+from passes.graph import PERMUTE, QUANTIZE, SCALED_MM, TRANSPOSE, call, on_gpu, replace
 from passes.in_memory import in_memory
 
 __all__ = ["save_transposed"]
@@ -28,25 +29,13 @@ __all__ = ["save_transposed"]
 
 def save_transposed(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int) -> int:
     """Return the number of matrices of codes that are saved transposed."""
-    output = next(iter(forward.find_nodes(op="output")))
-    outputs = list(output.args[0])
-    inputs = {n.name: n for n in backward.find_nodes(op="placeholder")}
-    changed = 0
-    for position in range(num_fwd_outputs, len(outputs)):
-        codes = outputs[position]
-        if not isinstance(codes, fx.Node) or codes.target is not QUANTIZE or codes in outputs[:num_fwd_outputs]:
-            continue
-        there = inputs.get(codes.name)
-        if there is None or codes.meta["val"].ndim != 2 or not on_gpu(codes):
-            continue
-        if not _read_only_transposed(there) or not in_memory(codes):
-            continue
-        with forward.inserting_before(output):
-            outputs[position] = call(forward, TRANSPOSE, codes, scope=scope_of(codes, "forward"))
-        _read_as_saved(backward, there, outputs[position])
-        changed += 1
-    output.args = (tuple(outputs),)
-    return changed
+    cut = Cut(forward, backward, num_fwd_outputs)
+    codes = [saved for saved in cut.saved() if saved.node.target is QUANTIZE and saved.value.ndim == 2 and on_gpu(saved.node)]
+    chosen = [saved for saved in codes if _read_only_transposed(saved.there) and in_memory(saved.node)]
+    for saved in chosen:
+        _save_transposed(cut, saved)
+    cut.close()
+    return len(chosen)
 
 
 def _read_only_transposed(codes: fx.Node) -> bool:
@@ -58,15 +47,15 @@ def _read_only_transposed(codes: fx.Node) -> bool:
     return bool(codes.users) and left and right
 
 
-def _read_as_saved(backward: fx.Graph, codes: fx.Node, saved: fx.Node) -> None:
-    permuted = [user for user in codes.users if user.target is PERMUTE]
-    others = [user for user in codes.users if user not in permuted]
-    codes.meta = dict(codes.meta)  # the partitioner lets both graphs share it
-    codes.meta.update({key: saved.meta[key] for key in ("val", "tensor_meta")})
-    for permute in permuted:
-        replace(permute, codes)
-    if others:
-        with backward.inserting_before(next(n for n in backward.nodes if n.op != "placeholder")):
-            turned = call(backward, PERMUTE, codes, [1, 0], scope=scope_of(codes, "backward"))
-        for gemm in others:
-            gemm.replace_input_with(codes, turned)
+def _save_transposed(cut: Cut, saved: Saved) -> None:
+    def store(scope: dict[str, object]) -> list[tuple[str, fx.Node]]:
+        return [("transposed", call(cut.forward, TRANSPOSE, saved.node, scope=scope))]
+
+    def restore(parts: list[fx.Node], scope: dict[str, object]) -> fx.Node:
+        return call(cut.backward, PERMUTE, *parts, [1, 0], scope=scope)
+
+    codes = cut.store(saved, store, restore)
+    for permute in [user for user in codes.users if user.target is PERMUTE]:
+        replace(permute, codes.args[0])
+    if not codes.users:
+        cut.backward.erase_node(codes)

@@ -10,7 +10,7 @@ the form of the float comparison that vectorizes: `to_int8(m)` and `m8 != 0` do 
 
 Numerics  exact.
 Requires  the two graphs after the partitioner. Ensures: no saved tensor of dtype bool, but for inputs of the graph.
-Skips     devices other than the CPU; masks that are inputs or outputs of the user's.
+Skips     devices other than the CPU; masks that are inputs or outputs of the user's, or views of them.
 """
 
 from __future__ import annotations
@@ -18,39 +18,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from passes.graph import inline, scope_of
+from passes.cut import Cut, Saved
+from passes.graph import inline
 
 __all__ = ["store_masks"]
 
 
 def store_masks(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int) -> int:
-    """Return the number of masks. The backward graph's first inputs are the forward's outputs behind `num_fwd_outputs`."""
-    output = next(iter(forward.find_nodes(op="output")))
-    outputs = list(output.args[0])
-    inputs = {n.name: n for n in backward.find_nodes(op="placeholder")}
-    users_outputs = set(outputs[:num_fwd_outputs])
-    stored = 0
-    for position in range(num_fwd_outputs, len(outputs)):
-        mask = outputs[position]
-        if not isinstance(mask, fx.Node) or mask.op == "placeholder" or mask in users_outputs:
-            continue
-        value, there = mask.meta.get("val"), inputs.get(mask.name)
-        if there is None or not isinstance(value, Tensor) or value.dtype is not torch.bool or value.device.type != "cpu":
-            continue
-        with forward.inserting_before(output):
-            outputs[position] = inline(forward, _to_int8, mask, scope=scope_of(mask, "forward"), key="to_int8")
-        first = next(n for n in backward.nodes if n.op != "placeholder")
-        there.meta = dict(there.meta)  # the partitioner lets both graphs share it
-        there.meta["val"] = outputs[position].meta["val"]
-        there.meta["tensor_meta"] = outputs[position].meta["tensor_meta"]
-        users = list(there.users)
-        with backward.inserting_before(first):
-            restored = inline(backward, _to_bool, there, scope=scope_of(mask, "backward"), key="to_bool")
-        for user in users:
-            user.replace_input_with(there, restored)
-        stored += 1
-    output.args = (tuple(outputs),)
-    return stored
+    """Return the number of masks."""
+    cut = Cut(forward, backward, num_fwd_outputs)
+    masks = [saved for saved in cut.saved() if saved.value.dtype is torch.bool and saved.value.device.type == "cpu"]
+    for saved in masks:
+        _store(cut, saved)
+    cut.close()
+    return len(masks)
+
+
+def _store(cut: Cut, saved: Saved) -> None:
+    def store(scope: dict[str, object]) -> list[tuple[str, fx.Node]]:
+        return [("int8", inline(cut.forward, _to_int8, saved.node, scope=scope, key="to_int8"))]
+
+    def restore(parts: list[fx.Node], scope: dict[str, object]) -> fx.Node:
+        return inline(cut.backward, _to_bool, *parts, scope=scope, key="to_bool")
+
+    cut.store(saved, store, restore)
 
 
 def _to_int8(mask: Tensor) -> Tensor:
