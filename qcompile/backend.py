@@ -23,7 +23,7 @@ from passes.dynamo_inputs import DynamoInputs
 from passes.environment import skipped
 from passes.fuse_requantize import fuse_requantize
 from passes.gemms import INTEGER
-from passes.graph import BACKWARD, FORWARD, SCALED_MM, SCALED_MM_PACKED, SCALED_MM_REQUANTIZE, SELECT
+from passes.graph import BACKWARD, FORWARD, SCALED_MM, SCALED_MM_PACKED, SCALED_MM_REQUANTIZE, SELECT, aten
 from passes.lower import lower
 from passes.pipeline import Pipeline, Step, joint_steps, lower_half
 from passes.report import tell_what_stays_hp
@@ -511,6 +511,9 @@ class _Interpreted:
         """binding  whose ranges are missing"""
         if not self.ready:
             lower(self.half.graph, self.context, steady=False)
+            # What is given has the strides that Inductor chose for the other half, not those that this graph was traced with.
+            for view in self.half.graph.find_nodes(op="call_function", target=aten.view.default):
+                view.target = aten.reshape.default
             self.half.recompile()
             self.run, self.ready = self.half.forward, True
         if binding is not None:

@@ -3,8 +3,10 @@
 import pytest
 import torch
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import qcompile
+from passes.context import PassContext
 from qcompile import backend, range_state
 from qcompile.recipes import get_recipe
 from qcompile.state.replicas import Replicas
@@ -40,6 +42,15 @@ def losses(steps, wake_up=None):
                 p -= 0.1 * p.grad
         found.append(loss.item())
     return found
+
+
+def test_a_half_that_waits_takes_tensors_in_any_layout():
+    """It was traced with contiguous tensors; the compiled half in front of it may hand over others, as convolutions do."""
+    half = make_fx(lambda x: [(2 * x).view(-1).sum(), x.view(2, 12) + 1], tracing_mode="fake")(torch.randn(2, 3, 4))
+    run = backend._Interpreted(half, PassContext(get_recipe("int8")), None)
+    x = torch.arange(24.0).view(2, 4, 3).transpose(1, 2)
+    total, rows = run([x])
+    assert total == 2 * x.sum() and torch.equal(rows, x.reshape(2, 12) + 1)
 
 
 def test_a_channel_that_stays_zero_does_not_keep_a_half_interpreted(interpreted, monkeypatch):
