@@ -183,10 +183,12 @@ _GPT_FULL: Settings = {
     "recipes": ["bf16", "fp32", *RECIPES], "seeds": MANY,
 }  # fmt: skip
 _LM_SMALL: Settings = {
-    "batch": 1, "seq": 256, "steps": 30, "lr": 2e-5, "val_batches": 4, "recipes": ["bf16", "int8"], "seeds": [0, 1],
+    "batch": 1, "seq": 256, "steps": 30, "lr": 2e-5, "val_batches": 4,
+    "recipes": ["bf16", "int8", "int8_hadamard"], "seeds": [0, 1],
 }  # fmt: skip
 _LM_FULL: Settings = {
-    "batch": 16, "seq": 512, "steps": 500, "lr": 5e-5, "val_batches": 20, "recipes": ["bf16", *RECIPES], "seeds": SEEDS,
+    "batch": 16, "seq": 512, "steps": 500, "lr": 5e-5, "val_batches": 20,
+    "recipes": ["bf16", "int8_hadamard", *RECIPES], "seeds": SEEDS,
 }  # fmt: skip
 _ENCODER_SMALL: Settings = {
     "steps": 80, "batch": 8, "length": 24, "lr": 1e-4, "compile": False, "seeds": SEEDS,
@@ -229,8 +231,8 @@ ACCURACY = [
           {"model": "resnet8", **_SMALL, "recipes": ["fp32", "int8"], "seeds": MANY},
           {"model": "resnet20", **_FULL_ALL}, _cnn, _images),
     _task("mobilenet", "MobileNetV2 on Fashion-MNIST",
-          {**_QUARTER, **_SHORT, "recipes": ["fp32", "int8", "int8_in_hindsight"]}, {"model": "mobilenet_v2", **_FULL_ALL},
-          _cnn, _images),
+          {**_QUARTER, **_SHORT, "recipes": ["fp32", "int8", "int8_in_hindsight"], "seeds": MANY},
+          {"model": "mobilenet_v2", **_FULL_ALL}, _cnn, _images),
     _task("vit", "a vision transformer on Fashion-MNIST, from scratch",
           {**_VIT, **_SHORT_FEW, "model_width": 1 / 3}, {**_VIT, **_FULL_ALL, "epochs": 60}, _cnn, _images),
     _task("efficientnet", "EfficientNet-Lite0 with ImageNet's weights, fine-tuned on Fashion-MNIST",

@@ -49,6 +49,17 @@ def int8() -> Recipe:
     return Recipe(name="int8", input=row, weight=row, grad_output=gradient)
 
 
+def int8_hadamard() -> Recipe:
+    """`int8` with `output` behind Hadamard transforms of 64 elements, for linear layers of pretrained language models.
+
+    Their inputs have a few large channels, which set the scale of a whole row; the transform spreads them over 64 (after arXiv
+    2404.00456, which rotates whole layers; the blocks and the rest are our choice). The gradient's GEMMs sum over other axes and
+    are those of `int8`. The `output` of convolutions stays in high precision and is reported, and so does that of layers whose
+    width 64 does not divide.
+    """
+    return int8().replace(output=GemmSpec(hadamard=64), name="int8_hadamard")
+
+
 def int8_tensorwise() -> Recipe:
     """Every GEMM in int8, one scale per operand, ranges from the present tensor: each is quantized once.
 
@@ -220,6 +231,7 @@ _BUILT_IN = {
     for recipe in (
         none(),
         int8(),
+        int8_hadamard(),
         int8_tensorwise(),
         int8_in_hindsight(),
         w4a8(),
