@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import fx
@@ -74,6 +74,8 @@ __all__ = [
     "without",
 ]
 
+Numerics = Literal["exact", "changes"]
+
 GraphFunction = Callable[[fx.Graph, PassContext], "int | None"]
 CutFunction = Callable[[fx.Graph, fx.Graph, int], "int | None"]
 
@@ -84,7 +86,10 @@ class Step:
 
     name: str
     run: GraphFunction
-    numerics: Literal["exact", "changes"] = "exact"
+    numerics: Numerics = "exact"
+
+    def __post_init__(self) -> None:
+        _check_step(self)
 
 
 def joint_steps() -> list[Step]:
@@ -110,7 +115,17 @@ class CutStep:
 
     name: str
     run: CutFunction
-    numerics: Literal["exact", "changes"] = "exact"
+    numerics: Numerics = "exact"
+
+    def __post_init__(self) -> None:
+        _check_step(self)
+
+
+def _check_step(step: Step | CutStep) -> None:
+    if not callable(step.run):
+        raise TypeError(f"step {step.name!r}: run is {step.run!r}; give it the pass, a function")
+    if step.numerics not in get_args(Numerics):
+        raise ValueError(f"step {step.name!r}: numerics={step.numerics!r}; allowed: {', '.join(map(repr, get_args(Numerics)))}")
 
 
 def cut_steps(context: PassContext | None = None) -> list[CutStep]:
@@ -126,7 +141,7 @@ def cut_steps(context: PassContext | None = None) -> list[CutStep]:
     ]
 
 
-def pattern_step(name: str, rows: Sequence[Row], numerics: Literal["exact", "changes"] = "changes") -> Step:
+def pattern_step(name: str, rows: Sequence[Row], numerics: Numerics = "changes") -> Step:
     """A step that applies rows of a pattern table (`passes.matching`), and drops what nobody reads any more.
 
     A row may stand for a kernel: where its handler makes a node with `meta["qtrain_kernel"]` (a name) and the `qtrain_gemm` of the

@@ -70,12 +70,20 @@ def plot_history(
     """Curves over steps of one metric, from a monitor's rows (or those of its CSV file): a curve for each name.
 
     names  which ones; default: all. Beyond twenty the legend is left out.
+    Errors: `ValueError` where there is no such curve, with the metrics or the names that there are.
     """
     figure_class = _pyplot()
     curves: dict[str, list[tuple[int, float]]] = {}
     for row in rows:
         if row["metric"] == metric and (not names or row["name"] in names):
             curves.setdefault(row["name"], []).append((int(row["step"]), float(row["value"])))
+    if rows and not curves:
+        metrics = sorted({row["metric"] for row in rows})
+        if metric not in metrics:
+            raise ValueError(f"plot: no {metric!r} was measured; there are {', '.join(metrics)}")
+        known = sorted({row["name"] for row in rows if row["metric"] == metric})
+        there = ", ".join([*known[:8], *["..."] * (len(known) > 8)])
+        raise ValueError(f"plot: no {metric!r} of {', '.join(names)}; there is that of {there}")
     figure = figure_class(figsize=(8, 4), layout="constrained")
     axes = figure.add_subplot()
     for name, points in curves.items():

@@ -127,6 +127,10 @@ def test_the_plot(interpreted, tmp_path):
     assert set(curves) == {r.name for r in monitor.history}
     assert curves["up.input"] == [r.value for r in monitor.history if (r.name, r.metric) == ("up.input", "amax")]
     assert (tmp_path / "ranges.png").stat().st_size > 1000
+    with pytest.raises(ValueError, match="no 'amx' was measured; there are amax, clipped"):
+        monitor.plot(metric="amx")
+    with pytest.raises(ValueError, match="no 'amax' of nobody; there is that of "):
+        monitor.plot(names=["nobody"])
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import torch
 
 from passes.context import PassContext
 from passes.graph import SCALED_MM, aten
-from passes.pipeline import Pipeline, Step, insert_after, insert_before, joint_steps, without
+from passes.pipeline import CutStep, Pipeline, Step, insert_after, insert_before, joint_steps, without
 from passes.restore_decompositions import restore_decompositions
 from tests.compiling import AVERAGE, STOCHASTIC
 from tests.passes.graphs import ROWWISE, TENSORWISE, assert_same_outputs, copied, joint_graph, mlp, mlp_inputs
@@ -197,3 +197,12 @@ def test_dropped_writes_are_noticed_by_name():
     steps = insert_after(joint_steps(), "attach_range_state", Step("careless", careless))
     with pytest.raises(GraphError, match="after careless"):
         Pipeline(steps, joint.context).run(joint.graph)
+
+
+def test_a_step_that_is_none_is_refused_when_it_is_made():
+    with pytest.raises(ValueError, match="step 'mine': numerics='excat'; allowed: 'exact', 'changes'"):
+        Step("mine", nothing, "excat")
+    with pytest.raises(TypeError, match="step 'mine': run is 'insert_qdq'"):
+        Step("mine", "insert_qdq")
+    with pytest.raises(ValueError, match="step 'cut': numerics=None"):
+        CutStep("cut", nothing, None)
