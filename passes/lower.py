@@ -3,7 +3,8 @@
 Before                                          After
   q = quantize(x, s)                              q = to_int8(clamp(round(x * (1 / s))))     # Inductor fuses it into x's producer
                                                   with a seed: + draws of keys[i], keys = draw_keys(seed, salts) for all
-                                                  on a GPU perhaps one kernel with the transposed copy: passes.fuse_quantize
+                                                  on a GPU perhaps one kernel with the transposed copy: passes.fuse_quantize;
+                                                  on a CPU in one loop with the row's range: passes.scale_rows_first
   x = dequantize(q, s)                            x = to_dtype(q * s)
   y = scaled_mm(permute(a), b, ...)               y = scaled_mm(transpose_codes(a), b, ...)  # the layout that the kernel reads
   y = scaled_mm(a, unpack_codes(p), ...)          y = scaled_mm_packed(a, p, ...)            # CUDA; elsewhere shifts and a mask
@@ -57,6 +58,7 @@ from passes.graph import (
     on_gpu,
     replace,
 )
+from passes.scale_rows_first import scale_rows_first
 from qcompile import ops
 from qcompile.kernels.select import reads_packed
 
@@ -74,7 +76,7 @@ def lower(graph: fx.Graph, context: PassContext | None = None, *, steady: bool =
         lowered += fuse_quantize(graph)
     lowered += _round_by_keys(graph)
     lowered += _apply(_ELEMENTWISE, graph, steady)
-    return lowered
+    return lowered + scale_rows_first(graph)
 
 
 def _apply(lowerings: dict[Any, Callable[[fx.Graph, fx.Node, bool], None]], graph: fx.Graph, steady: bool) -> int:
