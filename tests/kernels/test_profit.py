@@ -108,9 +108,9 @@ def test_every_part_runs(trial, interpreted):
 
 def test_a_quantize_makes_codes_and_what_its_range_learns(interpreted):
     x = torch.randn(8, 16)
-    static = profit._quantize(x, (0, 1), QuantSpec(estimator=InHindsight()))()
+    static = profit._quantize(x, (0, 1), QuantSpec(estimator=InHindsight()))(x)
     assert static[0].dtype is torch.int8 and [tuple(t.shape) for t in static[1:]] == [(), ()]  # amax, clipped share
-    (dynamic,) = profit._quantize(x, (1,), QuantSpec(granularity=PerRow()))()
+    (dynamic,) = profit._quantize(x, (1,), QuantSpec(granularity=PerRow()))(x)
     assert dynamic.abs().amax(1).tolist() == [127] * 8
 
 
@@ -125,3 +125,16 @@ def test_expanded_operands_keep_their_strides():
     like = Like((4, 8), (0, 1), torch.bfloat16)
     made = profit._tensor(like, CPU, torch.Generator())
     assert made.shape == (4, 8) and made.stride() == (0, 1) and made.dtype is torch.bfloat16
+
+
+def test_operands_take_turns(monkeypatch):
+    """Those of one call are not in a cache of the one before."""
+    seen = []
+    monkeypatch.setattr(profit.ops, "transpose_codes", lambda matrix: seen.append(matrix.data_ptr()))
+    small, large = Transpose(matrix(512, 512, torch.int8)), Transpose(matrix(8192, 8192, torch.int8))
+    for trial, copies in ((small, profit.MOST_COPIES), (large, 2)):
+        seen.clear()
+        run = profit._prepare(trial, CPU)
+        for _ in range(2 * copies):
+            run()
+        assert len(set(seen)) == copies and seen[:copies] == seen[copies:]
