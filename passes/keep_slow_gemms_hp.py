@@ -14,7 +14,7 @@ it, so GEMMs are not judged one by one: the assignment of the least total time i
       gemm --oo--> quantize --its time--> sink      paid as soon as one GEMM that reads it is an integer one
       source --its time--> cast --oo--> gemm        paid as soon as one GEMM that reads it is in high precision
 
-The integer side must win by 10 % (`MARGIN`, our choice): a smaller gain is within the noise of a measurement.
+The integer side must win by 15 % (`MARGIN`, our choice): a smaller gain is within the noise of a measurement.
 
 A decision that was made before (an earlier compilation, a loaded state) holds, whatever would be measured now; among data-parallel
 ranks the first one decides (`qcompile.state.decisions`).
@@ -37,7 +37,7 @@ from qcompile.state.decisions import Decision
 
 __all__ = ["MARGIN", "keep_slow_gemms_hp", "least_time"]
 
-MARGIN = 0.1
+MARGIN = 0.15
 """How much faster, as a share of its own time, the integer form must be measured."""
 
 _LONGEST = 1e6  # seconds: a form that does not run

@@ -181,7 +181,8 @@ def _tell(trial: Trial, error: Exception) -> None:
 
 
 def _prepare(trial: Trial, device: torch.device) -> Callable[[], object]:
-    """A function that runs the trial, each time on operands that the caches have forgotten since."""
+    """A function that runs the trial, each time on operands that the caches have forgotten since; but codes have just been written
+    when they are multiplied."""
     draws = torch.Generator(device).manual_seed(0)  # the user's random numbers stay as they are
     match trial:
         case Product(operator, arguments):
@@ -202,7 +203,8 @@ def _prepare(trial: Trial, device: torch.device) -> Callable[[], object]:
             raise TypeError(f"no trial: {trial!r}")
     first = [_argument(a, device, draws) for a in given]
     size = sum(t.untyped_storage().nbytes() for t in first if isinstance(t, Tensor))
-    copies = min(MOST_COPIES, 1 + CACHES // max(size, 1))
+    codes_alone = all(t.dtype is torch.int8 or t.ndim < 2 or 1 in t.shape for t in first if isinstance(t, Tensor))
+    copies = 1 if codes_alone else min(MOST_COPIES, 1 + CACHES // max(size, 1))
     operands = itertools.cycle([first, *([_argument(a, device, draws) for a in given] for _ in range(copies - 1))])
     return lambda: run(*next(operands))
 

@@ -127,12 +127,16 @@ def test_expanded_operands_keep_their_strides():
     assert made.shape == (4, 8) and made.stride() == (0, 1) and made.dtype is torch.bfloat16
 
 
-def test_operands_take_turns(monkeypatch):
-    """Those of one call are not in a cache of the one before."""
+def test_operands_take_turns():
+    """Those of one call are not in a cache of the one before, but for codes, which the quantize in front has just written."""
     seen = []
-    monkeypatch.setattr(profit.ops, "transpose_codes", lambda matrix: seen.append(matrix.data_ptr()))
-    small, large = Transpose(matrix(512, 512, torch.int8)), Transpose(matrix(8192, 8192, torch.int8))
-    for trial, copies in ((small, profit.MOST_COPIES), (large, 2)):
+
+    def operator(*tensors):
+        seen.append(tensors[0].data_ptr())
+
+    small, large = (Product(operator, (matrix(n, n), matrix(n, n))) for n in (512, 2896))
+    codes = Product(operator, (*(matrix(4096, 4096, torch.int8),) * 2, matrix(4096, 1), matrix(1, 4096)))
+    for trial, copies in ((small, profit.MOST_COPIES), (large, 2), (codes, 1)):
         seen.clear()
         run = profit._prepare(trial, CPU)
         for _ in range(2 * copies):
