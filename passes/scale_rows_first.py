@@ -19,7 +19,8 @@ Skips     devices other than the CPU, where a reduction's epilogue costs nothing
 
 from __future__ import annotations
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from passes.graph import CAST, aten, call, replace
 
@@ -49,16 +50,21 @@ def _behind(scale: fx.Node) -> list[fx.Node] | None:
     """The reduction over rows and what is done to its result alone, in order, if these keep order; None for other scales."""
     chain: list[fx.Node] = []
     node = scale.args[0]
-    while isinstance(node, fx.Node) and len(node.users) == 1 and node.target in _KEEP_ORDER:
+    while isinstance(node, fx.Node) and len(node.users) == 1 and _keeps_order(node):
         chain.insert(0, node)
         node = node.args[0]
     if not isinstance(node, fx.Node) or node.target is not aten.amax.default or len(node.users) != 1 or not _over_rows(node):
         return None
-    return [node, *chain] if node.args[0].target is aten.abs.default else None
+    return [node, *chain] if isinstance(scale.args[1], float) and node.args[0].target is aten.abs.default else None
 
 
-_KEEP_ORDER = (CAST, aten.abs.default, aten.div.Tensor)  # of values that are not negative
+def _keeps_order(node: fx.Node) -> bool:
+    """Of values that are not negative; a model's own division may be by a tensor, or by a negative number."""
+    if node.target is aten.div.Tensor:
+        return isinstance(node.args[1], int | float) and node.args[1] > 0
+    return node.target is aten.abs.default or (node.target is CAST and node.args[1] is torch.float32)
 
 
 def _over_rows(amax: fx.Node) -> bool:
-    return list(amax.args[1]) in ([-1], [amax.args[0].meta["val"].ndim - 1])
+    x: Tensor = amax.args[0].meta["val"]
+    return x.is_floating_point() and len(amax.args) == 3 and list(amax.args[1]) in ([-1], [x.ndim - 1])

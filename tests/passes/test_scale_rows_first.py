@@ -59,7 +59,23 @@ def whole(x):
     return row_scale(x, (0, 1))
 
 
-@pytest.mark.parametrize("fn", [columns, whole, shared, signed])
+def everything(x):
+    return symmetric_scale(x.abs().amax(), SPEC)
+
+
+def dropped(x):
+    return symmetric_scale(x.abs().amax(-1), SPEC)
+
+
+def negative(x):
+    return (x.abs().amax(-1, keepdim=True) / -3).clamp_min(-1.0)
+
+
+def by_a_tensor(x):
+    return (x.abs().amax(-1, keepdim=True) / x[:, :1]).clamp_min(1e-3)
+
+
+@pytest.mark.parametrize("fn", [columns, whole, shared, signed, everything, dropped, negative, by_a_tensor])
 def test_other_scales_stay(fn):
     graph = traced(fn, torch.randn(4, 8))
     before = str(graph.graph)
