@@ -20,8 +20,8 @@ from passes.graph import is_joint
 from passes.pipeline import Pipeline, Step, joint_steps, lower_half
 from passes.report import tell_what_stays_hp
 from qcompile import inductor
-from qcompile.backend import agreeing, backward_with_state, forward_with_state, is_training, quantizes_nothing, shifted
 from qcompile.errors import StateError
+from qcompile.halves import Half, StateInputs, agreeing, backward_with_state, boxed, forward_with_state
 from qcompile.recipe import Ranges, Recipe
 from qcompile.recipes import get_recipe
 from qcompile.state.binding import Binder
@@ -55,7 +55,7 @@ def inductor_hooks(
     at_the_cut = PassContext(recipe)  # the graph that joint_pass has seen last is the one that is cut
 
     def joint_pass(joint: fx.Graph) -> None:
-        if quantizes_nothing(recipe):
+        if recipe.quantizes_nothing():
             return
         parameters = {} if inputs is None else inputs.parameters(joint)
         context = PassContext.of(joint, recipe, strict=strict, parameters=parameters)
@@ -82,7 +82,7 @@ def _is_backward(half: fx.Graph) -> bool:
     return is_joint(half)  # it has tangents
 
 
-Compiler = Callable[..., Callable[..., Any]]
+Compiler = Callable[..., Half]
 
 
 def with_range_state(compiler: Compiler, *, ranges: Ranges = "replicated") -> Compiler:
@@ -98,35 +98,28 @@ def with_range_state(compiler: Compiler, *, ranges: Ranges = "replicated") -> Co
         raise ValueError(f"with_range_state: ranges={ranges!r}; allowed: {', '.join(map(repr, get_args(Ranges)))}")
     replicated = ranges == "replicated"
 
-    def compile_half(half: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
-        placeholders = half.graph.find_nodes(op="placeholder")
-        ours = {n.meta["qtrain_state"]: i for i, n in enumerate(placeholders) if "qtrain_state" in n.meta}
-        inputs = list(example_inputs)
+    def compile_half(half: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Half:
+        state_inputs, inputs = StateInputs.of(half), list(example_inputs)
         backward = kwargs.get("is_backward", _is_backward(half.graph))
-        if ours and not backward:
-            added = sorted(ours.values())
-            for position in added:
-                inputs.insert(position, placeholders[position].meta["val"])
-            if "static_input_idxs" in kwargs:
-                kwargs["static_input_idxs"] = shifted(kwargs["static_input_idxs"], added)
+        if not backward:
+            state_inputs.add_examples(half, inputs, kwargs)
         compiled = _boxed(compiler(half, inputs, **kwargs))
         if backward:  # one without state too: the forward half may have some
-            run = backward_with_state(compiled, None, ours)
+            run = backward_with_state(compiled, None, state_inputs)
             return agreeing(run) if replicated else run
-        if not ours:
+        if not state_inputs:
             return compiled
-        layouts = {n.meta["qtrain_state"][0]: n.meta["qtrain_layout"] for n in placeholders if "qtrain_layout" in n.meta}
-        device = next(n.meta["val"].device for n in placeholders if "qtrain_state" in n.meta)
-        binder = Binder(layouts, device)
-        names = [n.name for n in placeholders]
-        owners = [names.index(o) - sum(p < names.index(o) for p in ours.values()) for o in binder.owners]
+        ours = [n for n in half.graph.find_nodes(op="placeholder") if "qtrain_state" in n.meta]
+        layouts = {n.meta["qtrain_state"][0]: n.meta["qtrain_layout"] for n in ours if "qtrain_layout" in n.meta}
+        binder = Binder(layouts, ours[0].meta["val"].device)
         shared = replicated and any(entry.spec is not None for layout in layouts.values() for entry in layout.entries)
-        return forward_with_state(compiled, None, ours, binder, owners, is_training(kwargs), shared)
+        training = not kwargs.get("is_inference", False)
+        return forward_with_state(compiled, None, state_inputs, binder, training=training, replicated=shared)
 
     return compile_half
 
 
-def _boxed(compiled: Callable[..., Any]) -> Callable[..., Any]:
+def _boxed(compiled: Callable[..., Any]) -> Half:
     """The calling convention of AOTAutograd's own: one list, which the callee may empty."""
     if getattr(compiled, "_boxed_call", False):
         return compiled
@@ -136,5 +129,4 @@ def _boxed(compiled: Callable[..., Any]) -> Callable[..., Any]:
         args.clear()
         return compiled(*given)
 
-    run._boxed_call = True  # type: ignore[attr-defined]
-    return run
+    return boxed(run)

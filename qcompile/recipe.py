@@ -158,6 +158,16 @@ class Recipe:
         tables = [own, *({**own, **changes} for _, changes in self.overrides)]
         return any(operand_pair(values, gemm) is not None for values in tables for gemm in GEMM_OPERANDS)
 
+    def quantizes_nothing(self) -> bool:
+        """Whether it is "none" in all but name: then no pass runs."""
+        if self.compress_saved is not None:
+            return False
+        if not self.ops:
+            return True
+        return self.input is self.weight is self.grad_output is None and not self.overrides and all(
+            getattr(self, g) is None or not hasattr(getattr(self, g), "input") for g in GEMM_OPERANDS
+        )
+
     def unmatched_patterns(self, site_names: Iterable[str]) -> list[str]:
         """The patterns of `skip` and `overrides` that mean none of these sites: most likely misspelt. Kinds are no misspelling."""
         names = list(site_names)

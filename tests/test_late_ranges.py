@@ -7,7 +7,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import qcompile
 from passes.context import PassContext
-from qcompile import backend, range_state
+from qcompile import halves, range_state
 from qcompile.recipes import get_recipe
 from qcompile.state.replicas import Replicas
 from tests.compiling import compiled
@@ -47,7 +47,7 @@ def losses(steps, wake_up=None):
 def test_a_half_that_waits_takes_tensors_in_any_layout():
     """It was traced with contiguous tensors; the compiled half in front of it may hand over others, as convolutions do."""
     half = make_fx(lambda x: [(2 * x).view(-1).sum(), x.view(2, 12) + 1], tracing_mode="fake")(torch.randn(2, 3, 4))
-    run = backend._Interpreted(half, PassContext(get_recipe("int8")), None)
+    run = halves.Interpreted(half, PassContext(get_recipe("int8")), None)
     x = torch.arange(24.0).view(2, 4, 3).transpose(1, 2)
     total, rows = run([x])
     assert total == 2 * x.sum() and torch.equal(rows, x.reshape(2, 12) + 1)
@@ -63,9 +63,9 @@ def test_a_channel_that_stays_zero_does_not_keep_a_half_interpreted(interpreted,
         compiled_late.append(module)
         return real(module, backend="aot_eager", **options)
 
-    monkeypatch.setattr(backend, "PATIENCE", 10**9)
+    monkeypatch.setattr(halves, "PATIENCE", 10**9)
     want = losses(8, wake_up=6)
-    monkeypatch.setattr(backend, "PATIENCE", 3)
+    monkeypatch.setattr(halves, "PATIENCE", 3)
     monkeypatch.setattr(torch, "compile", spy)
     got = losses(8, wake_up=6)
     assert len(compiled_late) == 1, "the backward half, whose gradients have a range for each channel"
@@ -110,7 +110,7 @@ def test_ranges_of_one_model_are_exchanged_once_however_many_shapes_it_was_compi
     monkeypatch.setattr(replicas, "active", lambda: True)
     monkeypatch.setattr("qcompile.state.replicas._Plan", Plan)
     monkeypatch.setattr("qcompile.state.replicas._compare", lambda *_: None)
-    monkeypatch.setattr(backend, "REPLICAS", replicas)
+    monkeypatch.setattr(halves, "REPLICAS", replicas)
     model = nn.Linear(WIDTH, WIDTH)
     run = compiled(model)
     for batches in ((8,), (8, 12)):  # the second shape is another graph

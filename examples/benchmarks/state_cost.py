@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script: examples/
 from benchmarks import results
 from gpt import GPT, VOCAB, GPTConfig
 
-from qcompile import backend
+from qcompile import halves
 from qcompile.recipe import Recipe
 from qcompile.state.binding import Binder
 from qcompile.state.replays import Replays
@@ -45,12 +45,12 @@ def stopwatch() -> Iterator[list[float]]:
 
         return run
 
-    before = Binder.bind, Replays.view, backend.binding_of
-    Binder.bind, Replays.view, backend.binding_of = (timed(f) for f in before)  # type: ignore[method-assign, assignment]
+    before = Binder.bind, Replays.view, halves.binding_of
+    Binder.bind, Replays.view, halves.binding_of = (timed(f) for f in before)  # type: ignore[method-assign, assignment]
     try:
         yield spent
     finally:
-        Binder.bind, Replays.view, backend.binding_of = before  # type: ignore[method-assign, assignment]
+        Binder.bind, Replays.view, halves.binding_of = before  # type: ignore[method-assign, assignment]
 
 
 def measure(config: GPTConfig, *, batch: int, steps: int, recipe: str | Recipe, device: str) -> dict[str, float]:

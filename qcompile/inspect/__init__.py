@@ -3,9 +3,10 @@
 from qcompile.inspect.capture import Capture, capture
 from qcompile.inspect.captured_graph import CapturedGraph
 from qcompile.inspect.compare import Comparison, GemmNumerics, compare
-from qcompile.inspect.explain import GemmReport, Report, SiteReport, explain
+from qcompile.inspect.explain import explain
 from qcompile.inspect.listing import format_graph
 from qcompile.inspect.monitor import Monitor, monitor
+from qcompile.inspect.report import GemmReport, Report, SiteReport
 from qcompile.inspect.saved_bytes import SavedBytes, SavedTensor, saved_bytes
 
 __all__ = [

@@ -22,14 +22,14 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch.utils import _pytree as pytree
 
 from passes.context import Entry, Site, StateLayout
-from passes.pipeline import Step, joint_steps
+from passes.pipeline import Step
 from qcompile.errors import GraphError, KernelError, RecipeError, StateError, UnsupportedError
 from qcompile.inspect.captured_graph import CapturedGraph
 from qcompile.inspect.isolation import copy_inputs, copy_model, fresh_call, undisturbed
 from qcompile.inspect.recording import Recording, storage_of
 from qcompile.inspect.saved_bytes import SavedBytes
+from qcompile.options import Options
 from qcompile.recipe import Recipe
-from qcompile.recipes import get_recipe
 from qcompile.state.handle import RangeState, range_state
 from qcompile.state.store import RangeStore
 from qcompile.wrappers import clean_names
@@ -206,22 +206,21 @@ def capture(
     that cannot be copied, and what the model raises.
     """
     start = time.perf_counter()
-    recipe = get_recipe(recipe)
+    options = Options.checked({"recipe": recipe, "strict": strict, "passes": passes, "profit_filter": profit_filter})
     copied = copy_model(model)
     inputs, kwargs = copy_inputs(inputs), copy_inputs(kwargs)
     names = _names(copied)
     alive = {storage_of(t) for t in [*copied.parameters(), *copied.buffers(), *_tensors((inputs, kwargs))]}
     store = RangeStore()
-    if profit_filter:
+    if options.profit_filter:
         decided = {f"{n}.{f}": v for n, d in range_state(model).decisions().items() for f, v in d.to_tensors().items()}
         RangeState(copied, store).load_state_dict(decided, strict=False)
     if ranges:
         RangeState(copied, store).load_state_dict(ranges, strict=False)
     recordings: list[Recording] = []
-    steps = joint_steps() if passes is None else passes
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-        recording = Recording(gm, example_inputs, recipe, strict, {}, steps, False, profit_filter)
+        recording = Recording(gm, example_inputs, options)
         recording.store, recording.tensor_names, recording.alive = store, names, alive
         compiled = recording.run()
         recordings.append(recording)
@@ -240,7 +239,7 @@ def capture(
     copied.zero_grad()
     graphs = [r.captured() for r in recordings if r.calls]
     state = RangeState(copied, store)
-    return Capture(copied, recipe, graphs, notes.graph_breaks, state, time.perf_counter() - start, loss, gradients)
+    return Capture(copied, options.recipe, graphs, notes.graph_breaks, state, time.perf_counter() - start, loss, gradients)
 
 
 def _names(model: nn.Module) -> dict[int, list[str]]:

@@ -13,7 +13,8 @@ from passes.canonicalize import canonicalize
 from passes.find_sites import find_sites, module_path
 from passes.split_convolution_backward import split_convolution_backward
 from qcompile import inductor
-from qcompile.backend import Compilation, quantizes_nothing
+from qcompile.backend import Compilation
+from qcompile.halves import Half, boxed
 from qcompile.inspect.captured_graph import (
     Call,
     CapturedGraph,
@@ -41,7 +42,7 @@ class Recording(Compilation):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self.plain = quantizes_nothing(self.context.recipe)
+        self.plain = self.options.recipe.quantizes_nothing()
         self.calls: list[Call] = []
         self.graphs: dict[str, tuple[fx.Graph, nn.Module]] = {}  # stage -> graph, and the module with what it refers to
         self.steps_seen: dict[str, fx.Graph] = {}
@@ -57,7 +58,8 @@ class Recording(Compilation):
         if not self.plain:
             return super().run()
         assert self.gm is not None
-        return inductor.watch_plain(self.gm, self.example_inputs, look=self.joint_pass, inner=self.compile_half, config=self.config)
+        config = self.options.inductor
+        return inductor.watch_plain(self.gm, self.example_inputs, look=self.joint_pass, inner=self.compile_half, config=config)
 
     def _keep(self, stage: str, graph: fx.Graph) -> None:
         self.graphs[stage] = copy_graph(graph), graph.owning_module or nn.Module()
@@ -97,9 +99,7 @@ class Recording(Compilation):
 
     # ---- the halves
 
-    def compile_half(
-        self, compile_inner: Any, half: fx.GraphModule, inputs: list[Any], kwargs: dict[str, Any]
-    ) -> Callable[..., Any]:
+    def compile_half(self, compile_inner: Any, half: fx.GraphModule, inputs: list[Any], kwargs: dict[str, Any]) -> Half:
         phase = "backward" if kwargs.get("is_backward", False) else "forward"
         self._keep(phase, half.graph)
         placeholders = half.graph.find_nodes(op="placeholder")
@@ -125,7 +125,7 @@ class Recording(Compilation):
         tensors = {name: names[0] for name, names in found.items()}
         return Call(tensors, prefixes, tuple(_weighed(outputs[i], self.alive) for i in self.shown_outputs))
 
-    def _watch_forward(self, compiled: Callable[..., Any], names: list[str], written: set[int]) -> Callable[..., Any]:
+    def _watch_forward(self, compiled: Half, names: list[str], written: set[int]) -> Half:
         def run(args: list[Any]) -> Any:
             given = list(args)
             if not self.calls:
@@ -138,17 +138,15 @@ class Recording(Compilation):
             self.calls.append(self._call(names, given, outputs))
             return outputs
 
-        run._boxed_call = True  # type: ignore[attr-defined]
-        return run
+        return boxed(run)
 
-    def _watch_backward(self, compiled: Callable[..., Any], names: list[str]) -> Callable[..., Any]:
+    def _watch_backward(self, compiled: Half, names: list[str]) -> Half:
         def run(args: list[Any]) -> Any:
             if not self.tangents:
                 self.tangents = tuple(a for n, a in zip(names, args, strict=True) if n.startswith("tangents"))
             return compiled(args)
 
-        run._boxed_call = True  # type: ignore[attr-defined]
-        return run
+        return boxed(run)
 
     # ---- what comes of it
 
@@ -181,15 +179,14 @@ class Recording(Compilation):
         return captured
 
 
-def _interpret(half: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
+def _interpret(half: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Half:
     def run(args: list[Any]) -> Any:
         given = list(args)
         args.clear()
         with torch.no_grad():
             return half(*given)
 
-    run._boxed_call = True  # type: ignore[attr-defined]
-    return run
+    return boxed(run)
 
 
 def _weighed(value: Any, alive: set[int]) -> SavedOutput | None:

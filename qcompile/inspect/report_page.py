@@ -11,9 +11,10 @@ from passes.context import OPERANDS
 from passes.report import by_choice
 from qcompile.inspect.modules import module_of_site
 from qcompile.inspect.page import render
+from qcompile.inspect.report_text import size_text
 
 if TYPE_CHECKING:
-    from qcompile.inspect.explain import GemmReport, Report, SiteReport
+    from qcompile.inspect.report import GemmReport, Report, SiteReport
 
 __all__ = ["Branch", "module_tree", "to_html"]
 
@@ -56,8 +57,6 @@ def module_tree(report: Report) -> Branch:
 
 def to_html(report: Report) -> str:
     """The page."""
-    from qcompile.inspect.explain import size_text
-
     saved = [("high precision", report.hp_saved, ""), (report.recipe.name, report.saved, "ours")]
     most = max((s.total for _, s, _ in saved), default=0) or 1
     return render(

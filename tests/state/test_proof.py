@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from qcompile import backend, range_state
+from qcompile import halves, range_state
 from qcompile.kernels import record_launches
 from tests.compiling import AVERAGE, JUMPING, MOMENTUM, amax, compiled, linear_step, poke
 
@@ -89,8 +89,8 @@ def test_a_step_on_8x_uses_the_old_range_and_learns_by_the_formula(engine, layer
 def test_only_the_first_step_runs_operator_by_operator(interpreted, layer, monkeypatch):
     """From then on both halves are the compiled ones, which read what is stored and wait for no reduction."""
     slow = []
-    call = backend._Interpreted.__call__
-    monkeypatch.setattr(backend._Interpreted, "__call__", lambda self, *args: slow.append(self) or call(self, *args))
+    call = halves.Interpreted.__call__
+    monkeypatch.setattr(halves.Interpreted, "__call__", lambda self, *args: slow.append(self) or call(self, *args))
     run = compiled(layer, AVERAGE)
     counts = []
     for _ in range(3):

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from qcompile.kernels import batched, note_launch
-from qcompile.kernels.convolution import Cut, operators
+from qcompile.kernels.columns import Cut
+from qcompile.kernels.convolution import operators
 from qcompile.kernels.cpu.choice import choices, give_up, kernel_name
 from qcompile.kernels.cpu.products import CANDIDATES, INT32_MAX, MAX_K, onednn, onednn_product, onednn_weight
 from qcompile.kernels.cpu.scratch import scratch

@@ -1,0 +1,179 @@
+"""What a convolution gathers for its product of matrices: for every place, the codes that a kernel sees from there, as a row.
+
+Codes are gathered as int8 with the channels innermost, so a row is a few long runs of bytes; a 1x1 kernel of stride 1 gathers
+nothing. What lies outside is the code of zero.
+
+On a CPU the columns of a whole batch are memory that the system hands out anew, page by page, in every step, which takes longer
+than multiplying them. There the work is cut into `parts` of some images (of some rows of one image, where one is large), whose
+columns lie in memory that is kept (`qcompile.kernels.cpu.scratch`).
+
+B batches, P places, C channels, T taps; `zero` broadcasts to [B, *spatial, C].
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+__all__ = ["Columns", "Cut", "Part", "Summed", "gather", "parts"]
+
+
+class Summed(Protocol):
+    """The same with the two matrices in pieces of the axis that is summed: int8 [M, K_i] and [K_i, N], of which only the present
+    pair need exist."""
+
+    def __call__(
+        self,
+        pieces: Iterable[tuple[Tensor, Tensor]],
+        a_scale: Tensor,
+        b_scale: Tensor,
+        a_zero: Tensor | None,
+        b_zero: Tensor | None,
+        out_dtype: torch.dtype,
+        /,
+    ) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Cut:
+    """How to work on a part of the columns at a time.
+
+    at_most  bytes of columns of a part
+    memory   (name, elements) -> int8 [elements] to overwrite, the same at each call
+    summed   for gradients of weights, whose sum runs over the places
+    """
+
+    at_most: int
+    memory: Callable[[str, int], Tensor]
+    summed: Summed
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some images, and some rows of their places."""
+
+    images: slice
+    rows: slice
+
+    def of(self, places: Sequence[int]) -> list[int]:
+        """The places of one image."""
+        return [self.rows.stop - self.rows.start, *places[1:]]
+
+
+def parts(batch: int, places: Sequence[int], bytes_a_place: int, at_most: int | None) -> list[Part]:
+    """As few as `at_most` bytes allow: groups of images, or groups of rows of one image."""
+    row = max(1, math.prod(places[1:]) * bytes_a_place)
+    rows = max(1, places[0] if at_most is None else min(places[0], at_most // row))
+    images = max(1, batch if at_most is None else at_most // max(1, row * places[0]))
+    return [
+        Part(slice(image, min(batch, image + images)), slice(first, min(places[0], first + rows)))
+        for image in range(0, batch, images)
+        for first in range(0, places[0], rows)
+    ]
+
+
+class Columns:
+    """What a product gathers, part by part: codes [B, *spatial, groups * C] as `gather` has them, of the channels of a group."""
+
+    def __init__(
+        self,
+        codes: Tensor,
+        begin: Sequence[int],
+        step: Sequence[int],
+        dilation: Sequence[int],
+        taps: Sequence[int],
+        places: Sequence[int],
+        zero: Tensor | None,
+        groups: int,
+        cut: Cut | None,
+    ) -> None:
+        self.codes, self.zero = codes, zero
+        self.where = (begin, step, dilation, taps, places)
+        self.memory = cut.memory if cut is not None else lambda name, elements: codes.new_empty(elements)
+        copies = math.prod(taps) > 1 or any(s != 1 for s in step) or groups > 1
+        at_most = cut.at_most if cut is not None and copies else None
+        self.width = math.prod(taps) * (codes.shape[-1] // groups)
+        self.parts = parts(codes.shape[0], places, self.width, at_most)
+
+    @property
+    def whole(self) -> bool:
+        return len(self.parts) == 1
+
+    def of(self, channels: slice) -> Iterator[tuple[Part, Tensor]]:
+        """(part, its columns), one at a time: the next one may overwrite it."""
+        zero = self.zero
+        if zero is not None and zero.ndim > 0 and zero.shape[-1] > 1:
+            zero = zero[..., channels]
+        windows = _windows(self.codes[..., channels], *self.where, zero, self.memory)
+        for part in self.parts:
+            seen = windows[part.images, part.rows]
+            columns = seen if seen.is_contiguous() else self.memory("columns", seen.numel()).view(seen.shape).copy_(seen)
+            yield part, columns.view(math.prod(seen.shape[: len(self.where[4]) + 1]), self.width)
+
+
+def gather(
+    codes: Tensor,
+    begin: Sequence[int],
+    step: Sequence[int],
+    dilation: Sequence[int],
+    taps: Sequence[int],
+    places: Sequence[int],
+    zero: Tensor | None,
+) -> Tensor:
+    """codes [B, *spatial, C] -> [B * P, T * C]: place p sees `codes[begin + p * step + t * dilation]` through tap t."""
+    windows = _windows(codes, begin, step, dilation, taps, places, zero, lambda name, elements: codes.new_empty(elements))
+    return windows.reshape(codes.shape[0] * math.prod(places), math.prod(taps) * codes.shape[-1])
+
+
+def _windows(
+    codes: Tensor,
+    begin: Sequence[int],
+    step: Sequence[int],
+    dilation: Sequence[int],
+    taps: Sequence[int],
+    places: Sequence[int],
+    zero: Tensor | None,
+    memory: Callable[[str, int], Tensor],
+) -> Tensor:
+    """The same as a view [B, *places, *taps, C] of the codes, or of a padded copy of them in `memory`."""
+    batch, *spatial, channels = codes.shape
+    shape = (batch, *places, *taps, channels)
+    if 0 in shape:
+        return codes.new_empty(shape)
+    pads, starts = [], []
+    for axis, size in enumerate(spatial):
+        last = begin[axis] + (places[axis] - 1) * step[axis] + (taps[axis] - 1) * dilation[axis]
+        before, behind = max(0, -begin[axis]), max(0, last - (size - 1))
+        pads.append((before, behind))
+        starts.append(begin[axis] + before)
+    if any(b or a for b, a in pads):
+        codes = _padded(codes, pads, zero, memory)
+    elif codes.stride(-1) != 1 and channels > 1:
+        codes = codes.contiguous()
+    strides = codes.stride()
+    offset = sum(s * k for s, k in zip(starts, strides[1:-1], strict=True))
+    by_place = [k * s for k, s in zip(strides[1:-1], step, strict=True)]
+    by_tap = [k * d for k, d in zip(strides[1:-1], dilation, strict=True)]
+    return codes.as_strided(shape, (strides[0], *by_place, *by_tap, strides[-1]), codes.storage_offset() + offset)
+
+
+def _padded(
+    codes: Tensor, pads: Sequence[tuple[int, int]], zero: Tensor | None, memory: Callable[[str, int], Tensor]
+) -> Tensor:
+    batch, *spatial, channels = codes.shape
+    shape = (batch, *(s + b + a for s, (b, a) in zip(spatial, pads, strict=True)), channels)
+    out = memory("padded", math.prod(shape)).view(shape)
+    if zero is None:
+        out.zero_()
+    else:
+        out.copy_(zero.expand(out.shape))
+    inner = out
+    for axis, (size, (before, _)) in enumerate(zip(spatial, pads, strict=True)):
+        inner = inner.narrow(axis + 1, before, size)
+    inner.copy_(codes)
+    return out
