@@ -17,9 +17,9 @@ The integer GEMM itself stays one operator, which picks its kernel by device and
 
 Numerics  exact.
 Requires  a graph after the partitioner, or an inference graph. Ensures: the only `qtrain::` operators left are integer GEMMs
-          (of packed codes too), transposes (on a GPU perhaps with their quantize), `unpack`, `draw_keys` and the halves of a
-          convolution's gradient that stayed hp; every matrix of an integer GEMM has the layout that the device's kernel reads
-          without a copy.
+          (of packed codes too), transposes (on a GPU perhaps with their quantize), `unpack`, `draw_keys`, `draws` where they
+          can be fused, and the halves of a convolution's gradient that stayed hp; every matrix of an integer GEMM has the
+          layout that the device's kernel reads without a copy.
 """
 
 from __future__ import annotations

@@ -26,6 +26,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from passes.context import PassContext
 from passes.partition import min_cut_partition
 from passes.restore_decompositions import decompositions
+from qcompile import inductor_draws
 from qcompile.cache_folders import check_cache_folders
 from qcompile.errors import UnsupportedError
 
@@ -41,6 +42,8 @@ __all__ = [
     "tunes_gemms",
     "watch_plain",
 ]
+
+inductor_draws.register()
 
 InnerCompile = Callable[..., Callable[..., Any]]
 InnerHook = Callable[[InnerCompile, fx.GraphModule, list[Any], dict[str, Any]], Callable[..., Any]]

@@ -24,7 +24,7 @@ from qcompile.ops.quantize import (
     quantize_reference,
 )
 from qcompile.ops.quantize_transposed import quantize_transposed, quantize_transposed_reference
-from qcompile.ops.random import draw_key, draw_keys, uniform_draws
+from qcompile.ops.random import draw_key, draw_keys, draws, uniform_draws
 from qcompile.ops.range_state import range_, read_state, seed_, select_range, unpack, write_state_
 from qcompile.ops.round_to_powers import round_to_powers, round_to_powers_by_key, round_to_powers_reference
 from qcompile.ops.scaled_bmm import scaled_bmm, scaled_bmm_reference
@@ -50,6 +50,7 @@ __all__ = [
     "dequantize_reference",
     "draw_key",
     "draw_keys",
+    "draws",
     "fake_quantize",
     "fake_quantize_codes",
     "hadamard",

@@ -22,13 +22,16 @@ place of one scalar read cost minutes of compilation.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from qcompile.errors import KernelError
 from qcompile.ops._library import define
 
-__all__ = ["draw_key", "draw_keys", "draws_of_key", "uniform_draws"]
+__all__ = ["draw_key", "draw_keys", "draws", "draws_of_key", "uniform_draws"]
 
 _MASK = 0xFFFF_FFFF
 _MULTIPLY_1 = 0x7FEB_352D
@@ -96,15 +99,28 @@ def uniform_draws(seed: Tensor, salt: int, like: Tensor) -> Tensor:
     return draws_of_key(draw_key(seed, salt), like)
 
 
-def draws_of_key(key: Tensor, like: Tensor) -> Tensor:
-    """The draws of a stream, by the key of its seed and salt (int64, one element).
+WHOLE_ON: set[str] = set()
+"""Kinds of devices whose compiler takes `qtrain::draws` for one operation that it fuses (`qcompile.inductor_draws`)."""
 
-    Plain aten without synchronisation or data-dependent control flow: it traces with symbolic sizes, and
-    Inductor fuses it.
-    """
-    count = like.numel()
-    element = torch.arange(count, dtype=torch.int64, device=like.device).reshape(like.shape)
+
+def draws_of_key(key: Tensor, like: Tensor) -> Tensor:
+    """The draws of a stream, by the key of its seed and salt (int64, one element): fp32, of `like`'s shape."""
+    return draws(key, like.shape) if like.device.type in WHOLE_ON else _draws(key, like.shape)
+
+
+def _draws(key: Tensor, size: Sequence[int]) -> Tensor:
+    """Plain aten without synchronisation or data-dependent control flow: it traces with symbolic sizes, and Inductor fuses it."""
+    count = math.prod(size)
+    element = torch.arange(count, dtype=torch.int64, device=key.device).reshape(size)
     if not (isinstance(count, int) and count <= _MASK + 1):
         element = element & _MASK  # or the product leaves int64
-    r = _mix32((element * _SPREAD + key) & _MASK)
+    r = _mix32((element * _SPREAD + key.reshape(())) & _MASK)
     return (r >> 8).to(torch.float32) * 2.0**-24 - 0.5
+
+
+draws = define(
+    "draws(Tensor key, SymInt[] size) -> Tensor",
+    _draws,
+    fake=lambda key, size: key.new_empty(size, dtype=torch.float32),
+)
+"""`draws_of_key` of a size, on the key's device."""

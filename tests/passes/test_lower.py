@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from passes import graph as graph_helpers
 from passes.graph import PERMUTE, QUANTIZE, SCALED_MM, SELECT, TRANSPOSE
 from passes.lower import lower
 from qcompile import ops
@@ -10,7 +11,7 @@ from qcompile.specs import QuantSpec
 from tests.compiling import AVERAGE, STOCHASTIC
 from tests.passes.graphs import ROWWISE, TENSORWISE, assert_same_outputs, copied, joint_graph, mlp, mlp_inputs
 
-ALLOWED = {SCALED_MM, TRANSPOSE, ops.unpack, ops.draw_keys}
+ALLOWED = {SCALED_MM, TRANSPOSE, ops.unpack, ops.draw_keys, ops.draws}
 ASYMMETRIC = TENSORWISE.replace(input=QuantSpec(symmetric=False), grad_weight=None)
 
 
@@ -50,8 +51,21 @@ def test_keys_are_computed_once_for_all_that_round():
     keys = result.graph.find_nodes(op="call_function", target=ops.draw_keys)
     assert len(keys) == len({n.args[4] for n in rounded}) < len(rounded), "one for the forward seed, one for the backward seed"
     assert sorted(salt for k in keys for salt in k.args[1]) == sorted({n.args[5] for n in rounded})
-    multiplied = [n for n in result.graph.nodes if n.target is torch.ops.aten.mul.Tensor and 0x7FEB352D in n.args]
-    assert len(multiplied) == len(rounded), "one mix for the elements of each, none for keys"
+    assert len(result.graph.find_nodes(op="call_function", target=ops.draws)) == len(rounded) and not mixes(result)
+
+
+def test_a_device_without_the_operation_gets_draws_written_out(monkeypatch):
+    monkeypatch.setattr(ops.random, "WHOLE_ON", set())
+    monkeypatch.setattr(graph_helpers, "_SNIPPETS", {})  # traces from before
+    joint = ready(STOCHASTIC)
+    result = lowered(joint, steady=True)
+    rounded = [n for n in joint.graph.find_nodes(op="call_function", target=QUANTIZE) if n.args[4] is not None]
+    assert not result.graph.find_nodes(op="call_function", target=ops.draws)
+    assert len(mixes(result)) == len(rounded), "one mix for the elements of each, none for keys"
+
+
+def mixes(result):
+    return [n for n in result.graph.nodes if n.target is torch.ops.aten.mul.Tensor and 0x7FEB352D in n.args]
 
 
 def test_a_steady_graph_reads_what_is_stored():
