@@ -1,6 +1,6 @@
 """Other libraries' ways to train in few bits, beside ours and beside Inductor: times, memory and relative errors.
 
-    pip install --no-deps torchao bitsandbytes brevitas dependencies unfoldNd sdnq
+    pip install --no-deps torchao bitsandbytes brevitas dependencies==2.0.1 unfoldNd sdnq
     python examples/benchmarks/peers.py --shapes 1024x1024x1024
 
 Every one of them is a variant of `harness` by name, so `linear.py` and `models.py` take them too. What is measured here is what
