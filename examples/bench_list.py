@@ -320,7 +320,7 @@ SCRIPTS = [
             "resnet50 --tokens 4 --rounds 7 --variants bf16,int8_in_hindsight,int8_tensorwise",
             "resnet50", "resnet50 --tokens 64 --rounds 10"),
     _script("peers", "speed", "a linear layer against other libraries", "benchmarks.peers",
-            "--shapes 1024x1024x1024 --rounds 10", "--shapes 8192x4096x4096,8192x4096x14336 --rounds 30"),
+            "--shapes 1024x1024x1024,2048x2048x2048 --rounds 10", "--shapes 8192x4096x4096,8192x4096x14336 --rounds 30"),
     _script("mlp_relu", "speed", "MLP blocks with ReLU", "benchmarks.mlp",
             f"--variants {_MLP}", f"--width 4096 --tokens 16384 --variants {_MLP}"),
     _script("mlp_gelu", "speed", "MLP blocks with GELU", "benchmarks.mlp",
