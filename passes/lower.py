@@ -61,6 +61,7 @@ from passes.graph import (
 from passes.scale_rows_first import scale_rows_first
 from qcompile import ops
 from qcompile.kernels.select import reads_packed
+from qcompile.ops.random import WHOLE_ON
 
 __all__ = ["assume_valid", "lower"]
 
@@ -171,7 +172,7 @@ def _round_by_keys(graph: fx.Graph) -> int:
             *values, _, salt = args_by_name(node).values()
             by_key, name = _BY_KEY[node.target]
             with graph.inserting_before(node):
-                replace(node, inline(graph, by_key, *values, streams[salt], scope=_scope(node), key=name))
+                replace(node, inline(graph, by_key, *values, streams[salt], scope=_scope(node), key=(name, *sorted(WHOLE_ON))))
     return sum(map(len, by_seed.values()))
 
 

@@ -19,6 +19,7 @@ from passes.context import PassContext
 from passes.graph import aten
 from passes.lower import lower
 from qcompile.errors import QtrainWarning
+from qcompile.inductor import compile_late
 from qcompile.state.binding import Binder, Binding, binding_of
 from qcompile.state.replays import REPLAYS
 from qcompile.state.replicas import REPLICAS
@@ -36,10 +37,11 @@ __all__ = [
 ]
 
 Half = Callable[[list[Any]], Any]
+"""A compiled half; its graph is an `fx.GraphModule`."""
 
 
 def boxed(run: Half) -> Half:
-    """`run`, known to AOTAutograd as a function of one list."""
+    """`run` itself, marked for AOTAutograd as a function of one list."""
     run._boxed_call = True  # type: ignore[attr-defined]
     return run
 
@@ -73,7 +75,10 @@ class StateInputs:
         return [name for i, name in enumerate(self.names) if i not in self.positions.values()]
 
     def add_examples(self, half: fx.GraphModule, inputs: list[Any], kwargs: dict[str, Any]) -> None:
-        """Give a compiler of the forward half, which was handed the user's `inputs`, those that the passes have added."""
+        """Give a compiler of the forward half, which was handed the user's `inputs`, those that the passes have added.
+
+        In place, and in `kwargs["static_input_idxs"]` too where it is given.
+        """
         placeholders = half.graph.find_nodes(op="placeholder")
         added = sorted(self.positions.values())
         for position in added:
@@ -157,7 +162,7 @@ def agreeing(backward: Half) -> Half:
     """A backward half after which data-parallel ranks bring their ranges together."""
 
     def run(args: list[Any]) -> Any:
-        REPLICAS.at_end_of_backward()
+        REPLICAS.at_end_of_backward()  # queues it: all of this backward pass comes first
         return backward(args)
 
     return boxed(run)
@@ -211,7 +216,7 @@ class Interpreted:
         if binding is not None:
             calls = self.calls[binding] = self.calls.get(binding, 0) + 1
             if calls > PATIENCE and self.run == self.half.forward:
-                self.run = torch.compile(self.half, dynamic=any(isinstance(a, int) for a in args))
+                self.run = compile_late(self.half, dynamic=any(isinstance(a, int) for a in args))
         given = list(args)
         args.clear()
         if self.run != self.half.forward:  # Dynamo would ask a tensor of autograd's for its gradient

@@ -103,7 +103,7 @@ def with_range_state(compiler: Compiler, *, ranges: Ranges = "replicated") -> Co
         backward = kwargs.get("is_backward", _is_backward(half.graph))
         if not backward:
             state_inputs.add_examples(half, inputs, kwargs)
-        compiled = _boxed(compiler(half, inputs, **kwargs))
+        compiled = _as_boxed(compiler(half, inputs, **kwargs))
         if backward:  # one without state too: the forward half may have some
             run = backward_with_state(compiled, None, state_inputs)
             return agreeing(run) if replicated else run
@@ -119,7 +119,7 @@ def with_range_state(compiler: Compiler, *, ranges: Ranges = "replicated") -> Co
     return compile_half
 
 
-def _boxed(compiled: Callable[..., Any]) -> Half:
+def _as_boxed(compiled: Callable[..., Any]) -> Half:
     """The calling convention of AOTAutograd's own: one list, which the callee may empty."""
     if getattr(compiled, "_boxed_call", False):
         return compiled

@@ -1,5 +1,7 @@
 """The one place where Inductor's and AOTAutograd's private entry points are used. Checked on torch 2.11 and 2.13.
 
+(An operation that generated code is to have of ours is `inductor_draws`'.)
+
     watch_plain             Inductor itself under observation, for `recipe="none"` in inspection
     compile_frozen          Inductor alone on an inference module, with its weights as constants
     compile_with_inductor   runs `compile_fx` with our pipeline before Inductor's joint passes, our partitioner at the cut, and a
@@ -33,6 +35,7 @@ from qcompile.errors import UnsupportedError
 __all__ = [
     "compile_alone",
     "compile_frozen",
+    "compile_late",
     "compile_plain",
     "compile_with_inductor",
     "hook_options",
@@ -238,6 +241,19 @@ def _keeps_state_forward(context: PassContext | None) -> bool:
     )
 
 
+def compile_late(half: fx.GraphModule, *, dynamic: bool) -> Callable[..., Any]:
+    """Compile a lowered half when it is called, with plain Inductor."""
+    return torch.compile(half, dynamic=dynamic, options=_of_these_sources())
+
+
+def _of_these_sources() -> dict[str, Any]:
+    """Options by which Inductor's cache tells what other sources of qtrain have compiled: it hashes graphs, but no lowerings."""
+    from passes.pipeline import source_fingerprint
+
+    users = inductor_config.post_grad_custom_pre_pass
+    return {"post_grad_custom_pre_pass": _HalfPass(lambda graph: None, source_fingerprint(), users)}
+
+
 def compile_alone(fn: Callable[..., Sequence[torch.Tensor]], inputs: Sequence[torch.Tensor]) -> Callable[..., Any]:
     """Compile plain PyTorch for these (real) inputs, whatever is being compiled around it: a function of a list, which it empties.
 
@@ -245,7 +261,7 @@ def compile_alone(fn: Callable[..., Sequence[torch.Tensor]], inputs: Sequence[to
     """
     # Not the context of the compilation around us, which waits for strides and would take our sizes for symbols of its own.
     outside = torch._guards.TracingContext(FakeTensorMode(static_shapes=True))
-    with torch._guards.tracing(outside), inductor_config.patch({"triton.cudagraphs": False}):
+    with torch._guards.tracing(outside), inductor_config.patch({"triton.cudagraphs": False, **_of_these_sources()}):
         graph = make_fx(fn, decomposition_table=decompositions(), tracing_mode="fake")(*inputs)
         values = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
         return compile_fx_inner(graph, values, is_inference=True)

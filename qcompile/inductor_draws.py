@@ -6,8 +6,8 @@ operation it is a few lines of C++ on uint32, the same to the bit, and costs a t
 2048 x 2048 elements on 2 threads (AMD Zen 5, AVX-512, torch 2.13).
 
 Private API, checked on torch 2.11 and 2.13: Inductor's operation handlers have no place to add an operation, so it is set as an
-attribute of the classes that handle all of them. Where one of these is missing, `register` leaves everything as it was, and draws
-are written out.
+attribute of the classes that handle all of them. Where one of these is missing or has another signature, no graph gets the
+operation, and draws are written out. Another generator of code for the CPU (Inductor's `cpu_backend`) calls the operator.
 """
 
 from __future__ import annotations
@@ -19,10 +19,6 @@ from typing import Any
 
 import sympy
 import torch
-from torch._inductor import config, lowering, ops_handler
-from torch._inductor.codegen import cpp
-from torch._inductor.ir import Pointwise
-from torch._inductor.shape_propagation import ShapePropagationOpsHandler
 from torch._inductor.virtualized import V, ops
 from torch._prims_common import ELEMENTWISE_TYPE_PROMOTION_KIND
 
@@ -58,14 +54,18 @@ def _vector(element: Any, key: Any) -> str:
 
 
 def _lower(key: Any, size: Sequence[Any]) -> Any:
+    from torch._inductor import config, lowering
+    from torch._inductor.ir import Pointwise
+
     if key.get_device().type not in random.WHOLE_ON or config.cpu_backend != "cpp":
-        return lowering.fallback_handler(random.draws)(key, size)
+        return lowering.fallback_handler(random.draws, add_to_fallback_set=False)(key, size)
     strides = [*itertools.accumulate([1, *reversed(size[1:])], lambda a, b: a * b)][::-1]
     load, first = key.make_loader(), [0] * len(key.get_size())
 
     def draw(index: Sequence[Any]) -> Any:
         element = sum((i * s for i, s in zip(index, strides, strict=False)), start=sympy.Integer(0))
-        return getattr(ops, NAME)(ops.index_expr(element, torch.int32), ops.to_dtype(load(first), torch.int32))
+        drawn = getattr(ops, NAME)(ops.index_expr(element, torch.int32), ops.to_dtype(load(first), torch.int32))
+        return ops.to_dtype(drawn, torch.float32)  # one of two analyses of dtypes goes by the operands of what it does not know
 
     return Pointwise.create(device=key.get_device(), dtype=torch.float32, inner_fn=draw, ranges=list(size))
 
@@ -75,21 +75,19 @@ def register() -> bool:
     if sys.platform == "win32":  # its compiler has no vectors
         return False
     try:
+        from torch._inductor import lowering, ops_handler
+        from torch._inductor.codegen.cpp import CppOverrides, CppVecKernel, CppVecOverrides
+
         call = ops_handler.DefaultHandler._call_default(NAME)
-        rule = lowering.register_op_dtype_propagation_rules
-        registered = lowering.register_lowering(random.draws, type_promotion_kind=None)
-        owners = [cpp.CppOverrides, cpp.CppVecOverrides, ShapePropagationOpsHandler, ops_handler.DefaultHandler]
-    except AttributeError:
+        vectors = CppVecKernel._get_num_vectors, CppVecKernel._get_vec_type
+        lowering.register_op_dtype_propagation_rules(NAME, ELEMENTWISE_TYPE_PROMOTION_KIND.DEFAULT, torch.float32)
+        lowering.register_lowering(random.draws, type_promotion_kind=None)(_lower)
+    except (ImportError, AttributeError, TypeError):
         return False
-    for owner, implementation in zip(owners, (_scalar, _vector, _no_shape), strict=False):
-        implementation.__name__ = NAME  # a vector's falls back to the scalar's of that name
-        setattr(owner, NAME, staticmethod(implementation))
+    assert all(map(callable, vectors))
     setattr(ops_handler.DefaultHandler, NAME, call)
-    rule(NAME, ELEMENTWISE_TYPE_PROMOTION_KIND.DEFAULT, torch.float32)
-    registered(_lower)
+    for overrides, implementation in ((CppOverrides, _scalar), (CppVecOverrides, _vector)):
+        implementation.__name__ = NAME  # the vector's falls back to the scalar's of that name
+        setattr(overrides, NAME, staticmethod(implementation))
     random.WHOLE_ON.add("cpu")
     return True
-
-
-def _no_shape(element: Any, key: Any) -> None:
-    """Shapes of values are for Triton."""

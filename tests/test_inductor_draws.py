@@ -6,6 +6,7 @@ from torch._inductor import config, ops_handler
 from torch._inductor.utils import run_and_get_code
 
 from qcompile import inductor_draws
+from qcompile.errors import KernelError
 from qcompile.ops import draws, quantize_by_key, random
 
 KEYS = [torch.tensor([0]), torch.tensor([2**32 - 1]), torch.tensor([0x9E3779B9])]
@@ -16,7 +17,7 @@ def rounded(key, x):
 
 
 def expected(key, x):
-    return torch.round(x.float() * 3 + random._draws(key, x.shape)).to(torch.int8)
+    return torch.round(x.float() * 3 + random.draws_reference(key, x.shape)).to(torch.int8)
 
 
 def compiled(function, key, x, **options):
@@ -54,6 +55,8 @@ def test_sizes_may_be_symbolic():
     for shape in ((3, 4), (17, 33), (64, 128)):
         x = torch.randn(shape)
         assert torch.equal(run(KEYS[2], x), expected(KEYS[2], x))
+    _, [code] = run_and_get_code(torch.compile(rounded, dynamic=True), KEYS[2], torch.randn(9, 11))
+    assert is_one_operation(code)
 
 
 @pytest.mark.parametrize("length", [0, 256])
@@ -73,13 +76,30 @@ def test_a_quantize_is_one_loop():
     assert torch.equal(got, quantize(KEYS[1], x)) and code.count("#pragma omp for") <= 1 and is_one_operation(code)
 
 
+def test_draws_in_a_masked_body():
+    pad = lambda key, x: torch.nn.functional.pad(100 * draws(key, x.shape), (3, 2)).to(torch.int8)  # noqa: E731
+    x = torch.empty(33, 61)
+    got, _ = compiled(pad, KEYS[2], x)
+    assert torch.equal(got, torch.nn.functional.pad(100 * random.draws_reference(KEYS[2], x.shape), (3, 2)).to(torch.int8))
+
+
+def test_the_device_is_that_of_the_tensor():
+    like = torch.empty(3, device="meta")
+    assert random.draws_of_key(KEYS[0], like).device == like.device
+
+
+@pytest.mark.parametrize("key", [torch.zeros(2, dtype=torch.int64), torch.zeros(1)], ids=["two", "fp32"])
+def test_a_key_is_one_int64(key):
+    with pytest.raises(KernelError, match="draws: key is .*allowed: one int64"):
+        draws(key, [3])
+
+
 def test_the_operator_is_what_it_says():
     torch.library.opcheck(draws, (KEYS[1], [3, 5]))
     torch.library.opcheck(draws, (KEYS[1], []))
 
 
-def test_another_generator_of_code_calls_the_operator(monkeypatch):
-    """Triton has a CPU backend; it knows nothing of our operation."""
+def test_one_that_is_not_registered_is_called(monkeypatch):
     monkeypatch.setattr(random, "WHOLE_ON", set())
     x = torch.randn(8, 16)
     with config.patch(fx_graph_cache=False):

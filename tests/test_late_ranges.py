@@ -61,6 +61,7 @@ def test_a_channel_that_stays_zero_does_not_keep_a_half_interpreted(interpreted,
         if isinstance(module, nn.Sequential):  # the model itself
             return real(module, **options)
         compiled_late.append(module)
+        assert options.pop("options")["post_grad_custom_pre_pass"].uuid(), "its cache entry goes with our sources"
         return real(module, backend="aot_eager", **options)
 
     monkeypatch.setattr(halves, "PATIENCE", 10**9)

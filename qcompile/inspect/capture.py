@@ -202,8 +202,8 @@ def capture(
     backward half. All of it happens on copies: the model, its gradients and ranges, random generators and
     Dynamo's cache are as before. It needs the memory of a second model and of an eager step.
 
-    Errors: `TypeError` for what is no module, `RecipeError`, `UnsupportedError` under `strict` or for a model
-    that cannot be copied, and what the model raises.
+    Errors: `TypeError` for what is no module, `RecipeError`, `ValueError` for another option that cannot be,
+    `UnsupportedError` under `strict` or for a model that cannot be copied, and what the model raises.
     """
     start = time.perf_counter()
     options = Options.checked({"recipe": recipe, "strict": strict, "passes": passes, "profit_filter": profit_filter})

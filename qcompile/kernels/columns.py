@@ -24,8 +24,8 @@ __all__ = ["Columns", "Cut", "Part", "Summed", "gather", "parts"]
 
 
 class Summed(Protocol):
-    """The same with the two matrices in pieces of the axis that is summed: int8 [M, K_i] and [K_i, N], of which only the present
-    pair need exist."""
+    """`qtrain::scaled_mm` with the two matrices in pieces of the axis that is summed: int8 [M, K_i] and [K_i, N], of which only the
+    present pair need exist."""
 
     def __call__(
         self,

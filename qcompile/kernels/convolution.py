@@ -10,7 +10,7 @@ Three shapes of work, each a product with one gathered matrix ("columns": for ev
 the same taps, and each such *phase* is a convolution of stride 1. So no product with an inserted zero is ever computed, and every
 sum is exact in the accumulator of the one product that makes it.
 
-B batches, C channels, T taps.
+B batches, P places, C channels, T taps.
 """
 
 from __future__ import annotations

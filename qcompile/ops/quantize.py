@@ -10,7 +10,7 @@ zero point the codes are symmetric, -qmax ... qmax with qmax = 2**(bits - 1) - 1
 2**bits values.
 
 The references are the meaning *and* what a graph is lowered to: few elementwise operators that Inductor fuses
-into the producer of x, and no int64 tensor unless there are draws. They are the fakes too, so that fake
+into the producer of x, and no int64 tensor unless draws are written out. They are the fakes too, so that fake
 strides cannot differ from real ones.
 """
 

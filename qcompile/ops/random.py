@@ -31,7 +31,7 @@ from torch import Tensor
 from qcompile.errors import KernelError
 from qcompile.ops._library import define
 
-__all__ = ["draw_key", "draw_keys", "draws", "draws_of_key", "uniform_draws"]
+__all__ = ["draw_key", "draw_keys", "draws", "draws_of_key", "draws_reference", "uniform_draws"]
 
 _MASK = 0xFFFF_FFFF
 _MULTIPLY_1 = 0x7FEB_352D
@@ -104,23 +104,42 @@ WHOLE_ON: set[str] = set()
 
 
 def draws_of_key(key: Tensor, like: Tensor) -> Tensor:
-    """The draws of a stream, by the key of its seed and salt (int64, one element): fp32, of `like`'s shape."""
-    return draws(key, like.shape) if like.device.type in WHOLE_ON else _draws(key, like.shape)
+    """The draws of a stream, by the key of its seed and salt (int64, one element): fp32, of `like`'s shape, on its device.
+
+    Where the compiler knows `qtrain::draws` it is that, else its arithmetic.
+    """
+    whole = like.device.type in WHOLE_ON and key.device == like.device
+    return draws(key, like.shape) if whole else draws_reference(key, like.shape, like.device)
 
 
-def _draws(key: Tensor, size: Sequence[int]) -> Tensor:
-    """Plain aten without synchronisation or data-dependent control flow: it traces with symbolic sizes, and Inductor fuses it."""
+def draws_reference(key: Tensor, size: Sequence[int], device: torch.device | None = None) -> Tensor:
+    """`qtrain::draws` in plain aten, without synchronisation or data-dependent control flow: it traces with symbolic sizes, and
+    Inductor fuses it. `device`: by default the key's."""
     count = math.prod(size)
-    element = torch.arange(count, dtype=torch.int64, device=key.device).reshape(size)
+    element = torch.arange(count, dtype=torch.int64, device=device or key.device).reshape(size)
     if not (isinstance(count, int) and count <= _MASK + 1):
         element = element & _MASK  # or the product leaves int64
     r = _mix32((element * _SPREAD + key.reshape(())) & _MASK)
     return (r >> 8).to(torch.float32) * 2.0**-24 - 0.5
 
 
-draws = define(
-    "draws(Tensor key, SymInt[] size) -> Tensor",
-    _draws,
-    fake=lambda key, size: key.new_empty(size, dtype=torch.float32),
-)
-"""`draws_of_key` of a size, on the key's device."""
+def _draws(key: Tensor, size: Sequence[int]) -> Tensor:
+    _check_key(key)
+    return draws_reference(key, size)
+
+
+def _fake_draws(key: Tensor, size: Sequence[int]) -> Tensor:
+    _check_key(key)
+    return key.new_empty(size, dtype=torch.float32)
+
+
+def _check_key(key: Tensor) -> None:
+    if key.dtype is not torch.int64 or key.numel() != 1:
+        raise KernelError(f"draws: key is {key.dtype} {list(key.shape)}; allowed: one int64, as `draw_keys` returns it")
+
+
+draws = define("draws(Tensor key, SymInt[] size) -> Tensor", _draws, fake=_fake_draws)
+"""The draws of a stream by its key (int64, one element) -> fp32 of a size, uniform in [-1/2, 1/2), on the key's device.
+
+Errors: `KernelError`.
+"""
