@@ -33,6 +33,7 @@ from passes.graph import (
 )
 from passes.insert_qdq import insert_qdq
 from passes.share_quantized import share_quantized
+from qcompile.kernels.cpu import writes_out_epilogue
 from qcompile.kernels.profit import Cast, Hadamard, Like, Product, Quantize, Transpose, Trial
 from qcompile.specs import QuantSpec
 
@@ -116,6 +117,7 @@ def _cost(gemm: fx.Node, where: GemmNode) -> GemmCost:
     integer_parts: dict[Part, Trial | None] = {}
     hp_parts: dict[Part, Trial] = {}
     codes, scales, zeros = [], [], []
+    transposes: list[tuple[int, Part, Transpose, Like]] = []
     for side, operand in enumerate(operands(gemm)):
         quantize, transposed = _quantize_behind(operand)
         x, scale, zero = quantize.args[:3]
@@ -132,8 +134,8 @@ def _cost(gemm: fx.Node, where: GemmNode) -> GemmCost:
         if target is SCALED_MM:
             wants_transposed = side == 1 and on_gpu(operand)  # as `lower` lays out codes
             if transposed != wants_transposed and (side == 0 or on_gpu(operand)):
-                integer_parts["transpose", quantize.name] = Transpose(_like(quantize))
-                like = _contiguous(like, transposed=wants_transposed)
+                laid_out = _contiguous(like, transposed=wants_transposed)
+                transposes.append((side, ("transpose", quantize.name), Transpose(_like(quantize)), laid_out))
         codes.append(like)
         scales.append(_like(operand.args[1]))
         zeros.append(None if operand.args[2] is None else _like(operand.args[2]))
@@ -148,6 +150,9 @@ def _cost(gemm: fx.Node, where: GemmNode) -> GemmCost:
         rest = (*map(_constant, gemm.args[2:]), out)
     else:
         rest = (_constant(gemm.args[0]) if first == 1 else None, out)
+    if on_gpu(gemm) or target is not SCALED_MM or not writes_out_epilogue(*codes, *scales, *zeros, *rest):
+        for side, part, transpose, laid_out in transposes:
+            integer_parts[part], codes[side] = transpose, laid_out
     integer = Product(target, (*codes, *scales, *zeros, *rest))
     hp = Product(gemm.target, tuple(map(_constant, gemm.args)))
     return GemmCost(where.site, where.role, integer, hp, integer_parts, hp_parts)

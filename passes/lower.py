@@ -7,19 +7,20 @@ Before                                          After
                                                   on a CPU in one loop with the row's range: passes.scale_rows_first
   x = dequantize(q, s)                            x = to_dtype(q * s)
   y = scaled_mm(permute(a), b, ...)               y = scaled_mm(transpose_codes(a), b, ...)  # the layout that the kernel reads
+                                                  on a CPU with VNNI codes_mm and arithmetic: passes.write_out_epilogues
   y = scaled_mm(a, unpack_codes(p), ...)          y = scaled_mm_packed(a, p, ...)            # CUDA; elsewhere shifts and a mask
   v = read_state(state, index)                    v = index(state, index)
   write_state_(state, index, v)                   index_put_(state, [index], v)
   r = select_range(stored, valid, present)        r = stored                                 # all ranges valid ("steady")
                                                   r = where(valid > 0, stored, present)      # before
 
-The integer GEMM itself stays one operator, which picks its kernel by device and shape when it runs (qcompile.kernels).
+The product of codes itself stays one operator, which picks its kernel by device and shape when it runs (qcompile.kernels).
 
 Numerics  exact.
 Requires  a graph after the partitioner, or an inference graph. Ensures: the only `qtrain::` operators left are integer GEMMs
-          (of packed codes too), transposes (on a GPU perhaps with their quantize), `unpack`, `draw_keys`, `draws` where they
-          can be fused, and the halves of a convolution's gradient that stayed hp; every matrix of an integer GEMM has the
-          layout that the device's kernel reads without a copy.
+          (of packed codes too; or their products alone), transposes (on a GPU perhaps with their quantize), `unpack`,
+          `draw_keys`, `draws` where they can be fused, and the halves of a convolution's gradient that stayed hp; every
+          matrix of an integer GEMM has the layout that the device's kernel reads without a copy.
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ from passes.graph import (
     replace,
 )
 from passes.scale_rows_first import scale_rows_first
+from passes.write_out_epilogues import write_out_epilogues
 from qcompile import ops
 from qcompile.kernels.select import reads_packed
 from qcompile.ops.random import WHOLE_ON
@@ -68,7 +70,7 @@ __all__ = ["assume_valid", "lower"]
 
 def lower(graph: fx.Graph, context: PassContext | None = None, *, steady: bool = False) -> int:
     """Return the number of nodes lowered. `steady`: compile for the case that every stored range is valid."""
-    lowered = _read_packed(graph)
+    lowered = _read_packed(graph) + write_out_epilogues(graph)
     transposed: dict[fx.Node, fx.Node] = {}
     for node in [n for n in graph.nodes if n.target in (SCALED_MM, SCALED_MM_PACKED, SCALED_MM_REQUANTIZE)]:
         lowered += _lay_out(graph, node, transposed)

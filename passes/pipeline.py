@@ -56,6 +56,7 @@ from passes.split_convolution_backward import split_convolution_backward
 from passes.store_masks import store_masks
 from passes.unfuse_attention import unfuse_attention
 from passes.verify import count_writes, verify
+from qcompile.kernels.cpu.choice import prefers_int_mm
 from qcompile.kernels.registry import registered_kernels
 
 __all__ = [
@@ -264,7 +265,7 @@ class Pipeline(PassBase):
         """Identity of what the pipeline does: the sources of qtrain, the recipe, and the sources of what the user added to them
         (steps, estimators, kernels)."""
         recipe = self.context.recipe
-        parts = [source_fingerprint(), recipe.fingerprint(), str(self.context.strict), *skipped()]
+        parts = [source_fingerprint(), recipe.fingerprint(), str(self.context.strict), str(prefers_int_mm()), *skipped()]
         parts += sorted({describe(type(estimator)) for estimator in recipe.estimators()})
         parts += [describe(kernel) for kernel in registered_kernels()]
         for step in self.steps:

@@ -29,6 +29,7 @@ from qcompile.errors import QtrainWarning
 from qcompile.estimators.base import scale_and_zero_point
 from qcompile.estimators.statistics import clipped_share
 from qcompile.estimators.step import first_range, initial_state, measured, present_statistics, stored_range
+from qcompile.kernels.cpu import writes_out_epilogue
 from qcompile.specs import QuantSpec
 from qcompile.torch_private import real_tensors
 
@@ -187,6 +188,8 @@ def _prepare(trial: Trial, device: torch.device) -> Callable[[], object]:
     match trial:
         case Product(operator, arguments):
             run, given = operator, arguments
+            if operator is ops.scaled_mm and device.type == "cpu" and writes_out_epilogue(*arguments):
+                run = _in_two(*(_argument(a, device, draws) for a in arguments))
         case Transpose(codes):
             run, given = ops.transpose_codes, (codes,)
         case Cast(like, dtype):
@@ -207,6 +210,22 @@ def _prepare(trial: Trial, device: torch.device) -> Callable[[], object]:
     copies = 1 if codes_alone else min(MOST_COPIES, 1 + CACHES // max(size, 1))
     operands = itertools.cycle([first, *([_argument(a, device, draws) for a in given] for _ in range(copies - 1))])
     return lambda: run(*next(operands))
+
+
+def _in_two(
+    a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, a_zero: None, b_zero: None, bias: Tensor | None, dtype: torch.dtype
+) -> Callable[..., Any]:
+    """`qtrain::scaled_mm` as `passes.write_out_epilogues` leaves it, compiled for such operands."""
+    from qcompile.inductor import compile_alone
+
+    def form(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, *bias: Tensor) -> list[Tensor]:
+        return [ops.scaled(ops.codes_mm(a, b), a_scale, b_scale, bias[0] if bias else None, dtype)]
+
+    def given(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None) -> list[Tensor]:
+        return [a, b, a_scale, b_scale, *([] if bias is None else [bias])]
+
+    run = compile_alone(form, given(a, b, a_scale, b_scale, bias))
+    return lambda a, b, a_scale, b_scale, a_zero, b_zero, bias, dtype: run(given(a, b, a_scale, b_scale, bias))
 
 
 def _argument(value: Any, device: torch.device, draws: torch.Generator) -> Any:

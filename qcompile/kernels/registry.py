@@ -53,7 +53,8 @@ def register_kernel(
 ) -> Kernel:
     """Let integer GEMMs that `supports` accepts run on `run`; a later registration comes before an earlier one.
 
-    The same name replaces. It holds for graphs that are compiled already, but their reports do not change.
+    The same name replaces. It holds for graphs that are compiled already, but their reports do not change; on a CPU with VNNI it
+    does not, as the scales behind a product have become part of their code (`passes.write_out_epilogues`).
     Errors: `KernelError` for a name of ours, an unknown device, or what cannot be called.
     """
     if not isinstance(name, str) or not name or name in _BUILT_IN:

@@ -5,6 +5,7 @@ aten and says what the operator means; kernels agree with it bit for bit whereve
 """
 
 from qcompile.kernels.cuda import register_cuda_kernels
+from qcompile.ops.codes_mm import codes_mm, codes_mm_reference, scaled
 from qcompile.ops.convolution import conv_grad_input, conv_grad_weight
 from qcompile.ops.fake_quantize import fake_quantize, fake_quantize_codes
 from qcompile.ops.hadamard import hadamard, hadamard_reference
@@ -43,6 +44,8 @@ from qcompile.ops.transpose import transpose_codes, transpose_codes_reference
 
 __all__ = [
     "code_range",
+    "codes_mm",
+    "codes_mm_reference",
     "codes_per_byte",
     "conv_grad_input",
     "conv_grad_weight",
@@ -67,6 +70,7 @@ __all__ = [
     "round_to_powers",
     "round_to_powers_by_key",
     "round_to_powers_reference",
+    "scaled",
     "scaled_bmm",
     "scaled_bmm_reference",
     "scaled_conv",

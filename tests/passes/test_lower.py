@@ -11,7 +11,7 @@ from qcompile.specs import QuantSpec
 from tests.compiling import AVERAGE, STOCHASTIC
 from tests.passes.graphs import ROWWISE, TENSORWISE, assert_same_outputs, copied, joint_graph, mlp, mlp_inputs
 
-ALLOWED = {SCALED_MM, TRANSPOSE, ops.unpack, ops.draw_keys, ops.draws}
+ALLOWED = {SCALED_MM, TRANSPOSE, ops.unpack, ops.draw_keys, ops.draws, ops.codes_mm}
 ASYMMETRIC = TENSORWISE.replace(input=QuantSpec(symmetric=False), grad_weight=None)
 
 

@@ -18,7 +18,7 @@ from qcompile.errors import KernelError
 from qcompile.kernels.cpu.products import CANDIDATES, FLOAT_PRODUCTS, MAX_K
 from qcompile.torch_private import real_tensors
 
-__all__ = ["capability", "choices", "forced", "give_up", "kernel_name", "self_test"]
+__all__ = ["capability", "choices", "forced", "give_up", "kernel_name", "prefers_int_mm", "self_test"]
 
 # Without int8 dot products (VNNI), x86 adds products in saturating int16 pairs: neither safe nor fast.
 _PREFERENCE = {
@@ -110,6 +110,14 @@ def choices(m: int, n: int, k: int, zero_points: bool) -> tuple[str, ...]:
             "no int8 product is exact on this CPU. `python -m qcompile doctor` has each self-test's result."
         )
     return names[:1] if choice in names else names
+
+
+def prefers_int_mm() -> bool:
+    """Whether `torch._int_mm` with arithmetic behind it is the faster form of a GEMM here: with VNNI and without AMX, if it can be
+    used and nothing else was asked for."""
+    if choice := _forced or os.environ.get("QTRAIN_CPU_GEMM"):
+        return choice == "int_mm"
+    return capability() == "vnni" and "int_mm" in _usable() and "int_mm" not in _failed
 
 
 def give_up(names: Iterable[str]) -> None:

@@ -6,7 +6,8 @@ The integer sum is exact and every rounding is the reference's, in its order (`q
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -14,14 +15,24 @@ from torch import Tensor
 from qcompile.kernels import batched, note_launch
 from qcompile.kernels.columns import Cut
 from qcompile.kernels.convolution import operators
-from qcompile.kernels.cpu.choice import choices, give_up, kernel_name
+from qcompile.kernels.cpu.choice import choices, give_up, kernel_name, prefers_int_mm
 from qcompile.kernels.cpu.products import CANDIDATES, INT32_MAX, MAX_K, onednn, onednn_product, onednn_weight
 from qcompile.kernels.cpu.scratch import scratch
 from qcompile.kernels.cpu.transpose import transpose_codes
 from qcompile.kernels.fallback import first_that_runs
 from qcompile.kernels.registry import find_kernel
 
-__all__ = ["convolutions", "epilogue", "integer_sum", "product", "scaled_bmm", "scaled_mm", "without_zero_points"]
+__all__ = [
+    "codes_mm",
+    "convolutions",
+    "epilogue",
+    "integer_sum",
+    "product",
+    "scaled_bmm",
+    "scaled_mm",
+    "without_zero_points",
+    "writes_out_epilogue",
+]
 
 EPILOGUE_ELEMENTS = 2**18
 """Elements of an epilogue block: an fp32 block and its scales (2 MB) about fill a level-2 cache. 2**17 to
@@ -90,7 +101,7 @@ def _product(
         acc = a.new_zeros((m, n), dtype=torch.float32)
         return epilogue(acc, a_scale, b_scale, bias, out_dtype)
     if name == "onednn":
-        if _fuses(a_scale, bias, out_dtype):
+        if epilogue_fuses(a_scale, bias, out_dtype):
             scale = _per_column(a_scale.reshape(1) * b_scale.reshape(-1), n)
             fused_bias = None if bias is None else _per_column(bias.to(torch.float32).reshape(-1), n)
             return onednn(a, b, scale, fused_bias, out_dtype)
@@ -102,10 +113,54 @@ def _product(
     return epilogue(acc, a_scale, b_scale, bias, out_dtype)
 
 
-def _fuses(a_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> bool:
-    """Whether oneDNN's epilogue can do it all: scale and bias per column, fp32 or bf16 out."""
-    bias_per_column = bias is None or bias.ndim < 2 or bias.shape[0] == 1
-    return a_scale.numel() == 1 and bias_per_column and out_dtype in (torch.float32, torch.bfloat16)
+def writes_out_epilogue(
+    a: _Sized,
+    b: _Sized,
+    a_scale: _Sized,
+    b_scale: _Sized,
+    a_zero: object,
+    b_zero: object,
+    bias: _Sized | None,
+    out_dtype: torch.dtype,
+) -> bool:
+    """Whether `passes.write_out_epilogues` makes this `scaled_mm` a `codes_mm` and arithmetic. Tensors may be fake."""
+    if a_zero is not None or b_zero is not None or epilogue_fuses(a_scale, bias, out_dtype):
+        return False
+    (m, k), n = a.shape, b.shape[1]
+    if not isinstance(k, int) or not 0 < k <= MAX_K or 0 in [size for size in (m, n) if isinstance(size, int)]:
+        return False
+    rows, columns = (size if isinstance(size, int) else 4096 for size in (m, n))
+    return prefers_int_mm() and find_kernel("cpu", rows, columns, k, zero_points=False) is None
+
+
+def codes_mm(a: Tensor, b: Tensor) -> Tensor:
+    """`qtrain::codes_mm` of checked operands."""
+    (m, k), n = a.shape, b.shape[1]
+    if 0 in (m, n, k):
+        return a.new_zeros((m, n), dtype=torch.int32)
+    names = choices(m, n, k, zero_points=True)  # those whose product is an integer
+    ran, out = first_that_runs(names, lambda name: CANDIDATES[name](a, b), f"a GEMM of {m} x {n} x {k}")
+    give_up(names[: names.index(ran)])
+    note_launch(ran, m, n, k)
+    return out
+
+
+def epilogue_fuses(a_scale: _Sized, bias: _Sized | None, out_dtype: torch.dtype) -> bool:
+    """Whether oneDNN's epilogue can do it all: scale and bias per column, fp32 or bf16 out. A size that is not known counts as more
+    than 1."""
+    bias_per_column = bias is None or len(bias.shape) < 2 or _is_one(bias.shape[0])
+    return all(map(_is_one, a_scale.shape)) and bias_per_column and out_dtype in (torch.float32, torch.bfloat16)
+
+
+class _Sized(Protocol):
+    """A tensor, or what is known of one."""
+
+    @property
+    def shape(self) -> Sequence[Any]: ...
+
+
+def _is_one(size: Any) -> bool:
+    return isinstance(size, int) and size == 1
 
 
 def _per_column(values: Tensor, n: int) -> Tensor:
