@@ -24,7 +24,7 @@ from typing import Any
 
 from torch import fx
 
-from passes.graph import SCALED_MM, call, inline, replace
+from passes.graph import SCALED_MM, call, inline, on_gpu, replace
 from qcompile import ops
 from qcompile.kernels.cpu import writes_out_epilogue
 
@@ -35,7 +35,7 @@ def write_out_epilogues(graph: fx.Graph) -> int:
     """Return the number of GEMMs that are a product and arithmetic now."""
     changed = 0
     for gemm in graph.find_nodes(op="call_function", target=SCALED_MM):
-        if gemm.meta["val"].device.type != "cpu" or not writes_out_epilogue(*map(_value, gemm.args)):
+        if on_gpu(gemm) or gemm.meta["val"].device.type != "cpu" or not writes_out_epilogue(*map(_value, gemm.args)):
             continue
         a, b, a_scale, b_scale, _, _, bias, dtype = gemm.args
         scope = {key: v for key, v in gemm.meta.items() if key not in ("val", "tensor_meta", "original_aten")}
