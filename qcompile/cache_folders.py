@@ -10,6 +10,7 @@ A group may write: on many systems every user has a group of his own, and teams 
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from pathlib import Path
@@ -44,10 +45,8 @@ def check_private(folder: Path, variable: str, *, make: bool, close: bool = Fals
         return
     if make and not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
-        try:
+        with contextlib.suppress(FileExistsError):  # another process was quicker: what it made is looked at like any other
             folder.mkdir(mode=0o700)
-        except FileExistsError:  # another process was quicker: what it made is looked at like any other
-            pass
     try:
         owners, mode = {folder.lstat().st_uid, folder.stat().st_uid}, stat.S_IMODE(folder.stat().st_mode)  # of a link, too
     except FileNotFoundError:

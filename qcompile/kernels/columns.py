@@ -20,7 +20,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Columns", "Cut", "Part", "Summed", "gather", "parts"]
+__all__ = ["Columns", "Cut", "Part", "Summed", "parts"]
 
 
 class Summed(Protocol):
@@ -78,7 +78,8 @@ def parts(batch: int, places: Sequence[int], bytes_a_place: int, at_most: int | 
 
 
 class Columns:
-    """What a product gathers, part by part: codes [B, *spatial, groups * C] as `gather` has them, of the channels of a group."""
+    """What a product gathers from codes [B, *spatial, groups * C], part by part, for the channels of a group: matrices of a row for
+    each place and T * C columns, where place p sees `codes[begin + p * step + t * dilation]` through tap t."""
 
     def __init__(
         self,
@@ -116,20 +117,6 @@ class Columns:
             yield part, columns.view(math.prod(seen.shape[: len(self.where[4]) + 1]), self.width)
 
 
-def gather(
-    codes: Tensor,
-    begin: Sequence[int],
-    step: Sequence[int],
-    dilation: Sequence[int],
-    taps: Sequence[int],
-    places: Sequence[int],
-    zero: Tensor | None,
-) -> Tensor:
-    """codes [B, *spatial, C] -> [B * P, T * C]: place p sees `codes[begin + p * step + t * dilation]` through tap t."""
-    windows = _windows(codes, begin, step, dilation, taps, places, zero, lambda name, elements: codes.new_empty(elements))
-    return windows.reshape(codes.shape[0] * math.prod(places), math.prod(taps) * codes.shape[-1])
-
-
 def _windows(
     codes: Tensor,
     begin: Sequence[int],
@@ -140,7 +127,7 @@ def _windows(
     zero: Tensor | None,
     memory: Callable[[str, int], Tensor],
 ) -> Tensor:
-    """The same as a view [B, *places, *taps, C] of the codes, or of a padded copy of them in `memory`."""
+    """The columns of all parts as a view [B, *places, *taps, C] of the codes, or of a padded copy of them in `memory`."""
     batch, *spatial, channels = codes.shape
     shape = (batch, *places, *taps, channels)
     if 0 in shape:
