@@ -52,12 +52,13 @@ from passes.graph import (
     aten,
     call,
     erase_unused,
-    inline,
     is_joint,
+    meta_of,
     phase_of,
     replace,
     start_of,
 )
+from passes.inlining import inline
 from passes.insert_qdq import RangeUse
 from passes.state_layout import SEED_FIELDS, add_inputs, entry_of, layout_of
 from qcompile.estimators.base import RangeEstimator, scale_and_zero_point
@@ -159,7 +160,7 @@ def _place_statistics(graph: fx.Graph, ranges: list[fx.Node]) -> dict[fx.Node, d
                 if (dims, name) in known:
                     continue
                 with after(graph, at):
-                    at = known[dims, name] = _statistic(graph, x, dims, name, known, _scope(node))
+                    at = known[dims, name] = _statistic(graph, x, dims, name, known, meta_of(node, without=("qtrain_range",)))
                 at.meta["qtrain_statistic"] = name
             placed[node] = {name: known[dims, name] for name in names}
     return placed
@@ -175,20 +176,20 @@ def _statistic(
 ) -> fx.Node:
     if len(dims) == x.meta["val"].ndim:
         finer = next((value for (other, n), value in known.items() if n == name and len(other) < len(dims)), None)
-        derived = None if finer is None else inline(graph, coarser, finer, name, scope=scope, key="coarser")
+        derived = None if finer is None else inline(graph, coarser, finer, name, scope=scope)
         if derived is not None:
             return derived
-    return inline(graph, formulas.statistic, x, dims, name, scope=scope, key="statistic")
+    return inline(graph, formulas.statistic, x, dims, name, scope=scope)
 
 
 # ---- what a range becomes
 
 
 def _replace_dynamic(graph: fx.Graph, node: fx.Node, use: RangeUse, stats: dict[str, fx.Node]) -> None:
-    scope = _scope(node)
+    scope = meta_of(node, without=("qtrain_range",))
     with after(graph, max([node, *stats.values()])):
         stats = _measure(graph, node, use.spec, stats, {}, scope)
-        low, high = inline(graph, formulas.present_range, use.spec, tuple(stats), *stats.values(), scope=scope, key="first_range")
+        low, high = inline(graph, formulas.present_range, use.spec, tuple(stats), *stats.values(), scope=scope)
         scale, zero = _scale(graph, use.spec, low, high, scope)
     _set_range(node, scale, zero, dequantize_scale=scale)
 
@@ -198,7 +199,7 @@ def _replace_static(
 ) -> None:
     node, spec = item.node, item.spec
     x, dims = node.args[0], tuple(node.args[1])
-    ours = _scope(node) | scope
+    ours = meta_of(node, without=("qtrain_range",)) | scope
     plain = tuple(item.stats.values())
     shape = list(next(iter(node.users)).meta["val"].shape)
     with after(graph, max([node, *plain])):
@@ -209,16 +210,16 @@ def _replace_static(
         item.stats = _measure(graph, node, spec, item.stats, memory, ours)
         read = {} if spec.estimator.static else item.stats
         tensors = (*read.values(), *memory.values())
-        stored = inline(graph, formulas.remembered_range, spec, tuple(read), tuple(memory), *tensors, scope=ours, key="stored")
+        stored = inline(graph, formulas.remembered_range, spec, tuple(read), tuple(memory), *tensors, scope=ours)
         names = tuple(item.stats)
-        present = inline(graph, formulas.present_range, spec, names, *item.stats.values(), scope=ours, key="first_range")
+        present = inline(graph, formulas.present_range, spec, names, *item.stats.values(), scope=ours)
         low, high = (
             call(graph, SELECT, s, memory["steps"], p, scope=ours) for s, p in zip(stored, present, strict=True)
         )
         scale, zero = _scale(graph, spec, low, high, ours)
-        visible = inline(graph, formulas.visible_scale, scale, *plain, scope=ours, key="visible")
+        visible = inline(graph, formulas.visible_scale, scale, *plain, scope=ours)
         bounds = (high,) if spec.symmetric else (low, high)
-        item.stats["clipped"] = inline(graph, formulas.clipped, x, dims, *bounds, scope=ours, key="clipped")
+        item.stats["clipped"] = inline(graph, formulas.clipped, x, dims, *bounds, scope=ours)
         item.stats["clipped"].meta["qtrain_statistic"] = "clipped"
     _set_range(node, scale, zero, dequantize_scale=visible)
 
@@ -227,8 +228,8 @@ def _scale(
     graph: fx.Graph, spec: QuantSpec, low: fx.Node, high: fx.Node, scope: dict[str, object]
 ) -> tuple[fx.Node, fx.Node | None]:
     if spec.symmetric and _mirrored(low, high):
-        return inline(graph, formulas.scale_of_mirrored, spec, high, scope=scope, key="symmetric scale"), None
-    return inline(graph, scale_and_zero_point, low, high, spec, scope=scope, key="scale")
+        return inline(graph, formulas.scale_of_mirrored, spec, high, scope=scope), None
+    return inline(graph, scale_and_zero_point, low, high, spec, scope=scope)
 
 
 def _mirrored(low: fx.Node, high: fx.Node) -> bool:
@@ -253,7 +254,7 @@ def _measure(
     x, dims = node.args[0], tuple(node.args[1])
     tensors = (*stats.values(), *memory.values())
     names = tuple(stats), tuple(memory)
-    return dict(inline(graph, formulas.extra_statistics, spec, dims, *names, x, *tensors, scope=scope, key="measured"))
+    return dict(inline(graph, formulas.extra_statistics, spec, dims, *names, x, *tensors, scope=scope))
 
 
 def _replace_seeds(
@@ -284,11 +285,6 @@ def _set_range(node: fx.Node, scale: fx.Node, zero: fx.Node | None, dequantize_s
             user.replace_input_with(item, scale if user.target in (QUANTIZE, ROUND_TO_POWERS) else dequantize_scale)
         node.graph.erase_node(item)
     node.graph.erase_node(node)
-
-
-def _scope(node: fx.Node) -> dict[str, object]:
-    skip = ("val", "tensor_meta", "qtrain_range", "original_aten")
-    return {k: v for k, v in node.meta.items() if k not in skip}
 
 
 # ---- the update, once for each half

@@ -46,9 +46,9 @@ from passes.graph import (
     aten,
     call,
     erase_unused,
-    inline,
     phase_of,
 )
+from passes.inlining import inline
 from passes.save_codes import sources
 from qcompile.ops import code_range
 from qcompile.specs import SavedSpec
@@ -168,12 +168,12 @@ def _store(cut: Cut, saved: Saved, bits: int, group: int) -> None:
     shape = view_shape([value.shape[i] for i in order])
 
     def store(scope: dict[str, object]) -> list[tuple[str, fx.Node]]:
-        codes, scale = inline(cut.forward, _compress, saved.node, order, bits, group, scope=scope, key="compress")
+        codes, scale = inline(cut.forward, _compress, saved.node, order, bits, group, scope=scope)
         return [("codes", codes), ("scale", scale)]
 
     def restore(parts: list[fx.Node], scope: dict[str, object]) -> fx.Node:
         constants = bits, value.dtype, shape, inverse(order)
-        return inline(cut.backward, _decompress, *parts, *constants, scope=scope, key="decompress")
+        return inline(cut.backward, _decompress, *parts, *constants, scope=scope)
 
     cut.store(saved, store, restore)
 

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, fx
 
 from passes.cut import Cut, Saved, view_shape
-from passes.graph import QUANTIZE, VIEWS, aten, inline
+from passes.graph import QUANTIZE, VIEWS, aten
+from passes.inlining import inline
 
 __all__ = ["fold_masks"]
 
@@ -59,14 +60,14 @@ def _source(codes: fx.Node) -> fx.Node:
 
 def _fold(cut: Cut, codes: Saved, mask: Saved) -> None:
     def store(scope: dict[str, object]) -> list[tuple[str, fx.Node]]:
-        marked = inline(cut.forward, _mark, codes.node, mask.node, scope=scope, key="mark")
+        marked = inline(cut.forward, _mark, codes.node, mask.node, scope=scope)
         marked.meta["qtrain_marked"] = True
         marked.meta["qtrain_bits"] = codes.node.args[3]
         return [("marked", marked)]
 
     def restore(parts: list[fx.Node], scope: dict[str, object]) -> fx.Node:
-        plain = inline(cut.backward, _plain, *parts, scope=scope, key="plain")
-        masked = inline(cut.backward, _masked, *parts, view_shape(mask.value.shape), scope=scope, key="masked")
+        plain = inline(cut.backward, _plain, *parts, scope=scope)
+        masked = inline(cut.backward, _masked, *parts, view_shape(mask.value.shape), scope=scope)
         gate = masked
         while gate.target in VIEWS:
             gate = gate.args[0]

@@ -22,11 +22,12 @@ import torch
 from torch import Tensor, fx
 
 from passes.context import PassContext
-from passes.graph import VIEWS, aten, call, refresh
+from passes.graph import VIEWS, aten, call, meta_of, refresh
 
 __all__ = ["follow_layouts"]
 
 _VIEW = aten.view.default
+_ROLES = ("qtrain_gemm", "qtrain_range", "qtrain_split")  # what a copy does not have
 
 
 def follow_layouts(graph: fx.Graph, context: PassContext | None = None) -> int:
@@ -46,7 +47,7 @@ def follow_layouts(graph: fx.Graph, context: PassContext | None = None) -> int:
         elif any(source in moved for source in node.all_input_nodes):
             if node.target in VIEWS and not _allows(node.args[0].meta["val"], node.meta["val"].shape):
                 with graph.inserting_before(node):
-                    copy = _contiguous(graph, node.args[0], node)
+                    copy = _copy(graph, node.args[0], node, torch.contiguous_format)
                 node.update_arg(0, copy)
                 copies += 1
             before = _strides(node.meta.get("val"))
@@ -56,7 +57,7 @@ def follow_layouts(graph: fx.Graph, context: PassContext | None = None) -> int:
     for node, strides in returned.items():
         if node in moved and not _same(node.meta["val"], strides):
             with graph.inserting_before(output):
-                copy = call(graph, aten.clone.default, node, scope=_scope(node), memory_format=_format(strides, node))
+                copy = _copy(graph, node, node, _format(strides, node))
             output.replace_input_with(node, copy)
             copies += 1
     return copies
@@ -80,8 +81,8 @@ def _allows(value: Tensor, shape: Any) -> bool:
     return True
 
 
-def _contiguous(graph: fx.Graph, source: fx.Node, reader: fx.Node) -> fx.Node:
-    return call(graph, aten.clone.default, source, scope=_scope(reader), memory_format=torch.contiguous_format)
+def _copy(graph: fx.Graph, source: fx.Node, reader: fx.Node, layout: torch.memory_format) -> fx.Node:
+    return call(graph, aten.clone.default, source, scope=meta_of(reader, without=_ROLES), memory_format=layout)
 
 
 def _format(strides: tuple[Any, ...], node: fx.Node) -> torch.memory_format:
@@ -91,8 +92,3 @@ def _format(strides: tuple[Any, ...], node: fx.Node) -> torch.memory_format:
             if torch.empty_like(node.meta["val"], memory_format=layout).stride() == strides:
                 return layout
     return torch.contiguous_format
-
-
-def _scope(node: fx.Node) -> dict[str, Any]:
-    skip = ("val", "tensor_meta", "original_aten", "qtrain_gemm", "qtrain_range", "qtrain_split")
-    return {k: v for k, v in node.meta.items() if k not in skip}

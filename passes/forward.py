@@ -22,7 +22,8 @@ from torch.utils import _pytree as pytree
 
 from passes.buffers import bind_state
 from passes.context import PassContext, parameter_source
-from passes.graph import FORWARD, inductor_decompositions
+from passes.graph import FORWARD
+from passes.inlining import inductor_decompositions
 from passes.pipeline import lower_half
 from passes.restore_decompositions import KEPT_WHOLE
 from qcompile.errors import GraphError

@@ -35,14 +35,13 @@ from passes.graph import (
     aten,
     call,
     erase_unused,
-    inline,
+    meta_of,
     replace,
 )
+from passes.inlining import inline
 from passes.matching import MULTIPLE, CallFunction, KeywordArg, Match, Row, rewrite
 
 __all__ = ["LATER_ROWS", "ROWS", "fuse_matmul"]
-
-_KEPT = ("qtrain_gemm", "nn_module_stack", "fwd_nn_module_stack", "seq_nr", "stack_trace", "partitioner_tag", "recompute")
 
 
 def _dequantized(name: str) -> CallFunction:
@@ -57,16 +56,15 @@ def _fuse(match: Match, *, bias: fx.Node | None = None, **p: Any) -> bool:
     named = args_by_name(gemm)
     beta, alpha = named.get("beta", 1), named.get("alpha", 1)
     graph, fused_op = gemm.graph, GEMMS[gemm.target].integer
-    scope = {k: gemm.meta[k] for k in (*_KEPT, "ac_graph_id", "custom") if k in gemm.meta}
     operands = (p["a"], p["b"], p["a_scale"], p["b_scale"], p["a_zero"], p["b_zero"])
     dtype = gemm.meta["val"].dtype
     with graph.inserting_before(gemm):
         if (beta, alpha) == (1, 1):
-            fused = call(graph, fused_op, *operands, bias, dtype, scope=scope)
+            fused = call(graph, fused_op, *operands, bias, dtype, scope=meta_of(gemm))
         else:
-            product = call(graph, fused_op, *operands, None, torch.float32, scope=scope)
-            after = {k: v for k, v in scope.items() if k != "qtrain_gemm"}
-            fused = inline(graph, _add_scaled, product, bias, float(alpha), float(beta), dtype, scope=after)
+            product = call(graph, fused_op, *operands, None, torch.float32, scope=meta_of(gemm))
+            behind = meta_of(gemm, without=("qtrain_gemm",))
+            fused = inline(graph, _add_scaled, product, bias, float(alpha), float(beta), dtype, scope=behind)
     replace(gemm, fused)
     return True
 
@@ -82,10 +80,9 @@ def _fuse_convolution(match: Match, **p: Any) -> bool:
     if is_depthwise(gemm) or gemm.meta.get("qtrain_hp"):
         return False
     graph, op = gemm.graph, GEMMS[gemm.target]
-    scope = {k: gemm.meta[k] for k in (*_KEPT, "ac_graph_id", "custom") if k in gemm.meta}
     operands = (p["a"], p["b"], p["a_scale"], p["b_scale"], p["a_zero"], p["b_zero"])
     with graph.inserting_before(gemm):  # behind the tensors: the bias or the size of the result, then the geometry
-        fused = call(graph, op.integer, *operands, *gemm.args[2:], gemm.meta["val"].dtype, scope=scope)
+        fused = call(graph, op.integer, *operands, *gemm.args[2:], gemm.meta["val"].dtype, scope=meta_of(gemm))
     if fused.meta["val"].stride() != gemm.meta["val"].stride():
         fused.meta["qtrain_strides"] = gemm.meta["val"].stride()  # for follow_layouts
     replace(gemm, fused)
@@ -103,16 +100,12 @@ def _write_hp_gradient(match: Match, *, product: fx.Node, dtype: torch.dtype) ->
         return False
     graph = cast.graph
     with graph.inserting_before(gemm):
-        wide = call(graph, gemm.target, *gemm.args[:-1], dtype, scope=_meta(gemm))
+        wide = call(graph, gemm.target, *gemm.args[:-1], dtype, scope=meta_of(gemm))
     if permute is not None:
         with graph.inserting_before(cast):
-            wide = call(graph, PERMUTE, wide, permute.args[1], scope=_meta(permute))
+            wide = call(graph, PERMUTE, wide, permute.args[1], scope=meta_of(permute))
     replace(cast, wide)
     return True
-
-
-def _meta(node: fx.Node) -> dict[str, Any]:
-    return {k: v for k, v in node.meta.items() if k not in ("val", "tensor_meta")}
 
 
 _A, _B = _dequantized("a"), _dequantized("b")

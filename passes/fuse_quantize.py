@@ -42,11 +42,12 @@ from passes.graph import (
     args_by_name,
     aten,
     call,
-    inline,
+    meta_of,
     on_gpu,
     replace,
 )
 from passes.in_memory import ancestors, in_memory
+from passes.inlining import inline
 from passes.matching import MULTIPLE, CallFunction, KeywordArg, Match, Row, rewrite
 
 __all__ = ["fuse_quantize"]
@@ -143,7 +144,7 @@ def _fuse(graph: fx.Graph, node: fx.Node, statistics: _Statistics) -> None:
             behind = behind.next
         for n in late:
             behind.prepend(n)
-    scope = {k: v for k, v in node.meta.items() if k not in ("val", "tensor_meta", "original_aten")}
+    scope = meta_of(node)
     with graph.inserting_before(behind):
         made = call(graph, QUANTIZE_TRANSPOSED, *operands.values(), codes, bool(amax), bound, scope=scope)
         parts = iter([call(graph, operator.getitem, made, i, scope=scope) for i in range(len(made.meta["val"]))])

@@ -27,7 +27,19 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from passes.context import PassContext
-from passes.graph import CAST, QUANTIZE, SCALED_MM, SCALED_MM_REQUANTIZE, VIEWS, aten, call, erase_unused, has_effect, replace
+from passes.graph import (
+    CAST,
+    QUANTIZE,
+    SCALED_MM,
+    SCALED_MM_REQUANTIZE,
+    VIEWS,
+    aten,
+    call,
+    erase_unused,
+    has_effect,
+    meta_of,
+    replace,
+)
 from passes.lower import assume_valid
 from passes.matching import stable_topological_sort
 
@@ -180,7 +192,7 @@ def _waits(scale: fx.Node, gemm: fx.Node) -> bool:
 def _fuse(graph: fx.Graph, chain: _Chain, results: dict[fx.Node, str]) -> None:
     gemm, quantize = chain.gemm, chain.quantize
     low, high = _bounds(results)  # type: ignore[misc]
-    scope = {k: v for k, v in gemm.meta.items() if k not in ("val", "tensor_meta", "original_aten")}
+    scope = meta_of(gemm)
     ours = {k: v for k, v in scope.items() if k != "qtrain_gemm"}
     _, scale, zero, bits, _, _ = quantize.args
     mark = "marked" in results.values()

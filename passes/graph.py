@@ -1,19 +1,19 @@
-"""Helpers that every pass uses: names instead of positions, inlined snippets, metadata.
+"""Helpers that every pass uses: names instead of positions, metadata.
 
 Nothing here knows about recipes. A node made by a pass must carry `meta["val"]` (a fake tensor) and the metadata that the
-partitioner reads (`partitioner_tag`, `recompute`, ...): make nodes through `call` and `inline`, which take care of both.
+partitioner reads (`partitioner_tag`, `recompute`, ...): make nodes through `call`, and through `inline` of `passes.inlining`, which
+take care of both.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_leaves
 
 from qcompile import ops
@@ -91,6 +91,12 @@ def scope_of(node: fx.Node, phase: str) -> dict[str, Any]:
     return scope
 
 
+def meta_of(node: fx.Node, *, without: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Metadata for what takes a node's place: all of it but what a node has of its own, its value and the operator it came from."""
+    own = ("val", "tensor_meta", "original_aten", *without)
+    return {k: v for k, v in node.meta.items() if k not in own}
+
+
 def call(graph: fx.Graph, target: Any, *args: Any, scope: dict[str, Any], name: str | None = None, **kwargs: Any) -> fx.Node:
     """Append `target(*args, **kwargs)` at the graph's insertion point, with its fake value and `scope` as metadata."""
     node = graph.create_node("call_function", target, args, kwargs, name=name)
@@ -122,71 +128,6 @@ def fake_result(graph: fx.Graph, target: Any, args: Any, kwargs: Any) -> Any:
     mode = next((m for m in (getattr(v, "fake_mode", None) for v in tree_leaves((args, kwargs))) if m is not None), None)
     with mode or fake_mode(graph):
         return target(*args, **kwargs)
-
-
-MOST_SNIPPETS = 512
-"""Traces that are kept: a compilation takes a few dozen, and a long-lived process meets ever new shapes."""
-
-_SNIPPETS: dict[Any, fx.GraphModule] = {}
-
-
-def inline(
-    graph: fx.Graph,
-    fn: Callable[..., Any],
-    *args: Any,
-    scope: dict[str, Any],
-    key: Any = None,
-    rename: str | None = None,
-) -> Any:
-    """Trace `fn` on the arguments' fake values and copy the trace into the graph at its insertion point.
-
-    `fn` is plain PyTorch; nodes among `args` are its tensors, everything else is constant. Operators that Inductor expects to
-    have been decomposed by now (`clamp` and the like) are decomposed. Returns `fn`'s result with nodes for tensors. With a
-    `key`, the trace is reused for arguments of the same shapes and dtypes (static shapes only).
-    """
-    nodes = [a for a in args if isinstance(a, fx.Node)]
-    values = [n.meta["val"] for n in nodes]
-
-    def on_tensors(*tensors: torch.Tensor) -> Any:
-        it = iter(tensors)
-        return fn(*(next(it) if isinstance(a, fx.Node) else a for a in args))
-
-    cache_key = None
-    if key is not None and all(isinstance(v, torch.Tensor) and not v._has_symbolic_sizes_strides for v in values):
-        constants = tuple(a for a in args if not isinstance(a, fx.Node))
-        layout = tuple((tuple(v.shape), v.dtype, tuple(v.stride()), str(v.device)) for v in values)
-        cache_key = (key, constants, layout)
-    traced = _SNIPPETS.get(cache_key) if cache_key is not None else None
-    if traced is None:
-        mode = next((v.fake_mode for v in values if hasattr(v, "fake_mode")), None) or fake_mode(graph)
-        with mode, torch.no_grad():
-            traced = make_fx(on_tensors, decomposition_table=inductor_decompositions(), _allow_non_fake_inputs=True)(*values)
-        traced.graph.eliminate_dead_code()
-        if cache_key is not None:
-            while len(_SNIPPETS) >= MOST_SNIPPETS:
-                _SNIPPETS.pop(next(iter(_SNIPPETS)), None)  # the oldest
-            _SNIPPETS[cache_key] = traced
-
-    env: dict[fx.Node, Any] = dict(zip(traced.graph.find_nodes(op="placeholder"), nodes, strict=True))
-    for n in traced.graph.nodes:
-        if n.op in ("placeholder", "output"):
-            continue
-        if n.op == "get_attr":
-            raise TypeError(f"{fn} closes over a tensor: pass it as an argument")
-        new_args, new_kwargs = fx.node.map_arg((n.args, n.kwargs), env.__getitem__)
-        env[n] = call(graph, n.target, *new_args, scope=scope, **new_kwargs)
-    result = next(iter(traced.graph.find_nodes(op="output"))).args[0]
-    result = fx.node.map_arg(result, env.__getitem__)
-    if rename and isinstance(result, fx.Node) and result not in nodes:
-        result._rename(rename)
-    return result
-
-
-def inductor_decompositions() -> dict[Any, Any]:
-    """What Inductor takes operators apart into: its private table, asked for here alone. Checked on torch 2.11 and 2.13."""
-    from torch._inductor.decomposition import select_decomp_table  # depends on Inductor's options: anew each time
-
-    return select_decomp_table()
 
 
 def replace(node: fx.Node, by: fx.Node) -> None:

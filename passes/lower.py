@@ -55,15 +55,15 @@ from passes.graph import (
     aten,
     call,
     erase_unused,
-    inline,
+    meta_of,
     on_gpu,
     replace,
 )
+from passes.inlining import inline
 from passes.scale_rows_first import scale_rows_first
 from passes.write_out_epilogues import write_out_epilogues
 from qcompile import ops
 from qcompile.kernels.select import reads_packed
-from qcompile.ops.random import WHOLE_ON
 
 __all__ = ["assume_valid", "lower"]
 
@@ -74,20 +74,12 @@ def lower(graph: fx.Graph, context: PassContext | None = None, *, steady: bool =
     transposed: dict[fx.Node, fx.Node] = {}
     for node in [n for n in graph.nodes if n.target in (SCALED_MM, SCALED_MM_PACKED, SCALED_MM_REQUANTIZE)]:
         lowered += _lay_out(graph, node, transposed)
-    lowered += _apply(_STATE, graph, steady)  # first: what a scale depends on decides what can be fused
+    lowered += _read_and_write_state(graph, steady)  # first: what a scale depends on decides what can be fused
     if "fuse_quantize" not in skipped():
         lowered += fuse_quantize(graph)
     lowered += _round_by_keys(graph)
-    lowered += _apply(_ELEMENTWISE, graph, steady)
+    lowered += _write_out_references(graph)
     return lowered + scale_rows_first(graph)
-
-
-def _apply(lowerings: dict[Any, Callable[[fx.Graph, fx.Node, bool], None]], graph: fx.Graph, steady: bool) -> int:
-    nodes = [n for n in graph.nodes if n.op == "call_function" and n.target in lowerings]
-    for node in nodes:
-        lowerings[node.target](graph, node, steady)
-    erase_unused(graph)
-    return len(nodes)
 
 
 def assume_valid(graph: fx.Graph) -> int:
@@ -99,62 +91,47 @@ def assume_valid(graph: fx.Graph) -> int:
     return len(selects)
 
 
-def _quantize(graph: fx.Graph, node: fx.Node, steady: bool) -> None:
-    _inline_in_place(graph, node, ops.quantize_reference, "quantize")
-
-
-def _dequantize(graph: fx.Graph, node: fx.Node, steady: bool) -> None:
-    _inline_in_place(graph, node, ops.dequantize_reference, "dequantize")
-
-
-def _hadamard(graph: fx.Graph, node: fx.Node, steady: bool) -> None:
-    _inline_in_place(graph, node, ops.hadamard_reference, "hadamard")
-
-
-def _round_to_powers(graph: fx.Graph, node: fx.Node, steady: bool) -> None:
-    _inline_in_place(graph, node, ops.round_to_powers_reference, "round_to_powers")
-
-
-def _pack_codes(graph: fx.Graph, node: fx.Node, steady: bool) -> None:
-    _inline_in_place(graph, node, ops.pack_codes_reference, "pack_codes")
-
-
-def _unpack_codes(graph: fx.Graph, node: fx.Node, steady: bool) -> None:
-    _inline_in_place(graph, node, ops.unpack_codes_reference, "unpack_codes")
-
-
-def _select(graph: fx.Graph, node: fx.Node, steady: bool) -> None:
-    if steady:
-        replace(node, node.args[0])
-    else:
-        _inline_in_place(graph, node, _where_valid, "select")
+def _read_and_write_state(graph: fx.Graph, steady: bool) -> int:
+    nodes = [n for n in graph.nodes if n.target in (SELECT, READ, WRITE)]
+    for node in nodes:
+        if node.target is SELECT and steady:
+            replace(node, node.args[0])
+        elif node.target is SELECT:
+            _write_out(graph, node, _where_valid)
+        else:
+            state, index, *values = node.args
+            target = aten.index.Tensor if node.target is READ else aten.index_put_.default
+            with graph.inserting_before(node):
+                replace(node, call(graph, target, state, [index], *values, scope=meta_of(node)))
+    erase_unused(graph)
+    return len(nodes)
 
 
 def _where_valid(stored: Tensor, valid: Tensor, present: Tensor) -> Tensor:
     return torch.where(valid > 0, stored, present)
 
 
-def _read(graph: fx.Graph, node: fx.Node, steady: bool) -> None:
-    state, index = node.args
-    with graph.inserting_before(node):
-        replace(node, call(graph, aten.index.Tensor, state, [index], scope=_scope(node)))
-
-
-def _write(graph: fx.Graph, node: fx.Node, steady: bool) -> None:
-    state, index, values = node.args
-    with graph.inserting_before(node):
-        replace(node, call(graph, aten.index_put_.default, state, [index], values, scope=_scope(node)))
-
-
-_STATE: dict[Any, Callable[[fx.Graph, fx.Node, bool], None]] = {SELECT: _select, READ: _read, WRITE: _write}
-_ELEMENTWISE: dict[Any, Callable[[fx.Graph, fx.Node, bool], None]] = {
-    QUANTIZE: _quantize,
-    DEQUANTIZE: _dequantize,
-    PACK_CODES: _pack_codes,
-    UNPACK_CODES: _unpack_codes,
-    HADAMARD: _hadamard,
-    ROUND_TO_POWERS: _round_to_powers,
+_REFERENCES: dict[Any, Callable[..., Tensor]] = {
+    QUANTIZE: ops.quantize_reference,
+    DEQUANTIZE: ops.dequantize_reference,
+    PACK_CODES: ops.pack_codes_reference,
+    UNPACK_CODES: ops.unpack_codes_reference,
+    HADAMARD: ops.hadamard_reference,
+    ROUND_TO_POWERS: ops.round_to_powers_reference,
 }
+
+
+def _write_out_references(graph: fx.Graph) -> int:
+    nodes = [n for n in graph.nodes if n.target in _REFERENCES]
+    for node in nodes:
+        _write_out(graph, node, _REFERENCES[node.target])
+    erase_unused(graph)
+    return len(nodes)
+
+
+def _write_out(graph: fx.Graph, node: fx.Node, fn: Callable[..., Any]) -> None:
+    with graph.inserting_before(node):
+        replace(node, inline(graph, fn, *args_by_name(node).values(), scope=meta_of(node)))
 
 
 def _round_by_keys(graph: fx.Graph) -> int:
@@ -168,29 +145,19 @@ def _round_by_keys(graph: fx.Graph) -> int:
     for seed, nodes in by_seed.items():
         salts = list(dict.fromkeys(args_by_name(node)["salt"] for node in nodes))
         with after(graph, seed):
-            keys = call(graph, ops.draw_keys, seed, salts, scope=_scope(seed))
-            streams = {salt: call(graph, operator.getitem, keys, i, scope=_scope(seed)) for i, salt in enumerate(salts)}
+            keys = call(graph, ops.draw_keys, seed, salts, scope=meta_of(seed))
+            streams = {salt: call(graph, operator.getitem, keys, i, scope=meta_of(seed)) for i, salt in enumerate(salts)}
         for node in nodes:
             *values, _, salt = args_by_name(node).values()
-            by_key, name = _BY_KEY[node.target]
             with graph.inserting_before(node):
-                replace(node, inline(graph, by_key, *values, streams[salt], scope=_scope(node), key=(name, *sorted(WHOLE_ON))))
+                replace(node, inline(graph, _BY_KEY[node.target], *values, streams[salt], scope=meta_of(node)))
     return sum(map(len, by_seed.values()))
 
 
-_BY_KEY: dict[Any, tuple[Callable[..., Tensor], str]] = {
-    QUANTIZE: (ops.quantize_by_key, "quantize by key"),
-    ROUND_TO_POWERS: (ops.round_to_powers_by_key, "round_to_powers by key"),
+_BY_KEY: dict[Any, Callable[..., Tensor]] = {
+    QUANTIZE: ops.quantize_by_key,
+    ROUND_TO_POWERS: ops.round_to_powers_by_key,
 }
-
-
-def _inline_in_place(graph: fx.Graph, node: fx.Node, fn: Callable[..., Any], key: str) -> None:
-    with graph.inserting_before(node):
-        replace(node, inline(graph, fn, *args_by_name(node).values(), scope=_scope(node), key=key))
-
-
-def _scope(node: fx.Node) -> dict[str, Any]:
-    return {k: v for k, v in node.meta.items() if k not in ("val", "tensor_meta", "original_aten")}
 
 
 def _read_packed(graph: fx.Graph) -> int:
@@ -208,11 +175,11 @@ def _read_packed(graph: fx.Graph) -> int:
             for matrix, side in zip(gemm.args[:2], sides, strict=True):
                 if side is not None:
                     packed, _, transposed, _ = side
-                    matrix = call(graph, PERMUTE, packed, [1, 0], scope=_scope(gemm)) if transposed else packed
+                    matrix = call(graph, PERMUTE, packed, [1, 0], scope=meta_of(gemm)) if transposed else packed
                 matrices.append(matrix)
                 bits.append(8 if side is None else side[1])
             k = sides[0][3] if sides[0] is not None else sides[1][3]  # type: ignore[index]
-            new = call(graph, SCALED_MM_PACKED, *matrices, *gemm.args[2:], k, *bits, scope=_scope(gemm))
+            new = call(graph, SCALED_MM_PACKED, *matrices, *gemm.args[2:], k, *bits, scope=meta_of(gemm))
         replace(gemm, new)
         changes += 1
     return changes
@@ -244,8 +211,8 @@ def _lay_out(graph: fx.Graph, gemm: fx.Node, transposed: dict[fx.Node, fx.Node])
         copy = transposed.get(source)
         with graph.inserting_before(gemm):
             if copy is None:
-                copy = transposed[source] = call(graph, TRANSPOSE, source, scope=_scope(gemm))
-            new = copy if is_transposed else call(graph, PERMUTE, copy, [1, 0], scope=_scope(gemm))
+                copy = transposed[source] = call(graph, TRANSPOSE, source, scope=meta_of(gemm))
+            new = copy if is_transposed else call(graph, PERMUTE, copy, [1, 0], scope=meta_of(gemm))
         gemm.update_arg(side, new)
         changes += 1
     return changes

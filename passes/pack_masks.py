@@ -20,7 +20,7 @@ from torch import Tensor, fx
 from passes.compress_saved import fixed_size, inverse, memory_order
 from passes.context import PassContext
 from passes.cut import Cut, Saved, view_shape
-from passes.graph import inline
+from passes.inlining import inline
 
 __all__ = ["pack_masks"]
 
@@ -45,10 +45,10 @@ def _pack(cut: Cut, saved: Saved) -> None:
     shape = view_shape([value.shape[i] for i in order])
 
     def store(scope: dict[str, object]) -> list[tuple[str, fx.Node]]:
-        return [("bits", inline(cut.forward, _to_bits, saved.node, order, row, scope=scope, key="to_bits"))]
+        return [("bits", inline(cut.forward, _to_bits, saved.node, order, row, scope=scope))]
 
     def restore(parts: list[fx.Node], scope: dict[str, object]) -> fx.Node:
-        return inline(cut.backward, _from_bits, *parts, shape, inverse(order), scope=scope, key="from_bits")
+        return inline(cut.backward, _from_bits, *parts, shape, inverse(order), scope=scope)
 
     cut.store(saved, store, restore)
 

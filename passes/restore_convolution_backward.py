@@ -18,7 +18,7 @@ from typing import Any
 from torch import fx
 
 from passes.context import PassContext
-from passes.graph import CONV_GRAD_INPUT, CONV_GRAD_WEIGHT, DEQUANTIZE, call, replace
+from passes.graph import CONV_GRAD_INPUT, CONV_GRAD_WEIGHT, DEQUANTIZE, call, meta_of, replace
 from passes.split_convolution_backward import CONVOLUTION_BACKWARD
 
 __all__ = ["restore_convolution_backward"]
@@ -48,7 +48,7 @@ def _restore(graph: fx.Graph, parts: dict[int, fx.Node]) -> None:
     x, geometry = parts[1].args[1], parts[1].args[3:]
     order = {n: i for i, n in enumerate(graph.nodes)}
     first = min(parts.values(), key=order.__getitem__)
-    scope = {k: v for k, v in first.meta.items() if k not in ("val", "tensor_meta", "qtrain_split", "qtrain_gemm")}
+    scope = meta_of(first, without=("qtrain_split", "qtrain_gemm"))
     bias_sizes = parts[0].meta["qtrain_split"].bias_sizes
     mask = [position in parts for position in range(3)]
     with graph.inserting_before(first):

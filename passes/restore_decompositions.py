@@ -21,7 +21,8 @@ import torch
 from torch import Tensor, fx
 
 from passes.context import PassContext
-from passes.graph import aten, inductor_decompositions, inline, replace
+from passes.graph import aten, meta_of, replace
+from passes.inlining import inductor_decompositions, inline
 
 __all__ = ["KEPT_WHOLE", "decompositions", "restore_decompositions"]
 
@@ -63,7 +64,7 @@ def restore_decompositions(graph: fx.Graph, context: PassContext | None = None) 
             continue
         if not any(1 in _static_sizes(a) for a in node.args if isinstance(a, fx.Node)):
             continue  # only sizes of 1 are rewritten; tracing the others would change nothing
-        scope = {k: v for k, v in node.meta.items() if k not in ("val", "tensor_meta")}
+        scope = meta_of(node)
         tensors = [a for a in node.args if isinstance(a, fx.Node)]
         kwargs = dict(node.kwargs)
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from passes.graph import CAST, aten, call, replace
+from passes.graph import CAST, aten, call, meta_of, replace
 
 __all__ = ["scale_rows_first"]
 
@@ -35,10 +35,12 @@ def scale_rows_first(graph: fx.Graph) -> int:
         if chain is None or scale.meta["val"].device.type != "cpu":
             continue
         amax = chain[0]
-        scope = {k: v for k, v in scale.meta.items() if k not in ("val", "tensor_meta", "original_aten")}
+        scope = meta_of(scale)
         with graph.inserting_before(amax):
             value = amax.args[0]
             for node in (*chain[1:], scale):
+                if node.target is aten.abs.default:  # of absolute values
+                    continue
                 value = call(graph, node.target, value, *node.args[1:], scope=scope)
             replace(scale, call(graph, amax.target, value, *amax.args[1:], scope=scope))
         changed += 1

@@ -21,7 +21,8 @@ from typing import Any
 from torch import fx
 
 from passes.context import PassContext
-from passes.graph import CONV_GRAD_INPUT, CONV_GRAD_WEIGHT, args_by_name, aten, call, inline, replace
+from passes.graph import CONV_GRAD_INPUT, CONV_GRAD_WEIGHT, args_by_name, aten, call, meta_of, replace
+from passes.inlining import inline
 from qcompile.geometry import Geometry
 
 __all__ = ["CONVOLUTION_BACKWARD", "Part", "split_convolution_backward"]
@@ -50,7 +51,7 @@ def _split(graph: fx.Graph, node: fx.Node) -> None:
     named = args_by_name(node)
     grad, x, w = named["grad_output"], named["input"], named["weight"]
     geometry = [named[field] for field in Geometry._fields]
-    scope = {k: v for k, v in node.meta.items() if k not in ("val", "tensor_meta", "original_aten")}
+    scope = meta_of(node)
     mask = tuple(named["output_mask"])
     for item in sorted(node.users, key=lambda user: user.args[1]):
         position = item.args[1]
@@ -62,7 +63,7 @@ def _split(graph: fx.Graph, node: fx.Node) -> None:
             elif position == 1:
                 new = call(graph, CONV_GRAD_WEIGHT, grad, x, _sizes(graph, w, scope), *geometry, scope=scope)
             else:
-                new = inline(graph, _bias_grad, grad, scope=scope, key="bias_grad")
+                new = inline(graph, _bias_grad, grad, scope=scope)
         new.meta["qtrain_split"] = Part(node.name, position, named["bias_sizes"])
         replace(item, new)
     for item in list(node.users):

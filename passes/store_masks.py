@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, fx
 
 from passes.cut import Cut, Saved
-from passes.graph import inline
+from passes.inlining import inline
 
 __all__ = ["store_masks"]
 
@@ -36,10 +36,10 @@ def store_masks(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int) -> 
 
 def _store(cut: Cut, saved: Saved) -> None:
     def store(scope: dict[str, object]) -> list[tuple[str, fx.Node]]:
-        return [("int8", inline(cut.forward, _to_int8, saved.node, scope=scope, key="to_int8"))]
+        return [("int8", inline(cut.forward, _to_int8, saved.node, scope=scope))]
 
     def restore(parts: list[fx.Node], scope: dict[str, object]) -> fx.Node:
-        return inline(cut.backward, _to_bool, *parts, scope=scope, key="to_bool")
+        return inline(cut.backward, _to_bool, *parts, scope=scope)
 
     cut.store(saved, store, restore)
 

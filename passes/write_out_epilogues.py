@@ -24,7 +24,8 @@ from typing import Any
 
 from torch import fx
 
-from passes.graph import SCALED_MM, call, inline, on_gpu, replace
+from passes.graph import SCALED_MM, call, meta_of, on_gpu, replace
+from passes.inlining import inline
 from qcompile import ops
 from qcompile.kernels.cpu import writes_out_epilogue
 
@@ -38,11 +39,10 @@ def write_out_epilogues(graph: fx.Graph) -> int:
         if on_gpu(gemm) or gemm.meta["val"].device.type != "cpu" or not writes_out_epilogue(*map(_value, gemm.args)):
             continue
         a, b, a_scale, b_scale, _, _, bias, dtype = gemm.args
-        scope = {key: v for key, v in gemm.meta.items() if key not in ("val", "tensor_meta", "original_aten")}
         with graph.inserting_before(gemm):
-            product = call(graph, ops.codes_mm, a, b, scope=scope | {"qtrain_kernel": "int_mm"})
-            rest = {key: v for key, v in scope.items() if key != "qtrain_gemm"}
-            y = inline(graph, ops.scaled, product, a_scale, b_scale, bias, dtype, scope=rest, key="epilogue")
+            product = call(graph, ops.codes_mm, a, b, scope=meta_of(gemm) | {"qtrain_kernel": "int_mm"})
+            behind = meta_of(gemm, without=("qtrain_gemm",))
+            y = inline(graph, ops.scaled, product, a_scale, b_scale, bias, dtype, scope=behind)
         replace(gemm, y)
         changed += 1
     return changed

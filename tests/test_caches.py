@@ -15,7 +15,6 @@ from torch import fx, nn
 from torch._dynamo.utils import counters
 
 from passes import Step, joint_steps
-from passes.graph import _SNIPPETS
 from qcompile import compiled_graphs, get_recipe, range_state
 from qcompile.kernels import profit, record_launches
 from qcompile.state import STORE
@@ -121,11 +120,10 @@ compiled(torch.nn.Linear(16, 8), "int8_tensorwise")(torch.ones(12, 16)).sum().ba
 
 @pytest.fixture
 def alive(caplog):
-    """How many objects of each of our classes there are, and of graphs (but for the passes' traces, of which some are kept)."""
+    """How many objects of each of our classes there are, and of graphs."""
 
     def count():
         caplog.clear()  # torch logs graphs, and pytest keeps what is logged
-        _SNIPPETS.clear()
         gc.collect()
         kinds = Counter(type(o) for o in gc.get_objects())
         ours = [k for k in kinds if str(k.__module__).partition(".")[0] in ("qcompile", "passes")]
@@ -199,15 +197,6 @@ def check_recompilations(times, alive):
     (objects, *first), (later, *last) = sizes
     assert {k: (objects.get(k, 0), later[k]) for k in later if later[k] > objects.get(k, 0)} == {}
     assert first == last
-
-
-def test_the_traces_that_are_kept_are_few(interpreted, monkeypatch):
-    monkeypatch.setattr("passes.graph.MOST_SNIPPETS", 20)
-    _SNIPPETS.clear()
-    for number in range(4):
-        torch.compiler.reset()
-        step(nn.Linear(K, N), rows=M + number)
-        assert 0 < len(_SNIPPETS) <= 20
 
 
 def test_recompilations_leak_nothing(interpreted, alive):

@@ -104,10 +104,22 @@ def _dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: 
     return dequantize_reference(codes, scale, zero_point, dtype)
 
 
+def _fake_quantize(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, seed: Tensor | None, salt: int
+) -> Tensor:
+    check_quantize(x, scale, zero_point, bits, seed, salt)
+    return torch.empty_like(x * scale, dtype=torch.int8)  # the product lies as the codes will
+
+
+def _fake_dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> Tensor:
+    check_dequantize(codes, scale, zero_point, dtype)
+    return torch.empty_like(codes * scale, dtype=dtype)
+
+
 quantize = define(
     "quantize(Tensor x, Tensor scale, Tensor? zero_point, int bits, Tensor? seed, int salt) -> Tensor",
     _quantize,
-    fake=_quantize,
+    fake=_fake_quantize,
 )
 """x (fp32, bf16, fp16, fp64; any shape and strides) -> codes int8 of the same shape.
 
@@ -123,7 +135,7 @@ Errors: `KernelError`; `ValueError` for bits.
 dequantize = define(
     "dequantize(Tensor codes, Tensor scale, Tensor? zero_point, ScalarType dtype) -> Tensor",
     _dequantize,
-    fake=_dequantize,
+    fake=_fake_dequantize,
 )
 """codes int8 -> real values of `dtype` (fp32, bf16, fp16); scale, zero_point, strides as in `quantize`.
 

@@ -91,7 +91,10 @@ draw_keys = define(
     _draw_keys,
     fake=lambda seed, salts: [seed.new_empty(1) for _ in salts],
 )
-"""`draw_key` of one seed (int64, 0-d) and several salts -> for each int64 [1], in memory of its own."""
+"""`draw_key` of one seed (int64, 0-d) and several salts -> for each int64 [1], in memory of its own.
+
+Keys at places of one tensor would make the code of equal layers differ, which is compiled once as it is.
+"""
 
 
 def uniform_draws(seed: Tensor, salt: int, like: Tensor) -> Tensor:

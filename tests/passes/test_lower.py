@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from passes import graph as graph_helpers
 from passes.graph import PERMUTE, QUANTIZE, SCALED_MM, SELECT, TRANSPOSE
 from passes.lower import lower
 from qcompile import ops
@@ -56,7 +55,6 @@ def test_keys_are_computed_once_for_all_that_round():
 
 def test_a_device_without_the_operation_gets_draws_written_out(monkeypatch):
     monkeypatch.setattr(ops.random, "WHOLE_ON", set())
-    monkeypatch.setattr(graph_helpers, "_SNIPPETS", {})  # traces from before
     joint = ready(STOCHASTIC)
     result = lowered(joint, steady=True)
     rounded = [n for n in joint.graph.find_nodes(op="call_function", target=QUANTIZE) if n.args[4] is not None]
