@@ -189,7 +189,7 @@ def _replace_dynamic(graph: fx.Graph, node: fx.Node, use: RangeUse, stats: dict[
     scope = meta_of(node, without=("qtrain_range",))
     with after(graph, max([node, *stats.values()])):
         stats = _measure(graph, node, use.spec, stats, {}, scope)
-        low, high = inline(graph, formulas.present_range, use.spec, tuple(stats), *stats.values(), scope=scope)
+        low, high = inline(graph, formulas.first_range, use.spec, tuple(stats), *stats.values(), scope=scope)
         scale, zero = _scale(graph, use.spec, low, high, scope)
     _set_range(node, scale, zero, dequantize_scale=scale)
 
@@ -210,9 +210,9 @@ def _replace_static(
         item.stats = _measure(graph, node, spec, item.stats, memory, ours)
         read = {} if spec.estimator.static else item.stats
         tensors = (*read.values(), *memory.values())
-        stored = inline(graph, formulas.remembered_range, spec, tuple(read), tuple(memory), *tensors, scope=ours)
+        stored = inline(graph, formulas.stored_range, spec, tuple(read), tuple(memory), *tensors, scope=ours)
         names = tuple(item.stats)
-        present = inline(graph, formulas.present_range, spec, names, *item.stats.values(), scope=ours)
+        present = inline(graph, formulas.first_range, spec, names, *item.stats.values(), scope=ours)
         low, high = (
             call(graph, SELECT, s, memory["steps"], p, scope=ours) for s, p in zip(stored, present, strict=True)
         )
@@ -254,7 +254,7 @@ def _measure(
     x, dims = node.args[0], tuple(node.args[1])
     tensors = (*stats.values(), *memory.values())
     names = tuple(stats), tuple(memory)
-    return dict(inline(graph, formulas.extra_statistics, spec, dims, *names, x, *tensors, scope=scope))
+    return dict(inline(graph, formulas.measured, spec, dims, *names, x, *tensors, scope=scope))
 
 
 def _replace_seeds(
@@ -318,7 +318,7 @@ def _write_back(
             vectors = [_vector(graph, [i.stats[name] for i in items], scope) for name in names]
             fields = items[0].entry.fields
             old = [blocks[layout.block(entries[0], f)] for f in fields]
-            new += inline(graph, formulas.new_memory, items[0].spec.estimator, names, fields, *vectors, *old, scope=scope)
+            new += inline(graph, formulas.updated, items[0].spec.estimator, names, fields, *vectors, *old, scope=scope)
         if seeded:
             counter = (blocks[layout.block(layout.entries[-1], f)] for f in SEED_FIELDS)
             new += inline(graph, formulas.next_seed, *counter, scope=scope)

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
@@ -53,21 +52,18 @@ def inline(
     is_static = all(isinstance(v, Tensor) and not v._has_symbolic_sizes_strides for v in values)
     record = _record if is_static and not any(isinstance(a, torch.SymInt) for a in tree_leaves(args)) else _trace
     with mode, torch.no_grad():
-        result = record(graph, on_tensors, nodes, values, mode, scope)
+        result = record(graph, on_tensors, nodes, values, scope)
     if rename and isinstance(result, fx.Node) and result not in nodes:
         result._rename(rename)
     return result
 
 
 def _record(
-    graph: fx.Graph,
-    fn: Callable[..., Any],
-    nodes: Sequence[fx.Node],
-    values: Sequence[Any],
-    mode: FakeTensorMode,
-    scope: dict[str, Any],
+    graph: fx.Graph, fn: Callable[..., Any], nodes: Sequence[fx.Node], values: Sequence[Any], scope: dict[str, Any]
 ) -> Any:
     """Static shapes: `fn` runs once, and appends as it goes."""
+    if len({*map(id, values)}) < len(values):
+        values = [v.detach() for v in values]  # nodes may share a value, and are told apart by it here
     recorder = _Recorder(graph, nodes, values, scope)
     try:
         with recorder:
@@ -134,12 +130,7 @@ class _Recorder(TorchDispatchMode):
 
 
 def _trace(
-    graph: fx.Graph,
-    fn: Callable[..., Any],
-    nodes: Sequence[fx.Node],
-    values: Sequence[Any],
-    mode: FakeTensorMode,
-    scope: dict[str, Any],
+    graph: fx.Graph, fn: Callable[..., Any], nodes: Sequence[fx.Node], values: Sequence[Any], scope: dict[str, Any]
 ) -> Any:
     """Symbolic shapes: sizes are nodes too, which `make_fx` keeps track of."""
     traced = make_fx(fn, decomposition_table=inductor_decompositions(), _allow_non_fake_inputs=True)(*values)

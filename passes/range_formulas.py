@@ -1,7 +1,7 @@
 """What range state computes, as plain PyTorch on tensors: `attach_range_state` traces it into the graph.
 
-Each function is one formula of an estimator (`qcompile.estimators`), of a scale or of a seed. Tensors come flat behind their names,
-as a graph has them. An estimator's own errors are told here as `RecipeError`, with its name.
+Each function is one formula of an estimator (those of `qcompile.estimators.step`, by their names), of a scale or of a seed. Tensors
+come flat behind their names, as a graph has them. An estimator's own errors are told here as `RecipeError`, with its name.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from qcompile.errors import RecipeError
+from qcompile.estimators import step
 from qcompile.estimators.base import RangeEstimator, symmetric_scale
 from qcompile.estimators.statistics import clipped_share, statistics
-from qcompile.estimators.step import first_range, measured, stored_range, updated
 from qcompile.specs import QuantSpec
 
 __all__ = [
     "clipped",
-    "extra_statistics",
-    "new_memory",
+    "first_range",
+    "measured",
     "next_seed",
-    "present_range",
-    "remembered_range",
     "scale_of_mirrored",
     "seed",
     "statistic",
+    "stored_range",
+    "updated",
     "visible_scale",
 ]
 
@@ -39,27 +39,27 @@ def statistic(x: Tensor, dims: tuple[int, ...], name: str) -> Tensor:
     return statistics(x, dims, [name])[name]
 
 
-def extra_statistics(
+def measured(
     spec: QuantSpec, dims: tuple[int, ...], stats: tuple[str, ...], fields: tuple[str, ...], x: Tensor, *tensors: Tensor
 ) -> dict[str, Tensor]:
     """What the estimator measures itself, beside the statistics given. `tensors`: those of `stats`, then those of `fields`."""
     given = dict(zip(stats, tensors, strict=False))
     with _calling(spec.estimator, "measure", given, fields):
-        return measured(spec, x, dims, given, dict(zip(fields, tensors[len(stats) :], strict=True)))
+        return step.measured(spec, x, dims, given, dict(zip(fields, tensors[len(stats) :], strict=True)))
 
 
-def present_range(spec: QuantSpec, names: tuple[str, ...], *stats: Tensor) -> tuple[Tensor, Tensor]:
+def first_range(spec: QuantSpec, names: tuple[str, ...], *stats: Tensor) -> tuple[Tensor, Tensor]:
     """(low, high) of this tensor alone, while there is no memory."""
     with _calling(spec.estimator, "first_range", names, ()):
-        low, high = first_range(spec, dict(zip(names, stats, strict=True)))
+        low, high = step.first_range(spec, dict(zip(names, stats, strict=True)))
     return low, high
 
 
-def remembered_range(spec: QuantSpec, names: tuple[str, ...], fields: tuple[str, ...], *tensors: Tensor) -> tuple[Tensor, Tensor]:
+def stored_range(spec: QuantSpec, names: tuple[str, ...], fields: tuple[str, ...], *tensors: Tensor) -> tuple[Tensor, Tensor]:
     """(low, high) from memory. `tensors`: those of `names`, then those of `fields`."""
     stats, state = dict(zip(names, tensors, strict=False)), dict(zip(fields, tensors[len(names) :], strict=True))
     with _calling(spec.estimator, "range", stats, fields):
-        low, high = stored_range(spec, stats, state)
+        low, high = step.stored_range(spec, stats, state)
     return low, high
 
 
@@ -82,11 +82,11 @@ def clipped(x: Tensor, dims: tuple[int, ...], *bounds: Tensor) -> Tensor:
     return clipped_share(x, dims, low, high)
 
 
-def new_memory(estimator: RangeEstimator, names: tuple[str, ...], fields: tuple[str, ...], *tensors: Tensor) -> list[Tensor]:
+def updated(estimator: RangeEstimator, names: tuple[str, ...], fields: tuple[str, ...], *tensors: Tensor) -> list[Tensor]:
     """Every field after the step. `tensors`: those of `names`, then those of `fields`."""
     stats = dict(zip(names, tensors, strict=False))
     with _calling(estimator, "update", stats, fields):
-        return list(updated(estimator, stats, dict(zip(fields, tensors[len(names) :], strict=True))).values())
+        return list(step.updated(estimator, stats, dict(zip(fields, tensors[len(names) :], strict=True))).values())
 
 
 @contextlib.contextmanager

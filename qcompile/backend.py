@@ -29,7 +29,17 @@ from passes.verify import count_writes
 from qcompile import inductor
 from qcompile.enclosing import layers_around, prefixes
 from qcompile.errors import QtrainWarning, UnsupportedError
-from qcompile.halves import Half, Interpreted, Seen, StateInputs, agreeing, backward_with_state, boxed, copy_of, forward_with_state
+from qcompile.halves import (
+    CompiledHalf,
+    Interpreted,
+    Seen,
+    StateInputs,
+    agreeing,
+    backward_with_state,
+    boxed,
+    copy_of,
+    forward_with_state,
+)
 from qcompile.kernels.autotune import tune
 from qcompile.kernels.fallback import strictly
 from qcompile.kernels.select import fallback_reason, gemm_kernel, unsupported_device
@@ -219,7 +229,7 @@ class Compilation:
 
     # ---- the halves
 
-    def compile_half(self, compile_inner: Any, half: fx.GraphModule, inputs: list[Any], kwargs: dict[str, Any]) -> Half:
+    def compile_half(self, compile_inner: Any, half: fx.GraphModule, inputs: list[Any], kwargs: dict[str, Any]) -> CompiledHalf:
         start = time.perf_counter()
         state_inputs = StateInputs.of(half)
         backward = kwargs.get("is_backward", False)
@@ -261,7 +271,7 @@ class Compilation:
         entries = (entry for layout in self.context.layouts.values() for entry in layout.entries)
         return self.replicates and self.context.recipe.ranges == "replicated" and any(e.spec is not None for e in entries)
 
-    def _watch_instances(self, forward: Half, names: list[str]) -> Half:
+    def _watch_instances(self, forward: CompiledHalf, names: list[str]) -> CompiledHalf:
         """The forward half, with what is to be done when it runs for other Parameters than before.
 
         Dynamo runs one graph for equal modules. Each keeps what the profit filter has decided; and where the recipe means another

@@ -25,7 +25,7 @@ from qcompile.state.replays import REPLAYS
 from qcompile.state.replicas import REPLICAS
 
 __all__ = [
-    "Half",
+    "CompiledHalf",
     "Interpreted",
     "Seen",
     "StateInputs",
@@ -36,11 +36,11 @@ __all__ = [
     "forward_with_state",
 ]
 
-Half = Callable[[list[Any]], Any]
-"""A compiled half; its graph is an `fx.GraphModule`."""
+CompiledHalf = Callable[[list[Any]], Any]
+"""What runs a half. The half itself, its graph, is an `fx.GraphModule`."""
 
 
-def boxed(run: Half) -> Half:
+def boxed(run: CompiledHalf) -> CompiledHalf:
     """`run` itself, marked for AOTAutograd as a function of one list."""
     run._boxed_call = True  # type: ignore[attr-defined]
     return run
@@ -99,8 +99,8 @@ def _shifted(indices: Sequence[int], added: list[int]) -> list[int]:
 
 
 def forward_with_state(
-    compiled: Half, dynamic: Interpreted | None, inputs: StateInputs, binder: Binder, *, training: bool, replicated: bool
-) -> Half:
+    compiled: CompiledHalf, dynamic: Interpreted | None, inputs: StateInputs, binder: Binder, *, training: bool, replicated: bool
+) -> CompiledHalf:
     """The forward half, called with the user's arguments: adds the state of the instance they belong to.
 
     dynamic     what runs while a range has no memory; None: `compiled` itself
@@ -139,7 +139,7 @@ def forward_with_state(
     return boxed(run)
 
 
-def backward_with_state(compiled: Half, dynamic: Interpreted | None, inputs: StateInputs) -> Half:
+def backward_with_state(compiled: CompiledHalf, dynamic: Interpreted | None, inputs: StateInputs) -> CompiledHalf:
     """The backward half: which state it uses, its saved index says."""
     if ("backward", "index") not in inputs.positions:
         return compiled
@@ -158,7 +158,7 @@ def backward_with_state(compiled: Half, dynamic: Interpreted | None, inputs: Sta
     return boxed(run)
 
 
-def agreeing(backward: Half) -> Half:
+def agreeing(backward: CompiledHalf) -> CompiledHalf:
     """A backward half after which data-parallel ranks bring their ranges together."""
 
     def run(args: list[Any]) -> Any:

@@ -21,7 +21,7 @@ from passes.pipeline import Pipeline, Step, joint_steps, lower_half
 from passes.report import tell_what_stays_hp
 from qcompile import inductor
 from qcompile.errors import StateError
-from qcompile.halves import Half, StateInputs, agreeing, backward_with_state, boxed, forward_with_state
+from qcompile.halves import CompiledHalf, StateInputs, agreeing, backward_with_state, boxed, forward_with_state
 from qcompile.recipe import Ranges, Recipe
 from qcompile.recipes import get_recipe
 from qcompile.state.binding import Binder
@@ -82,7 +82,7 @@ def _is_backward(half: fx.Graph) -> bool:
     return is_joint(half)  # it has tangents
 
 
-Compiler = Callable[..., Half]
+Compiler = Callable[..., CompiledHalf]
 
 
 def with_range_state(compiler: Compiler, *, ranges: Ranges = "replicated") -> Compiler:
@@ -98,7 +98,7 @@ def with_range_state(compiler: Compiler, *, ranges: Ranges = "replicated") -> Co
         raise ValueError(f"with_range_state: ranges={ranges!r}; allowed: {', '.join(map(repr, get_args(Ranges)))}")
     replicated = ranges == "replicated"
 
-    def compile_half(half: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Half:
+    def compile_half(half: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> CompiledHalf:
         state_inputs, inputs = StateInputs.of(half), list(example_inputs)
         backward = kwargs.get("is_backward", _is_backward(half.graph))
         if not backward:
@@ -119,7 +119,7 @@ def with_range_state(compiler: Compiler, *, ranges: Ranges = "replicated") -> Co
     return compile_half
 
 
-def _as_boxed(compiled: Callable[..., Any]) -> Half:
+def _as_boxed(compiled: Callable[..., Any]) -> CompiledHalf:
     """The calling convention of AOTAutograd's own: one list, which the callee may empty."""
     if getattr(compiled, "_boxed_call", False):
         return compiled

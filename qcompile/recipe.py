@@ -164,9 +164,8 @@ class Recipe:
             return False
         if not self.ops:
             return True
-        return self.input is self.weight is self.grad_output is None and not self.overrides and all(
-            getattr(self, g) is None or not hasattr(getattr(self, g), "input") for g in GEMM_OPERANDS
-        )
+        own = any(isinstance(getattr(self, gemm), GemmSpec) for gemm in GEMM_OPERANDS)
+        return self.input is self.weight is self.grad_output is None and not self.overrides and not own
 
     def unmatched_patterns(self, site_names: Iterable[str]) -> list[str]:
         """The patterns of `skip` and `overrides` that mean none of these sites: most likely misspelt. Kinds are no misspelling."""

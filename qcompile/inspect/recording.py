@@ -14,7 +14,7 @@ from passes.find_sites import find_sites, module_path
 from passes.split_convolution_backward import split_convolution_backward
 from qcompile import inductor
 from qcompile.backend import Compilation
-from qcompile.halves import Half, boxed
+from qcompile.halves import CompiledHalf, boxed
 from qcompile.inspect.captured_graph import (
     Call,
     CapturedGraph,
@@ -99,7 +99,7 @@ class Recording(Compilation):
 
     # ---- the halves
 
-    def compile_half(self, compile_inner: Any, half: fx.GraphModule, inputs: list[Any], kwargs: dict[str, Any]) -> Half:
+    def compile_half(self, compile_inner: Any, half: fx.GraphModule, inputs: list[Any], kwargs: dict[str, Any]) -> CompiledHalf:
         phase = "backward" if kwargs.get("is_backward", False) else "forward"
         self._keep(phase, half.graph)
         placeholders = half.graph.find_nodes(op="placeholder")
@@ -125,7 +125,7 @@ class Recording(Compilation):
         tensors = {name: names[0] for name, names in found.items()}
         return Call(tensors, prefixes, tuple(_weighed(outputs[i], self.alive) for i in self.shown_outputs))
 
-    def _watch_forward(self, compiled: Half, names: list[str], written: set[int]) -> Half:
+    def _watch_forward(self, compiled: CompiledHalf, names: list[str], written: set[int]) -> CompiledHalf:
         def run(args: list[Any]) -> Any:
             given = list(args)
             if not self.calls:
@@ -140,7 +140,7 @@ class Recording(Compilation):
 
         return boxed(run)
 
-    def _watch_backward(self, compiled: Half, names: list[str]) -> Half:
+    def _watch_backward(self, compiled: CompiledHalf, names: list[str]) -> CompiledHalf:
         def run(args: list[Any]) -> Any:
             if not self.tangents:
                 self.tangents = tuple(a for n, a in zip(names, args, strict=True) if n.startswith("tangents"))
@@ -179,7 +179,7 @@ class Recording(Compilation):
         return captured
 
 
-def _interpret(half: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Half:
+def _interpret(half: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> CompiledHalf:
     def run(args: list[Any]) -> Any:
         given = list(args)
         args.clear()

@@ -91,6 +91,16 @@ def test_what_the_result_does_not_need_leaves_no_node():
     assert len([n for n in graph.nodes if n.op == "call_function"]) == 1
 
 
+def test_nodes_that_share_a_value_are_told_apart():
+    x, y = torch.randn(4, 6), torch.randn(4, 6)
+    graph, nodes = graph_of(x, y)
+    nodes[1].meta["val"] = nodes[0].meta["val"]
+    result = inline(graph, lambda x, y: x - 2 * y, *nodes, scope=SCOPE)
+    assert torch.equal(run(graph, result, x, y), x - 2 * y)
+    graph, nodes = graph_of(x)
+    assert torch.equal(run(graph, inline(graph, lambda x, y: x - 2 * y, nodes[0], nodes[0], scope=SCOPE), x), x - 2 * x)
+
+
 def test_our_own_operators_stay_whole():
     x, scale = torch.randn(4, 6), torch.ones(4, 1)
     graph, nodes = graph_of(x, scale)
