@@ -63,7 +63,7 @@ def _fuse(match: Match, *, bias: fx.Node | None = None, **p: Any) -> bool:
             fused = call(graph, fused_op, *operands, bias, dtype, scope=meta_of(gemm))
         else:
             product = call(graph, fused_op, *operands, None, torch.float32, scope=meta_of(gemm))
-            behind = meta_of(gemm, without=("qtrain_gemm",))
+            behind = meta_of(gemm, without=("qtrain_gemm", "qtrain_label"))
             fused = inline(graph, _add_scaled, product, bias, float(alpha), float(beta), dtype, scope=behind)
     replace(gemm, fused)
     return True

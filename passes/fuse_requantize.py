@@ -192,13 +192,12 @@ def _waits(scale: fx.Node, gemm: fx.Node) -> bool:
 def _fuse(graph: fx.Graph, chain: _Chain, results: dict[fx.Node, str]) -> None:
     gemm, quantize = chain.gemm, chain.quantize
     low, high = _bounds(results)  # type: ignore[misc]
-    scope = meta_of(gemm)
-    ours = {k: v for k, v in scope.items() if k != "qtrain_gemm"}
+    ours = meta_of(gemm, without=("qtrain_gemm",))
     _, scale, zero, bits, _, _ = quantize.args
     mark = "marked" in results.values()
     args: Sequence[object] = (*gemm.args, chain.relu, chain.gate, scale, zero, bits, low, high, mark)
     with graph.inserting_before(quantize):
-        fused = call(graph, SCALED_MM_REQUANTIZE, *args, scope=scope)
+        fused = call(graph, SCALED_MM_REQUANTIZE, *args, scope=meta_of(gemm))
         codes, marked, statistics = (call(graph, operator.getitem, fused, i, scope=ours) for i in range(3))
         for node, name in results.items():
             if name == "marked":

@@ -13,11 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from passes.graph import ALIASES, call, fake_mode, set_value
+from passes.graph import ALIASES, call, fake_mode, has_effect, set_value
 
 __all__ = ["inductor_decompositions", "inline"]
 
@@ -70,10 +71,17 @@ def _record(
             result = fn(*values)
         result = tree_map_only(Tensor, recorder.node_of, result)
     except Exception:
-        recorder.erase(keep=())
+        for node in reversed(recorder.new):
+            graph.erase_node(node)
         raise
-    recorder.erase(keep=tree_leaves(result))
+    kept = tree_leaves(result)
+    for node in reversed(recorder.new):
+        if not node.users and node not in kept and not has_effect(node):
+            graph.erase_node(node)
     return result
+
+
+_NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 class _Recorder(TorchDispatchMode):
@@ -106,6 +114,8 @@ class _Recorder(TorchDispatchMode):
                 if result is not NotImplemented:
                     return result
         value = func(*args, **kwargs)
+        if any(isinstance(v, _NUMBERS) for v in tree_leaves((args, kwargs, value))):  # read from a tensor: `.item()`
+            raise DataDependentOutputException(func)
         node = self._append(func, new_args, new_kwargs, value)
         if isinstance(value, tuple | list):
             for i, item in enumerate(value):
@@ -122,12 +132,6 @@ class _Recorder(TorchDispatchMode):
         self.new.append(node)
         return node
 
-    def erase(self, keep: Sequence[Any]) -> None:
-        """Erase the new nodes that nothing reads."""
-        for node in reversed(self.new):
-            if not node.users and node not in keep:
-                self.graph.erase_node(node)
-
 
 def _trace(
     graph: fx.Graph, fn: Callable[..., Any], nodes: Sequence[fx.Node], values: Sequence[Any], scope: dict[str, Any]
@@ -136,9 +140,9 @@ def _trace(
     traced = make_fx(fn, decomposition_table=inductor_decompositions(), _allow_non_fake_inputs=True)(*values)
     traced.graph.eliminate_dead_code()
     copies: dict[fx.Node, Any] = dict(zip(traced.graph.find_nodes(op="placeholder"), nodes, strict=True))
+    if traced.graph.find_nodes(op="get_attr"):
+        raise ValueError("a function to inline closes over a tensor: pass it as an argument")
     for node in traced.graph.nodes:
-        if node.op == "get_attr":
-            raise ValueError(f"a function to inline closes over a tensor ({node.target}): pass it as an argument")
         if node.op == "call_function":
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), copies.__getitem__)
             copies[node] = call(graph, node.target, *args, scope=scope, **kwargs)

@@ -10,8 +10,8 @@ zero point the codes are symmetric, -qmax ... qmax with qmax = 2**(bits - 1) - 1
 2**bits values.
 
 The references are the meaning *and* what a graph is lowered to: few elementwise operators that Inductor fuses
-into the producer of x, and no int64 tensor unless draws are written out. They are the fakes too, so that fake
-strides cannot differ from real ones.
+into the producer of x, and no int64 tensor unless draws are written out. The fakes run them too (of
+quantize what decides the strides), so that fake strides cannot differ from real ones.
 """
 
 from __future__ import annotations
@@ -108,12 +108,7 @@ def _fake_quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, seed: Tensor | None, salt: int
 ) -> Tensor:
     check_quantize(x, scale, zero_point, bits, seed, salt)
-    return torch.empty_like(x * scale, dtype=torch.int8)  # the product lies as the codes will
-
-
-def _fake_dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> Tensor:
-    check_dequantize(codes, scale, zero_point, dtype)
-    return torch.empty_like(codes * scale, dtype=dtype)
+    return torch.empty_like(x.to(torch.float32) * torch.reciprocal(scale), dtype=torch.int8)  # the product lies as the codes will
 
 
 quantize = define(
@@ -135,7 +130,7 @@ Errors: `KernelError`; `ValueError` for bits.
 dequantize = define(
     "dequantize(Tensor codes, Tensor scale, Tensor? zero_point, ScalarType dtype) -> Tensor",
     _dequantize,
-    fake=_fake_dequantize,
+    fake=_dequantize,
 )
 """codes int8 -> real values of `dtype` (fp32, bf16, fp16); scale, zero_point, strides as in `quantize`.
 

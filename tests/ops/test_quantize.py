@@ -1,5 +1,7 @@
 """quantize and dequantize: bit for bit against NumPy, ties by hand, statistics of stochastic rounding."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -234,3 +236,20 @@ def test_wrong_dequantize_operands_are_refused():
         dequantize(X, ONE, None, torch.float32)
     with pytest.raises(KernelError, match="dtype is torch.int8"):
         dequantize(X.to(torch.int8), ONE, None, torch.int8)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))), ids=str)
+@pytest.mark.parametrize("scale", ["one", "rows", "transposed", "expanded"])
+def test_fake_strides_of_expanded_tensors(dtype, order, scale):
+    x = torch.rand(2, 1, 4, dtype=dtype).expand(2, 3, 4).permute(order)
+    rows = x.abs().amax(2, keepdim=True).float() / 127
+    s = {
+        "one": torch.tensor(0.1), "rows": rows, "transposed": torch.rand(x.shape[1], x.shape[0]).t()[..., None] + 0.1,
+        "expanded": (torch.rand(1, x.shape[1], 1) + 0.1).expand(x.shape[0], x.shape[1], 1),
+    }[scale]  # fmt: skip
+    with FakeTensorMode() as mode:
+        fake = quantize(mode.from_tensor(x), mode.from_tensor(s), None, 8, None, 0)
+        back = dequantize(fake, mode.from_tensor(s), None, torch.float32)
+    codes = quantize(x, s, None, 8, None, 0)
+    assert fake.stride() == codes.stride() and back.stride() == dequantize(codes, s, None, torch.float32).stride()

@@ -5,7 +5,7 @@ import operator
 import pytest
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from passes.graph import aten, set_value
@@ -99,6 +99,31 @@ def test_nodes_that_share_a_value_are_told_apart():
     assert torch.equal(run(graph, result, x, y), x - 2 * y)
     graph, nodes = graph_of(x)
     assert torch.equal(run(graph, inline(graph, lambda x, y: x - 2 * y, nodes[0], nodes[0], scope=SCOPE), x), x - 2 * x)
+
+
+def writing(x):
+    y = x * 2
+    y[0] = x[1]
+    y.view(-1).add_(1)
+    torch.mul(x[2], 3, out=y[3])
+    for row in y.unbind(0)[1:3]:
+        row.neg_()
+    return y
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "symbolic"])
+def test_writes_through_views_are_kept(dynamic):
+    x = torch.randn(4, 6)
+    graph, nodes = graph_of(x, dynamic=dynamic)
+    assert torch.equal(run(graph, inline(graph, writing, *nodes, scope=SCOPE), x), writing(x))
+
+
+def test_the_value_of_a_tensor_is_not_asked_for():
+    graph, nodes = graph_of(torch.randn(4, 6))
+    nodes[0].meta["val"].fake_mode.allow_scalar_outputs = True
+    with pytest.raises(DataDependentOutputException):
+        inline(graph, lambda x: x * x.amax().item(), *nodes, scope=SCOPE)
+    assert len(graph.nodes) == 1
 
 
 def test_our_own_operators_stay_whole():

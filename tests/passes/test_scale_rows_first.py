@@ -40,6 +40,7 @@ def test_no_bit_changes(dtype):
     assert torch.equal(graph(x).view(torch.int32), want.view(torch.int32))
     (output,) = graph.graph.find_nodes(op="output")
     assert output.args[0].target is aten.amax.default, "nothing is done to what the reduction returns"
+    assert len(graph.graph.find_nodes(op="call_function", target=aten.abs.default)) == 1
 
 
 def shared(x):

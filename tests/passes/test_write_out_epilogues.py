@@ -29,6 +29,7 @@ def written_out(recipe, kernel="int_mm"):
 def test_values_are_equal_bit_for_bit():
     joint, result, changed = written_out(ROWWISE)
     assert changed == joint.count(SCALED_MM) == result.count(ops.codes_mm) > 0 == result.count(SCALED_MM)
+    assert {n.target for n in result.graph.nodes if "qtrain_gemm" in n.meta} == {ops.codes_mm}, "what is counted as a GEMM"
     assert_same_outputs(joint.run(), result.run())
 
 
