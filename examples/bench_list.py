@@ -184,7 +184,7 @@ _GPT_FULL: Settings = {
 }  # fmt: skip
 _LM_SMALL: Settings = {
     "batch": 1, "seq": 256, "steps": 30, "lr": 2e-5, "val_batches": 4,
-    "recipes": ["bf16", "int8", "int8_hadamard"], "seeds": [0, 1],
+    "recipes": ["bf16", "int8", "int8_hadamard", "int8_in_hindsight"], "seeds": [0, 1],
 }  # fmt: skip
 _LM_FULL: Settings = {
     "batch": 16, "seq": 512, "steps": 500, "lr": 5e-5, "val_batches": 20,
@@ -269,11 +269,11 @@ ACCURACY = [
 # ---- speed, memory, failures: scripts whose `main` returns their rows
 
 
-def script(module: str, *, device: bool = True) -> Callable[[Settings, Place], tuple[Settings, list[dict[str, Any]]]]:
+def script(module: str) -> Callable[[Settings, Place], tuple[Settings, list[dict[str, Any]]]]:
     """`python examples/MODULE.py ARGUMENTS`, in this process."""
 
     def run(settings: Settings, place: Place) -> tuple[Settings, list[dict[str, Any]]]:
-        arguments = [*settings["command"].split(), *(["--device", place.device] if device else [])]
+        arguments = [*settings["command"].split(), "--device", place.device]
         found = importlib.import_module(module).main(arguments)
         return {}, [_plain(row) for row in (harness.rows(found) if isinstance(found[0], harness.Result) else found)]
 
@@ -291,11 +291,11 @@ def _plain(row: Any) -> dict[str, Any]:
 
 def _script(
     name: str, group: str, what: str, module: str, small: str | None, full: str | None, quick: str | None = None,
-    *, device: bool = True, **more: Any,
+    **more: Any,
 ) -> Bench:
     commands: dict[Size, str | None] = {"quick": quick, "small": small, "full": full}
     sizes: dict[Size, Settings] = {size: {"command": command} for size, command in commands.items() if command is not None}
-    return Bench(name, group, what, sizes, script(module, device=device), **{"limit": 3600} | more)
+    return Bench(name, group, what, sizes, script(module), **{"limit": 3600} | more)
 
 
 _MLP = "fp32,bf16,int8_in_hindsight,int8_tensorwise,int8"
@@ -309,7 +309,7 @@ SCRIPTS = [
     _script("linear", "speed", "linear layers against bf16, with and without the profit filter", "benchmarks.linear",
             "--shapes 64x512x512,512x256x256,512x1024x1024,2048x512x2048,1024x2048x512,2048x1024x1024,2048x2048x2048 "
             "--variants bf16,int8_in_hindsight,int8_tensorwise,int8 --profit-filter --rounds 15",
-            "--rounds 30 --profit-filter", f"{_ONE} --rounds 10", limit=7200),
+            "--rounds 30 --profit-filter --graphs", f"{_ONE} --rounds 10 --graphs", limit=7200),
     _script("llama", "speed", "a Llama block", "benchmarks.models",
             "llama --width 512,1024 --layers 1,2 --tokens 512,1024 --rounds 9 --variants bf16,int8_in_hindsight,int8",
             "llama", "llama --tokens 8192 --layers 1 --width 4096 --rounds 10"),
@@ -336,12 +336,11 @@ SCRIPTS = [
             "--layers 1,2,4 --widths 64,128,256 --sequences 64,128,256 --batches 2,4,8 --rounds 5",
             "--base-layers 6 --base-width 1024 --base-sequence 1024 --base-batch 8 --layers 2,4,8,12 --widths 512,1024,2048,4096 "
             "--sequences 256,512,1024,2048 --batches 2,4,8,16 --rounds 20"),
-    _script("saved", "memory", "what a step saves for backward", "benchmarks.saved", "", "--width 1024 --tokens 16384",
-            device=False),
+    _script("saved", "memory", "what a step saves for backward", "benchmarks.saved", "", "--width 1024 --tokens 16384"),
     _script("saved_wide", "memory", "the same with wider blocks and more tokens, by recipe", "benchmarks.saved",
-            "--width 256 --tokens 8192 --recipes int8,int8_tensorwise,int8_in_hindsight", None, device=False),
+            "--width 256 --tokens 8192 --recipes int8,int8_tensorwise,int8_in_hindsight", None),
     _script("compile_time", "compile time", "what the passes take", "benchmarks.compile_time", "--layers 2,6",
-            "--layers 2,6,12,24", "--layers 2", device=False),
+            "--layers 2,6,12,24", "--layers 2"),
     _script("state_cost", "speed", "what handling ranges costs the host", "benchmarks.state_cost", None,
             "--width 1024 --layers 12"),
     *(

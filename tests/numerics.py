@@ -19,5 +19,6 @@ def rows_of_mixed_size(m: int, k: int, generator: torch.Generator) -> Tensor:
 
     With rows of equal size a scale on the wrong axis goes unnoticed.
     """
-    sizes = torch.logspace(-2, 2, m)[torch.randperm(m, generator=generator)]
-    return torch.randn(m, k, generator=generator) * sizes[:, None]
+    device = generator.device
+    sizes = torch.logspace(-2, 2, m, device=device)[torch.randperm(m, generator=generator, device=device)]
+    return torch.randn(m, k, generator=generator, device=device) * sizes[:, None]

@@ -6,7 +6,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from qcompile import backend, compiled_graphs, range_state, register_kernel, unregister_kernel
-from qcompile.kernels import cpu, record_launches
+from qcompile.kernels import cpu, cuda, record_launches
 from tests.compiling import AVERAGE, STOCHASTIC, compiled
 
 
@@ -63,7 +63,9 @@ def test_one_graph_takes_the_kernel_for_each_size(interpreted):
     """The choice follows the sizes of the call, not those that were compiled first; so does splitting the sum over the tokens."""
     model = nn.Linear(2, 2, bias=False)
     step = torch.compile(model, backend=backend.qtrain, options={"recipe": "int8_tensorwise"}, dynamic=True)
-    register_kernel("few_rows", cpu.product, supports=lambda gemm: gemm.m <= 64)
+    device = torch.get_default_device().type
+    product = {"cpu": cpu, "cuda": cuda}[device].product
+    register_kernel("few_rows", product, device=device, supports=lambda gemm: gemm.m <= 64)
     try:
         for tokens in (20, 1000, 40, 200_000):  # the last sum is beyond int32: 200,000 * 127 * 127 = 3.2e9
             model.zero_grad()

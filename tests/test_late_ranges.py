@@ -9,6 +9,7 @@ import qcompile
 from passes.context import PassContext
 from qcompile import halves, range_state
 from qcompile.recipes import get_recipe
+from qcompile.state import binding
 from qcompile.state.replicas import Replicas
 from tests.compiling import compiled
 from tests.device import seeded
@@ -71,6 +72,41 @@ def test_a_channel_that_stays_zero_does_not_keep_a_half_interpreted(interpreted,
     got = losses(8, wake_up=6)
     assert len(compiled_late) == 1, "the backward half, whose gradients have a range for each channel"
     assert got == pytest.approx(want, rel=1e-6)
+
+
+@pytest.mark.cpu
+def test_how_far_a_gpu_has_come_does_not_decide_how_a_step_is_run(interpreted, monkeypatch):
+    """The first two steps wait for the answer whether ranges are there; what comes later is looked up without waiting."""
+    waits, asks = [], []
+
+    class Event:
+        def synchronize(self):
+            waits.append(self)
+
+        def query(self):
+            asks.append(self)
+            return len(asks) % 3 == 0  # a GPU that is behind
+
+    class OfASlowGpu(binding._Question):
+        def __init__(self, flag):
+            super().__init__(flag)
+            self.event = Event()
+
+    slow = []
+    call = halves.Interpreted.__call__
+    monkeypatch.setattr(halves.Interpreted, "__call__", lambda self, *args: slow.append(self) or call(self, *args))
+    want = losses(6)
+    steps = len(slow)
+    monkeypatch.setattr(binding, "_Question", OfASlowGpu)
+    assert losses(6) == want and len(slow) == 2 * steps and asks
+    model = nn.Linear(WIDTH, WIDTH)
+    run, counts = compiled(model), []
+    for number in range(4):
+        waits.clear()
+        slow.clear()
+        run(seeded(8, WIDTH, seed=number)).sum().backward()
+        counts.append((len(waits), len(slow)))
+    assert counts == [(2, 2), (2, 0), (0, 0), (0, 0)], "both halves: interpreted once, and then known to be steady"
 
 
 def test_inference_before_the_first_step_leaves_training_as_it_is(interpreted):

@@ -33,6 +33,7 @@ from qcompile import compiled_graphs
 
 BASELINE = "inductor"
 STEPS = 3
+CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "QTRAIN_CACHE_DIR")
 
 
 class Row(NamedTuple):
@@ -48,17 +49,17 @@ class Row(NamedTuple):
     gemms: int
 
 
-def first_steps(variant: str, layers: int, width: int) -> dict[str, Any]:
+def first_steps(variant: str, layers: int, width: int, device: str) -> dict[str, Any]:
     """In this process: seconds of the first steps, those in our passes, and the number of GEMMs."""
-    torch.compile(lambda x: x.sin() + 1)(torch.randn(8))
+    torch.compile(lambda x: x.sin() + 1)(torch.randn(8, device=device))
     torch.manual_seed(0)
-    model = GPT(GPTConfig(width=width, layers=layers, heads=2, context=32))
-    tokens = torch.randint(0, 256, (2, 32))
+    model = GPT(GPTConfig(width=width, layers=layers, heads=2, context=32)).to(device)
+    tokens = torch.randint(0, 256, (2, 32), device=device)
     options = None if variant == BASELINE else {"recipe": variant}
     compiled = torch.compile(model, backend="inductor" if variant == BASELINE else "qtrain", options=options)
     start = time.perf_counter()
     for _ in range(STEPS):
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device, torch.bfloat16):
             loss = compiled(tokens).float().square().mean()
         loss.backward()
     seconds = time.perf_counter() - start
@@ -67,13 +68,13 @@ def first_steps(variant: str, layers: int, width: int) -> dict[str, Any]:
     return {"seconds": seconds, "passes": sum(g.seconds["passes"] for g in graphs), "gemms": gemms}
 
 
-def in_new_process(variant: str, layers: int, width: int, cache: str) -> dict[str, Any]:
-    command = [sys.executable, __file__, "--one", variant, "--layers", str(layers), "--width", str(width)]
+def in_new_process(variant: str, layers: int, width: int, device: str, cache: str) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--one", variant, "--layers", str(layers), "--width", str(width), "--device", device]
     root = str(Path(__file__).parents[2])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     done = subprocess.run(
         command,
-        env={**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache, "PYTHONPATH": path},
+        env={**os.environ, **dict.fromkeys(CACHES, cache), "PYTHONPATH": path},
         stdout=subprocess.PIPE,
         text=True,
         check=True,
@@ -81,14 +82,14 @@ def in_new_process(variant: str, layers: int, width: int, cache: str) -> dict[st
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(variants: list[str], layers: int, width: int, rounds: int) -> list[Row]:
+def measure(variants: list[str], layers: int, width: int, rounds: int, device: str) -> list[Row]:
     """One `Row` for each variant."""
     found: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {variant: [] for variant in variants}
     for _ in range(rounds):
         for variant in variants:
             with tempfile.TemporaryDirectory() as cache:
-                cold = in_new_process(variant, layers, width, cache)
-                found[variant].append((cold, in_new_process(variant, layers, width, cache)))
+                cold = in_new_process(variant, layers, width, device, cache)
+                found[variant].append((cold, in_new_process(variant, layers, width, device, cache)))
     rows = []
     for variant, pairs in found.items():
         bases = [cold["seconds"] for cold, _ in found[variants[0]]]
@@ -113,22 +114,24 @@ def main(argv: list[str] | None = None) -> list[Row]:
     parser.add_argument("--width", type=int, default=64)
     parser.add_argument("--variants", default=f"{BASELINE},int8,int8_in_hindsight", help="compared with the first")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--one", metavar="VARIANT", help="measure in this process, print JSON, and nothing else")
     results.add_argument(parser, "compile_time")
     args = parser.parse_args(argv)
     depths = [int(n) for n in args.layers.split(",")]
     if args.one:
-        print(json.dumps(first_steps(args.one, depths[0], args.width)))
+        print(json.dumps(first_steps(args.one, depths[0], args.width, args.device)))
         return []
-    rows = [row for layers in depths for row in measure(args.variants.split(","), layers, args.width, args.rounds)]
-    print(results.machine(), f"\nGPT of width {args.width}, bf16 autocast, seconds of the first {STEPS} steps\n")
+    variants = args.variants.split(",")
+    rows = [row for layers in depths for row in measure(variants, layers, args.width, args.rounds, args.device)]
+    print(results.machine(args.device), f"\nGPT of width {args.width}, bf16 autocast, seconds of the first {STEPS} steps\n")
     headers = ["layers", "variant", "GEMMs", "cold", "x Inductor", "warm", "x cold", "passes (cold)"]
     table = [
         [r.layers, r.variant, r.gemms or "", *(f"{seconds:.2f}" for seconds in (r.cold, r.ratio, r.warm, r.reuse, r.passes))]
         for r in rows
     ]
     print(tabulate(table, headers=headers, disable_numparse=True))
-    results.save("compile_time", args, [r._asdict() for r in rows], args.save)
+    results.save("compile_time", args, [r._asdict() for r in rows], args.save, args.device)
     return rows
 
 

@@ -1,7 +1,8 @@
 """What the benchmarks of training steps share: variants of a model, and their times taken in turn.
 
 A variant is Inductor in some precision ("fp32", "bf16"), a recipe of qtrain by name, with "+filter" behind it under the profit
-filter, or what others offer for the same purpose, by the names of `peers.PEERS`.
+filter, or what others offer for the same purpose, by the names of `peers.PEERS`. "+graphs" behind one of ours or of Inductor's:
+replayed as CUDA graphs (`mode="reduce-overhead"`), so that no time of the host's is in it.
 In each round every variant makes a step, beginning with another one each time, so what the machine does meanwhile meets them all.
 """
 
@@ -30,6 +31,7 @@ __all__ = [
     "BASELINE",
     "FILTER",
     "FOREIGN",
+    "GRAPHS",
     "VARIANTS",
     "Result",
     "Results",
@@ -51,6 +53,7 @@ FOREIGN = tuple(PEERS)
 """Left out, with the reason, where they are not installed or do not run."""
 
 FILTER = "+filter"
+GRAPHS = "+graphs"
 
 SAMPLE = 25.0  # ms that a sample takes at least: a core lent to another process for a moment (4 ms) is not a whole sample
 WARM = 6  # steps: compilation, then until range state is known to be valid
@@ -107,16 +110,19 @@ def quartiles(values: list[float]) -> list[float]:
 
 def compiled(variant: str, model: nn.Module) -> Any:
     """The model as the variant trains it; `model` is changed. `ImportError` where a package is missing."""
+    mode = "reduce-overhead" if variant.endswith(GRAPHS) else None
+    variant = variant.removesuffix(GRAPHS)
     if variant in ("fp32", "bf16"):
-        return torch.compile(model)
+        return torch.compile(model, mode=mode)
     if variant in PEERS:
         convert, is_compiled = PEERS[variant]
         model = convert(nn.Sequential(model))  # a linear layer alone can only be replaced in something
         return torch.compile(model) if is_compiled else model
-    options = {"recipe": variant.removesuffix(FILTER)} | ({"profit_filter": True} if variant.endswith(FILTER) else {})
-    return torch.compile(model, backend="qtrain", options=options)
+    options = {"recipe": variant.removesuffix(FILTER), "profit_filter": variant.endswith(FILTER)}
+    return torch.compile(model, backend="qtrain", options=options if mode is None else options | {"mode": mode})
 
 
+@torch._dynamo.config.patch(recompile_limit=64)  # every variant compiles the same code: beyond 8 Dynamo would run it eagerly
 def measure(
     variants: Sequence[str],
     subject: Mapping[str, Any],
@@ -146,7 +152,7 @@ def measure(
             result.left_out = _first_line(error)
             continue
         except Exception as error:
-            if variant not in FOREIGN:
+            if variant not in FOREIGN and not variant.endswith(GRAPHS):
                 raise
             result.left_out = _first_line(error)
             continue
@@ -200,7 +206,7 @@ def kernels_of(step: Callable[[], object], device: str, most: int = 12) -> list[
         torch.cuda.synchronize()
     spent: dict[str, float] = {}
     for event in profile.events():
-        if event.device_type is torch.autograd.DeviceType.CUDA:
+        if event.device_type == torch.autograd.DeviceType.CUDA:  # a new object each time: `is` never holds
             spent[event.name] = spent.get(event.name, 0.0) + event.device_time_total
     total = sum(spent.values()) or 1.0
     return [f"{share / total:.0%} {name}" for name, share in sorted(spent.items(), key=lambda item: -item[1])[:most]]

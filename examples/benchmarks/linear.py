@@ -4,6 +4,7 @@
     python examples/benchmarks/linear.py --device cuda --sets te --save
     python examples/benchmarks/linear.py --shapes 256x512x512
     python examples/benchmarks/linear.py --profit-filter           # each recipe with it too: is any shape slower than bf16?
+    python examples/benchmarks/linear.py --graphs                  # bf16 and each recipe as CUDA graphs too: no time of the host
 
 A step is forward and backward in bf16, quantization included: weight, input and gradient arrive in high precision, and the
 gradients of both leave in it. The table has medians, the ratio to bf16 round by round with the middle half of the rounds, the most
@@ -86,14 +87,18 @@ def main(argv: list[str] | None = None) -> list[harness.Result]:
     parser.add_argument("--shapes", help="tokens x input x output width instead: 8192x4096x14336,...")
     parser.add_argument("--variants", default=",".join(harness.VARIANTS))
     parser.add_argument("--profit-filter", action="store_true", help="also time each recipe with the profit filter")
+    parser.add_argument("--graphs", action="store_true", help="also time bf16 and each recipe replayed as CUDA graphs")
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     results.add_argument(parser, "linear")
     args = parser.parse_args(argv)
     print(f"{results.machine(args.device)}, torch {torch.__version__}; medians of {args.rounds} rounds\n")
     variants = args.variants.split(",")
+    recipes = [name for name in variants if name not in ("bf16", "fp32", *harness.FOREIGN)]
     if args.profit_filter:
-        variants += [name + harness.FILTER for name in variants if name not in ("bf16", "fp32", *harness.FOREIGN)]
+        variants += [name + harness.FILTER for name in recipes]
+    if args.graphs:
+        variants += [name + harness.GRAPHS for name in (harness.BASELINE, *recipes)]
     found = []
     for name, shape in shapes.selected(args.sets, args.shapes).items():
         made = measure(variants, name, shape, args.rounds, args.device)

@@ -228,7 +228,7 @@ def main(argv: list[str] | None = None) -> list[Result]:
     parser.add_argument("--act", choices=("relu", "gelu"), default="relu")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--variants", default=",".join(VARIANTS))
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--breakdown", action="store_true", help="profile each variant too (CPU)")
     files.add_argument(parser, "mlp")
     args = parser.parse_args(argv)

@@ -32,23 +32,23 @@ from gpt import GPT, GPTConfig
 RECIPES = ("none+8", "none+4", "int8", "int8+8", "int8+4", "int8_tensorwise", "int8_tensorwise+8", "int4", "int4+4")
 
 
-def models(width: int, tokens: int) -> Iterator[tuple[str, Callable[[], nn.Module], tuple[Tensor, ...]]]:
+def models(width: int, tokens: int, device: str) -> Iterator[tuple[str, Callable[[], nn.Module], tuple[Tensor, ...]]]:
     """(name, builder, inputs): two blocks of each kind."""
-    text = torch.randint(0, 256, (tokens // 128, 129))
+    text = torch.randint(0, 256, (tokens // 128, 129), device=device)
     config = GPTConfig(width=width, layers=2, heads=width // 64 or 1, context=128)
     yield "GPT", lambda: GPT(config), (text[:, :-1].contiguous(), text[:, 1:].contiguous())
-    x = torch.randn(tokens, width)
+    x = torch.randn(tokens, width, device=device)
     for activation in ("relu", "gelu"):
         yield f"MLP, {activation}", lambda a=activation: nn.Sequential(Block(width, a), Block(width, a)), (x,)  # type: ignore[misc]
 
 
-def measure(variants: list[str], width: int, tokens: int) -> list[dict[str, Any]]:
+def measure(variants: list[str], width: int, tokens: int, device: str = "cpu") -> list[dict[str, Any]]:
     """One row a model and recipe: bytes, their ratio to bf16's, and the median gradient SNR in dB."""
     rows = []
-    for name, build, inputs in models(width, tokens):
+    for name, build, inputs in models(width, tokens, device):
         torch.manual_seed(0)
-        model = build()
-        with torch.autocast("cpu", torch.bfloat16):
+        model = build().to(device)
+        with torch.autocast(device, torch.bfloat16):
             bf16 = qcompile.capture(model, *inputs, recipe="none")
             for variant in variants:
                 found = qcompile.capture(model, *inputs, recipe=recipe_named(variant))
@@ -68,12 +68,13 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--recipes", default=",".join(RECIPES))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     results.add_argument(parser, "saved")
     args = parser.parse_args(argv)
-    rows = measure(args.recipes.split(","), args.width, args.tokens)
+    rows = measure(args.recipes.split(","), args.width, args.tokens, args.device)
     print(f"width {args.width}, {args.tokens} tokens, torch {torch.__version__}\n")
     print(tabulate(rows, headers="keys", floatfmt=("", "", ".2f", ".2f", ".1f")))
-    results.save("saved", args, rows, args.save)
+    results.save("saved", args, rows, args.save, args.device)
     return rows
 
 

@@ -23,7 +23,7 @@ from torch import Tensor
 from qcompile.errors import KernelError, QtrainWarning
 from qcompile.kernels import cuda, measured
 from qcompile.kernels.triton import tuning
-from qcompile.kernels.triton.launch import family
+from qcompile.kernels.triton.launch import device_guard, family
 from qcompile.torch_private import real_tensors
 
 __all__ = ["Candidate", "Timer", "bench_on_gpu", "candidates", "measure", "tune"]
@@ -131,7 +131,8 @@ def measure(
             # One rounding of a 16-bit result is allowed: Triton's interpreter truncates.
             if not torch.allclose(made, product, rtol=torch.finfo(out_dtype).eps, atol=0):
                 raise KernelError("its product differs from the first candidate's")
-            times[candidate] = timer(lambda candidate=candidate: _run(candidate, a, b_t, *scales, out_dtype))  # type: ignore[misc]
+            with device_guard(a):
+                times[candidate] = timer(lambda candidate=candidate: _run(candidate, a, b_t, *scales, out_dtype))  # type: ignore[misc]
         except Exception as error:  # compiler, driver and allocator have no error in common; what is broken is just not chosen
             _tell(candidate, f"{candidate} does not run for a GEMM of {m} x {n} x {k} and is left out: {_first_line(error)}")
     return times

@@ -60,8 +60,8 @@ TMA_MULTIPLE = 16
 """Rows are to begin on 16-byte boundaries (`qcompile.kernels.triton.scaled_mm_tma`)."""
 
 INT_MM_ROWS = 17
-INT_MM_MULTIPLE = 8
-"""`torch._int_mm` wants M > 16, and K and N in multiples of 8; zeros are added up to there."""
+INT_MM_MULTIPLE = 16
+"""`torch._int_mm` wants M > 16, and K and N in multiples of 8, its own tests have multiples of 16; zeros are added up to there."""
 
 
 # --- Choice -------------------------------------------------------------------------------------------------
@@ -331,13 +331,27 @@ def scaled_bmm_cuda(
     bias: Tensor | None,
     out_dtype: torch.dtype,
 ) -> Tensor:
-    """`qtrain::scaled_bmm` of checked operands, matrix by matrix."""
-    (m, k), n = a.shape[1:], b.shape[2]
+    """`qtrain::scaled_bmm` of checked operands: one launch of the Triton kernel where it can run, else matrix by matrix."""
+    (batch, m, k), n = a.shape, b.shape[2]
+    rest = a_scale, b_scale, a_zero, b_zero, bias, out_dtype
 
     def name() -> str:
         return "none" if 0 in (m, n, k) else gemm_for(a.device, m, n, k)
 
-    return batched.scaled_bmm(product, name, a, b, a_scale, b_scale, a_zero, b_zero, bias, out_dtype)
+    def one_by_one() -> Tensor:
+        return batched.scaled_bmm(product, name, a, b, *rest)
+
+    zero_points = (a_zero is not None) + (b_zero is not None)
+    if batch == 0 or not name().startswith("triton") or k > max_k(zero_points):
+        return one_by_one()
+    from qcompile.kernels.triton import scaled_bmm
+
+    def together() -> Tensor:
+        out = scaled_bmm.scaled_bmm(_rows_contiguous_of_each(a), _rows_contiguous_of_each(b.transpose(1, 2)), *rest)
+        note_launch("triton", m, n, k, "bmm", batch)
+        return out
+
+    return ours_or_plain("triton bmm", a.device, together, one_by_one, f"{batch} GEMMs of {m} x {n} x {k}")
 
 
 def transpose_codes_cuda(codes: Tensor) -> Tensor:
@@ -387,6 +401,14 @@ def _rows_contiguous(codes: Tensor) -> Tensor:
     if codes.stride(1) == 1:
         return codes
     return transpose_codes_cuda(codes.t())
+
+
+def _rows_contiguous_of_each(codes: Tensor) -> Tensor:
+    """[B, R, C] with contiguous rows; if they are copied, by one transpose of all matrices, side by side."""
+    if codes.stride(2) == 1:
+        return codes
+    batch, rows, columns = codes.shape
+    return transpose_codes_cuda(codes.transpose(1, 2).reshape(batch * columns, rows)).view(rows, batch, columns).transpose(0, 1)
 
 
 def register_cuda_kernels() -> None:

@@ -4,7 +4,8 @@
     gathered  `qcompile.kernels.convolution` on the GEMM of `qcompile.kernels.cuda`
 
 The Triton kernels take a zero point on one operand only, one value of it, and as many products as an int32 sum holds; asymmetric
-weights or gradients, a zero point for each sample and longer sums go the other way.
+weights or gradients, a zero point for each sample and longer sums go the other way. A weight's gradient sums over all images: where
+that is too long, some of them at a time.
 """
 
 from __future__ import annotations
@@ -74,17 +75,24 @@ def operators(gathered: Operators, uses_triton: Callable[[torch.device], bool] |
         small, big, small_zero, big_zero = grad_output, input, g_zero, in_zero
         if geometry.transposed:
             small, big, small_zero, big_zero = input, grad_output, in_zero, g_zero
-        fits = small_zero is None and _one(big_zero) and 0 < shape[2] <= max_k(big_zero is not None)
+        # The sum runs over the places of all images: as many of them at a time as int32 holds.
+        images = max_k(big_zero is not None) // max(math.prod(small.shape[2:]), 1)
+        fits = small_zero is None and _one(big_zero) and 0 < shape[2] and 0 < images
         if not (fits and available(input.device)):
             return gathered["scaled_conv_grad_weight"](grad_output, input, *rest)
         from qcompile.kernels.cuda import transpose_codes_cuda
         from qcompile.kernels.triton import conv
 
         def ours() -> Tensor:
-            rows = small.movedim(1, -1).reshape(-1, small.shape[1])
-            turned = transpose_codes_cuda(rows)
             where = conv.Geometry.of(weight_size[2:], *geometry.steps)
-            acc = conv.conv_weight(turned, _lifted(big), _three(small.shape[2:]), where, big_zero, groups=geometry.groups)
+
+            def sum_of(some: Tensor, others: Tensor) -> Tensor:
+                turned = transpose_codes_cuda(some.movedim(1, -1).reshape(-1, some.shape[1]))
+                return conv.conv_weight(turned, _lifted(others), _three(some.shape[2:]), where, big_zero, groups=geometry.groups)
+
+            acc, *further = map(sum_of, small.split(images), big.split(images))
+            for part in further:
+                acc = acc.to(torch.int64) + part
             acc = acc.view(weight_size[0], *weight_size[2:], weight_size[1])
             first, second = (in_scale, g_scale) if geometry.transposed else (g_scale, in_scale)
             scale = _along_rows(first, acc.ndim) * _along_columns(second, geometry.groups, weight_size, acc.ndim)

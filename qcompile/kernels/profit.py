@@ -116,7 +116,7 @@ def measure(trials: Sequence[Trial], device: torch.device, timer: Timer | None =
     keys = {trial: (str(device), threads, trial) for trial in trials}
     unknown = [trial for trial in keys if keys[trial] not in _known]
     if unknown:
-        timer = timer or (_on_gpu if device.type == "cuda" else _on_cpu)
+        timer = timer or (functools.partial(_on_gpu, device) if device.type == "cuda" else _on_cpu)
         # A compiler's fake tensors and modes are around us: what is measured is real.
         with real_tensors(), torch.no_grad():
             found = _alternately(unknown, device, timer)
@@ -162,12 +162,13 @@ def _on_cpu(run: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def _on_gpu(run: Callable[[], object]) -> float:
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
-    run()
-    end.record()
-    end.synchronize()
+def _on_gpu(device: torch.device, run: Callable[[], object]) -> float:
+    with torch.cuda.device(device):  # whose stream the events are recorded on
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        run()
+        end.record()
+        end.synchronize()
     return start.elapsed_time(end) / 1e3
 
 

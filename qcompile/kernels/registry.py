@@ -98,11 +98,14 @@ def check_kernel(kernel: Kernel, m: int, n: int, k: int) -> None:
     from qcompile.ops.scaled_mm import scaled_mm_reference
 
     random = torch.Generator().manual_seed(0)
-    a, b = (torch.randint(-128, 128, size, dtype=torch.int8, generator=random) for size in ((m, k), (k, n)))
+
+    def draw(low: int, high: int, *size: int) -> Tensor:
+        return torch.randint(low, high, size, generator=random, device="cpu")  # whatever the user's default device is
+
+    a, b = draw(-128, 128, m, k).to(torch.int8), draw(-128, 128, k, n).to(torch.int8)
     a[0], b[:, 0] = 127, -128
-    a_scale = 2.0 ** torch.randint(-3, 3, (m, 1), generator=random)
-    b_scale = 2.0 ** torch.randint(-3, 3, (1, n), generator=random)
-    bias = torch.randint(-8, 8, (n,), generator=random).to(torch.float32)
+    a_scale, b_scale = 2.0 ** draw(-3, 3, m, 1), 2.0 ** draw(-3, 3, 1, n)
+    bias = draw(-8, 8, n).to(torch.float32)
     operands = [t.to(kernel.device) for t in (a, b, a_scale, b_scale)]
     for extra in (None, bias.to(kernel.device)):
         for dtype in (torch.float32, torch.bfloat16):

@@ -15,7 +15,9 @@ __all__ = ["KERNELS", "fallback_reason", "gemm_kernel", "reads_packed", "unsuppo
 SUPPORTED = ("cpu", "cuda")
 
 _GEMM = {"cpu": "oneDNN, `_int_mm` or exact fp32 parts", "cuda": "Triton, else `_int_mm`", "cuda 7.5": "`_int_mm`"}
-_EACH = {device: f"{text}, matrix by matrix" for device, text in _GEMM.items()}
+_EACH = {device: f"{text}, matrix by matrix" for device, text in _GEMM.items()} | {
+    "cuda": "Triton, all matrices in one launch, else `_int_mm`, matrix by matrix"
+}
 _CONVOLUTION = {
     "cpu": "the GEMM, on gathered codes",
     "cuda": "Triton implicit GEMM, else the GEMM on gathered codes",

@@ -81,7 +81,8 @@ class Binding:
             self.index = torch.tensor(order, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
             self._steps = torch.tensor(steps, dtype=torch.int64, device="cpu").to(device, non_blocking=True)
         self._steady_since: int | None = None if steps else -1  # epoch at which all ranges were found valid; -1: always
-        self._answer: tuple[Tensor, torch.cuda.Event, int] | None = None
+        self._question: _Question | None = None
+        self._asked = (-1, 0)  # in which epoch, and how often
 
     @property
     def tensor(self) -> Tensor:
@@ -93,37 +94,51 @@ class Binding:
         return all(s.live for s in self.slots) and (self.learns or self._numberings == self.store.numberings)
 
     def steady(self) -> bool:
-        """Whether every stored range is valid, without waiting for a GPU: until the answer is there, it is no."""
-        if self._steady_since in (-1, self.store.epoch):
-            return True
+        """Whether every stored range is valid.
+
+        A GPU is waited for at the first `WAITS` questions of an epoch. After that nothing waits, and until an answer is there, it
+        is no.
+        """
         epoch = self.store.epoch
-        if self.arena.tensor.device.type != "cuda":
-            valid = bool((self.arena.tensor[self._steps] > 0).all())
-        else:
-            answer = self._answered()
-            valid = answer is True
-            if answer is False:
-                self._ask()
-        if valid:
+        if self._steady_since in (-1, epoch):
+            return True
+        times = self._asked[1] + 1 if self._asked[0] == epoch else 1
+        self._asked = (epoch, times)
+        if times <= WAITS or self._question is None:
+            self._question = _Question((self.arena.tensor[self._steps] > 0).all())
+        answer = self._question.answer(wait=times <= WAITS)
+        if answer is not None:
+            self._question = None
+        if answer:
             self._steady_since = epoch
-        return valid
+        return answer is True
 
-    def _ask(self) -> None:
-        """Have the GPU look whether every range is valid, behind the work that it has been given."""
-        flag = (self.arena.tensor[self._steps] > 0).all().to(device="cpu", non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        self._answer = (flag, event, self.store.epoch)
 
-    def _answered(self) -> bool | None:
-        """The answer about the present epoch; False too if nothing was asked, None while there is no answer."""
-        if self._answer is None:
-            return False
-        flag, event, epoch = self._answer
-        if not event.query():
-            return None
-        self._answer = None
-        return bool(flag) and epoch == self.store.epoch
+WAITS = 2
+"""Questions of an epoch at which a GPU is waited for: in the first step, which leaves ranges, and in the second, which finds them.
+How many steps run operator by operator, whose last bits are not those of generated code, would otherwise depend on how far the GPU
+has come. What is still not valid then comes late or never: that must not slow down every step."""
+
+
+class _Question:
+    """A flag that a GPU is to find out, behind the work that it has been given; on a CPU the answer is there at once."""
+
+    def __init__(self, flag: Tensor) -> None:
+        self.event = None
+        if flag.device.type == "cuda":
+            flag = flag.to(device="cpu", non_blocking=True)
+            self.event = torch.cuda.Event()
+            self.event.record()
+        self.flag = flag
+
+    def answer(self, *, wait: bool) -> bool | None:
+        """None: not yet."""
+        if self.event is not None:
+            if wait:
+                self.event.synchronize()
+            elif not self.event.query():
+                return None
+        return bool(self.flag)
 
 
 def _bits(entry: Entry) -> int:

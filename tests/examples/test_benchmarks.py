@@ -197,6 +197,21 @@ def test_linear_says_where_the_profit_filter_did_not_help(capsys, monkeypatch):
     assert "1 of 1" in linear.verdict([base, filtered]) and "1.12 x bf16's time, all hp" in linear.verdict([base, filtered])
 
 
+def test_linear_times_replayed_graphs_too(monkeypatch):
+    monkeypatch.setattr(harness, "milliseconds", lambda step, device, repeats=1: 1.0)
+    modes, real = [], torch.compile
+
+    def spy(model, *args, **kwargs):
+        modes.append(kwargs.get("mode") or (kwargs.get("options") or {}).get("mode"))
+        return real(model, *args, **kwargs)
+
+    monkeypatch.setattr(torch, "compile", spy)
+    found = linear.main("--shapes 64x64x48 --rounds 1 --device cpu --variants bf16,int8 --graphs".split())
+    assert [result.variant for result in found] == ["bf16", "int8", "bf16+graphs", "int8+graphs"]
+    assert modes == [None, None, "reduce-overhead", "reduce-overhead"] and all(result.left_out is None for result in found)
+    assert [result.gemms for result in found] == [0, 3, 0, 3] and found[3].errors == found[1].errors
+
+
 def test_kernels_times_every_candidate(tmp_path, capsys):
     def timer(run):
         run()

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.gpu
 WIDTH, TOKENS, LINEARS = 128, 256, 2
 RECIPES = ["int8", "int8_tensorwise", "int8_in_hindsight"]
 KERNELS = {"cuda": {"triton", "int_mm"}, "cpu": {"onednn", "int_mm", "portable"}}[DEVICE]
-WARM = 8  # steps until every range is known to be valid: the answer comes from the GPU a step or two later
+WARM = 8  # steps: compilation, the first of them operator by operator, and recording where a mode records
 
 
 class Block(nn.Module):
@@ -130,7 +130,7 @@ def test_a_step_does_not_synchronise(model, recipe):
 
 @needs_cuda
 def test_nor_do_the_first_steps_once_they_are_compiled(model):
-    """While ranges have no memory yet, a step is run operator by operator; that must not wait either."""
+    """While ranges have no memory yet, a step is run operator by operator; but for asking whether they have, it must not wait."""
     _, compiled = train(model, 1)
     qcompile.range_state(model).reset()
     x, y = batch(1)

@@ -31,6 +31,7 @@ from qcompile.kernels.triton.launch import EXACT
 from qcompile.kernels.triton.numerics import Layout
 from qcompile.kernels.triton.quantize import quantize_kernel
 from qcompile.kernels.triton.requantize import requantize_kernel
+from qcompile.kernels.triton.scaled_bmm import scaled_bmm_kernel
 from qcompile.kernels.triton.scaled_mm import scaled_mm_kernel
 from qcompile.kernels.triton.scaled_mm_gluon import scaled_mm_gluon_kernel
 from qcompile.kernels.triton.scaled_mm_tma import scaled_mm_tma_kernel
@@ -190,6 +191,13 @@ def scaled_mm_case(
     return Case("scaled_mm", variant, scaled_mm_kernel, arguments, options)
 
 
+def scaled_bmm_case(config: tuning.MatmulConfig, *, zero_points: bool = False, bias: bool = False) -> Case:
+    like = scaled_mm_case(tuning.for_requantize(config) if bias else config, zero_points=zero_points, bias=bias)
+    arguments = {name: value for name, value in like.arguments.items() if name in scaled_bmm_kernel.arg_names}
+    steps = ("step_a", "step_b", "step_a_scale", "step_b_scale", "step_a_zero", "step_b_zero", "step_bias")
+    return Case("scaled_bmm", like.variant, scaled_bmm_kernel, arguments | dict.fromkeys(steps, I32_16), like.options)
+
+
 def requantize_case(config: tuning.MatmulConfig, *, dtype: str = "bf16", gate: bool = False) -> Case:
     """A ReLU with its mask, or the backward's gate."""
     config = tuning.for_requantize(config)
@@ -309,6 +317,7 @@ def cases(family: str, *, everything: bool) -> list[Case]:
         scaled_mm_case(tuning.candidates(family, 16)[0]),
         scaled_mm_case(tuning.candidates(family, 4096)[0], packed=(True, True)),
         scaled_mm_case(tuning.candidates(family, 4096)[0], packed=(False, True)),
+        scaled_bmm_case(tuning.candidates(family, 4096)[0]),
         requantize_case(tuning.candidates(family, 4096)[0]),
         conv_case(family),
         conv_weight_case(family),
@@ -338,6 +347,8 @@ def cases(family: str, *, everything: bool) -> list[Case]:
             scaled_mm_case(first, dtype="fp32", bias=False),
             scaled_mm_case(first, even_k=False),
             scaled_mm_case(first, zero_points=True),
+            scaled_bmm_case(first, zero_points=True),
+            scaled_bmm_case(first, bias=True),
             scaled_mm_case(first, packed=(True, False), zero_points=True),
             scaled_mm_case(first, packed=(True, True), even_k=False),
             scaled_mm_case(first, packed=(True, True), fields=4),

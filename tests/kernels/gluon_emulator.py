@@ -121,7 +121,7 @@ class Machine:
         out = torch.full_like(acc, -77)  # what a reader who does not wait would find
 
         def happen():
-            out.copy_(acc + (a.long() @ b.long()).to(torch.int32))
+            out.copy_(acc + (a.double() @ b.double()).to(torch.int32))
 
         if self.products == EARLY:
             happen()

@@ -239,7 +239,7 @@ def test_the_operators_reach_these_kernels(candidate):
     with record_launches() as launches:
         got = ops.scaled_mm.redispatch(keys, a, b, one, one, None, None, None, torch.float32)
     assert launches == [Launch(candidate, 20, 24, 32)]
-    assert torch.equal(got, (a.long() @ b.long()).float())
+    assert torch.equal(got, (a.double() @ b.double()).float())
     assert torch.equal(ops.transpose_codes.redispatch(keys, a), a.t())
     x = uniform(20, 30)
     made = ops.quantize_transposed.redispatch(keys, x, one / 127, None, 8, None, 0, True, False, None)

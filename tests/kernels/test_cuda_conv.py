@@ -42,8 +42,8 @@ def test_the_three_gemms_equal_their_references(case, kind):
     def scale(size, axis):
         return parameters(size, axis, kind, axis)[0]
 
-    zero = torch.tensor(7, dtype=torch.int32) if kind == "tensor" else None
-    bias, f32 = torch.randn(outputs), torch.float32
+    zero = torch.tensor(7, dtype=torch.int32, device="cpu") if kind == "tensor" else None
+    bias, f32 = torch.randn(outputs, device="cpu"), torch.float32
     steps = {
         "scaled_conv": (x, w, scale(input_size, 0), scale(weight_size, first), zero, None, bias, *where, f32),
         "scaled_conv_grad_input": (g, w, scale(output_size, 0), scale(weight_size, second), zero, None, input_size, *where, f32),
@@ -54,9 +54,28 @@ def test_the_three_gemms_equal_their_references(case, kind):
         torch.testing.assert_close(ran_on_triton(name, operands), want, rtol=3e-7, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
 
 
+@pytest.mark.parametrize("transposed", [False, True])
+def test_a_weight_gradient_over_more_places_than_int32_holds_is_summed_by_images(transposed, monkeypatch):
+    geometry = Geometry([2, 1], [1, 1], [1, 1], transposed, [0, 0], 2)
+    input_size, weight_size = [5, 4, 7, 6], [4 if transposed else 6, 3 if transposed else 2, 3, 3]
+    output_size = [5, geometry.channels(weight_size)[1], *geometry.output_size(input_size[2:], weight_size[2:])]
+    x, g = codes(input_size, 0), codes(output_size, 2)
+    places = (input_size if transposed else output_size)[2:]
+    one, zero = torch.tensor(1.0, device="cpu"), torch.tensor(7, dtype=torch.int32, device="cpu")
+    for zeros in ((None, None), (zero, None) if transposed else (None, zero)):
+        operands = (g, x, one, one, *zeros, weight_size, *spelled(geometry), torch.float32)
+        want = ops.scaled_conv_grad_weight_reference(*operands)
+        for images in (1, 2, 5):
+            monkeypatch.setattr(cuda_conv, "max_k", lambda zero_points, most=images * places[0] * places[1]: most)
+            assert torch.equal(ran_on_triton("scaled_conv_grad_weight", operands), want)
+        monkeypatch.setattr(cuda_conv, "max_k", lambda zero_points: places[0] * places[1] - 1)
+        run = cuda_conv.operators({"scaled_conv_grad_weight": lambda *operands: "gathered"}, lambda device: True)
+        assert run["scaled_conv_grad_weight"](*operands) == "gathered", "one image alone is too much"
+
+
 def test_what_the_kernels_do_not_take_goes_the_other_way():
     where = spelled(Geometry([1], [0], [1], False, [0], 1))
-    one, zero = torch.tensor(1.0), torch.tensor(1, dtype=torch.int32)
+    one, zero = torch.tensor(1.0, device="cpu"), torch.tensor(1, dtype=torch.int32, device="cpu")
     x, w = codes([2, 3, 5], 0), codes([4, 3, 2], 1)
     run = cuda_conv.operators({"scaled_conv": lambda *operands: "gathered"}, lambda device: True)["scaled_conv"]
     assert run(x, w, one, one, None, zero, None, *where, torch.float32) == "gathered"

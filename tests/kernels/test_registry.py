@@ -12,6 +12,7 @@ from qcompile.kernels.select import gemm_kernel
 from qcompile.ops import scaled_mm, scaled_mm_reference
 from tests.compiling import compiled
 
+pytestmark = pytest.mark.cpu  # kernels that are registered for a CPU
 
 @pytest.fixture(autouse=True)
 def nothing_registered(monkeypatch):
@@ -85,8 +86,11 @@ def wrong(a, b, a_scale, b_scale, a_zero, b_zero, bias, out_dtype):
 
 
 def test_a_kernel_with_another_meaning_is_found():
-    check_kernel(register_kernel("right", scaled_mm_reference), 8, 16, 32)
+    right = register_kernel("right", scaled_mm_reference)
+    check_kernel(right, 8, 16, 32)
+    with torch.device("meta"):  # whatever device new tensors are made on
+        check_kernel(right, 8, 16, 32)
     with pytest.raises(KernelError, match="'wrong' differs.*8, 16, 32, with bias, out_dtype torch.bfloat16: it gave other values"):
         check_kernel(register_kernel("wrong", wrong), 8, 16, 32)
     with pytest.raises(KernelError, match="it gave torch.int32"):
-        check_kernel(register_kernel("int", lambda a, b, *rest: (a.long() @ b.long()).int()), 8, 16, 32)
+        check_kernel(register_kernel("int", lambda a, b, *rest: (a.double() @ b.double()).int()), 8, 16, 32)

@@ -19,7 +19,7 @@ from qcompile.kernels.triton import tuning
 from tests.kernels import aot
 
 ROOT = Path(__file__).parents[2]
-GEMMS = ("scaled_mm", "scaled_mm packed", "scaled_mm_tma", "scaled_mm_gluon", "requantize", "conv", "conv_weight")
+GEMMS = ("scaled_mm", "scaled_bmm", "scaled_mm packed", "scaled_mm_tma", "scaled_mm_gluon", "requantize", "conv", "conv_weight")
 NVIDIA = [family for family in aot.TARGETS if family.startswith("sm_")]
 
 
@@ -94,7 +94,7 @@ def test_int8_tensor_cores_multiply(facts):
         assert facts["sass_tensor"] and all(name.startswith(unit) for name in facts["sass_tensor"])
 
 
-@each("scaled_mm", "scaled_mm packed", "conv", targets=NVIDIA)
+@each("scaled_mm", "scaled_bmm", "scaled_mm packed", "conv", targets=NVIDIA)
 def test_codes_reach_the_tensor_cores_in_16_byte_copies_and_unshuffled(facts):
     assert facts["async_bytes"] == [16]
     assert number_of(facts, "ld.shared.b8", "st.shared.b8", "st.shared.v4.b8", "ld.shared.v4.b8") == 0

@@ -52,7 +52,7 @@ def test_a_program_takes_several_tiles(monkeypatch):
     asked = []
     monkeypatch.setattr(module, "multiprocessors", lambda device: asked.append(device) or 2)
     a, b_t = int8(300, 32), int8(100, 32)  # 5 x 4 tiles
-    assert torch.equal(product(a, b_t, None, None, out_dtype=torch.int32), (a.long() @ b_t.t().long()).int()) and asked
+    assert torch.equal(product(a, b_t, None, None, out_dtype=torch.int32), (a.double() @ b_t.t().double()).int()) and asked
 
 
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.float16], ids=str)

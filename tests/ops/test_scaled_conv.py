@@ -40,7 +40,7 @@ def cases(draw):
 
 def codes(size, seed):
     generator = torch.Generator().manual_seed(seed)
-    values = torch.randint(-128, 128, size, dtype=torch.int8, generator=generator)
+    values = torch.randint(-128, 128, size, dtype=torch.int8, generator=generator, device="cpu")
     layout = seed % 3
     if layout == 1:
         return values.movedim(1, -1).contiguous().movedim(-1, 1)  # channels last
@@ -53,8 +53,8 @@ def parameters(size, axis, kind, seed):
     """(scale, zero point) of an operand: one for all, or one for each index of `axis`."""
     generator = torch.Generator().manual_seed(seed)
     shape = [s if i == axis else 1 for i, s in enumerate(size)] if kind != "tensor" else []
-    scale = torch.rand(shape, generator=generator) + 0.01
-    zero = torch.randint(-128, 128, shape, dtype=torch.int32, generator=generator)
+    scale = torch.rand(shape, generator=generator, device="cpu") + 0.01
+    zero = torch.randint(-128, 128, shape, dtype=torch.int32, generator=generator, device="cpu")
     return scale, zero if kind == "zero points" else None
 
 

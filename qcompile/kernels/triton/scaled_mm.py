@@ -60,15 +60,15 @@ def scaled_mm_reference(
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Plain torch: int64 sums of any length, exact."""
-    a64, b64 = a.long(), b_t.t().long()
+    """Plain torch, on any device (int64 has no product on a GPU): fp64 holds every integer up to 2**53, so sums are exact."""
+    a64, b64 = a.double(), b_t.t().double()
     if a_zero is not None:
         a64 = a64 - a_zero
     if b_zero is not None:
         b64 = b64 - b_zero
     acc = a64 @ b64
     if a_scale is None or b_scale is None:
-        return acc.to(out_dtype)
+        return acc.long().to(out_dtype)
     out = acc.float() * (a_scale * b_scale)
     return (out if bias is None else out + bias.float()).to(out_dtype)
 

@@ -27,7 +27,8 @@ ALIGNMENT = 16
 
 def takes(codes: Tensor) -> bool:
     """Whether a descriptor can be made for int8 codes with contiguous rows."""
-    return codes.data_ptr() % ALIGNMENT == 0 and codes.stride(0) % ALIGNMENT == 0 and codes.numel() > 0
+    rows_apart = codes.stride(0) % ALIGNMENT == 0 and codes.stride(0) >= codes.shape[1]  # not one row expanded
+    return codes.data_ptr() % ALIGNMENT == 0 and rows_apart and codes.numel() > 0
 
 
 @triton.jit
