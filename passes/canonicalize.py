@@ -7,10 +7,12 @@ Before                                          After
   e = detach(y); f = alias(y)                     y
   t(w), transpose(w, 0, 1)                        permute(w, [1, 0]), and so for more axes
   expand(x, [its own size])                       x
+  mm(grad, w), without a tag                      the same, tagged as backward
 
 Numerics  exact: only views, aliases and their order change.
 Requires  meta["val"] on every node. Ensures: no detach/alias; no permute of a permute; no view of a view; equal views of one
-          tensor are one node. Casts stay: a narrowing cast changes values.
+          tensor are one node; what depends on a gradient is tagged as backward (AOTAutograd puts no tag on what a user's
+          `autograd.Function` computes in its backward). Casts stay: a narrowing cast changes values.
 Skips     an alias that is a graph output of its own (AOTAutograd counts outputs by position, and it may alias an input).
 """
 
@@ -19,12 +21,25 @@ from __future__ import annotations
 from torch import fx
 
 from passes.context import PassContext
-from passes.graph import ALIASES, EXPAND, PERMUTE, TRANSPOSES, VIEWS, aten, call, erase_unused, phase_of, replace, scope_of
+from passes.graph import (
+    ALIASES,
+    BACKWARD,
+    EXPAND,
+    PERMUTE,
+    TRANSPOSES,
+    VIEWS,
+    aten,
+    call,
+    erase_unused,
+    phase_of,
+    replace,
+    scope_of,
+)
 
 
 def canonicalize(graph: fx.Graph, context: PassContext | None = None) -> int:
     """Return the number of nodes that were removed or rewritten."""
-    changes = 0
+    changes = _tag_backward(graph)
     output = next(iter(graph.find_nodes(op="output")))
     seen: dict[object, fx.Node] = {}
     for node in list(graph.nodes):
@@ -61,6 +76,18 @@ def canonicalize(graph: fx.Graph, context: PassContext | None = None) -> int:
                 replace(node, first)
                 changes += 1
     erase_unused(graph)
+    return changes
+
+
+def _tag_backward(graph: fx.Graph) -> int:
+    found = {node for node in graph.find_nodes(op="placeholder") if phase_of(node) == BACKWARD}
+    changes = 0
+    for node in graph.nodes if found else ():
+        if node.op == "call_function" and any(source in found for source in node.all_input_nodes):
+            found.add(node)
+            if phase_of(node) != BACKWARD:
+                node.meta["partitioner_tag"] = "is_backward"
+                changes += 1
     return changes
 
 

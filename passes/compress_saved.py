@@ -10,7 +10,8 @@ plain aten, so Inductor fuses it into the backward kernel that reads it. Where t
 in no fewer bits, these are dequantized and nothing is stored for it.
 
 No GEMM's operand sees the difference: before, `save_codes` has had the forward half save the codes, scales and zero points that
-backward GEMMs read, and masks. What stays as it is: a tensor from which codes would be recomputed after all; copies of weights;
+backward GEMMs read, and masks. What stays as it is: a tensor from which codes would be recomputed after all; one that backward
+divides by (the gradients of square roots, logarithms and quotients): a small value would become a code of 0; copies of weights;
 statistics, which are tensors of less than 1/64 of the largest one, and all results but the first of an operator with several (the
 log-sum-exp of attention). What an exponential of a softmax reads is stored in 8 bits even where the spec says 4: an error there
 multiplies.
@@ -114,6 +115,8 @@ def _why_not(saved: Saved, group: int, context: PassContext) -> str | None:
         return "a statistic beside the result of its operator"
     if group < SMALLEST_GROUP:
         return f"too small to compress: no group of {SMALLEST_GROUP} elements or more divides {list(saved.value.shape)}"
+    if _is_divided_by(saved.there):
+        return "backward divides by it, or by what is computed from it alone: a small value would become 0"
     if _feeds_recomputed_quantize(saved.there):
         return "codes of a GEMM are recomputed from it"
     if view_shape(saved.value.shape) is None:
@@ -149,6 +152,34 @@ def _feeds_softmax(node: fx.Node) -> bool:
             return True
         if user.target in (aten._softmax_backward_data.default, aten._log_softmax_backward_data.default):
             return True
+    return False
+
+
+_FACTORS = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
+_ELEMENTWISE = (
+    *_UNCHANGED, aten.neg.default, aten.abs.default, aten.sqrt.default, aten.pow.Tensor_Scalar, aten.add.Tensor, aten.add.Scalar,
+    aten.sub.Tensor, aten.sub.Scalar, aten.rsub.Scalar,
+)  # fmt: skip
+_SINGULAR = (
+    aten.reciprocal.default, aten.rsqrt.default, aten.log.default, aten.log2.default, aten.log10.default, aten.log1p.default,
+)  # fmt: skip
+
+
+def _is_divided_by(node: fx.Node) -> bool:
+    """Whether backward divides by a tensor, or by what it computes elementwise from that and constants, or as a product with it."""
+    seen, stack = {node}, [node]
+    while stack:
+        divisor = stack.pop()
+        for user in divisor.users:
+            if user.op != "call_function":
+                continue
+            negative_power = user.target is aten.pow.Tensor_Scalar and user.args[1] < 0
+            if user.target in _SINGULAR or negative_power or (user.target is aten.div.Tensor and user.args[1] is divisor):
+                return True
+            alone = user.target in _ELEMENTWISE and all(n in seen for n in user.all_input_nodes)
+            if (alone or user.target in _FACTORS) and user not in seen:
+                seen.add(user)
+                stack.append(user)
     return False
 
 

@@ -36,7 +36,6 @@ __all__ = [
 ]
 
 
-
 EMULATED = "quantized operands, high-precision arithmetic"
 """How the reason of a GEMM begins that no integer kernel would run faster, so that none does."""
 
@@ -183,6 +182,7 @@ class PassContext:
     strict: bool = False
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     parameters: dict[str, str] = field(default_factory=dict)  # placeholder -> Dynamo's source name, for nn.Parameter inputs
+    constants: frozenset[str] | None = None  # inputs that are weights too: buffers and the like; None: any input may be one
     sites: list[Site] = field(default_factory=list)
     layouts: dict[str, StateLayout] = field(default_factory=dict)  # phase -> layout
     counts: dict[str, int] = field(default_factory=dict)  # step -> number of changes

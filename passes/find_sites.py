@@ -8,12 +8,12 @@ Before                                          After
   conv_grad_input(g, w, ...)                      ... "grad_input", ("grad_output", "weight")
   bmm(a, b)                                       ... "output", ("input", "other")
 
-A site is of the kind "linear" (one operand is a weight: a Parameter or computed from Parameters alone, or, for matrices, an input
-of the graph), "conv", or "bmm", a product of two activations. A forward GEMM names its site by its module. A backward GEMM belongs
-to the forward GEMM with the same autograd sequence number (`seq_nr`) with which it shares an operand: the shared operand tells its
-role. Of a product of activations the second operand is `other`, and its gradient has the role "grad_weight". A GEMM that no rule
-explains is recorded with the reason, never dropped, and so are fused operations that contain GEMMs: what stays in high precision is
-reported.
+A site is of the kind "linear" (one operand is a weight: a Parameter or computed from Parameters alone, or, for matrices, a buffer
+or another input among `context.constants`), "conv", or "bmm", a product of two activations. A forward GEMM names its site by its
+module. A backward GEMM belongs to the forward GEMM with the same autograd sequence number (`seq_nr`) with which it shares an
+operand, or else to any that lacks this gradient: the shared operand tells its role. Of a product of activations the second operand
+is `other`, and its gradient has the role "grad_weight". A GEMM that no rule explains is recorded with the reason, never dropped,
+and so are fused operations that contain GEMMs: what stays in high precision is reported.
 
 Numerics  exact: only metadata is written.
 Requires  a canonical graph without `convolution_backward`. Ensures: every GEMM node has meta["qtrain_gemm"] or is listed in
@@ -102,9 +102,11 @@ def find_sites(graph: fx.Graph, context: PassContext) -> int:
             f.site.weight_use = uses[f.site.weight]
             uses[f.site.weight] += 1
         f.site.place = _place(f, places)
-    for node in backward:
-        sequence = node.meta.get("seq_nr")
-        _assign_backward(node, by_sequence.get(sequence, []) if sequence is not None else forward, context, names)
+    # What a user's `autograd.Function` computes in its backward has numbers of its own: it may take what the others leave.
+    left = [n for n in backward if not _assigned(n, forward if (s := n.meta.get("seq_nr")) is None else by_sequence.get(s, []))]
+    for node in left:
+        if not _assigned(node, forward):
+            _record_unknown(node, context, names)
     return len(forward) + len(backward)
 
 
@@ -159,7 +161,8 @@ def _kind(
         return "conv", ("input", "weight")
     sides = [unquantized(o.source) in weights for o in (left, right)]
     if not any(sides) and not in_linear and node.target not in BATCHED and left.source is not right.source:
-        sides = [o.source.op == "placeholder" for o in (left, right)]  # a buffer, most likely
+        inputs = (o.source for o in (left, right))
+        sides = [i.op == "placeholder" and (context.constants is None or i.name in context.constants) for i in inputs]
     if any(sides) or in_linear:
         # With both, the weight is the one that is a Parameter itself, or else the right one, as in F.linear.
         right_is_parameter, left_is_parameter = (unquantized(o.source).name in context.parameters for o in (right, left))
@@ -193,7 +196,8 @@ def _packet(node: fx.Node) -> str:
     return str(getattr(packet, "__name__", packet))
 
 
-def _assign_backward(node: fx.Node, candidates: list[_Forward], context: PassContext, names: Counter[str]) -> None:
+def _assigned(node: fx.Node, candidates: list[_Forward]) -> bool:
+    """Whether one of the sites has taken a backward GEMM for the gradient of one of its operands."""
     sides = [resolve_operand(o, batched=node.target in BATCHED) for o in operands(node)]
     for f in candidates:
         if (node.target in CONVOLUTIONS) != (f.site.kind == "conv"):
@@ -201,7 +205,11 @@ def _assign_backward(node: fx.Node, candidates: list[_Forward], context: PassCon
         if found := _role(node, sides, f):
             role, names_of = found
             _add_gemm(f.site, role, node, names_of)
-            return
+            return True
+    return False
+
+
+def _record_unknown(node: fx.Node, context: PassContext, names: Counter[str]) -> None:
     module, _ = _module_of(node)
     op = _packet(node)
     name = _unique(f"{module}:{node.name}" if module else node.name, names, functional=True)
@@ -266,7 +274,8 @@ def _unsupported(node: fx.Node) -> str | None:
     return None
 
 
-_PREFIX = re.compile(r"^L\[(['\"])[^'\"]*\1\]\.?")
+_PREFIX = re.compile(r"^[LG]\[(['\"])[^'\"]*\1\]\.?")  # a local or a global name of the function that was compiled
+_GETATTR = re.compile(r"getattr\(((?:[^()]|\([^()]*\))*), (['\"])([^'\"]*)\2\)")
 
 
 def module_path(source: str) -> str:
@@ -274,8 +283,13 @@ def module_path(source: str) -> str:
 
     >>> module_path("L['self']._modules['layers']._modules['0']._parameters['weight']")
     'layers.0'
+    >>> module_path("getattr(getattr(G['model'], 'layers'), '0')")
+    'layers.0'
     """
-    path = _PREFIX.sub("", source.split("@")[0])
+    path = source.split("@")[0]
+    while (plain := _GETATTR.sub(r"\1.\3", path)) != path:
+        path = plain
+    path = _PREFIX.sub("", path)
     path = re.sub(r"\._parameters\[(['\"])[^'\"]*\1\]$|^_parameters\[(['\"])[^'\"]*\2\]$", "", path)
     path = re.sub(r"\.?__dict__\[(['\"])_modules\1\]", "._modules", path)
     path = re.sub(r"\.?_modules\[(['\"])([^'\"]*)\1\]", r".\2", path)

@@ -71,7 +71,10 @@ def fake_mode(graph: fx.Graph) -> FakeTensorMode:
 
 
 def phase_of(node: fx.Node) -> str:
-    """Which half of the joint graph a node belongs to. An inference graph has no tags: all of it is forward."""
+    """Which half of the joint graph a node belongs to, by its tag. An inference graph has none: all of it is forward.
+
+    Of the operators of a user's `autograd.Function` some have no tag until `canonicalize` has given them one.
+    """
     tag = node.meta.get("partitioner_tag", "")
     if node.op == "placeholder" and "tangents" in str(node.target):
         return BACKWARD

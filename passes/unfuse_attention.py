@@ -93,7 +93,6 @@ def attention(
     return torch.matmul(weights.to(value.dtype), value)
 
 
-
 # torch's own code, with `attention` in place of the fused one, and without the way back to itself through __torch_function__.
 _multi_head_attention = types.FunctionType(
     F.multi_head_attention_forward.__code__,

@@ -1,6 +1,7 @@
 """`python -m qcompile COMMAND`. A command is a row of `COMMANDS`; its module is imported when it is asked for.
 
-Exit status: 0 success; 1 the command's own "no" (see its help); 2 wrong arguments; 130 interrupted.
+Exit status: 0 success; 1 the command's own "no" (see its help); 2 wrong arguments; 3 something failed, and a traceback says where;
+130 interrupted.
 """
 
 from __future__ import annotations
@@ -8,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import traceback
 from collections.abc import Sequence
 
 COMMANDS = {
@@ -34,15 +36,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name == asked:  # the others are listed only
             importlib.import_module(f"qcompile.commands.{name}").add_arguments(subparser)
     arguments = parser.parse_args(argv)
-    from qcompile.errors import RecipeError, UnsupportedError
+    from qcompile.errors import KernelError, UnsupportedError
 
     try:
         return importlib.import_module(f"qcompile.commands.{arguments.command}").run(arguments)
-    except (ValueError, RecipeError, UnsupportedError) as error:
+    except (ValueError, OSError, KernelError, UnsupportedError) as error:
         print(f"{arguments.command}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+    except Exception:  # of the model itself, most likely: not the command's "no"
+        traceback.print_exc()
+        return 3
 
 
 if __name__ == "__main__":

@@ -199,7 +199,7 @@ class Compilation:
         context.sites.clear()
         context.layouts.clear()
         context.crossings.clear()
-        context.parameters = self._parameters(graph)
+        context.parameters, context.constants = self._parameters(graph), self.inputs.constants(graph)
         parameters = self._own_parameters(graph)
         context.prefixes, context.layers = prefixes(parameters), tuple(layers_around(parameters))
         context.device = device_of(n.meta.get("val") for n in graph.find_nodes(op="placeholder"))
@@ -211,6 +211,7 @@ class Compilation:
         self.writes = count_writes(graph)
         self.record.seconds["passes"] = self.record.seconds.get("passes", 0.0) + time.perf_counter() - start
         self._report_what_stays_hp()
+        self._report_what_is_shared()
 
     def on_step(self, name: str, graph: fx.Graph) -> None:
         """Called after every pass."""
@@ -226,6 +227,16 @@ class Compilation:
 
     def _report_what_stays_hp(self) -> None:
         tell_what_stays_hp(self.context)
+
+    def _report_what_is_shared(self) -> None:
+        entries = (entry for layout in self.context.layouts.values() for entry in layout.entries)
+        sites = dict.fromkeys(entry.site for entry in entries if entry.owner is None and entry.spec is not None)
+        if sites:
+            _warn(
+                f"past ranges of {', '.join(list(sites)[:3])}{' and others' * (len(sites) > 3)} belong to no nn.Parameter, as this "
+                "graph has none: all that call it share them, and range_state cannot save them. A recipe with dynamic ranges "
+                "(int8, int8_tensorwise) keeps none"
+            )
 
     # ---- the halves
 
@@ -245,7 +256,7 @@ class Compilation:
             dynamic = Interpreted(until_valid, self.context, inductor.output_strides(compiled))
         if backward:
             run = backward_with_state(compiled, dynamic, state_inputs)
-            run = agreeing(run) if self._replicated() else run
+            run = agreeing(run) if self._shares_ranges() else run
         else:
             run = compiled
             if state_inputs:
@@ -253,7 +264,7 @@ class Compilation:
                     self.binder = Binder(self.context.layouts, self.context.device, self.store)
                 training = not kwargs.get("is_inference", False)
                 run = forward_with_state(
-                    compiled, dynamic, state_inputs, self.binder, training=training, replicated=self._replicated()
+                    compiled, dynamic, state_inputs, self.binder, training=training, replicated=self._shares_ranges()
                 )
             run = self._watch_instances(run, state_inputs.users)
         return strictly(run) if self.context.strict else run
@@ -266,7 +277,7 @@ class Compilation:
         self._record_kernels(half.graph)
         self.record.halves.append(phase)
 
-    def _replicated(self) -> bool:
+    def _shares_ranges(self) -> bool:
         """Whether data-parallel ranks have ranges here to agree on. Streams of random draws are each rank's own."""
         entries = (entry for layout in self.context.layouts.values() for entry in layout.entries)
         return self.replicates and self.context.recipe.ranges == "replicated" and any(e.spec is not None for e in entries)

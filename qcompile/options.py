@@ -43,6 +43,8 @@ class Options:
         steps = _checked_steps(left.pop("passes", None))
         if profit_filter and not any(step.name == "keep_slow_gemms_hp" for step in steps):
             raise ValueError("profit_filter: the steps in `passes` leave out keep_slow_gemms_hp; add it behind find_sites")
+        if strict and not recipe.quantizes_nothing() and not any(step.name == "insert_qdq" for step in steps):
+            raise ValueError("strict: the steps in `passes` leave out insert_qdq, without which no GEMM is an integer one")
         config = inductor.mode_options(left.pop("mode", mode)) | _inductor_options(left)
         return cls(recipe, strict, steps, requantize, profit_filter, config)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
 from qcompile.commands import target
 from qcompile.commands.progress import progress
@@ -12,7 +11,7 @@ from qcompile.commands.progress import progress
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     target.add_arguments(parser)
-    parser.add_argument("--heatmap", metavar="FILE", type=Path, help="write a picture of SNR by layer and GEMM")
+    parser.add_argument("--heatmap", metavar="FILE", type=target.output_file, help="write a picture of SNR by layer and GEMM")
     parser.add_argument("--min-snr", metavar="DB", type=float, help="status 1 if an output or a gradient has less")
 
 

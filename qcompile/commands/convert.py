@@ -31,7 +31,9 @@ TOLERANCE = 0.02
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("target", metavar="TARGET", help="package.module:function; it returns (model, inputs)")
-    parser.add_argument("file", metavar="FILE", type=Path, help=f"what to write; its ending says what: {', '.join(FORMATS)}")
+    parser.add_argument(
+        "file", metavar="FILE", type=target.output_file, help=f"what to write; its ending says what: {', '.join(FORMATS)}"
+    )
     parser.add_argument("--recipe", help="what it was trained with, if not with learned scales; the inputs' ranges must be static")
     parser.add_argument("--weights", type=Path, metavar="FILE", help="the model's state_dict (.pt, .safetensors)")
     parser.add_argument("--ranges", type=Path, metavar="FILE", help="range_state(model).state_dict() (.pt, .safetensors)")
@@ -90,7 +92,10 @@ def _read(path: Path) -> dict[str, Tensor]:
         from safetensors.torch import load_file
 
         return load_file(path)
-    return torch.load(path, weights_only=True, map_location="cpu")
+    try:
+        return torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:  # of several libraries, without a base in common
+        raise ValueError(f"{path} is no file of tensors: {str(error).splitlines()[0]}") from error
 
 
 def _state(deployed: nn.Module, made: target.Target, path: Path, arguments: argparse.Namespace) -> Callable[..., Any]:

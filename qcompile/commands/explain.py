@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
 from qcompile.commands import target
 from qcompile.commands.progress import progress
@@ -14,8 +13,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     target.add_arguments(parser)
     parser.add_argument("--timed", action="store_true", help="also measure each GEMM and read its scales")
     parser.add_argument("--profit-filter", action="store_true", help="keep GEMMs in hp that are measured slower in integers here")
-    parser.add_argument("--html", metavar="FILE", type=Path, help="write the report as a page")
-    parser.add_argument("--draw", metavar="FILE", type=Path, help="write a drawing of the graphs (.svg, .html or .dot)")
+    parser.add_argument("--html", metavar="FILE", type=target.output_file, help="write the report as a page")
+    parser.add_argument("--draw", metavar="FILE", type=target.output_file, help="draw the graphs (.svg, .html or .dot)")
     parser.add_argument("--strict", action="store_true", help="status 1 if a GEMM that the recipe asks for is not integer")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 from qcompile.commands import target
@@ -16,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--budget", metavar="KIND=LIMIT", action="append", required=True, help="memory=0.6, time=0.9 or loss=0.01; may be repeated"
     )
     parser.add_argument("--candidates", default="int8,int4", help="uniform recipes to mix, with commas (default: %(default)s)")
-    parser.add_argument("--out", metavar="FILE", type=Path, help="write the recipe to a .toml file (default: print it)")
+    parser.add_argument("--out", metavar="FILE", type=target.output_file, help="write the recipe as .toml (default: print it)")
 
 
 def run(arguments: argparse.Namespace) -> int:

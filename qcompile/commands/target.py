@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["AUTOCAST", "Target", "add_arguments", "load"]
+__all__ = ["AUTOCAST", "Target", "add_arguments", "load", "output_file"]
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -45,6 +45,14 @@ def add_arguments(parser: argparse.ArgumentParser, *, recipe: bool = True) -> No
         parser.add_argument("--recipe", default="int8", help="a recipe's name or file (default: int8)")
     parser.add_argument("--autocast", choices=tuple(AUTOCAST), help="run under autocast to this dtype")
     parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def output_file(text: str) -> Path:
+    """The type of an argument that names a file to write: refused before any work if there is no such folder."""
+    path = Path(text)
+    if not path.parent.is_dir():
+        raise argparse.ArgumentTypeError(f"got {text!r}; the folder {str(path.parent)!r} does not exist")
+    return path
 
 
 def load(arguments: argparse.Namespace) -> Target:

@@ -139,6 +139,10 @@ def _as_memory(name: str, layer: IntegerLayer, recipe: Recipe) -> dict[str, Tens
     measures = type(spec.estimator).measure is not RangeEstimator.measure
     if not fields or measures or not set(wanted) <= set(known):
         return {}
-    stats = {n: torch.tensor([known[n]]) for n in wanted} | {"clipped": torch.zeros(1)}
-    after = updated(spec.estimator, stats, {f: torch.tensor([v]) for f, v in fields.items()})
+    stats = {n: _one(known[n]) for n in wanted} | {"clipped": _one(0.0)}
+    after = updated(spec.estimator, stats, {f: _one(v) for f, v in fields.items()})
     return {f"{name}.input.{f}": v for f, v in after.items()}
+
+
+def _one(value: float) -> Tensor:
+    return torch.tensor([value], dtype=torch.float32)

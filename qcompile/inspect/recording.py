@@ -81,7 +81,7 @@ class Recording(Compilation):
 
     def _find_sites(self, graph: fx.Graph) -> None:
         """For a recipe that quantizes nothing, under which no pass runs: what there would be to quantize."""
-        self.context.parameters = self._parameters(graph)
+        self.context.parameters, self.context.constants = self._parameters(graph), self.inputs.constants(graph)
         canonicalize(graph, self.context)
         split_convolution_backward(graph, self.context)
         find_sites(graph, self.context)
@@ -92,6 +92,9 @@ class Recording(Compilation):
     def on_step(self, name: str, graph: fx.Graph) -> None:
         label_nodes(graph, self.context)
         self.steps_seen[name] = copy_graph(graph)
+
+    def _report_what_is_shared(self) -> None:
+        """Inspection keeps no state."""
 
     def _report_what_stays_hp(self) -> None:
         if self.context.strict:  # else it is in the capture, and no warning

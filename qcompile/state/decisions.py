@@ -41,7 +41,7 @@ class Decision:
 
     def to_tensors(self) -> dict[str, Tensor]:
         """Field -> fp32 tensor [1]."""
-        return {name: torch.tensor([float(value)]) for name, value in asdict(self).items()}
+        return {name: torch.tensor([float(value)], dtype=torch.float32) for name, value in asdict(self).items()}
 
     @classmethod
     def of(cls, values: Mapping[str, Tensor]) -> Decision:

@@ -225,18 +225,29 @@ class RangeState:
     def freeze(self, frozen: bool = True) -> None:
         """Stop (or resume) learning ranges. A flag in the state itself: nothing recompiles.
 
-        It holds for the ranges that there are: of graphs that have run, and loaded ones.
+        It holds for the ranges that there are, of graphs that have run, and loaded ones; a warning says if there are none. `reset`
+        ends it.
         """
+        found = 0
         for _, slot in self._every_slot():
             if "frozen" in slot.fields:
                 slot.write("frozen", float(frozen))
+                found += 1
         for _, parameter in self._parameters():
             for fields in self.store.pending_of(parameter).values():
                 if "frozen" in fields:
                     fields["frozen"].fill_(float(frozen))
+                    found += 1
+        if frozen and not found:
+            warnings.warn(
+                "freeze: this model has no ranges yet, and those of its first step will be learnt on; train a step or load state "
+                "before. (Recipes with dynamic ranges have none to freeze.)",
+                QtrainWarning,
+                stacklevel=2,
+            )
 
     def reset(self) -> None:
-        """Forget all ranges, loaded ones too: the next step is a first step, with dynamic ranges."""
+        """Forget all ranges, loaded and frozen ones too: the next step is a first step, with dynamic ranges."""
         for _, slot in self._every_slot():
             self.store.reset_slot(slot)
         for _, parameter in self._parameters():

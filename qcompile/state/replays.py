@@ -32,8 +32,8 @@ Key = tuple[int | None, object]
 """(backward pass or None, binding)."""
 
 
-class Binding(Protocol):
-    """What a snapshot is taken of."""
+class HasState(Protocol):
+    """What a snapshot is taken of: a `qcompile.state.binding.Binding`."""
 
     index: Tensor
 
@@ -68,7 +68,7 @@ class Replays:
         self._taken: weakref.WeakKeyDictionary[Any, dict[object, list[_Snapshot]]] = weakref.WeakKeyDictionary()
         self._used: weakref.WeakKeyDictionary[Any, Counter[Key]] = weakref.WeakKeyDictionary()
 
-    def view(self, binding: Binding) -> View:
+    def view(self, binding: HasState) -> View:
         """The state that a training call of a forward graph is to use."""
         frames = _checkpoint_frames()
         for frame in frames:
@@ -83,7 +83,7 @@ class Replays:
                 self._taken.setdefault(frame.frame, {}).setdefault(binding, []).append(snapshot)
         return view
 
-    def _next(self, frame: Any, binding: Binding) -> _Snapshot | None:
+    def _next(self, frame: Any, binding: HasState) -> _Snapshot | None:
         """The snapshot of the call that is replayed now: with retain_graph every backward pass replays from the first."""
         taken = self._taken.get(frame, {}).get(binding, [])
         used = self._used.setdefault(frame, Counter())

@@ -317,7 +317,7 @@ class RangeStore:
             slot.write(name, value)
         if slot.draws:
             for name, value in _random_seed(slot.identity, slot.key).items():
-                slot.load(name, torch.tensor([value], device="cpu"))
+                slot.load(name, torch.tensor([value], dtype=torch.float32, device="cpu"))
 
     def tensors(self) -> list[Tensor]:
         """The arenas themselves."""

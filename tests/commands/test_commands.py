@@ -53,6 +53,26 @@ def test_the_command_refuses_a_target_that_is_none(target, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def make_what_does_not_fit():
+    return MLP(), torch.randn(ROWS, 17)
+
+
+def test_a_model_that_fails_is_not_the_commands_no(capsys):
+    assert command_line(["explain", f"{__name__}:make_what_does_not_fit", "--strict"]) == 3
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "command", ["explain --html", "explain --draw", "compare --heatmap", "search --budget memory=0.7 --out", "convert"]
+)
+def test_a_folder_that_is_not_there_is_refused_before_any_work(command, capsys, monkeypatch):
+    name, *options = command.split()
+    monkeypatch.setattr("qcompile.commands.target.load", lambda arguments: pytest.fail("worked"))
+    with pytest.raises(SystemExit) as stopped:
+        command_line([name, f"{__name__}:make", *options, "/no/such/folder/file.html"])
+    assert stopped.value.code == 2 and "the folder '/no/such/folder' does not exist" in capsys.readouterr().err
+
+
 def test_the_command_refuses_an_unknown_recipe(capsys):
     assert command_line(["explain", f"{__name__}:make", "--recipe", "int9"]) == 2
     assert "unknown recipe 'int9'" in capsys.readouterr().err

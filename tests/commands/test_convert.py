@@ -74,3 +74,9 @@ def test_status_1_if_the_file_answers_otherwise(monkeypatch, tmp_path, capsys):
 def test_what_is_refused(arguments, message, capsys):
     assert command_line(["convert", f"{__name__}:make", *arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_file_that_holds_no_tensors_is_named(tmp_path, capsys):
+    (tmp_path / "ranges.pt").write_text("import os")
+    assert command_line(["convert", f"{__name__}:make", str(tmp_path / "model.pt"), "--ranges", str(tmp_path / "ranges.pt")]) == 2
+    assert "ranges.pt is no file of tensors" in capsys.readouterr().err

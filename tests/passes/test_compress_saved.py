@@ -299,3 +299,48 @@ def test_the_field_takes_bits_a_spec_or_a_table():
 def test_a_wrong_value_is_refused(value):
     with pytest.raises(RecipeError, match="compress_saved|SavedSpec"):
         Recipe(compress_saved=value)
+
+
+SINGULAR = {
+    "square root": lambda h: (h * h + 1e-6).sqrt(),
+    "logarithm": lambda h: (h.abs() + 1e-3).log(),
+    "quotient": lambda h: h.sin() / (h.abs() + 1e-2),
+    "reciprocal": lambda h: 1 / (h * h + 1e-3),
+    "power": lambda h: (h * h + 1e-3) ** -0.5,
+}
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("function", SINGULAR)
+def test_what_backward_divides_by_is_not_stored_as_codes(interpreted, function, bits):
+    """A small value among large ones would be a code of 0, and its gradient infinite."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.outer = nn.Linear(C, C), nn.Linear(C, C)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.outer(SINGULAR[function](self.inner(x)))
+
+    model, x = Model(), 4 * torch.randn(128, C)
+    model(x).square().mean().backward()
+    want = gradients(model)
+    model.zero_grad()
+    compiled(model, Recipe(compress_saved=bits))(x).square().mean().backward()
+    got = gradients(model)
+    assert all(g.isfinite().all() for g in got)
+    (inner, _, outer, _) = [10 * torch.log10(w.square().sum() / (g - w).square().sum()) for g, w in zip(got, want, strict=True)]
+    assert min(inner, outer) > (25 if bits == 8 else 12)
+
+
+def test_why_it_is_not_is_told(interpreted):
+    model = nn.Sequential(nn.Linear(C, C), Root(), nn.Linear(C, C))
+    found = capture(model, torch.randn(128, C), recipe=Recipe(compress_saved=8))
+    reasons = [crossing.reason for crossing in found.first.context.crossings]
+    assert any(reason is not None and reason.startswith("backward divides by it") for reason in reasons)
+
+
+class Root(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x * x + 1e-4).sqrt()

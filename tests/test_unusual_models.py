@@ -1,0 +1,195 @@
+"""Models that are put together in other ways than layers: autograd functions, globals, plain tensors, graph breaks between them."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from qcompile import QtrainWarning, compiled_graphs, get_recipe, range_state
+from qcompile.kernels import record_launches
+from tests.compiling import compiled, nearest
+from tests.numerics import row_snr_db
+
+# Dynamo's own, of torch 2.13: where it meets an autograd function, and behind a graph break.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),
+]
+WIDTH = 32
+TENSORWISE = nearest("int8_tensorwise")
+
+
+class Product(torch.autograd.Function):
+    """A linear layer whose backward is written by hand."""
+
+    @staticmethod
+    def forward(ctx, x, w):
+        ctx.save_for_backward(x, w)
+        return x @ w.t()
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, w = ctx.saved_tensors
+        return grad @ w, grad.t() @ x
+
+
+class WithProducts(nn.Module):
+    """Two of them on one input, between two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.a, self.b = (nn.Parameter(torch.randn(WIDTH, WIDTH) / 6) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        return self.last(Product.apply(h, self.a).sin() + Product.apply(h, self.b))
+
+
+def kinds():
+    return {(site.name, site.kind, gemm.role): gemm.reason for graph in compiled_graphs() for site, gemm in graph.context.gemms()}
+
+
+@pytest.mark.parametrize("recipe", ["int8", "int8_in_hindsight"])
+def test_gradients_of_an_autograd_function_are_those_of_its_layer(interpreted, recipe):
+    model = WithProducts()
+    run = compiled(model, nearest(recipe), strict=True)
+    x = torch.randn(64, WIDTH)
+    for _ in range(3):
+        model.zero_grad()
+        with record_launches() as launches:
+            run(x).square().mean().backward()
+    assert len(launches) == 4 * 3 - 1, "x needs no gradient"
+    roles = kinds()
+    assert all(reason is None for reason in roles.values())
+    for name in ("self", "self#1"):
+        assert {(kind, role) for site, kind, role in roles if site == name} == {
+            ("linear", "output"), ("linear", "grad_input"), ("linear", "grad_weight")
+        }  # fmt: skip
+    got = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    model(x).square().mean().backward()
+    for name, p in model.named_parameters():
+        if p.ndim == 2:
+            assert 25 < row_snr_db(want=p.grad, got=got[name]).median() < 50, name
+
+
+def test_as_a_whole_model(interpreted):
+    weight = nn.Parameter(torch.randn(WIDTH, WIDTH))
+    run = compiled(lambda x: Product.apply(x, weight), TENSORWISE, strict=True)
+    with record_launches() as launches:
+        run(torch.randn(16, WIDTH)).sum().backward()
+    assert len(launches) == 2
+
+
+class Similarity(nn.Module):
+    """Logits of pairs, as in CLIP."""
+
+    def __init__(self, breaks: bool) -> None:
+        super().__init__()
+        self.left, self.right, self.breaks = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH), breaks
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        a, b = self.left(x), self.right(y)
+        if self.breaks:
+            torch._dynamo.graph_break()
+        return a @ b.t()
+
+
+@pytest.mark.parametrize("breaks", [False, True])
+def test_a_graph_break_makes_no_layer_of_a_product_of_activations(interpreted, breaks):
+    run = compiled(Similarity(breaks), TENSORWISE)
+    run(torch.randn(8, WIDTH), torch.randn(8, WIDTH)).sum().backward()
+    found = {role: reason for (_, kind, role), reason in kinds().items() if kind == "bmm"}
+    assert set(found) == {"output", "grad_input", "grad_weight"}
+    assert set(found.values()) == {"recipe: 'bmm' is not among its ops"}
+
+
+class Projection(nn.Module):
+    """By a buffer, and by an attribute that Dynamo hands over."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("fixed", torch.randn(WIDTH, WIDTH))
+        self.plain = torch.randn(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ self.fixed).sin() @ self.plain
+
+
+def test_buffers_attributes_and_leaves_that_are_trained_are_weights(interpreted):
+    compiled(Projection(), TENSORWISE)(torch.randn(8, WIDTH, requires_grad=True)).sum().backward()
+    assert {kind for _, kind, _ in kinds()} == {"linear"} and set(kinds().values()) == {None}
+    torch._dynamo.reset()
+    weight = torch.randn(WIDTH, WIDTH, requires_grad=True)
+    compiled(lambda x, w: x @ w, TENSORWISE)(torch.randn(8, WIDTH), weight).sum().backward()
+    assert {kind for _, kind, _ in kinds()} == {"linear"}
+
+
+def test_two_plain_tensors_are_activations(interpreted):
+    with record_launches() as launches:
+        compiled(lambda a, b: a @ b.t(), TENSORWISE)(torch.randn(8, WIDTH), torch.randn(8, WIDTH))
+    assert launches == [] and {kind for _, kind, _ in kinds()} == {"bmm"}
+
+
+MODEL = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU(), nn.Sequential(nn.Linear(WIDTH, WIDTH)))
+
+
+@pytest.mark.parametrize("how", ["a global", "functional_call", "an argument"])
+def test_patterns_match_a_model_that_a_function_calls(interpreted, how):
+    def step(x: Tensor, model: nn.Module) -> Tensor:
+        if how == "a global":
+            return MODEL(x).sum()
+        if how == "an argument":
+            return model(x).sum()
+        return functional_call(MODEL, dict(MODEL.named_parameters()), (x,)).sum()
+
+    compiled(step, TENSORWISE.replace(skip=("0",)))(torch.randn(8, WIDTH), MODEL).backward()
+    reasons = kinds()
+    assert {site for site, _, _ in reasons} == {"0", "2.0"}
+    assert all((reason is None) == (site == "2.0") for (site, _, _), reason in reasons.items())
+
+
+def test_ranges_that_belong_to_no_parameter_are_told(interpreted):
+    model = nn.Linear(WIDTH, WIDTH)
+    weights = {name: p.detach().clone().requires_grad_() for name, p in model.named_parameters()}
+    run = compiled(lambda w, x: functional_call(model, w, (x,)), nearest("int8_in_hindsight"))
+    with pytest.warns(QtrainWarning, match=r"past ranges of .* belong to no nn.Parameter.*range_state cannot save them"):
+        run(weights, torch.randn(8, WIDTH)).sum().backward()
+    assert not range_state(model).state_dict()
+
+
+# ---- what is most likely a mistake is said
+
+
+def test_strict_wants_the_pass_that_quantizes():
+    with pytest.raises(Exception, match="strict: the steps in `passes` leave out insert_qdq"):
+        compiled(nn.Linear(WIDTH, WIDTH), "int8", strict=True, passes=[])(torch.randn(8, WIDTH))
+
+
+def test_freezing_before_there_are_ranges_is_told(interpreted):
+    model = nn.Linear(WIDTH, WIDTH)
+    run = compiled(model, nearest("int8_in_hindsight"))
+    with pytest.warns(QtrainWarning, match="freeze: this model has no ranges yet"):
+        range_state(model).freeze()
+    run(torch.randn(8, WIDTH)).sum().backward()
+    range_state(model).freeze()
+    range_state(model).freeze(False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_seeds_do_not_depend_on_the_default_dtype(interpreted, dtype):
+    def seeds():
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        model = nn.Linear(WIDTH, WIDTH, dtype=torch.float32)
+        compiled(model, get_recipe("int8"))(torch.randn(8, WIDTH, dtype=torch.float32)).sum().backward()
+        return {name: value for name, value in range_state(model).state_dict().items() if "seed" in name}
+
+    want = seeds()
+    torch.set_default_dtype(dtype)
+    try:
+        got = seeds()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert want and want == got and all(value.dtype is torch.float32 for value in got.values())
