@@ -66,9 +66,9 @@ test-slow: $(READY)
 test-gpu: $(READY)
 	failed=0; \
 	$(RUN) $(PYTEST) -m gpu tests/gpu $(ARGS) || failed=1; \
-	QTRAIN_TEST_DEVICE=cuda $(RUN) $(PYTEST) -m "not gpu and not slow and not aot" -k "not gluon" --continue-on-collection-errors \
+	QTRAIN_TEST_DEVICE=cuda $(RUN) $(PYTEST) -m "not gpu and not slow and not aot and not gluon" --continue-on-collection-errors \
 		$(ON_ANY_DEVICE) $(ARGS) || failed=1; \
-	QTRAIN_TEST_DEVICE=cuda timeout 600 $(RUN) $(PYTEST) -m "not slow and not aot" -k gluon tests/kernels $(ARGS) || failed=1; \
+	timeout 600 env QTRAIN_TEST_DEVICE=cuda $(RUN) $(PYTEST) -m gluon tests/kernels $(ARGS) || failed=1; \
 	exit $$failed
 
 # Finished runs are not repeated; the pages take their numbers from the files.

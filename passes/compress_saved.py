@@ -38,8 +38,10 @@ from passes.cut import Cut, Saved, view_shape
 from passes.gemms import INTEGER
 from passes.graph import (
     ALIASES,
+    BACKWARD,
     CASTS,
     DEQUANTIZE,
+    EXPAND,
     FORWARD,
     PERMUTE,
     QUANTIZE,
@@ -155,18 +157,21 @@ def _feeds_softmax(node: fx.Node) -> bool:
     return False
 
 
-_FACTORS = (aten.mul.Tensor, aten.mul.Scalar, aten.div.Tensor, aten.div.Scalar)
-_ELEMENTWISE = (
-    *_UNCHANGED, aten.neg.default, aten.abs.default, aten.sqrt.default, aten.pow.Tensor_Scalar, aten.add.Tensor, aten.add.Scalar,
-    aten.sub.Tensor, aten.sub.Scalar, aten.rsub.Scalar,
-)  # fmt: skip
 _SINGULAR = (
     aten.reciprocal.default, aten.rsqrt.default, aten.log.default, aten.log2.default, aten.log10.default, aten.log1p.default,
 )  # fmt: skip
+_SELECTED = (aten.slice.Tensor, aten.select.int, aten.split.Tensor, aten.split_with_sizes.default, EXPAND, operator.getitem)
+
+_NEVER_SMALL = (aten.exp.default, aten.sigmoid.default)
+"""Of values near 0; softplus and mish divide by an exponential plus one."""
 
 
 def _is_divided_by(node: fx.Node) -> bool:
-    """Whether backward divides by a tensor, or by what it computes elementwise from that and constants, or as a product with it."""
+    """Whether backward divides by a tensor, or by what it computes from that element by element (gradients are no divisors)."""
+    gradients: set[fx.Node] = set()
+    for other in node.graph.nodes:
+        if (other.op == "placeholder" and phase_of(other) == BACKWARD) or any(n in gradients for n in other.all_input_nodes):
+            gradients.add(other)
     seen, stack = {node}, [node]
     while stack:
         divisor = stack.pop()
@@ -176,8 +181,8 @@ def _is_divided_by(node: fx.Node) -> bool:
             negative_power = user.target is aten.pow.Tensor_Scalar and user.args[1] < 0
             if user.target in _SINGULAR or negative_power or (user.target is aten.div.Tensor and user.args[1] is divisor):
                 return True
-            alone = user.target in _ELEMENTWISE and all(n in seen for n in user.all_input_nodes)
-            if (alone or user.target in _FACTORS) and user not in seen:
+            pointwise = torch.Tag.pointwise in getattr(user.target, "tags", ()) and user.target not in _NEVER_SMALL
+            if (pointwise or user.target in (*_UNCHANGED, *_SELECTED)) and user not in gradients and user not in seen:
                 seen.add(user)
                 stack.append(user)
     return False

@@ -183,6 +183,7 @@ class PassContext:
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     parameters: dict[str, str] = field(default_factory=dict)  # placeholder -> Dynamo's source name, for nn.Parameter inputs
     constants: frozenset[str] | None = None  # inputs that are weights too: buffers and the like; None: any input may be one
+    leaves: frozenset[str] = frozenset()  # inputs that may be weights where they stand on the right (`DynamoInputs.weights`)
     sites: list[Site] = field(default_factory=list)
     layouts: dict[str, StateLayout] = field(default_factory=dict)  # phase -> layout
     counts: dict[str, int] = field(default_factory=dict)  # step -> number of changes

@@ -3,6 +3,7 @@ they were found."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,39 +19,53 @@ class DynamoInputs:
 
     sources       where it found them
     is_parameter  whether they are Parameters
-    is_constant   whether they are something else that lasts from call to call, as far as one can see: a buffer or another
-                  attribute, a global, a leaf that is to be trained. A batch is not, and neither is what one graph hands to the
-                  next behind a graph break, where a product of two activations must not become a layer.
+    is_constant   whether they are other tensors that last from call to call, as far as one can see: a buffer or another
+                  attribute, a global, a leaf in a table that is to be trained
+    is_leaf       whether they are arguments of a function that are leaves to be trained
+
+    A batch is none of these, and neither is what one graph hands to the next behind a graph break, where a product of two
+    activations must not become a layer.
     """
 
     sources: list[str]
     is_parameter: list[bool]
     is_constant: list[bool]
+    is_leaf: list[bool]
 
     @classmethod
     def of(cls, gm: fx.GraphModule, example_inputs: Sequence[Any]) -> DynamoInputs:
         sources = [_source_name(n) for n in gm.graph.nodes if n.op == "placeholder"]
         is_parameter = [isinstance(e, nn.Parameter) for e in example_inputs]
-        is_constant = [_lasts(source, e) for source, e in zip(sources, example_inputs, strict=True)]
-        return cls(sources, is_parameter, is_constant)
+        others = [None if isinstance(e, nn.Parameter) or not isinstance(e, Tensor) else e for e in example_inputs]
+        trained = [e is not None and e.requires_grad and e.is_leaf for e in others]
+        local = [_LOCAL.fullmatch(source) is not None for source in sources]
+        is_constant = [
+            not is_local and (is_trained or (e is not None and ("." in source or source.startswith("G[")) and _lasts(source, e)))
+            for source, e, is_local, is_trained in zip(sources, others, local, trained, strict=True)
+        ]
+        return cls(sources, is_parameter, is_constant, [a and b for a, b in zip(local, trained, strict=True)])
 
     def parameters(self, graph: fx.Graph) -> dict[str, str]:
         """The inputs of AOTAutograd's graph that are Parameters: placeholder -> Dynamo's source name."""
         return {name: self.sources[index] for name, index in self.positions(graph).items()}
 
-    def constants(self, graph: fx.Graph) -> frozenset[str]:
-        """The inputs of AOTAutograd's graph that are weights though they are no Parameters."""
-        return frozenset(name for name, index in _positions(graph) if index < len(self.sources) and self.is_constant[index])
+    def weights(self, graph: fx.Graph) -> tuple[frozenset[str], frozenset[str]]:
+        """The inputs of AOTAutograd's graph that are weights though they are no Parameters: (anywhere, on the right of a product as
+        in `F.linear`)."""
+        found = [(name, index) for name, index in _positions(graph) if index < len(self.sources)]
+        return frozenset(n for n, i in found if self.is_constant[i]), frozenset(n for n, i in found if self.is_leaf[i])
 
     def positions(self, graph: fx.Graph) -> dict[str, int]:
         """Placeholder -> which of Dynamo's inputs it is, for those that are Parameters."""
         return {name: index for name, index in _positions(graph) if index < len(self.sources) and self.is_parameter[index]}
 
 
-def _lasts(source: str, example: object) -> bool:
-    if not isinstance(example, Tensor) or isinstance(example, nn.Parameter):
-        return False
-    return "." in source or source.startswith("G[") or (example.requires_grad and example.is_leaf)
+_LOCAL = re.compile(r"L\[(['\"])[^'\"]*\1\]")
+
+
+def _lasts(source: str, example: Tensor) -> bool:
+    """Not what an earlier graph has computed and left on an object; a Parameter's view (FSDP) has been computed too."""
+    return not example.requires_grad or example.is_leaf or "_parameters[" in source
 
 
 def _positions(graph: fx.Graph) -> Iterator[tuple[str, int]]:

@@ -11,9 +11,9 @@ Before                                          After
 A site is of the kind "linear" (one operand is a weight: a Parameter or computed from Parameters alone, or, for matrices, a buffer
 or another input among `context.constants`), "conv", or "bmm", a product of two activations. A forward GEMM names its site by its
 module. A backward GEMM belongs to the forward GEMM with the same autograd sequence number (`seq_nr`) with which it shares an
-operand, or else to any that lacks this gradient: the shared operand tells its role. Of a product of activations the second operand
-is `other`, and its gradient has the role "grad_weight". A GEMM that no rule explains is recorded with the reason, never dropped,
-and so are fused operations that contain GEMMs: what stays in high precision is reported.
+operand, or else to the only one that lacks this gradient: the shared operand tells its role. Of a product of activations the second
+operand is `other`, and its gradient has the role "grad_weight". A GEMM that no rule explains is recorded with the reason, never
+dropped, and so are fused operations that contain GEMMs: what stays in high precision is reported.
 
 Numerics  exact: only metadata is written.
 Requires  a canonical graph without `convolution_backward`. Ensures: every GEMM node has meta["qtrain_gemm"] or is listed in
@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import fx
@@ -68,6 +68,7 @@ class _Forward:
     site: Site
     node: fx.Node
     operands: dict[str, Operand]
+    grads: set[fx.Node] = field(default_factory=set)  # gradients of its output that its backward GEMMs read
 
     @property
     def second(self) -> str:
@@ -102,11 +103,22 @@ def find_sites(graph: fx.Graph, context: PassContext) -> int:
             f.site.weight_use = uses[f.site.weight]
             uses[f.site.weight] += 1
         f.site.place = _place(f, places)
-    # What a user's `autograd.Function` computes in its backward has numbers of its own: it may take what the others leave.
-    left = [n for n in backward if not _assigned(n, forward if (s := n.meta.get("seq_nr")) is None else by_sequence.get(s, []))]
+    left = []
+    for node in backward:
+        sequence = node.meta.get("seq_nr")
+        gradients = _gradients(node, forward if sequence is None else by_sequence.get(sequence, []))
+        _take(node, gradients[0]) if gradients else left.append(node)
+    # What a user's `autograd.Function` computes in its backward has numbers of its own. A weight says whose gradient it is; an
+    # input, which several sites may share, says so together with the gradient that it is multiplied with.
+    for roles in (("grad_input",), ("grad_input", "grad_weight")):
+        for node in list(left):
+            gradients = [g for g in _gradients(node, forward) if g.role in roles]
+            known = [g for g in gradients if g.grad in g.forward.grads]
+            if known or len(gradients) == 1:
+                _take(node, (known or gradients)[0])
+                left.remove(node)
     for node in left:
-        if not _assigned(node, forward):
-            _record_unknown(node, context, names)
+        _record_unknown(node, context, names)
     return len(forward) + len(backward)
 
 
@@ -138,6 +150,8 @@ def _forward_site(node: fx.Node, context: PassContext, names: Counter[str], weig
     op = _op_name(node)
     own = module_path(weight_name) if weight_name else None
     is_layer = kind == "conv" or (kind == "linear" and node.target not in BATCHED)
+    if weight_name and not in_linear and _leaf(weight_name) != "weight":  # a module may have several: each has its own name
+        is_layer = False
     nameless = is_layer and own is not None and "_parameters[" in str(weight_name) and not _has_modules(node)
     is_layer = is_layer and (nameless or (in_linear and kind == "linear") or (own is not None and own == module))
     if is_layer:
@@ -161,8 +175,9 @@ def _kind(
         return "conv", ("input", "weight")
     sides = [unquantized(o.source) in weights for o in (left, right)]
     if not any(sides) and not in_linear and node.target not in BATCHED and left.source is not right.source:
-        inputs = (o.source for o in (left, right))
+        inputs = [o.source for o in (left, right)]
         sides = [i.op == "placeholder" and (context.constants is None or i.name in context.constants) for i in inputs]
+        sides[1] = sides[1] or (not sides[0] and right.source.op == "placeholder" and right.source.name in context.leaves)
     if any(sides) or in_linear:
         # With both, the weight is the one that is a Parameter itself, or else the right one, as in F.linear.
         right_is_parameter, left_is_parameter = (unquantized(o.source).name in context.parameters for o in (right, left))
@@ -196,17 +211,28 @@ def _packet(node: fx.Node) -> str:
     return str(getattr(packet, "__name__", packet))
 
 
-def _assigned(node: fx.Node, candidates: list[_Forward]) -> bool:
-    """Whether one of the sites has taken a backward GEMM for the gradient of one of its operands."""
+@dataclass
+class _Gradient:
+    """What a backward GEMM may be: a gradient of that forward GEMM's, out of the gradient `grad`."""
+
+    forward: _Forward
+    role: str
+    operands: tuple[str, str]
+    grad: fx.Node
+
+
+def _gradients(node: fx.Node, candidates: list[_Forward]) -> list[_Gradient]:
     sides = [resolve_operand(o, batched=node.target in BATCHED) for o in operands(node)]
+    found = []
     for f in candidates:
-        if (node.target in CONVOLUTIONS) != (f.site.kind == "conv"):
-            continue
-        if found := _role(node, sides, f):
-            role, names_of = found
-            _add_gemm(f.site, role, node, names_of)
-            return True
-    return False
+        if (node.target in CONVOLUTIONS) == (f.site.kind == "conv") and (role := _role(node, sides, f)):
+            found.append(_Gradient(f, *role, sides[role[1].index("grad_output")].source))
+    return found
+
+
+def _take(node: fx.Node, gradient: _Gradient) -> None:
+    gradient.forward.grads.add(gradient.grad)
+    _add_gemm(gradient.forward.site, gradient.role, node, gradient.operands)
 
 
 def _record_unknown(node: fx.Node, context: PassContext, names: Counter[str]) -> None:
@@ -295,6 +321,11 @@ def module_path(source: str) -> str:
     path = re.sub(r"\.?_modules\[(['\"])([^'\"]*)\1\]", r".\2", path)
     path = re.sub(r"\[(['\"]?)([^'\"\]]*)\1\]", r".\2", path)
     return without_private_wrappers(path)
+
+
+def _leaf(source: str) -> str:
+    """A Parameter's own name, from Dynamo's source name."""
+    return re.split(r"[.\[\]'\"]+", source.split("@")[0].rstrip("]'\""))[-1]
 
 
 def enclosing_module(node: fx.Node) -> str:

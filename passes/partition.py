@@ -108,6 +108,8 @@ class QtrainPartition:
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
         parameters = self.inputs.parameters(joint.graph) if self.inputs is not None else {}
         context = PassContext.of(joint.graph, self.recipe, strict=self.strict, parameters=parameters)
+        if self.inputs is not None:
+            context.constants, context.leaves = self.inputs.weights(joint.graph)
         Pipeline(self.steps, context).run(joint.graph)
         joint.recompile()
         tell_what_stays_hp(context)

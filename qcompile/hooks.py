@@ -59,7 +59,8 @@ def inductor_hooks(
             return
         parameters = {} if inputs is None else inputs.parameters(joint)
         context = PassContext.of(joint, recipe, strict=strict, parameters=parameters)
-        context.constants = None if inputs is None else inputs.constants(joint)
+        if inputs is not None:
+            context.constants, context.leaves = inputs.weights(joint)
         Pipeline(steps, context).run(joint)
         at_the_cut.parameters = context.parameters
         tell_what_stays_hp(context)

@@ -11,7 +11,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import operator
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
@@ -184,24 +183,9 @@ def watch_plain(
 
 def _hooked(inner: InnerHook) -> InnerCompile:
     def inner_compile(half: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
-        with _without_collection():  # the backward half is compiled when it is first called
-            return inner(compile_fx_inner, half, list(inputs), kwargs)
+        return inner(compile_fx_inner, half, list(inputs), kwargs)
 
     return inner_compile
-
-
-@contextlib.contextmanager
-def _without_collection() -> Iterator[None]:
-    """No cyclic garbage collection meanwhile: a compiler makes objects by the million, and each full collection that they set off
-    walks all of torch's."""
-    if not gc.isenabled():
-        yield
-        return
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.enable()
 
 
 def compile_with_inductor(
@@ -245,7 +229,7 @@ def compile_with_inductor(
         return inner(compile_inner, half, inputs, kwargs)
 
     # AOTAutograd's cache would skip the joint pass and our wrapper, and cannot store the wrapper: off for this compile only.
-    with functorch_config.patch(enable_autograd_cache=False), _without_collection():
+    with functorch_config.patch(enable_autograd_cache=False):
         return compile_fx(gm, example_inputs, inner_compile=_hooked(cacheable), config_patches=patches, decompositions=table)
 
 

@@ -62,6 +62,8 @@ def first_steps(variant: str, layers: int, width: int, device: str) -> dict[str,
         with torch.autocast(device, torch.bfloat16):
             loss = compiled(tokens).float().square().mean()
         loss.backward()
+    if device == "cuda":
+        torch.cuda.synchronize()
     seconds = time.perf_counter() - start
     graphs = [] if variant == BASELINE else compiled_graphs()
     gemms = sum(1 for _ in graphs[-1].context.gemms()) if graphs else 0

@@ -88,14 +88,14 @@ def _load_weights(model: nn.Module, state: dict[str, Any], path: Path) -> None:
 def _read(path: Path) -> dict[str, Tensor]:
     if not path.exists():
         raise ValueError(f"{path}: there is no such file")
-    if path.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
-        return load_file(path)
     try:
+        if path.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(path)
         return torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # of several libraries, without a base in common
-        raise ValueError(f"{path} is no file of tensors: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path} is no file of tensors: {str(error) or type(error).__name__}".splitlines()[0]) from error
 
 
 def _state(deployed: nn.Module, made: target.Target, path: Path, arguments: argparse.Namespace) -> Callable[..., Any]:

@@ -50,6 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser, *, recipe: bool = True) -> No
 def output_file(text: str) -> Path:
     """The type of an argument that names a file to write: refused before any work if there is no such folder."""
     path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"got {text!r}, which is a folder; name a file")
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"got {text!r}; the folder {str(path.parent)!r} does not exist")
     return path

@@ -81,7 +81,8 @@ class Recording(Compilation):
 
     def _find_sites(self, graph: fx.Graph) -> None:
         """For a recipe that quantizes nothing, under which no pass runs: what there would be to quantize."""
-        self.context.parameters, self.context.constants = self._parameters(graph), self.inputs.constants(graph)
+        self.context.parameters = self._parameters(graph)
+        self.context.constants, self.context.leaves = self.inputs.weights(graph)
         canonicalize(graph, self.context)
         split_convolution_backward(graph, self.context)
         find_sites(graph, self.context)

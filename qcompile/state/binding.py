@@ -104,11 +104,11 @@ class Binding:
             return True
         times = self._asked[1] + 1 if self._asked[0] == epoch else 1
         self._asked = (epoch, times)
-        if times <= WAITS or self._question is None:
-            self._question = _Question((self.arena.tensor[self._steps] > 0).all())
-        answer = self._question.answer(wait=times <= WAITS)
-        if answer is not None:
-            self._question = None
+        question = self._question
+        if times <= WAITS or question is None:
+            question = _Question((self.arena.tensor[self._steps] > 0).all())
+        answer = question.answer(wait=times <= WAITS)
+        self._question = question if answer is None else None
         if answer:
             self._steady_since = epoch
         return answer is True
@@ -126,9 +126,10 @@ class _Question:
     def __init__(self, flag: Tensor) -> None:
         self.event = None
         if flag.device.type == "cuda":
-            flag = flag.to(device="cpu", non_blocking=True)
-            self.event = torch.cuda.Event()
-            self.event.record()
+            with torch.cuda.device(flag.device):  # whose stream the event is recorded on
+                flag = flag.to(device="cpu", non_blocking=True)
+                self.event = torch.cuda.Event()
+                self.event.record()
         self.flag = flag
 
     def answer(self, *, wait: bool) -> bool | None:

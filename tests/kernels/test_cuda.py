@@ -128,7 +128,7 @@ def test_kernels_are_imported_when_they_run():
 # --- Products -----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=HERE)
+@pytest.fixture(params=[pytest.param(name, marks=pytest.mark.gluon if name == "triton_gluon" else ()) for name in HERE])
 def candidate(request, monkeypatch):
     monkeypatch.setenv("QTRAIN_CUDA_GEMM", request.param)
     return request.param

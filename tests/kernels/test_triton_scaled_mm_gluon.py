@@ -53,6 +53,7 @@ def emulated(
 @moments
 @pytest.mark.parametrize("stages", [2, 3, 4])
 @pytest.mark.parametrize("k", [1, 16, 40, 160])
+@pytest.mark.cpu
 def test_the_sum_is_exact_whenever_copies_and_products_happen(copies, products, stages, k):
     """Fewer steps than stages, as many, and more; several tiles to a program, tiles past every edge."""
     a, b_t = int8(70, k), int8(40, k)
@@ -63,6 +64,7 @@ def test_the_sum_is_exact_whenever_copies_and_products_happen(copies, products, 
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("zeros", [(None, None), ((), (1, 40)), ((70, 1), None), ((70, 1), ())], ids=str)
 @pytest.mark.parametrize("bias", [None, (), (40,), (70, 1), (70, 40)], ids=str)
+@pytest.mark.cpu
 def test_zero_points_scales_and_bias(zeros, bias, out_dtype):
     a, b_t = int8(70, 48), int8(40, 48)
     operands = 1e-3 * torch.rand(70, 1), torch.rand(1, 40), *(None if shape is None else int32(*shape) for shape in zeros)
@@ -71,6 +73,7 @@ def test_zero_points_scales_and_bias(zeros, bias, out_dtype):
     assert torch.equal(emulated(a, b_t, *operands, out_dtype=out_dtype), want)
 
 
+@pytest.mark.cpu
 def test_an_earlier_part_of_a_long_sum_is_added():
     a, b_t, partial = int8(70, 32), int8(40, 32), torch.randn(70, 40)
     scale = torch.tensor(0.5)
@@ -89,6 +92,7 @@ BREAKAGES = {
 
 
 @pytest.mark.parametrize("fault", BREAKAGES)
+@pytest.mark.cpu
 def test_the_emulator_notices(fault, tmp_path):
     pattern, instead, moment, error = BREAKAGES[fault]
     text, count = re.subn(pattern, instead, SOURCE.read_text())
@@ -101,6 +105,7 @@ def test_the_emulator_notices(fault, tmp_path):
         assert torch.equal(got, scaled_mm_reference(a, b_t, None, None, out_dtype=torch.int32))
 
 
+@pytest.mark.gluon
 @pytest.mark.skipif(not launch.is_available(DEVICE, "triton_gluon"), reason="made for compute capability 9.0")
 @pytest.mark.parametrize("config", tuning.GLUON["sm_90"], ids=str)
 @pytest.mark.parametrize("shape", [(1, 1, 16), (300, 200, 208), (5000, 3000, 1024)], ids=str)

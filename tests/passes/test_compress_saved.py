@@ -307,7 +307,28 @@ SINGULAR = {
     "quotient": lambda h: h.sin() / (h.abs() + 1e-2),
     "reciprocal": lambda h: 1 / (h * h + 1e-3),
     "power": lambda h: (h * h + 1e-3) ** -0.5,
+    "clamped": lambda h: h.clamp_min(1e-3).log(),
+    "rectified": lambda h: (h.relu() + 1e-4).log(),
+    "chosen": lambda h: 1 / torch.where(h.abs() > 1e-2, h.abs(), 1e-2),
+    "larger": lambda h: 1 / torch.maximum(h.abs(), torch.full_like(h, 1e-2)),
+    "parts": lambda h: torch.cat([h.chunk(2, -1)[0].sin() / (h.chunk(2, -1)[1].abs() + 1e-2)] * 2, -1),
 }
+
+
+@pytest.mark.parametrize(
+    "function", [F.gelu, F.silu, F.softplus, F.elu, lambda h: F.layer_norm(h, (C,)), lambda h: F.rms_norm(h, (C,)), F.mish]
+)
+def test_what_activations_and_norms_save_is(interpreted, function):
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.outer = nn.Linear(C, C), nn.Linear(C, C)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.outer(function(self.inner(x)))
+
+    found = capture(Model(), torch.randn(128, C), recipe=Recipe(compress_saved=8)).first.context.crossings
+    assert found and not any(c.reason is not None and c.reason.startswith("backward divides") for c in found)
 
 
 @pytest.mark.parametrize("bits", [8, 4])
