@@ -79,13 +79,14 @@ def compress_saved(
     tensors = [s for s in saved if s.value.is_floating_point() and not _is_scale(s)]
     sizes = {s: _size(s.value) for s in saved}
     largest = max(sizes.values(), default=0)
+    gradients = _gradients(backward)
     compressed = 0
     for s in tensors:
         if sizes[s] * SMALLEST_SHARE < largest or sizes[s] < SMALLEST_GROUP:
             continue
         bits = 8 if _feeds_softmax(s.there) else spec.bits
         group = math.gcd(fixed_size(s.value), spec.group)
-        reason = _why_not(s, group, context)
+        reason = _why_not(s, group, context, gradients)
         stored = None
         if reason is None:
             if any(c.node.args[3] >= bits and _restore_from_codes(cut, s, c) for c in codes):
@@ -110,15 +111,15 @@ def _is_scale(saved: Saved) -> bool:
     return any(r.target is DEQUANTIZE or (r.target in INTEGER and saved.there not in r.args[6:7]) for r in readers)
 
 
-def _why_not(saved: Saved, group: int, context: PassContext) -> str | None:
+def _why_not(saved: Saved, group: int, context: PassContext, gradients: set[fx.Node]) -> str | None:
     if all(n.name in context.parameters for n in sources(saved.node)):
         return "a copy of a weight"
     if saved.node.target is operator.getitem and saved.node.args[1] > 0:
         return "a statistic beside the result of its operator"
     if group < SMALLEST_GROUP:
         return f"too small to compress: no group of {SMALLEST_GROUP} elements or more divides {list(saved.value.shape)}"
-    if _is_divided_by(saved.there):
-        return "backward divides by it, or by what is computed from it alone: a small value would become 0"
+    if _is_divided_by(saved.there, gradients):
+        return "backward divides by it, or by what is computed from it: a small value would become 0"
     if _feeds_recomputed_quantize(saved.there):
         return "codes of a GEMM are recomputed from it"
     if view_shape(saved.value.shape) is None:
@@ -166,12 +167,17 @@ _NEVER_SMALL = (aten.exp.default, aten.sigmoid.default)
 """Of values near 0; softplus and mish divide by an exponential plus one."""
 
 
-def _is_divided_by(node: fx.Node) -> bool:
+def _gradients(backward: fx.Graph) -> set[fx.Node]:
+    """What depends on the gradients that the backward half is given."""
+    found: set[fx.Node] = set()
+    for node in backward.nodes:
+        if (node.op == "placeholder" and phase_of(node) == BACKWARD) or any(n in found for n in node.all_input_nodes):
+            found.add(node)
+    return found
+
+
+def _is_divided_by(node: fx.Node, gradients: set[fx.Node]) -> bool:
     """Whether backward divides by a tensor, or by what it computes from that element by element (gradients are no divisors)."""
-    gradients: set[fx.Node] = set()
-    for other in node.graph.nodes:
-        if (other.op == "placeholder" and phase_of(other) == BACKWARD) or any(n in gradients for n in other.all_input_nodes):
-            gradients.add(other)
     seen, stack = {node}, [node]
     while stack:
         divisor = stack.pop()

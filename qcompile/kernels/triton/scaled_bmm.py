@@ -120,9 +120,9 @@ def scaled_bmm(
     out = a.new_empty((batch, m, n), dtype=out_dtype)
     if out.numel() == 0:
         return out
-    config = config or tuning.choose(family(a.device), m, n, k)
-    if bias is not None:
-        config = tuning.for_requantize(config)
+    if config is None:
+        config = tuning.choose(family(a.device), m, n, k)
+        config = config if bias is None else tuning.for_requantize(config)
     biases = None if bias is None else bias.expand(batch, m, n)
     step_bias, stride_bias_m, stride_bias_n = (0, 0, 0) if biases is None else biases.stride()
     with device_guard(a):
