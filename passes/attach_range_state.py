@@ -200,7 +200,7 @@ def _replace_static(
     node, spec = item.node, item.spec
     x, dims = node.args[0], tuple(node.args[1])
     ours = meta_of(node, without=("qtrain_range",)) | scope
-    plain = tuple(item.stats.values())
+    plain, extremes = tuple(item.stats.values()), _extremes(item.stats)
     shape = list(next(iter(node.users)).meta["val"].shape)
     with after(graph, max([node, *plain])):
         memory = {}
@@ -217,11 +217,19 @@ def _replace_static(
             call(graph, SELECT, s, memory["steps"], p, scope=ours) for s, p in zip(stored, present, strict=True)
         )
         scale, zero = _scale(graph, spec, low, high, ours)
-        visible = inline(graph, formulas.visible_scale, scale, *plain, scope=ours)
+        visible = inline(graph, formulas.visible_scale, scale, *extremes, scope=ours)
         bounds = (high,) if spec.symmetric else (low, high)
         item.stats["clipped"] = inline(graph, formulas.clipped, x, dims, *bounds, scope=ours)
         item.stats["clipped"].meta["qtrain_statistic"] = "clipped"
     _set_range(node, scale, zero, dequantize_scale=visible)
+
+
+def _extremes(stats: dict[str, fx.Node]) -> tuple[fx.Node, ...]:
+    """The statistics that say whether a tensor is finite: others may overflow over one that is."""
+    for names in (("amax",), ("min", "max")):
+        if all(name in stats for name in names):
+            return tuple(stats[name] for name in names)
+    return tuple(stats.values())
 
 
 def _scale(

@@ -19,6 +19,8 @@ Requires  the form that attach_range_state leaves, before or after the partition
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor, fx
 
@@ -33,10 +35,15 @@ __all__ = ["bind_state", "state_of"]
 def bind_state(*modules: fx.GraphModule) -> int:
     """Edit the modules of one step (a joint graph's, or its halves') in place; return the number of inputs that became buffers."""
     values: dict[str, Tensor] = {}
-    return sum(_bind(module, values) for module in modules)
+    identity = f"bound {next(_STEPS)}"
+    return sum(_bind(module, values, identity) for module in modules)
 
 
-def _bind(module: fx.GraphModule, values: dict[str, Tensor]) -> int:
+_STEPS = itertools.count()
+"""Steps bound in this process: their streams of random draws differ, and are the same when a run is repeated."""
+
+
+def _bind(module: fx.GraphModule, values: dict[str, Tensor], identity: str) -> int:
     graph = module.graph
     bound: set[fx.Node] = set()
     for node in graph.find_nodes(op="placeholder"):
@@ -47,7 +54,7 @@ def _bind(module: fx.GraphModule, values: dict[str, Tensor]) -> int:
         if name not in values:
             layout = node.meta["qtrain_layout"]
             with real_tensors():  # a partitioner runs under a mode that makes fake tensors
-                made = initial_values(layout) if what == "state" else torch.arange(layout.numel)
+                made = initial_values(layout, identity) if what == "state" else torch.arange(layout.numel)
                 values[name] = made.to(node.meta["val"].device)
         module.register_buffer(name, values[name])
         bound.add(_as_buffer(graph, node, name))

@@ -38,7 +38,6 @@ from passes.cut import Cut, Saved, view_shape
 from passes.gemms import INTEGER
 from passes.graph import (
     ALIASES,
-    BACKWARD,
     CASTS,
     DEQUANTIZE,
     EXPAND,
@@ -48,8 +47,10 @@ from passes.graph import (
     VIEWS,
     aten,
     call,
+    depends_on_gradients,
     erase_unused,
     phase_of,
+    size_hint,
 )
 from passes.inlining import inline
 from passes.save_codes import sources
@@ -79,7 +80,7 @@ def compress_saved(
     tensors = [s for s in saved if s.value.is_floating_point() and not _is_scale(s)]
     sizes = {s: _size(s.value) for s in saved}
     largest = max(sizes.values(), default=0)
-    gradients = _gradients(backward)
+    gradients = depends_on_gradients(backward)
     compressed = 0
     for s in tensors:
         if sizes[s] * SMALLEST_SHARE < largest or sizes[s] < SMALLEST_GROUP:
@@ -118,8 +119,8 @@ def _why_not(saved: Saved, group: int, context: PassContext, gradients: set[fx.N
         return "a statistic beside the result of its operator"
     if group < SMALLEST_GROUP:
         return f"too small to compress: no group of {SMALLEST_GROUP} elements or more divides {list(saved.value.shape)}"
-    if _is_divided_by(saved.there, gradients):
-        return "backward divides by it, or by what is computed from it: a small value would become 0"
+    if why := _needs_its_values(saved.there, gradients):
+        return why
     if _feeds_recomputed_quantize(saved.there):
         return "codes of a GEMM are recomputed from it"
     if view_shape(saved.value.shape) is None:
@@ -160,38 +161,39 @@ def _feeds_softmax(node: fx.Node) -> bool:
 
 _SINGULAR = (
     aten.reciprocal.default, aten.rsqrt.default, aten.log.default, aten.log2.default, aten.log10.default, aten.log1p.default,
+    aten.digamma.default, aten.polygamma.default,
 )  # fmt: skip
+_EQUALITY = (aten.eq.Tensor, aten.eq.Scalar, aten.ne.Tensor, aten.ne.Scalar)
 _SELECTED = (aten.slice.Tensor, aten.select.int, aten.split.Tensor, aten.split_with_sizes.default, EXPAND, operator.getitem)
 
 _NEVER_SMALL = (aten.exp.default, aten.sigmoid.default)
 """Of values near 0; softplus and mish divide by an exponential plus one."""
 
 
-def _gradients(backward: fx.Graph) -> set[fx.Node]:
-    """What depends on the gradients that the backward half is given."""
-    found: set[fx.Node] = set()
-    for node in backward.nodes:
-        if (node.op == "placeholder" and phase_of(node) == BACKWARD) or any(n in found for n in node.all_input_nodes):
-            found.add(node)
-    return found
+def _needs_its_values(node: fx.Node, gradients: set[fx.Node]) -> str | None:
+    """Why codes are too coarse for what backward does with a tensor, or with what it computes from that element by element.
 
-
-def _is_divided_by(node: fx.Node, gradients: set[fx.Node]) -> bool:
-    """Whether backward divides by a tensor, or by what it computes from that element by element (gradients are no divisors)."""
+    It may divide by it (gradients are no divisors), or ask where it equals something, as that of a maximum does: it divides by the
+    number of those places.
+    """
     seen, stack = {node}, [node]
     while stack:
-        divisor = stack.pop()
-        for user in divisor.users:
+        value = stack.pop()
+        for user in value.users:
             if user.op != "call_function":
                 continue
+            if user.target in _EQUALITY:
+                return "backward asks where it equals something, as for a maximum: codes would not"
             negative_power = user.target is aten.pow.Tensor_Scalar and user.args[1] < 0
-            if user.target in _SINGULAR or negative_power or (user.target is aten.div.Tensor and user.args[1] is divisor):
-                return True
+            unknown_power = user.target is aten.pow.Tensor_Tensor and user.args[0] is value
+            divisor = user.target is aten.div.Tensor and user.args[1] is value
+            if user.target in _SINGULAR or negative_power or unknown_power or divisor:
+                return "backward divides by it, or by what is computed from it: a small value would become 0"
             pointwise = torch.Tag.pointwise in getattr(user.target, "tags", ()) and user.target not in _NEVER_SMALL
             if (pointwise or user.target in (*_UNCHANGED, *_SELECTED)) and user not in gradients and user not in seen:
                 seen.add(user)
                 stack.append(user)
-    return False
+    return None
 
 
 def _feeds_exp(node: fx.Node) -> bool:
@@ -268,8 +270,8 @@ def fixed_size(value: Tensor) -> int:
     return inner
 
 
-def _hint(size: int | torch.SymInt) -> int:
-    return size if isinstance(size, int) else int(size.node.hint or 1)
+def _hint(size: object) -> int:
+    return size_hint(size) or 1
 
 
 def _size(value: Tensor) -> int:

@@ -261,11 +261,6 @@ def parameter_source(name: str) -> str:
     return f"L['self']{path}._parameters['{leaf}']"
 
 
-def primals(graph: fx.Graph) -> list[fx.Node]:
-    """The graph's inputs that are not gradients, in order."""
-    return [n for n in graph.nodes if n.op == "placeholder" and "tangents" not in str(n.target)]
-
-
 def device_of(inputs: Iterable[Any]) -> torch.device:
     """Where a graph with these inputs computes: on an accelerator if one of them is there. The batch may come from the CPU."""
     devices = [v.device for v in inputs if isinstance(v, torch.Tensor) and v.ndim > 0]

@@ -10,7 +10,9 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-__all__ = ["DynamoInputs"]
+from passes.graph import primals
+
+__all__ = ["DynamoInputs", "input_positions"]
 
 
 @dataclass
@@ -52,12 +54,12 @@ class DynamoInputs:
     def weights(self, graph: fx.Graph) -> tuple[frozenset[str], frozenset[str]]:
         """The inputs of AOTAutograd's graph that are weights though they are no Parameters: (anywhere, on the right of a product as
         in `F.linear`)."""
-        found = [(name, index) for name, index in _positions(graph) if index < len(self.sources)]
+        found = [(name, index) for name, index in input_positions(graph) if index < len(self.sources)]
         return frozenset(n for n, i in found if self.is_constant[i]), frozenset(n for n, i in found if self.is_leaf[i])
 
     def positions(self, graph: fx.Graph) -> dict[str, int]:
         """Placeholder -> which of Dynamo's inputs it is, for those that are Parameters."""
-        return {name: index for name, index in _positions(graph) if index < len(self.sources) and self.is_parameter[index]}
+        return {name: index for name, index in input_positions(graph) if index < len(self.sources) and self.is_parameter[index]}
 
 
 _LOCAL = re.compile(r"L\[(['\"])[^'\"]*\1\]")
@@ -68,9 +70,9 @@ def _lasts(source: str, example: Tensor) -> bool:
     return not example.requires_grad or example.is_leaf or "_parameters[" in source
 
 
-def _positions(graph: fx.Graph) -> Iterator[tuple[str, int]]:
-    primals = [n for n in graph.nodes if n.op == "placeholder" and "tangents" not in str(n.target)]
-    for position, node in enumerate(primals):
+def input_positions(graph: fx.Graph) -> Iterator[tuple[str, int]]:
+    """(placeholder, which of Dynamo's inputs it is, or belongs to) of a joint or inference graph."""
+    for position, node in enumerate(primals(graph)):
         yield node.name, getattr(_whole(node.meta.get("desc")), "idx", position)  # AOTAutograd may have dropped or added inputs
 
 

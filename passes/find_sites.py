@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -31,7 +32,7 @@ from torch import fx
 
 from passes.context import Gemm, PassContext, Site
 from passes.gemms import BATCHED, CONVOLUTION, CONVOLUTIONS, GEMMS, geometry, operands, product_shape
-from passes.graph import BACKWARD, CONV_GRAD_INPUT, CONV_GRAD_WEIGHT, phase_of
+from passes.graph import BACKWARD, CONV_GRAD_INPUT, CONV_GRAD_WEIGHT, phase_of, size_hint
 from passes.operands import Operand, resolve_operand, unquantized
 from qcompile.wrappers import without_private_wrappers
 
@@ -267,7 +268,12 @@ def _fits(node: fx.Node, f: _Forward, role: str) -> bool:
     names = list(f.operands)
     wanted = operands(f.node)[names.index("input" if role == "grad_input" else f.second)].meta["val"].shape
     got = node.meta["val"].shape
-    return sorted(map(str, wanted)) == sorted(map(str, got))
+    return _sizes(wanted) == _sizes(got)
+
+
+def _sizes(shape: Sequence[object]) -> list[int | str]:
+    """In an order of its own. A symbolic size may be written as a number elsewhere in the graph, or as another expression."""
+    return sorted((str(size) if (hint := size_hint(size)) is None else hint for size in shape), key=str)
 
 
 def _record_fused(node: fx.Node, context: PassContext, names: Counter[str]) -> None:

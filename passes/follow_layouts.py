@@ -4,14 +4,17 @@ Before                                          After
   y = scaled_conv(...)   # channels last          y = scaled_conv(...)
   r = relu(y)            # meta: contiguous       r = relu(y)                           # meta: channels last
   v = view(r, [8, 64])                            c = clone(r, contiguous); v = view(c, [8, 64])
+  s = as_strided(r, ...)                          c = clone(r, contiguous); s = as_strided(c, ...)
   return r                                        return clone(r, contiguous)
 
 An integer convolution writes channels last, whatever the layout of the convolution that it stands for. What is computed from it
 follows, and a view that the new layout does not allow gets a copy. What the graph returns keeps its strides: a user may have
-counted on them.
+counted on them. So does what is read by an operator that goes by strides: `as_strided`, fused attention, some of aten's kernels,
+and every operator that is not PyTorch's or ours.
 
 Numerics  exact: only layouts change.
-Requires  the form that fuse_matmul leaves. Ensures: the strides of every meta["val"] are those of an eager run.
+Requires  the form that fuse_matmul leaves. Ensures: the strides of every meta["val"] are those of a run of this graph, operator by
+          operator.
 """
 
 from __future__ import annotations
@@ -26,7 +29,6 @@ from passes.graph import VIEWS, aten, call, meta_of, refresh
 
 __all__ = ["follow_layouts"]
 
-_VIEW = aten.view.default
 _ROLES = ("qtrain_gemm", "qtrain_range", "qtrain_split")  # what a copy does not have
 
 
@@ -34,14 +36,14 @@ def follow_layouts(graph: fx.Graph, context: PassContext | None = None) -> int:
     """Return the number of copies inserted."""
     output = next(iter(graph.find_nodes(op="output")))
     returned = {n: n.meta["val"].stride() for n in output.all_input_nodes if isinstance(n.meta.get("val"), Tensor)}
-    moved: set[fx.Node] = set()
+    moved: dict[fx.Node, Any] = {}  # node -> the strides (of each of its results) that it had
     copies = 0
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
         old = node.meta.pop("qtrain_strides", None)
         if old is not None:
-            moved.add(node)
+            moved[node] = [old]
             if node in returned:
                 returned[node] = old
         elif any(source in moved for source in node.all_input_nodes):
@@ -50,15 +52,50 @@ def follow_layouts(graph: fx.Graph, context: PassContext | None = None) -> int:
                     copy = _copy(graph, node.args[0], node, torch.contiguous_format)
                 node.update_arg(0, copy)
                 copies += 1
+            elif _goes_by_strides(node):
+                copies += _restore(graph, node, moved)
             before = _strides(node.meta.get("val"))
             refresh(node)
             if _strides(node.meta.get("val")) != before:
-                moved.add(node)
+                moved[node] = before
     for node, strides in returned.items():
         if node in moved and not _same(node.meta["val"], strides):
             with graph.inserting_before(output):
                 copy = _copy(graph, node, node, _format(strides, node))
             output.replace_input_with(node, copy)
+            copies += 1
+    return copies
+
+
+_LAYOUT_FREE = ("aten", "prims", "qtrain")
+"""Namespaces of operators that mean the same in every layout, but for `_BY_STRIDES`."""
+_BY_STRIDES = (
+    "as_strided",
+    "view_as_",
+    "_scaled_dot_product",
+    "_efficient_attention",
+    "_flash_attention",
+    "_weight_norm_interface",  # takes its operands for contiguous
+)
+"""Beginnings of their names."""
+
+
+def _goes_by_strides(node: fx.Node) -> bool:
+    target: Any = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return getattr(target, "__module__", "") != "_operator"  # a higher-order operator: a kernel of the user's, or a graph
+    return target.namespace not in _LAYOUT_FREE or target._opname.startswith(_BY_STRIDES)
+
+
+def _restore(graph: fx.Graph, node: fx.Node, moved: dict[fx.Node, Any]) -> int:
+    """Let a node read copies of what has moved, laid out as before; return their number."""
+    copies = 0
+    for source in node.all_input_nodes:
+        value = source.meta.get("val")
+        if source in moved and isinstance(value, Tensor) and not _same(value, moved[source][0]):
+            with graph.inserting_before(node):
+                copy = _copy(graph, source, node, _format(moved[source][0], source))
+            node.replace_input_with(source, copy)
             copies += 1
     return copies
 

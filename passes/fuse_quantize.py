@@ -33,6 +33,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from passes.graph import (
     CAST,
@@ -106,7 +107,7 @@ class _Statistics:
         return False
 
     def _note_share(self, match: Match, *, x: fx.Node, bound: fx.Node, dims: list[int], count: object) -> bool:
-        if _all_axes(x, dims) and bound.meta["val"].ndim == 0:
+        if _all_axes(x, dims) and bound.meta["val"].ndim == 0 and _is_numel(count, x):
             self.share.setdefault((x, bound), []).append(match.output_node())
         return False
 
@@ -117,6 +118,12 @@ def _many(target: Any, *args: Any) -> CallFunction:
 
 def _all_axes(x: fx.Node, dims: list[int]) -> bool:
     return sorted(d % x.meta["val"].ndim for d in dims) == list(range(x.meta["val"].ndim))
+
+
+def _is_numel(count: object, x: fx.Node) -> bool:
+    """Whether a share is one of all elements. A user's own sum may be divided by anything."""
+    value = count.meta["val"] if isinstance(count, fx.Node) else count
+    return isinstance(value, int | torch.SymInt) and statically_known_true(value == x.meta["val"].numel())
 
 
 # ---- one operator for all

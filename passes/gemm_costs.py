@@ -30,6 +30,7 @@ from passes.graph import (
     VIEWS,
     on_gpu,
     phase_of,
+    size_hint,
 )
 from passes.insert_qdq import insert_qdq
 from passes.share_quantized import share_quantized
@@ -37,7 +38,7 @@ from qcompile.kernels.cpu import writes_out_epilogue
 from qcompile.kernels.profit import Cast, Hadamard, Like, Product, Quantize, Transpose, Trial
 from qcompile.specs import QuantSpec
 
-__all__ = ["GemmCost", "Measure", "gemm_costs", "measured_costs", "quantized_copy", "root_of"]
+__all__ = ["GemmCost", "Measure", "gemm_costs", "measured_costs", "quantized_copy", "quantized_tensor_of"]
 
 Measure = Callable[[Sequence[Trial], torch.device], dict[Trial, float]]
 """Trials -> seconds of each; `qcompile.kernels.profit.measure`."""
@@ -139,7 +140,7 @@ def _cost(gemm: fx.Node, where: GemmNode) -> GemmCost:
         codes.append(like)
         scales.append(_like(operand.args[1]))
         zeros.append(None if operand.args[2] is None else _like(operand.args[2]))
-        source = root_of(x)
+        source = quantized_tensor_of(x)
         if source.meta["val"].dtype != operand.args[3]:
             hp_parts["cast", source.name] = Cast(_like(source), operand.args[3])
     wide = where.role == "grad_weight" and _cast_to_fp32(gemm)
@@ -186,7 +187,7 @@ def _hadamard_of(x: fx.Node) -> Hadamard | None:
     return Hadamard(_like(given), axis, block)
 
 
-def root_of(x: fx.Node) -> fx.Node:
+def quantized_tensor_of(x: fx.Node) -> fx.Node:
     """The model's own tensor behind the view, and the transform, in which it is quantized."""
     node = _viewed(x)
     return _viewed(node.args[0]) if node.target is HADAMARD else node
@@ -208,13 +209,11 @@ def _cast_to_fp32(gemm: fx.Node) -> bool:
 
 
 def _hint(size: object) -> int:
-    """A size as a number: of a symbolic one what it was when it was traced. No guard is added."""
-    if isinstance(size, int):
-        return size
-    hint = getattr(getattr(size, "node", None), "hint", None)
+    """Errors: `_NotKnown`."""
+    hint = size_hint(size)
     if hint is None:
         raise _NotKnown
-    return int(hint)
+    return hint
 
 
 def _like(node: fx.Node) -> Like:

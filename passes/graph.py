@@ -70,20 +70,39 @@ def fake_mode(graph: fx.Graph) -> FakeTensorMode:
     return FakeTensorMode(allow_non_fake_inputs=True)
 
 
+def is_gradient(node: fx.Node) -> bool:
+    """Whether a node is the gradient of one of the user's outputs, which AOTAutograd calls a tangent."""
+    return node.op == "placeholder" and "tangents" in str(node.target)
+
+
+def primals(graph: fx.Graph) -> list[fx.Node]:
+    """The graph's inputs that are not gradients, in order."""
+    return [n for n in graph.find_nodes(op="placeholder") if not is_gradient(n)]
+
+
+def depends_on_gradients(graph: fx.Graph) -> set[fx.Node]:
+    """The gradients that a graph is given, and what is computed from them."""
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if is_gradient(node) or not found.isdisjoint(node.all_input_nodes):
+            found.add(node)
+    return found
+
+
 def phase_of(node: fx.Node) -> str:
     """Which half of the joint graph a node belongs to, by its tag. An inference graph has none: all of it is forward.
 
     Of the operators of a user's `autograd.Function` some have no tag until `canonicalize` has given them one.
     """
     tag = node.meta.get("partitioner_tag", "")
-    if node.op == "placeholder" and "tangents" in str(node.target):
+    if is_gradient(node):
         return BACKWARD
     return BACKWARD if tag in ("is_backward", "must_be_in_backward") else FORWARD
 
 
 def is_joint(graph: fx.Graph) -> bool:
-    """Whether the graph has a backward half (a placeholder for a gradient)."""
-    return any(n.op == "placeholder" and "tangents" in str(n.target) for n in graph.nodes)
+    """Whether the graph has a backward half: it is given a gradient."""
+    return any(map(is_gradient, graph.find_nodes(op="placeholder")))
 
 
 def scope_of(node: fx.Node, phase: str) -> dict[str, Any]:
@@ -160,6 +179,14 @@ def refresh_values(graph: fx.Graph, changed: Iterable[fx.Node]) -> None:
             continue
         set_value(node, value)
         stale.add(node)
+
+
+def size_hint(size: object) -> int | None:
+    """A size as a number: of a symbolic one what it was when it was traced, or None. No guard is added."""
+    if isinstance(size, int):
+        return size
+    hint = getattr(getattr(size, "node", None), "hint", None)
+    return None if hint is None else int(hint)
 
 
 def on_gpu(node: fx.Node) -> bool:

@@ -1,17 +1,25 @@
 """What identifies code that users bring: a compiled graph from other sources must never be served from a cache.
 
 `describe` turns a function, a class or a value into text that is equal, in this process and the next, for what does the same, and
-that differs where the source, a default, a bound argument or a captured value differs.
+that differs where the source, a default, a bound argument or a captured value differs. Tensors and arrays are told apart by all
+of their elements. What can neither be read nor pickled gets a text of its own every time: it never comes from a cache.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
+import secrets
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
 from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qcompile.torch_private import real_tensors
 
 __all__ = ["describe"]
 
@@ -42,10 +50,42 @@ def describe(value: Any, _seen: tuple[int, ...] = ()) -> str:
     if is_dataclass(value):
         own = (f"{f.name}={describe(getattr(value, f.name), seen)}" for f in fields(value))
         return _joined(describe(type(value), seen), own)
-    attributes = getattr(value, "__dict__", None)
-    if attributes is None or _known(value):
-        return f"{_name(type(value))}({getattr(value, '__name__', value if _known(value) else '')})"
-    return _joined(describe(type(value), seen), (f"{k}={describe(v, seen)}" for k, v in attributes.items()))
+    if isinstance(value, Tensor):
+        return _tensor(value)
+    if _known(value) and not isinstance(value, nn.Module):
+        return f"{_name(type(value))}({getattr(value, '__name__', value)})"
+    return _object(value, seen)
+
+
+def _object(value: object, seen: tuple[int, ...]) -> str:
+    """By its attributes; what is written in C has none, and is described as it would be pickled."""
+    if hasattr(value, "__dict__"):
+        return _joined(describe(type(value), seen), (f"{k}={describe(v, seen)}" for k, v in _attributes(value)))
+    try:
+        parts = value.__reduce_ex__(2)
+    except Exception:  # whatever a type raises that is not to be pickled
+        return f"{_name(type(value))}({secrets.token_hex()})"
+    if isinstance(parts, str):  # the name of a global
+        return f"{_name(type(value))}({parts})"
+    return describe(tuple(list(p) if isinstance(p, Iterator) else p for p in parts), seen)
+
+
+def _attributes(value: object) -> Iterator[tuple[str, object]]:
+    yield from vars(value).items()
+    for base in type(value).__mro__:
+        slots = vars(base).get("__slots__", ())
+        for name in (slots,) if isinstance(slots, str) else slots:
+            if name not in ("__dict__", "__weakref__") and hasattr(value, name):
+                yield name, getattr(value, name)
+
+
+def _tensor(value: Tensor) -> str:
+    try:
+        with real_tensors():  # a compiler's modes may be around us
+            elements = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    except Exception:  # sparse, or a fake one
+        return f"tensor({secrets.token_hex()})"
+    return f"tensor({value.dtype}, {list(value.shape)}, {value.device}, {hashlib.sha256(elements).hexdigest()})"
 
 
 def _function(fn: types.FunctionType, seen: tuple[int, ...]) -> str:

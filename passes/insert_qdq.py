@@ -316,12 +316,15 @@ _ROWS_ARE_TOKENS = {("input", "output"), ("grad_output", "grad_input")}
 def _changes_size(spec: QuantSpec, operand: str, role: str, batched: bool) -> str | None:
     """Why an estimator cannot remember one range for each scale: the next batch may have another number of tokens."""
     by_row = not isinstance(spec.granularity, PerTensor)
-    rows_are_tokens = by_row and (batched or (operand, role) in _ROWS_ARE_TOKENS)
+    # Blocks are cut along both axes, and one of an activation's is the batch's in every GEMM.
+    by_token = isinstance(spec.granularity, PerBlock) and operand != "weight"
+    rows_are_tokens = by_row and (batched or by_token or (operand, role) in _ROWS_ARE_TOKENS)
     if not rows_are_tokens or not spec.estimator.state_fields(spec.symmetric):
         return None
+    each = "row of each matrix of a batch" if batched else "token"
     return (
         f"{operand}: {type(spec.estimator).__name__} remembers a range for each scale, and {spec.granularity} has a scale for each "
-        "token here, whose number and meaning change with the batch; use PerTensor(), or an estimator without memory (MinMax())"
+        f"{each} here, whose number and meaning change with the batch; use PerTensor(), or an estimator without memory (MinMax())"
     )
 
 

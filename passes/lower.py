@@ -70,16 +70,21 @@ __all__ = ["assume_valid", "lower"]
 
 def lower(graph: fx.Graph, context: PassContext | None = None, *, steady: bool = False) -> int:
     """Return the number of nodes lowered. `steady`: compile for the case that every stored range is valid."""
-    lowered = _read_packed(graph) + write_out_epilogues(graph)
+    left_out = skipped()
+    lowered = _read_packed(graph)
+    if "write_out_epilogues" not in left_out:
+        lowered += write_out_epilogues(graph)
     transposed: dict[fx.Node, fx.Node] = {}
     for node in [n for n in graph.nodes if n.target in (SCALED_MM, SCALED_MM_PACKED, SCALED_MM_REQUANTIZE)]:
         lowered += _lay_out(graph, node, transposed)
     lowered += _read_and_write_state(graph, steady)  # first: what a scale depends on decides what can be fused
-    if "fuse_quantize" not in skipped():
+    if "fuse_quantize" not in left_out:
         lowered += fuse_quantize(graph)
     lowered += _round_by_keys(graph)
     lowered += _write_out_references(graph)
-    return lowered + scale_rows_first(graph)
+    if "scale_rows_first" not in left_out:
+        lowered += scale_rows_first(graph)
+    return lowered
 
 
 def assume_valid(graph: fx.Graph) -> int:

@@ -1,7 +1,7 @@
 """The order of the passes, and what runs them.
 
-`joint_steps` is the whole compiler up to the partitioner; `cut_steps` follow on the two halves together, `lower` on each. A step is
-a function from (graph, context) to a number of changes, so a pipeline of one's own is a list:
+`joint_steps` is the whole compiler up to the partitioner; `cut_steps` follow on the two halves together, `half_steps` on each. A
+step is a function from (graph, context) to a number of changes, so a pipeline of one's own is a list:
 
     steps = joint_steps()
     steps = insert_before(steps, "fuse_matmul", Step("mine", my_pass))
@@ -51,11 +51,13 @@ from passes.restore_convolution_backward import restore_convolution_backward
 from passes.restore_decompositions import restore_decompositions
 from passes.save_codes import save_codes
 from passes.save_transposed import save_transposed
+from passes.scale_rows_first import scale_rows_first
 from passes.share_quantized import share_quantized
 from passes.split_convolution_backward import split_convolution_backward
 from passes.store_masks import store_masks
 from passes.unfuse_attention import unfuse_attention
 from passes.verify import count_writes, verify
+from passes.write_out_epilogues import write_out_epilogues
 from qcompile.kernels.cpu.choice import prefers_int_mm
 from qcompile.kernels.registry import registered_kernels
 
@@ -65,6 +67,7 @@ __all__ = [
     "Pipeline",
     "Step",
     "cut_steps",
+    "half_steps",
     "insert_after",
     "insert_before",
     "joint_steps",
@@ -184,9 +187,8 @@ def list_passes() -> list[PassInfo]:
         _info("unfuse_attention", "program", unfuse_attention, "changes"),
         *(_info(s.name, "joint", s.run, s.numerics) for s in joint_steps()),
         *(_info(s.name, "cut", s.run, s.numerics) for s in cut_steps()),
-        _info("fuse_requantize", "half", fuse_requantize, "exact"),
-        _info("lower", "half", lower, "exact"),
-        _info("fuse_quantize", "half", fuse_quantize, "exact"),  # called by `lower`, between states and quantizes
+        *(_info(s.name, "half", s.run, s.numerics) for s in half_steps(steady=True, requantize=True)),
+        *(_info(p.__name__, "half", p, "exact") for p in (write_out_epilogues, fuse_quantize, scale_rows_first)),  # in `lower`
     ]
 
 
@@ -295,22 +297,43 @@ def run_cut_steps(
     return changes
 
 
-def lower_half(
-    graph: fx.Graph, context: PassContext, *, phase: str, steady: bool, writes: Counter[str] | None = None
-) -> int:
-    """Run `lower` on one half (`phase`: "forward" or "backward"); return the number of changes.
+def half_steps(*, steady: bool, requantize: bool = False) -> list[Step]:
+    """The passes over each half, in order.
 
-    Errors: `GraphError` where the half is not what the partitioner should have made of the joint graph, or lowering broke it.
+    steady      for the case that every stored range is valid
+    requantize  with results that leave GEMMs as codes; only if `steady`
+    """
+    return [
+        *([Step("fuse_requantize", fuse_requantize)] if requantize else []),
+        Step("lower", partial(lower, steady=steady)),
+    ]
+
+
+def lower_half(
+    graph: fx.Graph,
+    context: PassContext,
+    *,
+    phase: str,
+    steady: bool,
+    requantize: bool = False,
+    writes: Counter[str] | None = None,
+) -> int:
+    """Run `half_steps` on one half (`phase`: "forward" or "backward"); return the number of changes.
+
+    Errors: `GraphError` where the half is not what the partitioner should have made of the joint graph, or a step broke it.
     """
     verify(graph, after="the partitioner", writes=writes)
-    if "lower" in skipped():
-        return 0
-    position = len(joint_steps()) + len(cut_steps())
-    dump(graph, position, "lower", f"{phase}.before")
-    changes = lower(graph, context, steady=steady)
-    verify(graph, after="lower", writes=writes)
-    dump(graph, position, "lower", f"{phase}.after")
-    return changes
+    names, total = skipped(), 0
+    for number, step in enumerate(half_steps(steady=steady, requantize=requantize), start=len(joint_steps()) + len(cut_steps())):
+        if step.name in names:
+            continue
+        dump(graph, number, step.name, f"{phase}.before")
+        changes = step.run(graph, context) or 0
+        context.counts[step.name] = context.counts.get(step.name, 0) + changes
+        verify(graph, after=step.name, writes=writes)
+        dump(graph, number, step.name, f"{phase}.after")
+        total += changes
+    return total
 
 
 @lru_cache(maxsize=1)

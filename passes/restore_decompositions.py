@@ -64,7 +64,7 @@ def restore_decompositions(graph: fx.Graph, context: PassContext | None = None) 
             continue
         if not any(1 in _static_sizes(a) for a in node.args if isinstance(a, fx.Node)):
             continue  # only sizes of 1 are rewritten; tracing the others would change nothing
-        scope = meta_of(node)
+        role = {name: node.meta[name] for name in ("qtrain_gemm", "qtrain_label") if name in node.meta}
         tensors = [a for a in node.args if isinstance(a, fx.Node)]
         kwargs = dict(node.kwargs)
 
@@ -72,10 +72,11 @@ def restore_decompositions(graph: fx.Graph, context: PassContext | None = None) 
             return target(*args, **kwargs)  # type: ignore[operator]
 
         with graph.inserting_before(node):
-            result = inline(graph, whole, *tensors, scope=scope)
+            result = inline(graph, whole, *tensors, scope=meta_of(node, without=tuple(role)))
         if result.target is node.target:  # the table declined
             graph.erase_node(result)
             continue
+        result.meta.update(role)  # what the GEMM is for is said of one node
         replace(node, result)
         changes += 1
     return changes

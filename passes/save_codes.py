@@ -24,7 +24,7 @@ from torch import fx
 from passes.context import PassContext
 from passes.cut import Cut
 from passes.gemms import INTEGER
-from passes.graph import DEQUANTIZE, FORWARD, PERMUTE, erase_unused, phase_of
+from passes.graph import DEQUANTIZE, FORWARD, PERMUTE, depends_on_gradients, erase_unused, phase_of
 
 __all__ = ["save_codes", "sources"]
 
@@ -43,8 +43,9 @@ def save_codes(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int, cont
                 computed.add(cut.add(node))
                 added += 1
     erase_unused(backward)
+    gradients = depends_on_gradients(backward)
     for source in [n for n in computed if n.users and n.meta["val"].is_floating_point()]:
-        for mask in _masks_alone(source):
+        for mask in _masks_alone(source, gradients):
             cut.add(mask)
             added += 1
     erase_unused(backward)
@@ -52,15 +53,15 @@ def save_codes(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int, cont
     return added
 
 
-def _masks_alone(source: fx.Node) -> list[fx.Node]:
-    """The masks that backward computes from a saved tensor, if it computes nothing else from it but with gradients."""
+def _masks_alone(source: fx.Node, gradients: set[fx.Node]) -> list[fx.Node]:
+    """The masks that backward computes from a saved tensor, if it reads it for nothing else: no gradient meets its values."""
     masks, stack, seen = [], [source], set()
     while stack:
         for user in stack.pop().users:
             if user in seen:
                 continue
             seen.add(user)
-            if user.op != "call_function" or any("tangents" in str(n.target) for n in sources(user)):
+            if user.op != "call_function" or user in gradients:
                 return []
             if getattr(user.meta["val"], "dtype", None) is torch.bool:  # some operators return several tensors
                 masks.append(user)

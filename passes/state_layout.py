@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, fx
 
 from passes.context import Entry, PassContext, StateLayout
-from passes.graph import QUANTIZE, fake_mode, is_joint, set_value
+from passes.graph import QUANTIZE, fake_mode, is_joint, primals, set_value
 from passes.insert_qdq import RangeUse
 from qcompile.errors import GraphError
 from qcompile.estimators.step import initial_state
@@ -98,10 +98,9 @@ def layout_of(graph: fx.Graph, phase: str, entries: list[Entry], seeded: bool, c
 
 def add_inputs(graph: fx.Graph, layout: StateLayout) -> tuple[fx.Node, fx.Node]:
     """The state and its index, as inputs behind the last primal: earlier ones must keep their positions."""
-    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
-    last = [n for n in placeholders if "tangents" not in str(n.target)][-1]
+    last = primals(graph)[-1]
     device = next(n.meta["val"].device for n in graph.nodes if n.op == "call_function" and n.target is QUANTIZE)
-    layout.capacity = max(CAPACITY, 1 << (layout.numel - 1).bit_length())
+    layout.capacity = max(CAPACITY, 1 << layout.numel.bit_length())  # more than needed: an arena has its number in front
     nodes = []
     with fake_mode(graph):
         values = (

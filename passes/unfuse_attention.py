@@ -8,7 +8,8 @@ AOTAutograd would make one fused operator of it, forward and backward, with no p
 quantizes products of activations (`ops` has "bmm"), it is taken apart before the joint graph is traced. The price is the fused
 kernel's gain: the matrix of attention weights is written to memory.
 
-Numerics  the fused kernel's but for the order of its sums; dropout draws other numbers.
+Numerics  in fp32 the fused kernel's but for the order of its sums; in half precision scores and weights are rounded, which it
+          keeps in fp32. Dropout draws other numbers.
 Requires  a graph from Dynamo. Ensures: no fused attention is left in a module whose products the recipe quantizes.
 """
 
@@ -75,7 +76,7 @@ def attention(
         key = key.repeat_interleave(query.size(-3) // key.size(-3), -3)
         value = value.repeat_interleave(query.size(-3) // value.size(-3), -3)
     scale = 1 / math.sqrt(query.size(-1)) if scale is None else scale
-    scores = torch.matmul(query, key.transpose(-2, -1)) * scale
+    scores = torch.matmul(query * scale, key.transpose(-2, -1))  # not scaled afterwards: fp16 would overflow before
     if is_causal:
         seen = torch.ones(query.size(-2), key.size(-2), dtype=torch.bool, device=query.device).tril()
         scores = scores.masked_fill(~seen, float("-inf"))

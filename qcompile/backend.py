@@ -19,7 +19,6 @@ from torch import Tensor, fx, nn
 from passes.context import PassContext, device_of
 from passes.dynamo_inputs import DynamoInputs
 from passes.environment import skipped
-from passes.fuse_requantize import fuse_requantize
 from passes.gemms import INTEGER
 from passes.graph import BACKWARD, FORWARD, SCALED_MM, SCALED_MM_PACKED, SCALED_MM_REQUANTIZE, SELECT
 from passes.pipeline import Pipeline, lower_half
@@ -271,9 +270,8 @@ class Compilation:
         return strictly(run) if self.context.strict else run
 
     def _lower(self, half: fx.GraphModule, phase: str) -> None:
-        if self.options.requantize and "fuse_requantize" not in skipped():
-            self.context.counts["fuse_requantize"] = self.context.counts.get("fuse_requantize", 0) + fuse_requantize(half.graph)
-        lower_half(half.graph, self.context, phase=phase, steady=True, writes=Counter({phase: self.writes[phase]}))
+        writes, requantize = Counter({phase: self.writes[phase]}), self.options.requantize
+        lower_half(half.graph, self.context, phase=phase, steady=True, requantize=requantize, writes=writes)
         half.recompile()
         self._record_kernels(half.graph)
         self.record.halves.append(phase)

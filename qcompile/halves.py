@@ -146,7 +146,7 @@ def backward_with_state(compiled: CompiledHalf, dynamic: Interpreted | None, inp
     index, state = inputs.positions["backward", "index"], inputs.positions["backward", "state"]
 
     def run(args: list[Any]) -> Any:
-        binding = binding_of(args[index])
+        binding = binding_of(args[index], args[state])
         if binding is not None:
             # Not the saved tensor itself: with retain_graph it is unpacked again, and must not have been written; and
             # saved-tensor hooks may have handed back a copy.

@@ -6,13 +6,19 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import qcompile
-from passes.context import PassContext
+from passes.context import Entry, PassContext, StateLayout
+from passes.state_layout import SEED_FIELDS
 from qcompile import halves, range_state
+from qcompile.estimators import InHindsight, IntervalUpdate
+from qcompile.estimators.step import initial_state
 from qcompile.recipes import get_recipe
-from qcompile.state import binding
+from qcompile.specs import QuantSpec
+from qcompile.state import binding, replicas
 from qcompile.state.replicas import Replicas
-from tests.compiling import compiled
+from qcompile.state.store import RangeStore, initial_values
+from tests.compiling import AVERAGE, compiled
 from tests.device import seeded
+from tests.passes.graphs import joint_graph
 
 WIDTH = 16
 
@@ -155,3 +161,78 @@ def test_ranges_of_one_model_are_exchanged_once_however_many_shapes_it_was_compi
             run(seeded(rows, WIDTH, seed=0))
         replicas.exchange()
     assert planned[0] > 0 and set(planned) == {planned[0]}
+
+
+# ---- whose state it is
+
+
+def layout(estimator, *, bits=8, size=1, capacity=1024):
+    spec = QuantSpec(bits=bits, estimator=estimator)
+    fields = initial_state(estimator, spec.symmetric)
+    made = StateLayout("backward", capacity)
+    entry = Entry("w", "layer#0.grad_output", tuple(fields), tuple(fields.values()), size, "up", "grad_output", (), spec)
+    made.add([entry])
+    return made
+
+
+def bound(made, owner, store):
+    binder = binding.Binder({"backward": made}, torch.device("cpu"), store)
+    return binder.bind([owner])["backward"]
+
+
+def test_copies_of_saved_state_find_the_arena_that_they_are_of():
+    """Hooks that offload saved tensors hand back copies: equal indices into several arenas must not be mistaken."""
+    owners = [nn.Parameter(torch.ones(2, 2)) for _ in range(6)]
+    stores = [RangeStore()] * 5 + [RangeStore()]
+    made = layout(InHindsight(), size=200)
+    bindings = [bound(made, owner, store) for owner, store in zip(owners, stores, strict=True)]
+    assert len({id(b.arena) for b in bindings}) > 2 and torch.equal(bindings[0].index, bindings[-1].index)
+    for b in bindings:
+        assert binding.binding_of(b.index, b.tensor) is b
+        assert binding.binding_of(b.index.clone(), b.tensor.clone()) is b
+
+
+def test_a_layout_that_fills_an_arena():
+    made = layout(InHindsight(), size=256)
+    assert made.numel == 1024
+    joint = joint_graph(nn.functional.linear, torch.randn(4, 8), torch.randn(8, 8), recipe=AVERAGE, parameters=(1,))
+    joint.through("attach_range_state")
+    assert all(found.capacity > found.numel for found in joint.context.layouts.values())
+    made.capacity = 2048
+    assert bound(made, nn.Parameter(torch.ones(2, 2)), RangeStore()).index.min() > 0
+
+
+def test_ranges_for_codes_of_another_width_are_others():
+    store, owner = RangeStore(), nn.Parameter(torch.ones(2, 2))
+    eight = bound(layout(IntervalUpdate(), bits=8), owner, store)
+    eight.slots[0].write("gamma", 0.3)
+    four = bound(layout(IntervalUpdate(), bits=4), owner, store)
+    assert four.slots[0].read("gamma") == 1.0 and four.slots[0].bits == 4
+    again = bound(layout(IntervalUpdate(), bits=8), owner, store)
+    assert again.slots[0] is eight.slots[0] and again.slots[0].bits == 8
+
+
+@pytest.mark.parametrize("learnt, agreed", [((1, 0), 0.3), ((1, 2), 0.5), ((0, 0), 0.5)], ids=str)
+def test_ranks_that_have_learnt_nothing_are_no_part_of_a_mean(learnt, agreed, monkeypatch):
+    owners = [nn.Parameter(torch.ones(2, 2)) for _ in learnt]
+    ranks = [bound(layout(IntervalUpdate()), owner, RangeStore()) for owner in owners]
+    for rank, gamma, steps in zip(ranks, (0.3, 0.7), learnt, strict=True):
+        rank.slots[0].write("gamma", gamma)
+        rank.slots[0].write("steps", float(steps))
+    everyone = torch.cat([rank.tensor[rank.index] for rank in ranks])
+    monkeypatch.setattr(replicas.dist, "get_world_size", lambda group=None: 2)
+    monkeypatch.setattr(replicas.dist, "all_gather_into_tensor", lambda out, mine, group=None: out.copy_(everyone))
+    replicas._Plan(ranks[:1]).run(None)
+    assert ranks[0].slots[0].read("gamma").item() == pytest.approx(agreed)
+    assert ranks[0].slots[0].read("steps") == max(learnt)
+
+
+def test_state_as_buffers_draws_by_step_and_rank(monkeypatch):
+    made = StateLayout("forward")
+    made.add([Entry(None, "seed.forward", SEED_FIELDS, (0.0, 0.0, 0.0), 1, "", "seed_forward")])
+    torch.manual_seed(0)
+    first, same, other = (initial_values(made, identity) for identity in ("0", "0", "1"))
+    assert torch.equal(first, same) and not torch.equal(first, other)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
+    assert not torch.equal(first, initial_values(made, "0"))

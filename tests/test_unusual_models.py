@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from qcompile import QtrainWarning, compiled_graphs, get_recipe, range_state
+from qcompile.backend import qtrain
 from qcompile.kernels import record_launches
 from tests.compiling import compiled, nearest
 from tests.numerics import row_snr_db
@@ -242,3 +243,34 @@ def test_seeds_do_not_depend_on_the_default_dtype(interpreted, dtype):
     finally:
         torch.set_default_dtype(torch.float32)
     assert want and want == got and all(value.dtype is torch.float32 for value in got.values())
+
+
+# ---- sizes that are written in several ways
+
+
+class Flat(nn.Module):
+    """With a dynamic batch, what a view makes of other axes has sizes that are expressions."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.first, self.last = how, nn.Linear(64, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        match self.how:
+            case "flatten":
+                x = x.flatten(1)
+            case "chunk":
+                x = x.reshape(-1, 128).chunk(2, -1)[0]
+            case "reshape":
+                x = x.reshape(x.shape[0] // 2, 2, 64).sin()
+        return self.last(self.first(x).relu())
+
+
+@pytest.mark.parametrize("how", ["flatten", "chunk", "reshape"])
+def test_gradients_are_found_by_their_sizes_however_they_are_written(interpreted, how):
+    model = Flat(how)
+    run = torch.compile(model, backend=qtrain, dynamic=True, options={"recipe": TENSORWISE, "strict": True})
+    for batch in (16, 8):
+        with record_launches() as launches:
+            run(torch.randn(batch, 8, 8)).square().mean().backward()
+        assert len(launches) == 5  # the input has no gradient

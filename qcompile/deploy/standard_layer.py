@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from qcompile.deploy.integer_layer import IntegerLayer, with_layers
 from qcompile.errors import StateError, UnsupportedError
-from qcompile.ops.fake_quantize import levels
+from qcompile.ops.fake_quantize import levels, whole_zero_point
 
 __all__ = ["StandardLayer", "standard_layers", "with_standard_layers"]
 
@@ -75,16 +75,11 @@ class StandardLayer(nn.Module):
         bits, form = layer.input_bits, layer.input_form
         if form == "offset":
             assert layer.input_offset is not None
-            self.zero = int(torch.round(-layer.input_offset / layer.input_scale)) + _MIDDLE
+            self.zero = int(whole_zero_point(layer.input_offset, layer.input_scale)) + _MIDDLE
             self.low, self.high = _MIDDLE - 2 ** (bits - 1), _MIDDLE + 2 ** (bits - 1) - 1
         else:
             self.zero = 0 if form == "unsigned" else _MIDDLE
             self.low, self.high = (self.zero + bound for bound in levels(bits, form))
-        if not 0 <= self.zero <= 255:
-            raise UnsupportedError(
-                f"export: the zero point of the input of {self.name!r} is {self.zero - _MIDDLE}, outside of the codes -128 to 127 "
-                "that the standard formats allow for it: its range lies far from 0."
-            )
 
     @property
     def integer(self) -> bool:

@@ -95,10 +95,9 @@ def learning_rate_factors(state: RangeState, *, a: float = 20.0, b: float = 0.1)
     check_number("learning_rate_factors.a", a, 0, math.inf, above=True)
     check_number("learning_rate_factors.b", b, 0, 1)
     deviations: dict[str, float] = {}
-    for name in state.names():
+    for name, fields in state.snapshot().items():
         module, _, operand = name.rpartition(".")
-        fields = state[name] if operand.startswith("grad_output") else {}
-        if "deviation" in fields:
+        if operand.startswith("grad_output") and "deviation" in fields:
             layer = module.partition("#")[0]  # "proj#1": its second use in a step
             deviations[layer] = max(deviations.get(layer, 0.0), float(fields["deviation"].max()))
     if not deviations:

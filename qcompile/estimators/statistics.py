@@ -31,7 +31,8 @@ def statistics(x: Tensor, dims: Sequence[int], names: Iterable[str]) -> dict[str
 def _reduced(x: Tensor, dims: list[int], name: str) -> Tensor:
     keep = len(dims) != x.ndim
     count = _count(x, dims)
-    if name == "count" or (isinstance(count, int) and count == 0):
+    empty = isinstance(x.numel(), int) and x.numel() == 0  # groups without elements, or no groups
+    if name == "count" or empty:
         shape = [1 if d in dims else s for d, s in enumerate(x.shape)] if keep else []
         return x.new_ones(shape, dtype=torch.float32) * count
     match name:
@@ -121,12 +122,12 @@ class Elements:
         return statistics(self.values, self.dims, ["count"])["count"] * 0 + value
 
     def sorted(self, values: Tensor) -> Tensor:
-        """Each group's values in ascending order, along a new last axis: [..., count]."""
-        if not self._keep:
-            return values.reshape(-1).sort().values
-        kept = [d for d in range(values.ndim) if d not in self.dims]
+        """Each group's values in ascending order, along a new last axis: [..., count]; of an empty group one zero."""
+        kept = [d for d in range(values.ndim) if d not in self.dims] if self._keep else []
         sizes = [self.values.shape[d] for d in kept]
-        return values.permute(*kept, *self.dims).reshape(*sizes, -1).sort(-1).values
+        if isinstance(self.count, int) and self.count == 0:
+            return values.new_zeros((*sizes, 1))
+        return values.permute(*kept, *self.dims).reshape(*sizes, self.count).sort(-1).values
 
     def quantile(self, values: Tensor, share: float) -> Tensor:
         """The smallest value with at least `share` (0..1) of the group at or below it (nearest rank)."""

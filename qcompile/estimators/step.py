@@ -98,12 +98,14 @@ def _like(value: Tensor, field: Tensor) -> Tensor:
 
 
 def _width(stats: Stats) -> Tensor:
-    """Above 0 unless all elements are 0 (or, by min and max, or std, alike)."""
+    """Above 0 unless all elements are 0 (or, where the range is made of their deviation, alike)."""
     if "amax" in stats:
         return stats["amax"]
+    if "std" in stats:
+        return stats["std"]
     if "min" in stats and "max" in stats:
-        return stats["max"] - stats["min"]
-    return next(stats[name] for name in ("mean_abs", "std", "max", "min", "mean") if name in stats).abs()
+        return stats["max"].clamp_min(0) - stats["min"].clamp_max(0)  # a range has 0 in it
+    return next(stats[name] for name in ("mean_abs", "max", "min", "mean") if name in stats).abs()
 
 
 class EagerRange:

@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from passes.buffers import bind_state
 from passes.context import Entry, PassContext, Site, StateLayout, full_name
+from passes.graph import is_gradient
 from qcompile.inspect.labels import LABEL, first_name, rename_by_label
 from qcompile.inspect.saved_bytes import SavedBytes, SavedTensor
 from qcompile.state.binding import Binding
@@ -204,7 +205,7 @@ class CapturedGraph:
             return set()
         inputs = self.backward.graph.find_nodes(op="placeholder")
         saved = {first_name(n) for n in inputs} | {n.name for n in inputs}  # codes that a mask was folded into keep their label
-        nodes = (n for n in self.joint.graph.nodes if "tangents" not in str(n.target))
+        nodes = (n for n in self.joint.graph.nodes if not is_gradient(n))
         return {n.name for n in nodes if first_name(n) in saved or n.name in saved}
 
     def reset_state(self, modules: Sequence[fx.GraphModule] | None = None) -> None:

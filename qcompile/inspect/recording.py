@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from passes.canonicalize import canonicalize
+from passes.dynamo_inputs import input_positions
 from passes.find_sites import find_sites, module_path
+from passes.graph import primals
 from passes.split_convolution_backward import split_convolution_backward
 from qcompile import inductor
 from qcompile.backend import Compilation
@@ -68,11 +70,9 @@ class Recording(Compilation):
 
     def joint_pass(self, graph: fx.Graph) -> None:
         self._keep("joint_before", graph)
-        primals = [n for n in graph.find_nodes(op="placeholder") if "tangents" not in str(n.target)]
         sources = self.inputs.sources
-        for position, node in enumerate(primals):
-            index = getattr(node.meta.get("desc"), "idx", position)
-            self.input_sources[node.name] = sources[index] if index < len(sources) else node.name
+        for name, index in input_positions(graph):
+            self.input_sources[name] = sources[index] if index < len(sources) else name
         if self.plain:
             self._find_sites(copy_graph(graph))
         else:
@@ -174,8 +174,7 @@ class Recording(Compilation):
             **modules,
         )
         if captured.backward is not None:
-            saved = [n for n in captured.backward.graph.find_nodes(op="placeholder") if "tangents" not in str(n.target)]
-            captured.n_outputs -= len(saved)
+            captured.n_outputs -= len(primals(captured.backward.graph))  # what it is given beside gradients was saved
             gradients = graph_outputs(captured.backward.graph)
             fits = len(gradients) == len(captured.input_names)
             captured.gradient_names = captured.input_names if fits else tuple(f"gradient_{i}" for i in range(len(gradients)))

@@ -419,10 +419,10 @@ def register_cuda_kernels() -> None:
     called.
     """
     from qcompile.ops._checks import check_matrix
-    from qcompile.ops._library import LIBRARY
+    from qcompile.ops._library import LIBRARY, checked
     from qcompile.ops.quantize_transposed import check_quantize_transposed
     from qcompile.ops.scaled_bmm import check_scaled_bmm
-    from qcompile.ops.scaled_conv import CHECKS, checked
+    from qcompile.ops.scaled_conv import CHECKS
     from qcompile.ops.scaled_mm import check_scaled_mm
 
     def transpose_codes(codes: Tensor) -> Tensor:

@@ -29,7 +29,8 @@ from qcompile.errors import QtrainWarning
 from qcompile.estimators.base import scale_and_zero_point
 from qcompile.estimators.statistics import clipped_share
 from qcompile.estimators.step import first_range, initial_state, measured, present_statistics, stored_range
-from qcompile.kernels.cpu import writes_out_epilogue
+from qcompile.kernels.cpu import kernel_name, writes_out_epilogue
+from qcompile.kernels.registry import registered_kernels
 from qcompile.specs import QuantSpec
 from qcompile.torch_private import real_tensors
 
@@ -96,7 +97,7 @@ class Cast:
 
 Trial = Product | Quantize | Transpose | Cast
 
-_known: dict[tuple[str, int, Trial], float] = {}
+_known: dict[tuple[Any, ...], float] = {}
 _lock = threading.Lock()
 _told: set[str] = set()
 
@@ -113,7 +114,8 @@ def measure(trials: Sequence[Trial], device: torch.device, timer: Timer | None =
     timer  default: the clock on a CPU, events on a GPU
     """
     threads = torch.get_num_threads()
-    keys = {trial: (str(device), threads, trial) for trial in trials}
+    kernels = (*registered_kernels(), kernel_name(64, 64, 64) if device.type == "cpu" else "")  # whose times these are
+    keys = {trial: (str(device), threads, kernels, trial) for trial in trials}
     unknown = [trial for trial in keys if keys[trial] not in _known]
     if unknown:
         timer = timer or (functools.partial(_on_gpu, device) if device.type == "cuda" else _on_cpu)

@@ -1,4 +1,4 @@
-"""The `qtrain::` operator library: one call defines an operator with its implementation and its fake."""
+"""The `qtrain::` operator library: one call defines an operator with its implementation and its fake, behind its check."""
 
 from __future__ import annotations
 
@@ -9,6 +9,16 @@ import torch
 
 NAMESPACE = "qtrain"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+
+
+def checked(check: Callable[..., Any], compute: Callable[..., Any]) -> Callable[..., Any]:
+    """`compute` behind the operator's own check of its operands."""
+
+    def call(*operands: Any) -> Any:
+        check(*operands)
+        return compute(*operands)
+
+    return call
 
 
 def define(

@@ -9,7 +9,7 @@
     signed     -(2**(b-1) - 1) ... 2**(b-1) - 1      symmetric
     full       -2**(b-1)       ... 2**(b-1) - 1      every code
     unsigned    0              ... 2**b - 1          for what is never negative
-    offset     low ... low + 2**b - 1 with low = -2**(b-1) - z, z = round(-offset / scale)
+    offset     low ... low + 2**b - 1 with low = -2**(b-1) - z, z = clamp(round(-offset / scale), -128, 127)
 
 Gradients of <g, x_hat>, with rc = clamp(r, low, high), e = rc - round(rc), n elements that share a scale:
 
@@ -24,10 +24,10 @@ is the derivative of an arctangent soft round, and the factor with delta is the 
 our construction, not a paper's formula. `simulated` takes the scale's gradient from a central difference of x_hat instead (step
 1 %; our construction too).
 
-Our choices: the offset is rounded to a whole number of steps, so that zero has a code (a convolution pads with it) and integer
-GEMMs can have it as a zero point; its slope beyond the clamp is that of the code, as in LSQ+. Unsigned codes of up to 7 bits are
-stored as the non-negative half of signed codes that are one bit wider: no zero point, so the fastest kernels run; 8 bits need
-one. A tensor that is not finite makes x_hat NaN, as everywhere in qtrain: its codes alone would look harmless.
+Our choices: the offset is rounded to a whole number of steps, so that zero has a code (a convolution pads with it: an int8) and
+integer GEMMs can have it as a zero point; its slope beyond the clamp is that of the code, as in LSQ+. Unsigned codes of up to 7
+bits are stored as the non-negative half of signed codes that are one bit wider: no zero point, so the fastest kernels run; 8 bits
+need one. A tensor that is not finite makes x_hat NaN, as everywhere in qtrain: its codes alone would look harmless.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from torch import Tensor
 from qcompile.errors import KernelError
 from qcompile.ops._library import LIBRARY
 
-__all__ = ["FORMS", "fake_quantize", "fake_quantize_codes", "levels", "soft_round_slope"]
+__all__ = ["FORMS", "fake_quantize", "fake_quantize_codes", "levels", "soft_round_slope", "whole_zero_point"]
 
 FORMS = ("signed", "full", "unsigned", "offset")
 
@@ -58,6 +58,11 @@ def levels(bits: int, form: str) -> tuple[int, int]:
         return 0, 2**bits - 1
     high = 2 ** (bits - 1) - 1
     return (-high if form == "signed" else -high - 1), high
+
+
+def whole_zero_point(offset: Tensor, scale: Tensor) -> Tensor:
+    """The code of zero, fp32: whole, and one that an int8 holds, however far training has moved the offset."""
+    return torch.round(-offset / scale).clamp(-128, 127)
 
 
 def soft_round_slope(r: Tensor, sharpness: Tensor) -> Tensor:
@@ -82,7 +87,7 @@ def fake_quantize_codes(
 
 def _zero_point(scale: Tensor, offset: Tensor | None, bits: int, form: str) -> Tensor:
     if offset is not None:
-        return torch.round(-offset / scale).to(torch.int32)
+        return whole_zero_point(offset, scale).to(torch.int32)
     return torch.full_like(scale, -(2 ** (bits - 1)) if form == "unsigned" else 0, dtype=torch.int32)
 
 
@@ -114,7 +119,7 @@ class _FakeQuantize(torch.autograd.Function):
         bottom: Tensor | float = low
         top: Tensor | float = high
         if offset is not None:
-            shift = torch.round(-offset / scale)
+            shift = whole_zero_point(offset, scale)
             bottom, top = low - shift, high - shift
         value = x.to(torch.float32)
         r = value * torch.reciprocal(scale)
@@ -155,7 +160,8 @@ def _at(value: Tensor, scale: Tensor, bottom: Tensor | float, top: Tensor | floa
 def _gradient_scale(x: Tensor, scale: Tensor, high: int) -> Tensor:
     """1 / sqrt(n * high). A tensor: with a dynamic batch n is symbolic."""
     shared = x.numel() // scale.numel()
-    return torch.full((), shared * high, dtype=torch.float32, device=x.device).rsqrt()
+    elements = torch.full((), shared * high, dtype=torch.float32, device=x.device)
+    return elements.clamp_min(1).rsqrt()  # of an empty batch the sums are 0, and so must be their product
 
 
 def _sum_to(value: Tensor, like: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ The meaning is that of `scaled_mm`, matrix by matrix.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from qcompile._sizes import same_size
 from qcompile.errors import KernelError
 from qcompile.kernels import cpu
 from qcompile.ops._checks import FLOATS, OUTPUTS, check_dtype, check_shared
-from qcompile.ops._library import LIBRARY, define
+from qcompile.ops._library import LIBRARY, checked, define
 
 __all__ = ["check_scaled_bmm", "scaled_bmm", "scaled_bmm_reference"]
 
@@ -84,14 +83,6 @@ def check_scaled_bmm(
         raise KernelError(f"{op}: out_dtype is {out_dtype}; allowed: {', '.join(map(str, OUTPUTS))}.")
 
 
-def _checked(compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def call(*operands: Any) -> Tensor:
-        check_scaled_bmm(*operands)
-        return compute(*operands)
-
-    return call
-
-
 def _fake(a: Tensor, b: Tensor, *rest: Any) -> Tensor:
     return a.new_empty((a.shape[0], a.shape[1], b.shape[2]), dtype=rest[-1])
 
@@ -99,8 +90,8 @@ def _fake(a: Tensor, b: Tensor, *rest: Any) -> Tensor:
 scaled_bmm = define(
     "scaled_bmm(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, Tensor? a_zero, Tensor? b_zero, "
     "Tensor? bias, ScalarType out_dtype) -> Tensor",
-    _checked(scaled_bmm_reference),
-    fake=_checked(_fake),
+    checked(check_scaled_bmm, scaled_bmm_reference),
+    fake=checked(check_scaled_bmm, _fake),
 )
 """a int8 [B, M, K], b int8 [B, K, N], any strides -> out_dtype (fp32, bf16, fp16) [B, M, N], contiguous.
 
@@ -110,4 +101,4 @@ scaled_bmm = define(
 
 Errors: `KernelError`.
 """
-LIBRARY.impl("scaled_bmm", _checked(cpu.scaled_bmm), "CPU")
+LIBRARY.impl("scaled_bmm", checked(check_scaled_bmm, cpu.scaled_bmm), "CPU")

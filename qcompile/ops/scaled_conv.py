@@ -25,7 +25,7 @@ from qcompile.errors import KernelError
 from qcompile.geometry import GEOMETRY, Geometry
 from qcompile.kernels import cpu
 from qcompile.ops._checks import FLOATS, OUTPUTS, check_dtype, check_shared
-from qcompile.ops._library import LIBRARY, define
+from qcompile.ops._library import LIBRARY, checked, define
 from qcompile.ops.convolution import channels_last
 
 __all__ = [
@@ -33,7 +33,6 @@ __all__ = [
     "check_scaled_conv",
     "check_scaled_conv_grad_input",
     "check_scaled_conv_grad_weight",
-    "checked",
     "scaled_conv",
     "scaled_conv_grad_input",
     "scaled_conv_grad_input_reference",
@@ -230,16 +229,6 @@ def check_scaled_conv_grad_weight(
     geometry.check_sizes(op, input.shape, weight_size, grad_output)
     operands = (("grad_output", grad_output, grad_scale, grad_zero, 1), ("input", input, input_scale, input_zero, 1))
     _check_operands(op, operands, rest[-1])
-
-
-def checked(check: Callable[..., Any], compute: Callable[..., Any]) -> Callable[..., Any]:
-    """`compute` behind the operator's own check."""
-
-    def call(*operands: Any) -> Any:
-        check(*operands)
-        return compute(*operands)
-
-    return call
 
 
 # --- Operators --------------------------------------------------------------------------------------------------

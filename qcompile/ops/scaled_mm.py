@@ -10,7 +10,6 @@ scaler.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -20,7 +19,7 @@ from qcompile._sizes import same_size
 from qcompile.errors import KernelError
 from qcompile.kernels import cpu
 from qcompile.ops._checks import FLOATS, OUTPUTS, check_dtype, check_matrix, check_shared
-from qcompile.ops._library import LIBRARY, define
+from qcompile.ops._library import LIBRARY, checked, define
 
 __all__ = ["check_scaled_mm", "scaled_mm", "scaled_mm_reference"]
 
@@ -85,14 +84,6 @@ def check_scaled_mm(
         raise KernelError(f"{op}: out_dtype is {out_dtype}; allowed: {', '.join(map(str, OUTPUTS))}.")
 
 
-def _checked(compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def call(*operands: Any) -> Tensor:
-        check_scaled_mm(*operands)
-        return compute(*operands)
-
-    return call
-
-
 def _fake(a: Tensor, b: Tensor, *rest: Any) -> Tensor:
     return a.new_empty((a.shape[0], b.shape[1]), dtype=rest[-1])
 
@@ -100,8 +91,8 @@ def _fake(a: Tensor, b: Tensor, *rest: Any) -> Tensor:
 scaled_mm = define(
     "scaled_mm(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, Tensor? a_zero, Tensor? b_zero, "
     "Tensor? bias, ScalarType out_dtype) -> Tensor",
-    _checked(scaled_mm_reference),  # a device without a kernel of its own computes the reference
-    fake=_checked(_fake),
+    checked(check_scaled_mm, scaled_mm_reference),  # a device without a kernel of its own computes the reference
+    fake=checked(check_scaled_mm, _fake),
 )
 """a int8 [M, K], b int8 [K, N], any strides -> out_dtype (fp32, bf16, fp16) [M, N], contiguous.
 
@@ -111,4 +102,4 @@ scaled_mm = define(
 
 Errors: `KernelError`.
 """
-LIBRARY.impl("scaled_mm", _checked(cpu.scaled_mm), "CPU")
+LIBRARY.impl("scaled_mm", checked(check_scaled_mm, cpu.scaled_mm), "CPU")

@@ -8,7 +8,6 @@ so the product is a sum of products over parts, and an operand that is not packe
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -16,7 +15,7 @@ from torch import Tensor
 from qcompile.errors import KernelError
 from qcompile.kernels import cpu
 from qcompile.ops._checks import check_matrix, same_size
-from qcompile.ops._library import LIBRARY, define
+from qcompile.ops._library import LIBRARY, checked, define
 from qcompile.ops.pack_codes import codes_per_byte, unpack_codes_reference
 from qcompile.ops.scaled_mm import check_scaled_mm, scaled_mm_reference
 
@@ -52,14 +51,6 @@ def _check(a: Tensor, b: Tensor, *rest: Any) -> None:
     check_scaled_mm(a.new_empty((m, 0)), b.new_empty((0, n)), *operands)
 
 
-def _checked(compute: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def call(*operands: Any) -> Tensor:
-        _check(*operands)
-        return compute(*operands)
-
-    return call
-
-
 def _fake(a: Tensor, b: Tensor, *rest: Any) -> Tensor:
     return a.new_empty((a.shape[0], b.shape[1]), dtype=rest[5])
 
@@ -78,8 +69,8 @@ def _on_cuda(a: Tensor, b: Tensor, *rest: Any) -> Tensor:
 scaled_mm_packed = define(
     "scaled_mm_packed(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, Tensor? a_zero, Tensor? b_zero, Tensor? bias, "
     "ScalarType out_dtype, SymInt k, int a_bits, int b_bits) -> Tensor",
-    _checked(scaled_mm_packed_reference),
-    fake=_checked(_fake),
+    checked(_check, scaled_mm_packed_reference),
+    fake=checked(_check, _fake),
 )
 """As `scaled_mm`, with K codes an operand: a int8 [M, ceil(K / fields)], b int8 [ceil(K / fields), N].
 
@@ -87,5 +78,5 @@ scaled_mm_packed = define(
 
 Errors: `KernelError`.
 """
-LIBRARY.impl("scaled_mm_packed", _checked(_on_cpu), "CPU")
-LIBRARY.impl("scaled_mm_packed", _checked(_on_cuda), "CUDA")
+LIBRARY.impl("scaled_mm_packed", checked(_check, _on_cpu), "CPU")
+LIBRARY.impl("scaled_mm_packed", checked(_check, _on_cuda), "CUDA")

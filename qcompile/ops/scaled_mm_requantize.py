@@ -21,7 +21,7 @@ from torch import Tensor
 from qcompile.estimators.statistics import clipped_share
 from qcompile.kernels import cpu
 from qcompile.ops._checks import check_dtype, check_shared, same_size
-from qcompile.ops._library import LIBRARY, define
+from qcompile.ops._library import LIBRARY, checked, define
 from qcompile.ops.quantize import quantize_reference
 from qcompile.ops.scaled_mm import check_scaled_mm, scaled_mm
 
@@ -82,26 +82,14 @@ def _check(*args: Any) -> None:
 
 
 def _fake(a: Tensor, b: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    _check(a, b, *rest)
     shape = (a.shape[0], b.shape[1])
     marked = a.new_empty(shape if rest[-1] else (0,), dtype=torch.int8)
     return a.new_empty(shape, dtype=torch.int8), marked, a.new_empty(4, dtype=torch.float32)
 
 
-def _reference(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    _check(*args)
-    return scaled_mm_requantize_reference(*args)
-
-
-def _cpu(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    _check(*args)
-    return cpu.scaled_mm_requantize(*args)
-
-
-def _cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _on_cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     from qcompile.kernels import cuda
 
-    _check(*args)
     return cuda.scaled_mm_requantize_cuda(*args)
 
 
@@ -109,8 +97,8 @@ scaled_mm_requantize = define(
     "scaled_mm_requantize(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, Tensor? a_zero, Tensor? b_zero, Tensor? bias, "
     "ScalarType out_dtype, bool relu, Tensor? gate, Tensor scale, Tensor? zero_point, int bits, Tensor? low, Tensor high, "
     "bool mark) -> (Tensor, Tensor, Tensor)",
-    _reference,  # a device without a kernel of its own writes the values and reads them back
-    fake=_fake,
+    checked(_check, scaled_mm_requantize_reference),  # a device without a kernel of its own writes the values and reads them back
+    fake=checked(_check, _fake),
 )
 """a int8 [M, K], b int8 [K, N] -> codes int8 [M, N], marked int8 [M, N] (or [0]), statistics fp32 [4]; see the module.
 
@@ -121,5 +109,5 @@ scaled_mm_requantize = define(
 
 M and N above 0. Errors: `KernelError`; `ValueError` for bits and the gate's shape.
 """
-LIBRARY.impl("scaled_mm_requantize", _cpu, "CPU")
-LIBRARY.impl("scaled_mm_requantize", _cuda, "CUDA")
+LIBRARY.impl("scaled_mm_requantize", checked(_check, cpu.scaled_mm_requantize), "CPU")
+LIBRARY.impl("scaled_mm_requantize", checked(_check, _on_cuda), "CUDA")

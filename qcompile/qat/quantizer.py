@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from qcompile.errors import StateError
 from qcompile.estimators.learned import Learned
-from qcompile.ops.fake_quantize import FORMS, fake_quantize, fake_quantize_codes, levels
+from qcompile.ops.fake_quantize import FORMS, fake_quantize, fake_quantize_codes, levels, whole_zero_point
 from qcompile.specs import QuantSpec
 
 __all__ = ["LearnedQuantizer", "observing"]
@@ -148,12 +148,17 @@ class LearnedQuantizer(nn.Module):
 
     @torch.no_grad()
     def set_bits(self, bits: int) -> None:
-        """Another width over the same range: the scale changes by high / new high (our choice)."""
+        """Another width over the same range (our choice): the highest code keeps its value, with an offset both ends."""
         if bits == self.bits:
             return
         if self.initialised:
-            old, new = (levels(b, self.form_name)[1] for b in (self.bits, bits))
-            self.scale.mul_(old / new)
+            (old_low, old), (low, high) = (levels(b, self.form_name) for b in (self.bits, bits))
+            if self.offset is None:
+                self.scale.mul_(old / high)
+            else:
+                bottom = self.offset + old_low * self.scale
+                self.scale.mul_((old - old_low) / (high - low))
+                self.offset.copy_(bottom - low * self.scale)
         self._set_format(bits, self.form)
 
     def set_progress(self, progress: float) -> None:
@@ -223,7 +228,7 @@ def _least_error(x: Tensor, bits: int, shrinks: int = 64) -> tuple[Tensor, Tenso
         for a, b in {(float(low * keep), float(high * keep)), (float(low * keep), float(high)), (float(low), float(high * keep))}:
             scale = torch.tensor((b - a) / (2**bits - 1))
             offset = a - bottom * scale
-            zero = torch.round(-offset / scale)
+            zero = whole_zero_point(offset, scale)
             codes = (torch.round(x / scale) + zero).clamp(bottom, -bottom - 1)
             error = float(((codes - zero) * scale - x).square().mean())
             if best is None or error < best[0]:

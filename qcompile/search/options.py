@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from passes.gemm_costs import GemmCost, gemm_costs, measured_costs, root_of
+from passes.gemm_costs import GemmCost, gemm_costs, measured_costs, quantized_tensor_of
 from qcompile.inspect.capture import Capture
 from qcompile.inspect.captured_graph import CapturedGraph
 from qcompile.inspect.compare import quantized_operands
@@ -149,7 +149,7 @@ def _all_saved(found: Capture, costs: dict[Gemm, GemmCost]) -> dict[Gemm, list[_
                     elements = math.prod(x.shape) * len(graph.calls)
                     saved[gemm].append(
                         _Saved(
-                            root=(number, root_of(quantize.args[0]).name),
+                            root=(number, quantized_tensor_of(quantize.args[0]).name),
                             codes=(number, quantize.name),
                             hp_bytes=elements * node.args[position].args[3].itemsize,
                             code_bytes=elements * _stored_bits(quantize.args[3]) / 8,

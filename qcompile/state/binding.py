@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -48,8 +48,9 @@ class Binding:
     """The state of one instance for one half of a graph.
 
     `tensor` is the arena, `index` (int64) says which of its elements, in the graph's order. `reductions` has, for each element,
-    how data-parallel ranks agree on it ("max", "min", "mean"; "own": they need not). `serial` counts bindings as they are made;
-    `first_element` of the arena is the same for every graph of the instance.
+    how data-parallel ranks agree on it ("max", "min", "mean"; "own": they need not), `steps_at` the place in the index where the
+    number of updates of its range stands. `serial` counts bindings as they are made; `first_element` of the arena is the same for
+    every graph of the instance.
     """
 
     def __init__(self, store: RangeStore, layout: Any, owners: dict[str | None, object], device: torch.device) -> None:
@@ -67,11 +68,15 @@ class Binding:
         self.reductions: list[str] = []
         order: list[int] = []
         steps: list[int] = []
+        places = {(id(entry), name): place for place, entry, name in _places(layout)}
+        self.steps_at: list[int] = []
         for entry, name in layout.order():
             start = slot_of[entry.owner, entry.key].field_offset(name)
             order.extend(range(start, start + entry.size))
             how = "own" if entry.spec is None else reductions(entry.spec.estimator, entry.spec.symmetric)[name]
             self.reductions.extend([how] * entry.size)
+            counted = places[id(entry), "steps"]
+            self.steps_at.extend(range(counted, counted + entry.size))
             if name == "steps" and "seed_low" not in entry.fields:
                 steps.extend(range(start, start + entry.size))
         self.first_element = min(order, default=0)
@@ -112,6 +117,14 @@ class Binding:
         if answer:
             self._steady_since = epoch
         return answer is True
+
+
+def _places(layout: Any) -> Iterator[tuple[int, Any, str]]:
+    """(place of its first element in the index, entry, field) of a layout."""
+    place = 0
+    for entry, name in layout.order():
+        yield place, entry, name
+        place += entry.size
 
 
 WAITS = 2
@@ -203,13 +216,14 @@ def indices() -> list[Tensor]:
     return [binding.index for binding in list(_BY_INDEX.values())]
 
 
-def binding_of(index: Tensor) -> Binding | None:
-    """The binding that an index among the saved tensors belongs to: a backward graph knows its state by nothing else.
+def binding_of(index: Tensor, state: Tensor) -> Binding | None:
+    """The binding that an index and an arena among the saved tensors belong to: a backward graph knows its state by nothing else.
 
-    Saved-tensor hooks (offloading to the CPU) may have handed back a copy; then the values tell.
+    Saved-tensor hooks (offloading to the CPU) may have handed back copies; then the values tell, and the arena's number.
     """
     found = _BY_INDEX.get(index.data_ptr())
     if found is not None:
         return found
-    alike = (b for b in list(_BY_INDEX.values()) if b.index.shape == index.shape and b.index.device == index.device)
-    return next((b for b in alike if torch.equal(b.index, index)), None)
+    number = int(state[0])
+    alike = (b for b in list(_BY_INDEX.values()) if b.arena.number == number and b.index.shape == index.shape)
+    return next((b for b in alike if torch.equal(b.index, index.to(b.index.device))), None)

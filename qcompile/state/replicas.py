@@ -108,14 +108,18 @@ class _Plan:
 
     def __init__(self, bindings: Sequence[Binding]) -> None:
         self.parts: list[tuple[Binding, Tensor]] = []
-        codes = []
+        codes, steps, total = [], [], 0
         for binding in bindings:
             ways = torch.tensor([_CODES[how] for how in binding.reductions])
             shared = ways != _CODES["own"]
             self.parts.append((binding, binding.index[shared.to(binding.index.device)]))
             codes.append(ways[shared])
+            place = shared.cumsum(0) - 1 + total  # in what is exchanged
+            steps.append(place[torch.tensor(binding.steps_at)[shared]])
+            total += int(shared.sum())
         device = bindings[0].tensor.device if bindings else torch.device("cpu")
         self.codes = torch.cat(codes).to(device) if codes else torch.empty(0)
+        self.steps = torch.cat(steps).to(device) if steps else torch.empty(0)
 
     @torch.no_grad()
     def run(self, group: Any) -> None:
@@ -127,11 +131,18 @@ class _Plan:
         ranks = gathered.view(-1, flat.numel())
         agreed = ranks.amax(0)
         agreed = torch.where(self.codes == _CODES["min"], ranks.amin(0), agreed)
-        agreed = torch.where(self.codes == _CODES["mean"], ranks.mean(0), agreed)
+        agreed = torch.where(self.codes == _CODES["mean"], self._mean(ranks), agreed)
         start = 0
         for binding, index in self.parts:
             binding.tensor[index] = agreed[start : start + index.numel()]
             start += index.numel()
+
+
+    def _mean(self, ranks: Tensor) -> Tensor:
+        """Over the ranks that have learnt something; over all of them where none has."""
+        learnt = ranks[:, self.steps] > 0
+        learnt = learnt | ~learnt.any(0)
+        return torch.where(learnt, ranks, 0.0).sum(0) / learnt.sum(0)
 
 
 def _sites(binding: Binding) -> list[str]:

@@ -11,6 +11,7 @@ that is gone are used again.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import re
 import threading
 import warnings
@@ -34,8 +35,10 @@ BITS = "bits"
 SEED = ("seed_low", "seed_high")
 """The fields of a stream of random draws that say where it began: 16 bits each of 32. `steps` says how far it has come."""
 
-SlotKey = tuple[str, tuple[str, ...], int]
-"""(key, fields, size): two recipes that remember other things about one operand keep them apart."""
+SlotKey = tuple[str, tuple[str, ...], int, int]
+"""(key, fields, size, bits): two recipes that remember other things about one operand, or for other codes, keep them apart."""
+
+_NUMBERS = itertools.count(1)
 
 
 class Request(NamedTuple):
@@ -55,11 +58,15 @@ class Request(NamedTuple):
 
 @dataclass
 class Arena:
-    """A flat fp32 tensor and what of it is in use."""
+    """A flat fp32 tensor and what of it is in use. Its first element is its number: a copy of the tensor can be told by it."""
 
     tensor: Tensor
-    used: int = 0
+    used: int = 1
     free: dict[int, list[int]] = field(default_factory=dict)  # length -> offsets
+    number: int = field(default_factory=_NUMBERS.__next__)
+
+    def __post_init__(self) -> None:
+        self.tensor[0] = self.number
 
     def take(self, length: int) -> int | None:
         """Offset of a free run, or None if there is no room."""
@@ -220,7 +227,7 @@ class RangeStore:
         """
         with self._lock:
             requests = self._with_numbers(requests, learns)
-            known = [self._owner(r.owner).slots.get((r.key, r.fields, r.size)) for r in requests]
+            known = [self._owner(r.owner).slots.get((r.key, r.fields, r.size, r.bits)) for r in requests]
             arena = self._arena_for(known, requests, device, capacity)
             slots = [self._settle(arena, s, r, identity) for s, r in zip(known, requests, strict=True)]
             self._claims += 1
@@ -264,7 +271,6 @@ class RangeStore:
     def _settle(self, arena: Arena, slot: Slot | None, request: Request, identity: str) -> Slot:
         owner, key, fields, initial, size, site, operand, aliases, _, bits = request
         if slot is not None and slot.arena is arena:
-            slot.bits = bits
             return slot
         record = self._owner(owner)
         if slot is None and key in record.pending:
@@ -286,7 +292,7 @@ class RangeStore:
             self.epoch += 1
         else:
             self.reset_slot(new)
-        record.slots[key, fields, size] = new
+        record.slots[key, fields, size, bits] = new
         return new
 
     def _load_pending(self, slot: Slot, fields: dict[str, Tensor]) -> None:
@@ -388,13 +394,16 @@ def _shapes(fields: Mapping[str, Tensor | int]) -> str:
     return ", ".join(f"{name}[{size}]" for name, size in sizes.items())
 
 
-def initial_values(layout: Any) -> Tensor:
-    """The state of one half of a graph before its first step, fp32, in the order of the layout (`passes.context.StateLayout`)."""
+def initial_values(layout: Any, identity: str = "") -> Tensor:
+    """The state of one half of a graph before its first step, fp32, in the order of the layout (`passes.context.StateLayout`).
+
+    identity  of the graph, for its random numbers: see `_random_seed`; a rank's are its own
+    """
     values = []
     for entry, name in layout.order():
         start = entry.initial[entry.fields.index(name)]
         if name in SEED:
-            start = _random_seed("", entry.key)[name]
+            start = float(_of_rank(name, torch.tensor(_random_seed(identity, entry.key)[name], device="cpu")))
         values += [start] * entry.size
     return torch.tensor(values, dtype=torch.float32)
 

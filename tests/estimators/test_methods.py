@@ -402,3 +402,29 @@ def test_sigma_takes_the_half_normal_for_what_has_no_negative_element():
     assert half.high.item() == pytest.approx(3.0, abs=0.1)  # three deviations of the normal it is half of
     half.step(x * 9)  # the choice is made once, and the first range is kept
     assert (half.low.item(), half.high.item()) == (0.0, pytest.approx(first, rel=1e-5))
+
+
+# ---- tensors that are alike, and none
+
+
+@pytest.mark.parametrize("value", [5.0, -5.0])
+@pytest.mark.parametrize("dims", [None, (1,)], ids=["tensor", "row"])
+def test_a_range_with_zero_in_it_is_learned_from_what_is_alike(value, dims):
+    past = EagerRange(QuantSpec(symmetric=False, estimator=InHindsight()), dims)
+    past.step(torch.full((3, 1), value))
+    assert (past.state["steps"] == 1).all()
+    assert (past.state["low"] == value).all() and (past.state["high"] == value).all()
+
+
+@pytest.mark.parametrize("dims", [None, (1,)], ids=["tensor", "row"])
+@pytest.mark.parametrize("shape", [(0, 4), (4, 0)], ids=str)
+@pytest.mark.parametrize(
+    "estimator",
+    [IntervalUpdate(), IntervalUpdate(init="quantile"), Percentile(), LeastSquaredError(), DirectionSensitive(), MinMax(), Sigma()],
+    ids=lambda e: type(e).__name__,
+)
+def test_an_empty_tensor_teaches_nothing(estimator, shape, dims):
+    past = EagerRange(QuantSpec(bits=4, estimator=estimator), dims)
+    scale, _ = past.step(torch.zeros(shape))
+    assert scale.isfinite().all()
+    assert all((past.state[f] == 0).all() for f in past.state if f == "steps")

@@ -5,8 +5,9 @@ import torch
 
 from qcompile import QtrainWarning
 from qcompile.estimators import InHindsight
-from qcompile.kernels import profit, record_launches
+from qcompile.kernels import profit, record_launches, registry
 from qcompile.kernels.profit import Cast, Hadamard, Like, Product, Quantize, Transpose, measure
+from qcompile.ops import scaled_mm_reference
 from qcompile.specs import PerRow, QuantSpec
 
 aten = torch.ops.aten
@@ -142,3 +143,17 @@ def test_operands_take_turns():
         for _ in range(2 * copies):
             run()
         assert len(set(seen)) == copies and seen[:copies] == seen[copies:]
+
+
+def test_what_another_kernel_took_is_measured_anew(monkeypatch):
+    monkeypatch.setattr(registry, "_KERNELS", {})
+
+    def measured(seconds):
+        return measure([INTEGER], CPU, Watch(*[seconds] * 100))[INTEGER]
+
+    first = measured(1e-3)
+    assert measured(5e-3) == first, "not measured twice"
+    registry.register_kernel("mine", scaled_mm_reference)
+    assert measured(5e-3) > first
+    registry.unregister_kernel("mine")
+    assert measured(9e-3) == first

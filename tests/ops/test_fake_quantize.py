@@ -179,3 +179,19 @@ def test_a_trace_takes_it_apart():
     x, s = (t.clone().requires_grad_() for t in joint.inputs[:2])
     eager = torch.autograd.grad(function(x, s), (x, s), joint.inputs[2])
     torch.testing.assert_close(tuple(joint.run()[1:]), eager, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("zero, want", [(-129, -128), (-128, -128), (130, 127)])
+def test_zero_has_a_code_that_an_int8_holds(zero, want):
+    """However far training has moved an offset: padding is written as that code."""
+    scale = torch.tensor(0.5)
+    codes, found = fake_quantize_codes(values(4, 8), scale, torch.tensor(-zero * 0.5), 8, "offset")
+    assert found.item() == want and codes.dtype is torch.int8
+    out, *_ = gradients(values(4, 8), scale, offset=torch.tensor(-zero * 0.5), bits=8, form="offset")
+    assert torch.equal(out, (codes.float() - want) * scale)
+
+
+def test_an_empty_batch_changes_no_scale():
+    scale, offset = torch.tensor(0.5), torch.tensor(0.1)
+    out, to_x, to_scale, to_offset = gradients(torch.zeros(0, 4), scale, offset=offset, form="offset", grad=torch.zeros(0, 4))
+    assert out.shape == to_x.shape == (0, 4) and to_scale == to_offset == 0

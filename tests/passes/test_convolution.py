@@ -306,3 +306,39 @@ def test_a_second_fusion_changes_nothing():
     joint = traced().through("restore_decompositions")
     code = str(joint.graph)
     assert joint.apply(fuse_matmul) == 0 and str(joint.graph) == code
+
+
+def windows(x, w):
+    """Overlapping parts of rows, by their addresses."""
+    return F.conv2d(x, w).contiguous().as_strided((2, 4, 2, 2), (36, 9, 3, 1)).sin()
+
+
+def normed(x, direction, length):
+    """torch's kernel for the gradient of a weight norm reads its operands as if they were contiguous."""
+    return F.conv2d(x, torch._weight_norm(direction, length, 0))
+
+
+@pytest.mark.parametrize("function, more", [(windows, ()), (normed, (torch.rand(4, 1, 1, 1) + 0.5,))], ids=["addresses", "norm"])
+def test_what_goes_by_strides_reads_them_as_they_were(function, more):
+    tensors = torch.randn(2, 3, 5, 5), torch.randn(4, 3, 3, 3), *more
+    joint = traced(function, tensors)
+    before = joint.run()
+    joint.through("fuse_matmul")
+    assert joint.count(SCALED_CONV) == 1
+    after = joint.through("restore_decompositions").run()
+    for want, got in zip(before, after, strict=True):
+        assert 10 * torch.log10(want.square().sum() / (want - got).square().sum()) > 20
+        assert got.stride() == want.stride()
+
+
+def test_a_users_operator_reads_strides_as_they_were():
+    with torch.library._scoped_library("qtrain_test", "FRAGMENT") as library:
+        library.define("by_address(Tensor x) -> Tensor")
+        library.impl("by_address", lambda x: x.as_strided((x.numel(),), (1,)).clone(), "CompositeExplicitAutograd")
+        library.impl("by_address", lambda x: x.new_empty(x.numel()), "Meta")
+        tensors = torch.randn(2, 3, 5, 5), torch.randn(4, 3, 3, 3)
+        joint = traced(lambda x, w: torch.ops.qtrain_test.by_address(F.conv2d(x, w).detach()), tensors)
+        (before,) = joint.run()[:1]
+        (after,) = joint.through("restore_decompositions").run()[:1]
+    assert joint.count(SCALED_CONV) == 1
+    assert 10 * torch.log10(before.square().sum() / (before - after).square().sum()) > 25

@@ -276,3 +276,25 @@ def test_training_steps_of_a_model_are_the_same(dynamic, interpreted, monkeypatc
     half = len(found) // 2
     for want, got in zip(found[:half], found[half:], strict=True):
         assert_same_outputs(want, got)
+
+
+@pytest.mark.parametrize("divisor", [6, 48, 5], ids=["rows", "elements", "a number"])
+def test_a_users_own_sum_keeps_what_it_is_divided_by(divisor, as_gpu):
+    """The share of clipped values has the operator's count for its own: the model's expressions look alike."""
+
+    def function(x, w, bound):
+        outside = torch.ops.prims.convert_element_type(x.abs() > bound, torch.float32)
+        return linear(x, w), outside.sum((0, 1)) / divisor
+
+    inputs = torch.randn(6, 8), torch.randn(5, 8), torch.tensor(0.5)
+    joint = joint_graph(function, *inputs, recipe=TENSORWISE, parameters=(1,)).through("fuse_matmul")
+    (codes,) = (q for q in joint.find(QUANTIZE) if list(q.meta["val"].shape) == [6, 8])
+    output = next(iter(joint.graph.find_nodes(op="output")))
+    with joint.graph.inserting_before(output):  # read transposed as well, as a gradient is
+        copy_of_codes = call(joint.graph, TRANSPOSE, codes, scope=codes.meta)
+    output.args = ((*output.args[0], copy_of_codes),)
+    before = joint.run()
+    result = lowered(joint)
+    (operands,) = (found for found in fused(result).values() if list(found["x"].meta["val"].shape) == [6, 8])
+    assert (operands["bound"] is not None) == (divisor == 48)
+    assert_same_outputs(before, result.run())

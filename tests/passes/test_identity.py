@@ -1,12 +1,19 @@
 """What identifies the user's code in the compile caches."""
 
+import copy
 import functools
 import importlib.util
+import math
 import re
 import sys
 import textwrap
+from collections import deque
+from fractions import Fraction
 
+import numpy as np
 import pytest
+import torch
+from torch._subclasses import FakeTensorMode
 
 from passes.context import PassContext
 from passes.identity import describe
@@ -145,3 +152,55 @@ def test_skipped_passes(monkeypatch):
     base = fingerprint(Recipe(input=QuantSpec()))
     monkeypatch.setenv("QTRAIN_SKIP", "store_masks")
     assert fingerprint(Recipe(input=QuantSpec())) != base
+
+
+class Slots:
+    __slots__ = ("held",)
+
+    def __init__(self, held):
+        self.held = held
+
+
+class MoreSlots(Slots):
+    def __init__(self, held, other):
+        super().__init__(held)
+        self.other = other
+
+
+LONG = torch.zeros(4096)  # torch prints its ends only
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        (np.float32(0.1), np.float32(0.9)),
+        (np.zeros(3), np.ones(3)),
+        (Fraction(1, 3), Fraction(1, 2)),
+        (deque([1]), deque([2])),
+        (Slots(1), Slots(2)),
+        (MoreSlots(1, 2), MoreSlots(3, 2)),
+        (MoreSlots(1, 2), MoreSlots(1, 3)),
+        (LONG, LONG.index_fill(0, torch.tensor([2000]), 1.0)),
+        (torch.tensor(1.0), torch.tensor(2.0)),
+        (torch.zeros(2), torch.zeros(2, dtype=torch.bfloat16)),
+        (torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)),
+        (torch.float32, torch.float16),
+        (torch.ops.aten.sin.default, torch.ops.aten.cos.default),
+        (math.sin, math.cos),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_values_of_other_libraries_and_tensors(one, other):
+    assert describe(one) == describe(copy.deepcopy(one)) != describe(other)
+
+
+def test_what_cannot_be_read_is_never_the_same():
+    sparse = torch.eye(2).to_sparse()
+    assert describe(sparse) != describe(sparse)
+
+
+def test_tensors_are_read_under_the_modes_of_a_compiler():
+    held = torch.randn(8)
+    plain = describe(held)
+    with FakeTensorMode():
+        assert describe(held) == plain

@@ -6,6 +6,7 @@ from torch import nn
 
 from passes.graph import DEQUANTIZE, PERMUTE, QUANTIZE, RANGE, SEED, aten
 from passes.insert_qdq import insert_qdq
+from qcompile.estimators import InHindsight
 from qcompile.recipe import Recipe
 from qcompile.specs import GemmSpec, PerBlock, PerChannel, PerRow, QuantSpec
 from tests.passes.graphs import ROWWISE, TENSORWISE, WEIGHT_ONLY_OUTPUT, joint_graph, linear, linear_inputs, mlp, mlp_inputs
@@ -179,3 +180,14 @@ def test_what_the_quantized_graph_computes_is_near():
     joint.through("insert_qdq")
     for want, got in zip(before, joint.run(), strict=True):
         assert 1e-3 < (got - want).norm() / want.norm() < 0.2
+
+
+@pytest.mark.parametrize("role, operand", [("output", "input"), ("grad_weight", "input"), ("grad_weight", "grad_output")])
+def test_blocks_of_activations_have_no_memory(role, operand):
+    """The number of blocks changes with the batch in every GEMM, grad_weight among them."""
+    blocks = QuantSpec(granularity=PerBlock(2, 2), estimator=InHindsight())
+    specs = {name: QuantSpec() for name in ("input", "weight" if role == "output" else "grad_output")} | {operand: blocks}
+    recipe = TENSORWISE.replace(**{role: GemmSpec(**specs)})
+    joint = joint_graph(nn.functional.linear, torch.randn(4, 8), torch.randn(6, 8), recipe=recipe)
+    joint.through("insert_qdq")
+    assert "whose number and meaning change with the batch" in reasons(joint)[role]

@@ -206,3 +206,11 @@ def test_a_step_that_is_none_is_refused_when_it_is_made():
         Step("mine", "insert_qdq")
     with pytest.raises(ValueError, match="step 'cut': numerics=None"):
         CutStep("cut", nothing, None)
+
+
+def test_of_a_decomposed_product_one_node_is_the_gemm():
+    joint = joint_graph(lambda x, w: x @ w, torch.randn(1, 8), torch.randn(8, 5), recipe=TENSORWISE.replace(skip=("*",)))
+    Pipeline(joint_steps(), joint.context).run(joint.graph)
+    assert joint.context.counts["restore_decompositions"] > 0
+    roles = [n.meta["qtrain_gemm"].role for n in joint.graph.nodes if "qtrain_gemm" in n.meta]
+    assert sorted(roles) == ["grad_input", "grad_weight", "output"]

@@ -229,3 +229,12 @@ def test_dropout_in_attention_taken_apart():
     ones = torch.ones(1, 1, 64, 64)
     got = attention(ones, ones, ones, dropout_p=0.5)
     assert got.unique().numel() > 2 and got.mean().item() == pytest.approx(1, abs=0.1)
+
+
+def test_scores_of_half_precision_are_scaled_before_they_are_large():
+    """|q . k| is beyond fp16's range, |q . k| / sqrt(E) is not."""
+    query, key, value = (torch.randn(1, 1, 8, 64).half() for _ in range(3))
+    query, key = 100 * query, 100 * key
+    assert (query.float() @ key.float().mT).abs().max() > torch.finfo(torch.float16).max
+    got = attention(query, key, value)
+    torch.testing.assert_close(got, F.scaled_dot_product_attention(query, key, value), rtol=2e-3, atol=2e-3)

@@ -8,15 +8,19 @@ import torch
 from torch import nn
 
 import qcompile
-from qcompile import LGLSQ, LSQ, PerChannel, QuantSpec, Recipe, RecipeError, get_recipe
+from qcompile import LGLSQ, LSQ, LSQPlus, PerChannel, QuantSpec, Recipe, RecipeError, get_recipe
 from qcompile.backend import compiled_graphs
 from qcompile.errors import StateError
 from qcompile.kernels import record_launches
 from qcompile.ops import quantize_reference, scaled_mm_reference
+from qcompile.qat.quantizer import LearnedQuantizer
 from qcompile.recipes import learned
 from tests.qat.models import WIDTH, Net, Stages, compiled, gradients, images
 
 W4A4 = get_recipe("qat_lsq")
+W8A8 = Recipe(
+    input=QuantSpec(bits=8, estimator=LSQPlus()), weight=QuantSpec(bits=8, estimator=LSQ()), name="w8a8 with offsets"
+)
 
 
 def prepared(recipe="qat_lsq", model=None, **options):
@@ -400,3 +404,34 @@ def test_two_optimizers_may_share_a_model():
 def test_the_compiler_needs_a_prepared_model(interpreted):
     with pytest.raises(Exception, match="qcompile.prepare"):
         compiled(Net())(batch())
+
+
+# ---- offsets
+
+
+@pytest.mark.parametrize("steps", [-3, 0, 3])
+def test_an_offset_beyond_the_codes(steps):
+    """A convolution behind a ReLU begins with the zero point -128: one step further, and padding had another code than zero."""
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.Conv2d(8, 4, 3, padding=1)
+    recipe = W8A8.replace(skip=("0",))
+    model = prepared(recipe, nn.Sequential(*layers), calibration=[images()])
+    (quantizer,) = (q for q in quantizers(model).values() if q.offset is not None)
+    assert torch.round(-quantizer.offset / quantizer.scale) == -128
+    with torch.no_grad():
+        quantizer.offset.add_(steps * quantizer.scale)
+    x = images()
+    want = model(x)
+    torch.testing.assert_close(compiled(model, recipe)(x), want, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(qcompile.convert(copy.deepcopy(model))(x), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [2, 4])
+def test_another_width_keeps_both_ends_of_a_range_with_an_offset(bits):
+    quantizer = LearnedQuantizer("up", "input", QuantSpec(bits=8, estimator=LSQPlus()))
+    with torch.no_grad():
+        quantizer._start(torch.tensor(1 / 255), torch.tensor(128 / 255), "offset")  # 0 .. 1
+        quantizer.set_bits(bits)
+        seen = quantizer(torch.linspace(0, 1, 1001)).unique()
+    assert seen.numel() == 2**bits
+    torch.testing.assert_close(seen[[0, -1]], torch.tensor([0.0, 1.0]))

@@ -494,7 +494,7 @@ def test_a_full_arena_keeps_its_slots():
 
     def claim(*keys):
         requests = [Request(owner, key, ("amax",), (0.0,), 4, "fc", key) for key in keys]
-        return store.claim(requests, device, 8)
+        return store.claim(requests, device, 9)  # an arena has its number in front
 
     arena, slots = claim("a", "b")  # full now
     other, _ = claim("c")
