@@ -18,8 +18,9 @@ Triton tables are measured, and the fastest is taken for the bucket of sizes (`q
 from __future__ import annotations
 
 import functools
+import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -259,13 +260,18 @@ def product(
         out = a.new_zeros((m, n), dtype=torch.float32) * (a_scale * b_scale)
         return (out if bias is None else out + bias.to(torch.float32)).to(out_dtype)
     chosen = gemm_for(a.device, m, n, k)
-    others = () if "QTRAIN_CUDA_GEMM" in os.environ else tuple(name for name in ("triton", "int_mm") if name != chosen)
-    others = tuple(name for name in others if not reasons_against(name, a.device))
     operands = (_rows_contiguous(a), _rows_contiguous(b.t()), a_scale, b_scale, a_zero, b_zero, bias, out_dtype)
-    ran, out = first_that_runs((chosen, *others), lambda name: CANDIDATES[name](*operands), f"a GEMM of {m} x {n} x {k}")
+    names = itertools.chain((chosen,), _stand_ins(chosen, a.device))  # nothing is asked unless the first fails
+    ran, out = first_that_runs(names, lambda name: CANDIDATES[name](*operands), f"a GEMM of {m} x {n} x {k}")
     if ran != chosen:
         remember(a.device, m, n, k, ran)
     return out
+
+
+def _stand_ins(chosen: str, device: torch.device) -> Iterator[str]:
+    """What can run where a candidate has failed."""
+    if "QTRAIN_CUDA_GEMM" not in os.environ:
+        yield from (name for name in ("triton", "int_mm") if name != chosen and not reasons_against(name, device))
 
 
 def scaled_mm_packed_cuda(a: Tensor, b: Tensor, *rest: Any) -> Tensor:

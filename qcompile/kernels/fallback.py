@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, TypeVar
 
 import torch
@@ -37,14 +37,16 @@ def strictly(compiled: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
-def first_that_runs(names: Sequence[str], run: Callable[[str], T], gemm: str) -> tuple[str, T]:
+def first_that_runs(names: Iterable[str], run: Callable[[str], T], gemm: str) -> tuple[str, T]:
     """(name, result) of the first candidate that does not raise. The caller remembers it: failing takes time.
 
     gemm  what was to be computed, for the messages
     Errors: `KernelError` if the first fails under `strict=True`; its own error if there is no other, or they fail too.
     """
     first: Exception | None = None
+    preferred = ""
     for name in names:
+        preferred = preferred or name
         try:
             result = run(name)
         except (torch.OutOfMemoryError, KernelError):
@@ -55,7 +57,8 @@ def first_that_runs(names: Sequence[str], run: Callable[[str], T], gemm: str) ->
             first = first or error
             continue
         if first is not None:
-            warnings.warn(f"{_failure(names[0], gemm, first)}; {name!r} runs in its place from now on", QtrainWarning, stacklevel=3)
+            what = f"{_failure(preferred, gemm, first)}; {name!r} runs in its place from now on"
+            warnings.warn(what, QtrainWarning, stacklevel=3)
         return name, result
     raise first or KernelError(f"no candidate for {gemm}")
 

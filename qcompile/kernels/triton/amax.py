@@ -18,7 +18,7 @@ from torch import Tensor
 
 from qcompile.errors import KernelError
 from qcompile.kernels.triton import tuning
-from qcompile.kernels.triton.launch import EXACT, device_guard
+from qcompile.kernels.triton.launch import EXACT, cdiv, device_guard
 
 __all__ = ["Amax", "amax", "amax_kernel", "amax_reference"]
 
@@ -93,7 +93,7 @@ def amax(x: Tensor, *, tensor: bool = False, rows: bool = False, columns: bool =
     config = tuning.tile_config(m, n)
     patterns = [None if values is None else values.view(torch.int32) for values in found]
     with device_guard(x):
-        amax_kernel[(triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)](
+        amax_kernel[(cdiv(m, config.block_m) * cdiv(n, config.block_n),)](
             x,
             *patterns,
             m,

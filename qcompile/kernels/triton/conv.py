@@ -32,7 +32,7 @@ from torch import Tensor
 
 from qcompile.errors import KernelError
 from qcompile.kernels.triton import tuning
-from qcompile.kernels.triton.launch import EXACT, device_guard, family
+from qcompile.kernels.triton.launch import EXACT, cdiv, device_guard, family
 from qcompile.kernels.triton.numerics import TENSOR, Layout
 
 __all__ = ["Geometry", "conv", "conv_kernel", "conv_weight", "conv_weight_kernel"]
@@ -279,7 +279,7 @@ def conv(
     x_layout = _shared("x_scale", x_scale, batch, Layout.ROW)
     w_layout = _shared("w_scale", w_scale, features, Layout.COLUMN)
     config = config or tuning.conv_config(family(x.device), positions, features // groups, c, zero_point=x_zero is not None)
-    grid = (triton.cdiv(positions, config.block_m) * triton.cdiv(features // groups, config.block_n), groups)
+    grid = (cdiv(positions, config.block_m) * cdiv(features // groups, config.block_n), groups)
     with device_guard(x):
         conv_kernel[grid](
             x,
@@ -349,10 +349,10 @@ def conv_weight(
     if 0 in shape or positions == 0:
         return x.new_zeros(shape, dtype=torch.int32)
     config = config or tuning.conv_config(family(x.device), features // groups, c, positions)
-    tiles = triton.cdiv(features // groups, config.block_m) * triton.cdiv(c, config.block_n) * geometry.taps
+    tiles = cdiv(features // groups, config.block_m) * cdiv(c, config.block_n) * geometry.taps
     parts = tuning.split_k(x.device, tiles * groups, positions, config.block_k)
-    length = triton.cdiv(triton.cdiv(positions, parts), config.block_k) * config.block_k
-    parts = triton.cdiv(positions, length)
+    length = cdiv(cdiv(positions, parts), config.block_k) * config.block_k
+    parts = cdiv(positions, length)
     out = (x.new_zeros if parts > 1 else x.new_empty)(shape, dtype=torch.int32)
     with device_guard(x):
         conv_weight_kernel[(tiles, groups, parts)](

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "cdiv",
     "EXACT",
     "MINIMUM_CAPABILITY",
     "TESTED_TRITON",
@@ -65,6 +66,12 @@ def _triton_version() -> str | None:
     return triton.__version__
 
 
+def cdiv(size: int, block: int) -> int:
+    """How many blocks cover `size`. On the host: Triton's own takes microseconds there."""
+    return -(-size // block)
+
+
+@functools.cache
 def version_reason(version: str | None) -> str | None:
     """Why this version of Triton (None: not installed) is not used, or None."""
     tested = ", ".join(f"{major}.{minor}" for major, minor in TESTED_TRITON)
@@ -98,12 +105,14 @@ def unavailable_reasons(
         reasons.append(f"device {device} is not a CUDA or ROCm GPU")
     elif torch.version.hip is None:
         capability = capability or torch.cuda.get_device_capability(device)
-        has = f"{device} has {capability[0]}.{capability[1]}"
         only, needed = ONLY_CAPABILITY.get(kernel), MINIMUM_CAPABILITY["scaled_mm" if kernel == "scaled_mm" else "quantize"]
         if only is not None and capability != only:
-            reasons.append(f"{kernel} is made for compute capability {only[0]}.{only[1]}, {has}")
+            what = f"is made for compute capability {only[0]}.{only[1]}"
         elif capability < needed:
-            reasons.append(f"{kernel} in Triton needs compute capability {needed[0]}.{needed[1]}, {has}")
+            what = f"in Triton needs compute capability {needed[0]}.{needed[1]}"
+        else:
+            return tuple(reasons)  # asked at every call: nothing is written out for nothing
+        reasons.append(f"{kernel} {what}, {device} has {capability[0]}.{capability[1]}")
     elif kernel in ONLY_CAPABILITY:
         reasons.append(f"{kernel} is made for NVIDIA GPUs")
     return tuple(reasons)

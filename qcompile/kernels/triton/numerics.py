@@ -21,6 +21,10 @@ class Layout(IntEnum):
     COLUMN = 2  # [1, N]
     FULL = 3  # [M, N]
 
+    def shape(self, m: int, n: int) -> tuple[int, int]:
+        """What such values' sizes are."""
+        return (m if self & 1 else 1, n if self & 2 else 1)
+
 
 TENSOR = tl.constexpr(int(Layout.TENSOR))
 ROW = tl.constexpr(int(Layout.ROW))
@@ -38,12 +42,11 @@ def layout_of(op: str, name: str, values: Tensor, m: int, n: int, *allowed: Layo
 
     Errors: `KernelError` if the shape does not broadcast to [m, n], or has a layout that is not in `allowed`.
     """
-    shapes = {Layout.TENSOR: (1, 1), Layout.ROW: (m, 1), Layout.COLUMN: (1, n), Layout.FULL: (m, n)}
     shape = (1, 1, *values.shape)[-2:] if values.ndim <= 2 else tuple(values.shape)
     for layout in allowed:
-        if shape == shapes[layout]:
+        if shape == layout.shape(m, n):
             return layout
-    names = ", ".join(str(list(shapes[layout])) for layout in allowed)
+    names = ", ".join(str(list(layout.shape(m, n))) for layout in allowed)
     raise KernelError(
         f"{op}: {name} has shape {list(values.shape)}; allowed: {names}, or 0-d. Keep the reduced axes (keepdim=True)."
     )

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from qcompile.errors import KernelError
 from qcompile.kernels.triton import tuning
-from qcompile.kernels.triton.launch import EXACT, device_guard, takes_ptx
+from qcompile.kernels.triton.launch import EXACT, cdiv, device_guard, takes_ptx
 from qcompile.kernels.triton.numerics import (
     MAGIC,
     Layout,
@@ -295,7 +295,7 @@ def _launch(
     config = tuning.tile_config(m, n)
     qmax = 2 ** (bits - 1) - 1
     with device_guard(x):
-        quantize_kernel[(triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)](
+        quantize_kernel[(cdiv(m, config.block_m) * cdiv(n, config.block_n),)](
             x,
             scale.contiguous(),
             None if zero_point is None else zero_point.contiguous(),

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from qcompile.kernels.triton import tuning
 from qcompile.kernels.triton.epilogue import scaled_tile, tile_of, without_zero_points
-from qcompile.kernels.triton.launch import EXACT, device_guard, family
+from qcompile.kernels.triton.launch import EXACT, cdiv, device_guard, family
 from qcompile.kernels.triton.numerics import MAGIC
 from qcompile.kernels.triton.scaled_mm import Epilogue, Packing, sum_of_tile, tiles_of
 
@@ -185,7 +185,7 @@ def scaled_mm_requantize(
     arguments = epilogue.with_sums(a, b_t, Packing(False, False, 1, k)).arguments()
     arguments = {name: value for name, value in arguments.items() if name not in ("out_ptr", "partial_ptr", "stride_o")}
     with device_guard(a):
-        requantize_kernel[(triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)](
+        requantize_kernel[(cdiv(m, config.block_m) * cdiv(n, config.block_n),)](
             a,
             b_t,
             codes,

@@ -19,7 +19,7 @@ from torch import Tensor
 from qcompile.errors import KernelError
 from qcompile.kernels.triton import tuning
 from qcompile.kernels.triton.epilogue import finish_tile, tile_of
-from qcompile.kernels.triton.launch import EXACT, device_guard, family
+from qcompile.kernels.triton.launch import EXACT, cdiv, device_guard, family
 from qcompile.kernels.triton.numerics import FULL, Layout, layout_of
 from qcompile.kernels.triton.scaled_mm import sum_of_tile, tiles_of
 
@@ -126,7 +126,7 @@ def scaled_bmm(
     biases = None if bias is None else bias.expand(batch, m, n)
     step_bias, stride_bias_m, stride_bias_n = (0, 0, 0) if biases is None else biases.stride()
     with device_guard(a):
-        scaled_bmm_kernel[(batch * triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)](
+        scaled_bmm_kernel[(batch * cdiv(m, config.block_m) * cdiv(n, config.block_n),)](
             a,
             b_t,
             out,

@@ -33,7 +33,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from qcompile.errors import KernelError
 from qcompile.kernels.triton import tuning
 from qcompile.kernels.triton.epilogue import finish_tile, tile_of
-from qcompile.kernels.triton.launch import EXACT, device_guard, family, multiprocessors
+from qcompile.kernels.triton.launch import EXACT, cdiv, device_guard, family, multiprocessors
 from qcompile.kernels.triton.numerics import Layout, layout_of
 from qcompile.kernels.triton.scaled_mm_tma import ALIGNMENT, scaled_mm_tma_kernel, takes
 from qcompile.ops.pack_codes import codes_per_byte, unpack_codes_reference
@@ -351,25 +351,38 @@ class Epilogue(NamedTuple):
             "stride_bias_m": 0,
             "stride_bias_n": 0,
         }
-        for name, values, *allowed in (
-            ("a_scale", self.a_scale, Layout.TENSOR, Layout.ROW),
-            ("b_scale", self.b_scale, Layout.TENSOR, Layout.COLUMN),
-            ("a_zero", self.a_zero, Layout.TENSOR, Layout.ROW),
-            ("b_zero", self.b_zero, Layout.TENSOR, Layout.COLUMN),
-            ("bias", self.bias, *Layout),
-        ):
-            layout = Layout.TENSOR if values is None else layout_of("scaled_mm", name, values, m, n, *allowed)
+        for name, pointer, constant, allowed in _LAID_OUT:
+            values = getattr(self, name)
+            if values is None:
+                found[pointer], found[constant] = None, _NOTHING
+                continue
+            layout = layout_of("scaled_mm", name, values, m, n, *allowed)
             if layout is Layout.FULL:
                 found["stride_bias_m"], found["stride_bias_n"] = values.stride()
-            found[f"{name}_ptr"] = values if values is None or layout is Layout.FULL else values.contiguous()
-            found[name.upper()] = int(layout)
+            else:
+                values = values.contiguous()
+            found[pointer], found[constant] = values, int(layout)
         return found
+
+
+_NOTHING = int(Layout.TENSOR)
+_LAID_OUT = tuple(
+    (name, f"{name}_ptr", name.upper(), allowed)
+    for name, allowed in {
+        "a_scale": (Layout.TENSOR, Layout.ROW),
+        "b_scale": (Layout.TENSOR, Layout.COLUMN),
+        "a_zero": (Layout.TENSOR, Layout.ROW),
+        "b_zero": (Layout.TENSOR, Layout.COLUMN),
+        "bias": tuple(Layout),
+    }.items()
+)
+"""Fields of an `Epilogue`, the kernel's names for pointer and layout, and the layouts that they may have."""
 
 
 def _launch(a: Tensor, b_t: Tensor, epilogue: Epilogue, config: tuning.MatmulConfig, packing: Packing) -> None:
     m, n = epilogue.out.shape
     part = -(-packing.k // packing.fields)
-    grid = (triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)
+    grid = (cdiv(m, config.block_m) * cdiv(n, config.block_n),)
     with device_guard(a):
         scaled_mm_kernel[grid](
             a,
@@ -397,7 +410,7 @@ def _launch_tma(a: Tensor, b_t: Tensor, epilogue: Epilogue, config: tuning.Matmu
     _check_described(a, b_t, packing)
     symmetric = epilogue.a_zero is None and epilogue.b_zero is None
     per_sm = config.per_sm if symmetric else 1  # zero points take more registers
-    tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
+    tiles = cdiv(m, config.block_m) * cdiv(n, config.block_n)
     options = {"maxnreg": tuning.REGISTERS // (32 * config.warps * per_sm)} if per_sm > 1 else {}
     with device_guard(a):
         scaled_mm_tma_kernel[(min(tiles, per_sm * multiprocessors(a.device)),)](
@@ -424,7 +437,7 @@ def _launch_gluon(a: Tensor, b_t: Tensor, epilogue: Epilogue, config: tuning.Mat
 
     _check_described(a, b_t, packing)
     m, n = epilogue.out.shape
-    tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
+    tiles = cdiv(m, config.block_m) * cdiv(n, config.block_n)
     layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
     with device_guard(a):
         scaled_mm_gluon_kernel[(min(tiles, multiprocessors(a.device)),)](

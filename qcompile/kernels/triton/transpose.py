@@ -10,7 +10,7 @@ from torch import Tensor
 
 from qcompile.errors import KernelError
 from qcompile.kernels.triton import tuning
-from qcompile.kernels.triton.launch import EXACT, device_guard
+from qcompile.kernels.triton.launch import EXACT, cdiv, device_guard
 
 __all__ = ["transpose", "transpose_kernel", "transpose_reference"]
 
@@ -56,7 +56,7 @@ def transpose(codes: Tensor) -> Tensor:
         return out
     config = tuning.tile_config(m, n)
     with device_guard(codes):
-        transpose_kernel[(triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n),)](
+        transpose_kernel[(cdiv(m, config.block_m) * cdiv(n, config.block_n),)](
             codes,
             out,
             m,
