@@ -8,6 +8,7 @@ Before                                          After
   t(w), transpose(w, 0, 1)                        permute(w, [1, 0]), and so for more axes
   expand(x, [its own size])                       x
   mm(grad, w), without a tag                      the same, tagged as backward
+  convolution(x, w, None, [1], [0], ...)          convolution(x, w, None, [1, 1], [0, 0], ...)
 
 Numerics  exact: only views, aliases and their order change.
 Requires  meta["val"] on every node. Ensures: no detach/alias; no permute of a permute; no view of a view; equal views of one
@@ -28,6 +29,7 @@ from passes.graph import (
     PERMUTE,
     TRANSPOSES,
     VIEWS,
+    args_by_name,
     aten,
     call,
     erase_unused,
@@ -39,7 +41,7 @@ from passes.graph import (
 
 def canonicalize(graph: fx.Graph, context: PassContext | None = None) -> int:
     """Return the number of nodes that were removed or rewritten."""
-    changes = _tag_backward(graph)
+    changes = _tag_backward(graph) + _write_out_geometry(graph)
     output = next(iter(graph.find_nodes(op="output")))
     seen: dict[object, fx.Node] = {}
     for node in list(graph.nodes):
@@ -87,6 +89,24 @@ def _tag_backward(graph: fx.Graph) -> int:
             found.add(node)
             if phase_of(node) != BACKWARD:
                 node.meta["partitioner_tag"] = "is_backward"
+                changes += 1
+    return changes
+
+
+_GEOMETRY = ("stride", "padding", "dilation", "output_padding")
+
+
+def _write_out_geometry(graph: fx.Graph) -> int:
+    """One number for each spatial axis of a convolution: aten takes a single one for all."""
+    changes = 0
+    for target in (aten.convolution.default, aten.convolution_backward.default):
+        for node in graph.find_nodes(op="call_function", target=target):
+            named = args_by_name(node)
+            axes = named["weight"].meta["val"].ndim - 2
+            short = {name for name in _GEOMETRY if len(named[name]) == 1 and axes > 1}
+            if short:
+                node.args = tuple(list(v) * axes if name in short else v for name, v in named.items())
+                node.kwargs = {}
                 changes += 1
     return changes
 

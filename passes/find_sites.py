@@ -40,6 +40,11 @@ __all__ = ["GemmNode", "enclosing_module", "find_sites", "module_path"]
 
 FUSED_ATTENTION = "recipe: fused attention stays in high precision; with 'bmm' among ops it is taken apart and quantized"
 
+ENCODER_FAST_PATH = (
+    "PyTorch's fast path for an encoder layer in eval mode is one fused kernel; torch.backends.mha.set_fastpath_enabled(False) "
+    "takes its layers one by one"
+)
+
 # Operations with GEMMs inside that no pass takes apart: reported, never silent. Overload packet -> reason.
 _FUSED = {
     "_scaled_dot_product_flash_attention_for_cpu": FUSED_ATTENTION,
@@ -48,6 +53,8 @@ _FUSED = {
     "_scaled_dot_product_cudnn_attention": FUSED_ATTENTION,
     "_scaled_dot_product_fused_attention_overrideable": FUSED_ATTENTION,
     "flex_attention": "flex_attention is one fused kernel, which no pass takes apart",
+    "_transformer_encoder_layer_fwd": ENCODER_FAST_PATH,
+    "_native_multi_head_attention": ENCODER_FAST_PATH,
     "mkldnn_rnn_layer": "a fused recurrent layer, which no pass takes apart",
     "_cudnn_rnn": "a fused recurrent layer, which no pass takes apart",
     "miopen_rnn": "a fused recurrent layer, which no pass takes apart",

@@ -15,12 +15,25 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._functorch import partitioners
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import _disable_current_modes
 
-__all__ = ["backward_pass", "mkldnn_transpose", "operators_that_fuse", "real_tensors"]
+__all__ = [
+    "backward_pass",
+    "mkldnn_transpose",
+    "operators_that_fuse",
+    "real_tensors",
+    "without_fast_path",
+]
+
+
+def without_fast_path(model: nn.Module) -> None:
+    """Let every `nn.TransformerEncoderLayer` call its layers in eval mode too, where it would compute from their weights itself."""
+    for module in model.modules():
+        if isinstance(module, nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0  # "no activation that the fused operator has"
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from qcompile.commands.progress import progress
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     target.add_arguments(parser)
     parser.add_argument("--heatmap", metavar="FILE", type=target.output_file, help="write a picture of SNR by layer and GEMM")
-    parser.add_argument("--min-snr", metavar="DB", type=float, help="status 1 if an output or a gradient has less")
+    parser.add_argument("--min-snr", metavar="DB", type=target.finite, help="status 1 if an output or a gradient has less")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -21,7 +21,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from qcompile.search import search_recipe
 
-    budget = dict(_limit(text) for text in arguments.budget)
+    limits = [_limit(text) for text in arguments.budget]
+    budget = dict(limits)
+    if len(budget) < len(limits):
+        raise ValueError(f"--budget: got {' and '.join(arguments.budget)}; give each kind once")
     if arguments.out is not None and arguments.out.suffix != ".toml":
         raise ValueError(f"--out: got {arguments.out}; the file's name must end in .toml")
     made = target.load(arguments)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib
+import math
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,6 +46,14 @@ def add_arguments(parser: argparse.ArgumentParser, *, recipe: bool = True) -> No
         parser.add_argument("--recipe", default="int8", help="a recipe's name or file (default: int8)")
     parser.add_argument("--autocast", choices=tuple(AUTOCAST), help="run under autocast to this dtype")
     parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def finite(text: str) -> float:
+    """The type of an argument that is a number: with NaN a comparison never fails."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"got {text!r}; allowed: a finite number")
+    return value
 
 
 def output_file(text: str) -> Path:

@@ -22,6 +22,7 @@ from qcompile.qat.quantizer import LearnedQuantizer
 from qcompile.recipe import Recipe
 from qcompile.recipes import get_recipe
 from qcompile.state.handle import range_state
+from qcompile.torch_private import without_fast_path
 
 __all__ = ["convert"]
 
@@ -108,6 +109,7 @@ def _from_ranges(
     from qcompile.deploy.trained_ranges import trained_layers
 
     made = copy.deepcopy(model).eval().requires_grad_(False)
+    without_fast_path(made)  # what is read is the graph of its layers
     found = trained_layers(made, inputs, kwargs, recipe, skip, range_state(model).state_dict())
     if not found:
         raise UnsupportedError(

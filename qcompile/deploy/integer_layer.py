@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from qcompile.deploy.packing import pack_bits, packed_bytes, unpack_bits
 from qcompile.ops.fake_quantize import FORMS, fake_quantize_codes
 from qcompile.qat.layers import kind, layer_call, output_axis, plain_class
+from qcompile.torch_private import without_fast_path
 
 __all__ = ["IntegerLayer", "with_layers"]
 
@@ -70,6 +71,8 @@ class IntegerLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """What the trained layer computes in eval mode: the same codes, exact integer sums, one rounding."""
+        if self.kind == "conv" and x.ndim == self.codes.ndim - 1:  # without a batch
+            return self(x.unsqueeze(0)).squeeze(0)
         weight_zero = None if self.weight_form == "signed" else torch.zeros_like(self.weight_scale, dtype=torch.int32)
         dequantize = torch.ops.qtrain.dequantize
         if self.input_bits is None or self.input_form is None or self.input_scale is None:
@@ -139,6 +142,7 @@ class IntegerLayer(nn.Module):
 
 def with_layers(model: nn.Module, layers: Mapping[str, nn.Module]) -> nn.Module:
     """`model` with modules replaced; one that is used under two names is replaced under both."""
+    without_fast_path(model)  # which would look for weights
     by_old = {id(model.get_submodule(name)): new for name, new in layers.items()}
     if id(model) in by_old:
         return by_old[id(model)]

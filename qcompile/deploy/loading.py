@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import copy
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -79,7 +80,7 @@ def continue_training(
     rest = {k: v for k, v in deployed.state_dict().items() if not any(k.startswith(f"{name}." if name else "") for name in layers)}
     for name, layer in layers.items():
         plain: Any = model.get_submodule(name)
-        plain.weight.copy_(layer.codes.float() * layer.weight_scale)
+        _set_weight(name, plain, layer.codes.float() * layer.weight_scale)
         if layer.bias is not None:
             plain.bias.copy_(layer.bias)
     model.load_state_dict(rest, strict=False)  # all that the integer layers do not have
@@ -90,11 +91,31 @@ def continue_training(
         return model
     if options:
         raise TypeError(f"continue_training: {', '.join(options)} are for recipes with learned scales; {recipe.name!r} has none.")
-    ranges = {}
+    ranges, uses = {}, Counter[int]()
     for name, layer in layers.items():
-        ranges.update(_as_memory(name, layer, recipe))
+        memory = _as_memory(name, layer, recipe)
+        plain = model.get_submodule(name)
+        weight = id(plain._parameters.get("weight", plain))
+        number = f"#{uses[weight]}" if uses[weight] else ""  # of a weight that several layers have
+        uses[weight] += 1
+        ranges.update({f"{name}{number}.input.{f}": value for f, value in memory.items()})
     range_state(model).load_state_dict(ranges, strict=False)
     return model
+
+
+def _set_weight(name: str, layer: nn.Module, value: Tensor) -> None:
+    """Errors: `StateError` for a weight that is computed, and cannot be set."""
+    own = layer._parameters.get("weight")
+    if own is not None:
+        own.copy_(value)
+        return
+    try:
+        layer.weight = value  # through the parametrization  # type: ignore[assignment]
+    except (RuntimeError, NotImplementedError, TypeError, KeyError) as error:
+        raise StateError(
+            f"continue_training: the weight of {name!r} is computed from other parameters and cannot be set ({error}). Remove its "
+            "parametrization first (torch.nn.utils.parametrize.remove_parametrizations)."
+        ) from error
 
 
 def _take_scales(prepared: nn.Module, layer: IntegerLayer) -> None:
@@ -125,7 +146,7 @@ def _take(quantizer: LearnedQuantizer, scale: Tensor, offset: Tensor | None, cod
 
 
 def _as_memory(name: str, layer: IntegerLayer, recipe: Recipe) -> dict[str, Tensor]:
-    """`site.input.field` -> what the estimator remembers after a batch of the deployed range; empty if unknown."""
+    """What the estimator of a layer's input remembers after a batch of the deployed range; empty if unknown."""
     pair = recipe.resolve(name, kind=layer.kind).gemm("output")
     if pair is None or layer.input_scale is None or layer.input_bits is None or layer.input_form is None:
         return {}
@@ -141,7 +162,7 @@ def _as_memory(name: str, layer: IntegerLayer, recipe: Recipe) -> dict[str, Tens
         return {}
     stats = {n: _one(known[n]) for n in wanted} | {"clipped": _one(0.0)}
     after = updated(spec.estimator, stats, {f: _one(v) for f, v in fields.items()})
-    return {f"{name}.input.{f}": v for f, v in after.items()}
+    return after
 
 
 def _one(value: float) -> Tensor:

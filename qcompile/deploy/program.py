@@ -10,6 +10,7 @@ The operators are those of PT2E quantization (`torch.ops.quantized_decomposed`),
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -83,10 +84,10 @@ def exportable(
     """
     model = with_standard_layers(deployed, write_qdq, what)
     graph = traced(model, args, kwargs, dynamic_shapes, what).graph
-    layers = standard_layers(model)
+    layers = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, StandardLayer)}
     outputs = {n: layers[where] for n in graph.nodes if _is_product(n) and (where := _module_of(n)) in layers}
-    calls = [_module_of(n) for n in outputs]
-    once = {n: layer for n, layer in outputs.items() if calls.count(layer.name) == 1}
+    calls = Counter(map(id, outputs.values()))  # one that is used under two names is one
+    once = {n: layer for n, layer in outputs.items() if calls[id(layer)] == 1}
     for node, layer in once.items():
         reader = _only_user(node)
         if reader is not None and _is_batch_norm(reader) and _fold(model, layer, reader, graph):
@@ -95,12 +96,13 @@ def exportable(
         reader = _only_user(reader) if relu and reader is not None else reader
         if reader is not None and reader.target is _Q.quantize_per_tensor.default:
             layer.output_scale = reader.args[1]  # type: ignore[assignment]
-    inputs: dict[str, list[fx.Node]] = {}
+    inputs: dict[StandardLayer, list[fx.Node]] = {}
     for node in graph.find_nodes(op="call_function", target=_Q.quantize_per_tensor.default):
-        inputs.setdefault(_module_of(node), []).append(node.args[0])  # type: ignore[arg-type]
-    for name, sources in inputs.items():
-        if name in layers and all(source.target in _RELU for source in sources):
-            layers[name].never_negative()
+        if (where := _module_of(node)) in layers:
+            inputs.setdefault(layers[where], []).append(node.args[0])  # type: ignore[arg-type]
+    for layer, sources in inputs.items():
+        if all(source.target in _RELU for source in sources):
+            layer.never_negative()
     return model, graph
 
 
@@ -157,11 +159,18 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 
 
 def _fold(model: nn.Module, layer: StandardLayer, node: fx.Node, graph: fx.Graph) -> bool:
-    """Put a BatchNorm in eval mode, used once, into the layer in front of it."""
+    """Put a BatchNorm in eval mode, used once, into the layer in front of it.
+
+    Not one of a user's class, which may do more than normalize, and none over another axis than the layer's output channels.
+    """
     name = _module_of(node)
     norm = model.get_submodule(name)
-    uses = [n for n in graph.nodes if _is_batch_norm(n) and _module_of(n) == name]
-    if not isinstance(norm, _BatchNorm) or len(uses) != 1 or norm.running_mean is None or norm.running_var is None:
+    uses = [n for n in graph.nodes if _is_batch_norm(n) and model.get_submodule(_module_of(n)) is norm]
+    if not isinstance(norm, _BatchNorm) or type(norm).forward is not _BatchNorm.forward or len(uses) != 1:
+        return False
+    if norm.running_mean is None or norm.running_var is None:
+        return False
+    if layer.kind == "linear" and node.args[0].meta["val"].ndim != 2:  # type: ignore[union-attr]
         return False
     factor = torch.rsqrt(norm.running_var.double() + norm.eps)
     if norm.weight is not None:

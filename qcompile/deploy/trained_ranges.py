@@ -90,6 +90,7 @@ def trained_layers(
         warnings.filterwarnings("ignore", "no training step has left ranges yet", QtrainWarning)  # an error follows, with the layer
         captured = capture(model, *args, recipe=recipe, ranges=ranges, **kwargs)
     found: dict[str, TrainedLayer] = {}
+    first_names = {id(m): name for name, m in reversed(list(model.named_modules(remove_duplicate=False)))}
     clean = clean_names(captured.model)
     tensors = {clean(n): t.detach() for n, t in captured.model.named_parameters(remove_duplicate=False)}
     tensors |= {clean(n): t for n, t in captured.model.named_buffers(remove_duplicate=False)}
@@ -104,6 +105,7 @@ def trained_layers(
                 if gemm.specs is None:  # hp in training too
                     continue
                 base = _module_name(model, site, name, gemm)
+                base = first_names[id(model.get_submodule(base))]  # one that is used under two names is one
                 layer = _read(name, node, gemm, values, recipe)
                 _check_alike(name, base, layer, found)
                 found.setdefault(base, layer)

@@ -76,7 +76,7 @@ class LSQPlus(Learned):
     offset: ClassVar[bool] = True
 
     def first_weight_scale(self, weight: Tensor, dims: list[int], high: int) -> Tensor:
-        mean, sigma = weight.mean(dims, keepdim=True), weight.std(dims, keepdim=True)
+        mean, sigma = weight.mean(dims, keepdim=True), weight.std(dims, keepdim=True, correction=0)
         return torch.maximum((mean - 3 * sigma).abs(), (mean + 3 * sigma).abs()) / (high + 1)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from qcompile.qat.quantizer import LearnedQuantizer
 
@@ -44,6 +45,8 @@ def _is_conv1d_of_transformers(cls: type) -> bool:
 
 def layer_call(cls: type) -> Call | None:
     """What a class of layers computes; None for one that has a `forward` of its own, or is no such layer."""
+    if issubclass(cls, NonDynamicallyQuantizableLinear):  # nn.MultiheadAttention multiplies with its weight itself
+        return None
     if issubclass(cls, nn.Linear):
         return _linear if cls.forward is nn.Linear.forward else None
     if issubclass(cls, _ConvNd) and not issubclass(cls, _ConvTransposeNd):

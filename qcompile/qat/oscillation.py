@@ -8,6 +8,8 @@ average of its codes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -39,6 +41,12 @@ class OscillationTracker(nn.Module):
         self.register_buffer("average", torch.zeros_like(weight, dtype=torch.float32))
         self.register_buffer("frozen", torch.zeros_like(weight, dtype=torch.bool))
         self.register_buffer("seen", torch.zeros((), dtype=torch.bool))
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> OscillationTracker:
+        """Averages over many steps stay fp32 in a model of another dtype."""
+        super()._apply(fn, recurse)
+        self.frequency, self.average = self.frequency.float(), self.average.float()
+        return self
 
     @torch.no_grad()
     def update(self, weight: nn.Parameter, quantizer: LearnedQuantizer) -> None:

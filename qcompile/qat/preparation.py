@@ -11,9 +11,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -31,6 +32,7 @@ from qcompile.qat.quantizer import LearnedQuantizer, observing
 from qcompile.recipe import Recipe
 from qcompile.recipes import get_recipe
 from qcompile.specs import PerChannel, PerRow, PerTensor, QuantSpec
+from qcompile.torch_private import without_fast_path
 
 __all__ = ["calibrate", "learned_quantizers", "prepare", "qat_step", "scale_parameters"]
 
@@ -80,7 +82,8 @@ def prepare(
     freeze_oscillations  freeze weights that jump to and fro more often than this, in oscillations a step (0.02 is a start)
 
     Errors: `StateError` for a model that is prepared already; `RecipeError` for a recipe that names no learned tensor, matches no
-    layer, or asks for scales that no forward GEMM can take out of its sum.
+    layer, or asks for scales that no forward GEMM can take out of its sum. Where only the calibration fails, the model stays
+    prepared: `calibrate` it, or call it.
     """
     recipe = get_recipe(recipe)
     if _plan_of(model) is not None or any(isinstance(m, LearnedLayer) for m in model.modules()):
@@ -97,6 +100,7 @@ def prepare(
     chosen = _chosen_layers(model, recipe)
     ends = {chosen[0][0], chosen[-1][0]}
     by_weight: dict[int, LearnedQuantizer] = {}  # a tied weight is one Parameter with one scale
+    without_fast_path(model)
     for name, layer, specs in chosen:
         if name in ends and first_last_bits is not None:
             specs = {operand: replace(spec, bits=first_last_bits) for operand, spec in specs.items()}
@@ -107,8 +111,8 @@ def prepare(
     _watch_optimizers(model)
     if calibration is not None:
         calibrate(model, calibration, call=call)
-    elif any(not q.initialised for q in learned_quantizers(model).values()):
-        model.register_forward_pre_hook(_first_batch, with_kwargs=True)
+    else:
+        _wait_for_first_batch(model)
     return model
 
 
@@ -171,6 +175,8 @@ def _make_learned(
     threshold: float | None,
 ) -> None:
     weight = layer.weight
+    own = layer._parameters.get("weight")  # none where it is computed (parametrizations): that tensor is another one every time
+    identity = id(layer) if own is None else id(own)
     plain: Any = type(layer)
     layer.__class__ = learned_class(plain)
     layer.input_quantizer = layer.weight_quantizer = None
@@ -179,16 +185,16 @@ def _make_learned(
         layer.input_quantizer.set_bits(plan.width(specs["input"].bits))
     if "weight" not in specs:
         return
-    known = by_weight.get(id(weight))
+    known = by_weight.get(identity)
     if known is None:
         shape: list[int] = []
         if specs["weight"].granularity != PerTensor():
             shape = [1] * weight.ndim
             shape[output_axis(layer)] = weight.shape[output_axis(layer)]
-        known = by_weight[id(weight)] = LearnedQuantizer(name, "weight", specs["weight"], shape).to(weight.device)
+        known = by_weight[identity] = LearnedQuantizer(name, "weight", specs["weight"], shape).to(weight.device)
         known.set_bits(plan.width(specs["weight"].bits))
         known.start_from_weight(weight)
-        if threshold is not None:
+        if threshold is not None and own is not None:
             layer.oscillations = OscillationTracker(weight, threshold)
     layer.weight_quantizer = known
 
@@ -252,9 +258,14 @@ def calibrate(model: nn.Module, batches: Any, *, call: Callable[[nn.Module, Any]
     root, _ = _prepared_plan(model, "calibrate")
     quantizers = [q for q in learned_quantizers(root).values() if q.operand == "input"]
     call = call or _call_model
+    if isinstance(batches, str | bytes | Mapping) or not (isinstance(batches, Tensor) or hasattr(batches, "__iter__")):
+        raise TypeError(
+            f"calibrate: batches is a {type(batches).__name__}; allowed: a tensor (one batch), or an iterable of batches, as in "
+            "[batch] or a DataLoader. A batch is a tensor, a tuple whose first is the argument, or a mapping of keyword arguments."
+        )
     runs = (lambda batch=batch: call(root, batch) for batch in ([batches] if isinstance(batches, Tensor) else batches))
-    _forget_first_batch(root)
-    _start_inputs(root, quantizers, runs)
+    with _without_first_batch(root):
+        _start_inputs(root, quantizers, runs)
 
 
 def _call_model(model: nn.Module, batch: Any) -> object:
@@ -281,8 +292,12 @@ def _start_inputs(model: nn.Module, quantizers: list[LearnedQuantizer], runs: It
         for buffer, value in kept:
             buffer.copy_(value)
     _share_minimum(quantizers)
-    for quantizer in quantizers:
-        quantizer.start_from_observed()
+    try:
+        for quantizer in quantizers:
+            quantizer.start_from_observed()
+    finally:
+        for quantizer in quantizers:
+            quantizer.observed = None
     _share_start(quantizers)
 
 
@@ -313,11 +328,28 @@ def _share_start(quantizers: list[LearnedQuantizer]) -> None:
 @torch.compiler.disable
 def _first_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Forward pre-hook of a prepared model: starts what has no start yet, and goes."""
-    _forget_first_batch(model)
     waiting = [q for q in learned_quantizers(model).values() if not q.initialised]
-    if waiting:  # a checkpoint may have been loaded
-        with torch.no_grad():
+    with _without_first_batch(model), torch.no_grad():
+        if waiting:  # a checkpoint may have been loaded
             _start_inputs(model, waiting, [lambda: model(*args, **kwargs)])
+    if waiting and not any(q.initialised for q in waiting):  # an empty batch
+        _wait_for_first_batch(model)
+
+
+@contextlib.contextmanager
+def _without_first_batch(model: nn.Module) -> Iterator[None]:
+    """Take the hook that waits for a first batch off the model; put it back where this was none, so that the next one may be."""
+    _forget_first_batch(model)
+    try:
+        yield
+    except BaseException:
+        _wait_for_first_batch(model)
+        raise
+
+
+def _wait_for_first_batch(model: nn.Module) -> None:
+    if any(not q.initialised for q in learned_quantizers(model).values()):
+        model.register_forward_pre_hook(_first_batch, with_kwargs=True)
 
 
 def _forget_first_batch(model: nn.Module) -> None:

@@ -16,6 +16,8 @@ from qcompile.specs import QuantSpec
 
 __all__ = ["LearnedQuantizer", "observing"]
 
+_FLOOR = 2.0**-100
+"""Of scales in use: its reciprocal times any activation is finite."""
 _SAMPLES = 1 << 16
 """Elements of a calibration batch that are kept, evenly spaced, for a search of least squared error."""
 
@@ -98,10 +100,9 @@ class LearnedQuantizer(nn.Module):
 
     def positive_scale(self) -> Tensor:
         """The scale in use, fp32 > 0."""
-        # The gradient passes the floor: a scale that a step has carried below zero comes back.
-        floor = torch.finfo(torch.float32).tiny
+        # The gradient passes the floor: a scale that a step has carried below zero comes back. The sum is exact: 0 is added.
         scale = self.scale.float()
-        return scale + (scale.clamp_min(floor) - scale).detach()
+        return scale.clamp_min(_FLOOR).detach() + (scale - scale.detach())
 
     def _check_initialised(self) -> None:
         if not self.initialised:
@@ -127,6 +128,11 @@ class LearnedQuantizer(nn.Module):
         seen, self.observed = self.observed, None
         if seen is None or seen.count == 0:
             return
+        if not seen.finite:
+            raise StateError(
+                f"{self.site}.{self.operand}: a batch that its scale was to start from has values there that are not finite. Leave "
+                "such batches out, and start again: call the model once, or qcompile.calibrate(model, batches)."
+            )
         if self.offset is not None:
             scale, offset = _least_error(seen.samples(), self.bits)
             self._start(scale, offset, "offset")
@@ -183,7 +189,7 @@ class _Observed:
     """What the calibration batches had at one operand."""
 
     def __init__(self) -> None:
-        self.count, self.total, self.minimum, self.amax = 0, 0.0, 0.0, 0.0
+        self.count, self.total, self.minimum, self.amax, self.finite = 0, 0.0, 0.0, 0.0, True
         self._kept: list[Tensor] = []
 
     def add(self, x: Tensor) -> None:
@@ -191,6 +197,7 @@ class _Observed:
             return
         x = x.float().flatten()
         self.count += x.numel()
+        self.finite = self.finite and bool(x.isfinite().all())
         self.total += float(x.abs().sum(dtype=torch.float64))
         self.minimum, self.amax = min(self.minimum, float(x.min())), max(self.amax, float(x.abs().max()))
         self._kept.append(x[:: max(1, x.numel() // _SAMPLES)].cpu())

@@ -10,6 +10,7 @@ ratio is the usual approximation:
     2. While a limit on memory or time is exceeded, make the move (one GEMM to another option) that frees most of what is exceeded
        for each bit of loss that it adds; to free more than that counts for nothing. What GEMMs share counts in equal parts here:
        a tensor that three GEMMs read is not freed by the first of them alone, and the first must be worth its move all the same.
+       What a move puts over another limit counts against it, and no choice is made twice.
     3. Undo, the most harmful first, what the limits do not need.
 
 With a limit on the loss alone, moves are made in the same order, for memory and time together, as long as the loss allows.
@@ -79,14 +80,14 @@ def choose(gemms: Sequence[GemmOptions], limits: Mapping[str, float]) -> Choice:
         return sum(value / shared[what][key] for key, value in parts.items()) / start[what]
 
     def excess(what: str) -> float:
-        """How far the choice is above a limit, in the same units; what is a rounding of sums counts for nothing."""
+        """How far the choice is above a limit, in the same units, or (negative) below it; a rounding of sums counts for nothing."""
         over = (total(gemms, choice, what) - limits[what]) / start[what]
-        return over if over > 1e-9 else 0.0
+        return over if abs(over) > 1e-9 else 0.0
 
     choice = [HP] * len(gemms)
     bounded = [what for what in shared if what in limits]
     if bounded:
-        _spend(gemms, choice, weight, lambda: {w: e for w in bounded if (e := excess(w)) > 0})
+        _spend(gemms, choice, weight, lambda: {w: excess(w) for w in bounded})
         if over := [w for w in bounded if excess(w) > 0]:
             raise Infeasible(f"the candidates do not reach the limit on {' and '.join(over)}")
         _undo(gemms, choice, lambda: all(excess(w) <= 0 for w in bounded))
@@ -111,18 +112,23 @@ def _spend(
 ) -> None:
     """Make moves, the best ratio first, until nothing is wanted or nothing frees it.
 
-    wanted  kind -> how much of it is to be freed
+    wanted  kind -> how much of it is to be freed, or (negative) may still be taken
     most    loss that the moves may add up to
     """
-    while kinds := wanted():
+    seen = {tuple(choice)}
+    while True:
+        kinds = wanted()
+        if not any(e > 0 for e in kinds.values()):
+            return
         spent = total(gemms, choice, "loss")
         best: tuple[float, int, str] | None = None
         for index, gemm in enumerate(gemms):
             now = choice[index]
             for name, option in gemm.options.items():
-                gain = sum(min(weight(index, now, w) - weight(index, name, w), most_of) for w, most_of in kinds.items())
+                freed = {w: weight(index, now, w) - weight(index, name, w) for w in kinds}
+                gain = sum(min(freed[w], e) if e > 0 else min(freed[w] - e, 0.0) for w, e in kinds.items())
                 added = option.loss - gemm.options[now].loss
-                if name == now or gain <= 1e-9 or spent + added > most:
+                if name == now or gain <= 1e-9 or spent + added > most or (*choice[:index], name, *choice[index + 1 :]) in seen:
                     continue
                 ratio = gain / max(added, _LEAST)
                 if best is None or ratio > best[0]:
@@ -130,6 +136,7 @@ def _spend(
         if best is None:
             return
         choice[best[1]] = best[2]
+        seen.add(tuple(choice))
 
 
 def _undo(gemms: Sequence[GemmOptions], choice: list[str], fits: Callable[[], bool]) -> None:

@@ -73,6 +73,8 @@ def lost_alone(graph: CapturedGraph, gemm: Gemm, exact: Gradients, loss: Loss | 
 
 def _step_before(graph: CapturedGraph, name: str) -> str:
     names = list(graph.steps)
+    if name not in names:
+        raise ValueError(f"candidates: {graph.context.recipe.name!r} quantizes nothing ({name} has not run); leave it out")
     return names[names.index(name) - 1]
 
 

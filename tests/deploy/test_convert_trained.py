@@ -226,3 +226,40 @@ def test_options_of_prepare_without_learned_scales_are_refused(net):
     state = qcompile.convert(model, x, recipe=HINDSIGHT).state_dict()
     with pytest.raises(TypeError, match="first_last_bits"):
         qcompile.continue_training(Small(), state, recipe=HINDSIGHT, first_last_bits=8)
+
+
+def test_a_layer_under_two_names_with_two_ranges_is_refused(interpreted):
+    shared = nn.Linear(8, 8)
+    model, x = nn.Sequential(shared, nn.ReLU(), shared), torch.randn(5, 8)
+    train(model, x)
+    with pytest.raises(UnsupportedError, match="'0' is used several times"):
+        qcompile.convert(model, x, recipe=HINDSIGHT)
+
+
+def tied():
+    first, second = nn.Linear(8, 8), nn.Linear(8, 8)
+    second.weight = first.weight
+    return nn.Sequential(first, nn.ReLU(), second, nn.Linear(8, 3))
+
+
+def test_tied_layers_go_on_with_their_own_ranges(interpreted):
+    x = 3 * torch.randn(6, 8)
+    model = tied()
+    train(model, x)
+    deployed = qcompile.convert(model, x, recipe=HINDSIGHT)
+    going_on = qcompile.continue_training(tied(), deployed.state_dict(), recipe=HINDSIGHT).eval()
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(going_on)(x), deployed(x))
+
+
+def test_computed_weights_go_on_from_the_deployed_ones():
+    def normed():
+        return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(8, 8)), nn.Linear(8, 3))
+
+    x = torch.randn(6, 8)
+    model = qcompile.prepare(normed(), "qat_lsq", calibration=[x], first_last_bits=8)
+    deployed = qcompile.convert(model.eval())
+    going_on = qcompile.continue_training(normed(), deployed.state_dict(), recipe="int8_in_hindsight")
+    deployed_weight = deployed[0].codes.float() * deployed[0].weight_scale
+    torch.testing.assert_close(going_on[0].weight.detach(), deployed_weight)

@@ -162,3 +162,44 @@ def test_what_cannot_be_exported():
 
 def test_it_is_a_public_name():
     assert qcompile.export_program is export_program
+
+
+# ---- norms and layers that are more, or in more places, than they seem
+
+
+class NormAndActivation(nn.BatchNorm2d):
+    def forward(self, x):
+        return nn.functional.leaky_relu(super().forward(x))
+
+
+def shared_convolution():
+    shared = nn.Conv2d(3, 3, 3, padding=1)
+    return nn.Sequential(shared, nn.BatchNorm2d(3), nn.ReLU(), shared, nn.ReLU(), nn.Conv2d(3, 4, 1))
+
+
+@pytest.mark.parametrize(
+    "model, x",
+    [
+        (nn.Sequential(nn.Conv2d(3, 8, 3), NormAndActivation(8), nn.Conv2d(8, 8, 3)), images()),
+        (shared_convolution(), images()),
+        (nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.Linear(6, 5)), torch.randn(4, 6, 8)),
+        (nn.Sequential(nn.Linear(8, 5), nn.BatchNorm1d(6), nn.Linear(5, 5)), torch.randn(4, 6, 8)),
+    ],
+    ids=["a norm that does more", "a layer under two names", "a norm over another axis", "of another size"],
+)
+def test_what_cannot_go_into_a_layer_stays(model, x):
+    qcompile.prepare(model, learned(LSQ(), weight_bits=8, input_bits=8), calibration=[x])
+    model.train()
+    model(x)
+    for norm in (m for m in model if isinstance(m, nn.modules.batchnorm._BatchNorm)):
+        nn.init.uniform_(norm.weight, 0.5, 2)
+    with torch.no_grad():
+        deployed = qcompile.convert(model.eval())
+        want = deployed(x)
+        assert_within_rounding(export_program(deployed, (x,)).module()(x), want)
+
+
+def test_a_convolution_without_a_batch():
+    x = images()
+    deployed = learned_net(model=nn.Sequential(nn.Conv2d(3, 4, 3), nn.Conv2d(4, 4, 3)))
+    torch.testing.assert_close(deployed(x[0]), deployed(x)[0])

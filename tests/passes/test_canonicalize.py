@@ -1,10 +1,12 @@
 """canonicalize: views, transposes and aliases have one form, and values are what they were."""
 
+import pytest
 import torch
 
 from passes.canonicalize import canonicalize
 from passes.graph import CAST, PERMUTE, TRANSPOSES, VIEWS, aten, call
-from tests.passes.graphs import assert_same_outputs, joint_graph, linear, linear_inputs, mlp, mlp_inputs
+from passes.pipeline import Pipeline, joint_steps
+from tests.passes.graphs import TENSORWISE, assert_same_outputs, joint_graph, linear, linear_inputs, mlp, mlp_inputs
 
 
 def test_a_traced_linear_has_one_transpose_of_its_weight():
@@ -80,3 +82,22 @@ def test_an_alias_that_is_an_output_stays():
     assert joint.apply(canonicalize) == 1
     assert_same_outputs(before, joint.run())
     assert alias in output.args[0] and exp.args[0] is alias
+
+
+@pytest.mark.parametrize("how", ["valid", "lists"])
+def test_a_geometry_of_one_number_holds_for_all_axes(how):
+    def function(x, w):
+        if how == "valid":
+            return torch.nn.functional.conv2d(x, w, padding="valid")
+        return torch.conv2d(x, w, None, [1], [1], [1])
+
+    joint = joint_graph(function, torch.randn(2, 3, 6, 6), torch.randn(4, 3, 3, 3), recipe=TENSORWISE, parameters=(1,))
+    before = joint.run()
+    joint.through("canonicalize")
+    assert_same_outputs(before, joint.run())
+    (node,) = joint.find(aten.convolution.default)
+    assert all(len(list(node.args[i])) == 2 for i in (3, 4, 5))
+    Pipeline(joint_steps(), joint.context).run(joint.graph)
+    assert all(gemm.reason is None for _, gemm in joint.context.gemms()) and len(list(joint.context.gemms())) == 3
+    for want, got in zip(before, joint.run(), strict=True):
+        assert 10 * torch.log10(want.square().sum() / (want - got).square().sum()) > 25

@@ -1,6 +1,7 @@
 """prepare: what it changes and what not, where scales start, schedules, and what it refuses."""
 
 import copy
+import itertools
 import pickle
 
 import pytest
@@ -13,6 +14,7 @@ from qcompile.backend import compiled_graphs
 from qcompile.errors import StateError
 from qcompile.kernels import record_launches
 from qcompile.ops import quantize_reference, scaled_mm_reference
+from qcompile.qat.oscillation import OscillationTracker
 from qcompile.qat.quantizer import LearnedQuantizer
 from qcompile.recipes import learned
 from tests.qat.models import WIDTH, Net, Stages, compiled, gradients, images
@@ -435,3 +437,82 @@ def test_another_width_keeps_both_ends_of_a_range_with_an_offset(bits):
         seen = quantizer(torch.linspace(0, 1, 1001)).unique()
     assert seen.numel() == 2**bits
     torch.testing.assert_close(seen[[0, -1]], torch.tensor([0.0, 1.0]))
+
+
+# ---- starts that fail, and scales that fall
+
+
+def test_a_scale_below_zero_comes_back_with_a_gradient_that_is_finite():
+    """Inputs that are exactly 0, as behind a ReLU, times the reciprocal of the scale in use."""
+    model = prepared()
+    model(batch())
+    quantizer = model.middle.input_quantizer
+    with torch.no_grad():
+        quantizer.scale.fill_(-0.01)
+    assert 0 < quantizer.positive_scale() < 1e-20
+    model(batch()).square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters() if p.grad is not None)
+    assert quantizer.scale.grad is not None
+
+
+@pytest.mark.parametrize("bad", [torch.randn(4, WIDTH + 1), torch.zeros(0, WIDTH), torch.full((4, WIDTH), float("nan"))])
+def test_after_a_first_batch_that_cannot_start_scales_the_next_one_does(bad):
+    model = prepared()
+    with pytest.raises((RuntimeError, StateError)):
+        model(bad)
+    assert model(batch()).isfinite().all()
+    assert all(q.initialised and q.scale.isfinite().all() for q in quantizers(model).values())
+
+
+@pytest.mark.parametrize("recipe", ["qat_lsq", "qat_lsq_plus"])
+def test_values_that_are_not_finite_start_no_scale(recipe):
+    bad = batch()
+    bad[3, 2] = float("inf")
+    with pytest.raises(StateError, match="first.input.*not finite"):
+        prepared(recipe, calibration=[batch(), bad])
+
+
+@pytest.mark.parametrize("batches", ["text", {"x": torch.zeros(1)}, 3])
+def test_what_is_no_list_of_batches(batches):
+    with pytest.raises(TypeError, match="calibrate: batches is a .*allowed"):
+        prepared(calibration=batches)
+
+
+def test_weights_of_one_value_a_channel():
+    """Their standard deviation is 0."""
+    model = prepared("qat_lsq_plus", nn.Sequential(nn.Linear(1, 6), nn.Linear(6, 1)), calibration=[torch.randn(8, 1)])
+    assert all(q.scale.isfinite().all() for q in quantizers(model).values())
+
+
+def test_layers_whose_weights_are_computed_have_scales_of_their_own():
+    layers = [nn.utils.parametrizations.weight_norm(nn.Linear(WIDTH, WIDTH)) for _ in range(4)]
+    for i, layer in enumerate(layers):
+        with torch.no_grad():
+            layer.parametrizations.weight.original0.mul_(10.0**i)
+    model = prepared(model=nn.Sequential(*layers), first_last_bits=None)
+    scales = [q.scale.flatten()[0].item() for name, q in quantizers(model).items() if name.endswith("weight")]
+    assert len(scales) == 4 and all(5 < b / a < 20 for a, b in itertools.pairwise(scales))
+
+
+def test_averages_of_oscillations_stay_fp32():
+    model = prepared(freeze_oscillations=0.02)
+    model(batch())
+    model.bfloat16()
+    for _ in range(2):
+        qcompile.qat_step(model)
+    assert all(m.average.dtype is m.frequency.dtype is torch.float32 for m in model.modules() if isinstance(m, OscillationTracker))
+
+
+def test_an_encoder_layer_in_eval_is_quantized():
+    """Its fast path reads the weights of its layers, and calls none of them."""
+    layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    x = torch.randn(3, 5, 16)
+    plain = copy.deepcopy(layer).eval()
+    model = prepared(model=nn.Sequential(layer), calibration=[x]).eval()
+    assert not any("out_proj" in name for name in quantizers(model))  # attention multiplies with its weight itself
+    with torch.no_grad():
+        without = model(x)
+        deployed = qcompile.convert(model)(x)
+    torch.testing.assert_close(without, model(x).detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(without, deployed, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(without, plain(x), atol=1e-3)

@@ -84,3 +84,14 @@ def test_near_the_best_of_all_choices_and_never_over_the_limit(seed):
     assert total(gemms, chosen, "loss") <= 1.5 * best
     uniform = total(gemms, ["int8"] * 7, "loss")
     assert total(gemms, chosen, "loss") < uniform
+
+
+def test_what_frees_one_kind_and_costs_another_ends():
+    """Codes save memory and take longer: with both limited, each move undoes what the last one did."""
+    gemms = [gemm(str(i), hp=(0, 100, 10), int8=(0.01, 25, 12)) for i in range(4)]
+    with pytest.raises(Infeasible):
+        choose(gemms, {"memory": 200, "time": 40})
+    assert choose(gemms, {"memory": 330, "time": 42}).count("int8") == 1
+    mixed = [*gemms, gemm("fast", hp=(0, 100, 10), int8=(0.3, 90, 4))]
+    found = choose(mixed, {"memory": 350, "time": 48})
+    assert total(mixed, found, "memory") <= 350 and total(mixed, found, "time") <= 48
