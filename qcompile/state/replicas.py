@@ -137,7 +137,6 @@ class _Plan:
             binding.tensor[index] = agreed[start : start + index.numel()]
             start += index.numel()
 
-
     def _mean(self, ranks: Tensor) -> Tensor:
         """Over the ranks that have learnt something; over all of them where none has."""
         learnt = ranks[:, self.steps] > 0
