@@ -41,14 +41,21 @@ def convert(
     inputs, kwargs  an example input, to trace with; its values do not matter
     recipe          what it was trained with: the input's ranges must be static, as those of "int8_in_hindsight". They are the
                     stored ones, of this process or loaded with `range_state(model).load_state_dict`; nothing is recalibrated
-    skip            patterns of sites, as in a recipe, to leave in high precision
+    skip            patterns of sites, as in a recipe, to leave in high precision; one that matches nothing is a warning
 
     `state_dict()` holds the weights packed to their widths and nothing but tensors.
     Errors: `StateError` for a model with neither learned scales nor a recipe, and for inputs that no batch has reached;
-    `UnsupportedError` for dynamic ranges, and for what runs on codes in training and has no integer layer, by name.
+    `UnsupportedError` for dynamic ranges, for what runs on codes in training and has no integer layer, by name, and for `skip` of
+    learned scales; `RecipeError` for a `skip` that is no list of patterns.
     """
     model = getattr(model, "_orig_mod", model)
+    skip = Recipe(skip=skip).skip  # type: ignore[arg-type]  # which checks it
     if any(isinstance(m, LearnedLayer) for m in model.modules()):
+        if skip:
+            raise UnsupportedError(
+                f"convert: skip={skip!r}, but this model has learned scales, and every layer with one becomes an integer layer. "
+                "Leave skip out; layers that prepare(model, recipe.replace(skip=...)) left alone stay in high precision."
+            )
         return _from_learned(model)
     if recipe is None:
         raise StateError(
@@ -58,7 +65,7 @@ def convert(
         )
     if not inputs and not kwargs:
         raise StateError("convert: a model that the backend trained is traced; give an example: convert(model, x, recipe=...).")
-    return _from_ranges(model, inputs, kwargs, get_recipe(recipe), tuple(skip))
+    return _from_ranges(model, inputs, kwargs, get_recipe(recipe), skip)
 
 
 # ---- learned scales

@@ -20,6 +20,7 @@ from passes.context import Gemm, Site, StateLayout
 from passes.cut import root_of
 from passes.gemms import INTEGER
 from passes.graph import DEQUANTIZE, HADAMARD, QUANTIZE, ROUND_TO_POWERS, SELECT
+from qcompile._checks import suggestion
 from qcompile._patterns import matches
 from qcompile.errors import QtrainWarning, StateError, UnsupportedError
 from qcompile.inspect.capture import Capture, capture
@@ -89,6 +90,7 @@ def trained_layers(
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "no training step has left ranges yet", QtrainWarning)  # an error follows, with the layer
         captured = capture(model, *args, recipe=recipe, ranges=ranges, **kwargs)
+    _tell_unmatched(skip, captured)
     found: dict[str, TrainedLayer] = {}
     first_names = {id(m): name for name, m in reversed(list(model.named_modules(remove_duplicate=False)))}
     clean = clean_names(captured.model)
@@ -110,6 +112,15 @@ def trained_layers(
                 _check_alike(name, base, layer, found)
                 found.setdefault(base, layer)
     return found
+
+
+def _tell_unmatched(skip: tuple[str, ...], captured: Capture) -> None:
+    names = [call.site_name(site) for graph in captured.graphs for call in graph.calls for site in graph.sites]
+    unmatched = Recipe(skip=skip).unmatched_patterns(names)
+    if unmatched and names:
+        known = ", ".join(map(repr, names[:4])) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        told = f"convert: no site matches {', '.join(map(repr, unmatched))}; there are {known}"
+        warnings.warn(f"{told}. {suggestion(unmatched[0], names)}".rstrip(), QtrainWarning, stacklevel=2)
 
 
 def _forward_gemms(graph: CapturedGraph) -> list[tuple[Site, fx.Node]]:

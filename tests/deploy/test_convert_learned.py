@@ -10,7 +10,7 @@ from torch import nn
 import qcompile
 from qcompile import LSQ, PerChannel, QuantSpec, get_recipe
 from qcompile.deploy.packing import pack_bits, packed_bytes, unpack_bits
-from qcompile.errors import StateError
+from qcompile.errors import StateError, UnsupportedError
 from qcompile.kernels import record_launches
 from qcompile.recipes import learned
 from tests.qat.models import Net, Stages, compiled, images
@@ -32,6 +32,11 @@ def trained(recipe=W4A4, model=None):
     model(images()).square().mean().backward()
     optimizer.step()
     return model.eval()
+
+
+def test_skip_of_learned_scales_is_refused():
+    with pytest.raises(UnsupportedError, match=r"skip=\('down',\).*every layer with one becomes an integer layer"):
+        qcompile.convert(trained(), skip=("down",))
 
 
 @pytest.mark.parametrize("bits", range(2, 9))

@@ -10,7 +10,7 @@ from torch import nn
 import qcompile
 from qcompile import GemmSpec, InHindsight, PerRow, QuantSpec, Sigma
 from qcompile.deploy import IntegerLayer
-from qcompile.errors import StateError, UnsupportedError
+from qcompile.errors import QtrainWarning, RecipeError, StateError, UnsupportedError
 from qcompile.kernels import record_launches
 from tests.compiling import poke
 from tests.deploy.models import HINDSIGHT, Net, Small, compiled, images, train
@@ -159,6 +159,15 @@ def test_a_product_that_is_no_layer_is_named_and_left_out_when_asked():
     with pytest.raises(UnsupportedError, match=r"'mm' \(mm\).*no nn.Linear.*skip=\('mm',\)"):
         qcompile.convert(model, x, recipe=HINDSIGHT)
     assert list(integer_layers(qcompile.convert(model, x, recipe=HINDSIGHT, skip=("mm",)))) == ["proj"]
+
+
+def test_a_skip_that_means_nothing_is_said(net):
+    model, x, _ = net
+    with pytest.warns(QtrainWarning, match="no site matches 'dwn'; there are 'first', 'down'. Did you mean 'down'"):
+        deployed = qcompile.convert(model, x, recipe=HINDSIGHT, skip=("dwn", "first"))
+    assert list(integer_layers(deployed)) == ["down"]
+    with pytest.raises(RecipeError, match="skip: got 'first'.*a tuple of patterns"):
+        qcompile.convert(model, x, recipe=HINDSIGHT, skip="first")
 
 
 @pytest.mark.parametrize("recipe", ["int8", "int8_tensorwise"])
