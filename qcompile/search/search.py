@@ -65,8 +65,8 @@ def search_recipe(
     start. It takes a captured step for each candidate and batch, and a step operator by operator for each GEMM of each; kernels are
     timed unless the budget is on memory without time. For several budgets, `Search` measures once.
 
-    Errors: `ValueError` for no batches, no GEMM to quantize, a budget of another kind or that no choice meets, and candidates that
-    disagree; `RecipeError`; those of `capture`.
+    Errors: `ValueError` for no batches, a step without gradients, no GEMM to quantize, a budget of another kind or that no choice
+    meets, and candidates that disagree; `RecipeError`; those of `capture`.
     """
     timed = "memory" not in _checked_budget(budget) or "time" in budget
     return Search(model, batches, candidates=candidates, loss=loss, timed=timed).under(budget, name)
@@ -98,6 +98,11 @@ class Search:
         self._ranges = range_state(model).state_dict() if isinstance(model, nn.Module) else None
         with progress(1 + len(self._recipes) * len(self._steps), "capturing") as bar:
             hp = self._capture("none")
+            if hp.graphs and not any(graph.tangents for graph in hp.graphs):
+                raise ValueError(
+                    f"search_recipe: the step of this {type(model).__name__} has no gradients, and a recipe is chosen by what they "
+                    "lose. Its forward must return a loss, or floating-point tensors that depend on Parameters with requires_grad."
+                )
             bar.update()
             measured = [self._measured(recipe, bar) for recipe in self._recipes.values()]
             bar.set_description("timing kernels" if timed else "counting bytes")

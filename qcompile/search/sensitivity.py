@@ -92,6 +92,8 @@ def _tangents(graph: CapturedGraph, module: fx.GraphModule, loss: Loss | None) -
 
     Without this an error in the last layer's output would go unseen where the loss is no part of the graph.
     """
+    if not graph.tangents:  # of a part that computes nothing with a gradient
+        return ()
     forward = fx.GraphModule(module, copy_graph(module.graph))
     output = next(iter(forward.graph.find_nodes(op="output")))
     output.args = (tuple(output.args[0])[: graph.n_outputs],)

@@ -262,6 +262,29 @@ def test_nothing_is_timed_for_a_budget_on_memory_alone(monkeypatch):
         untimed.under({"time": 0.9})
 
 
+class Chosen(nn.Module):
+    """A layer chooses rows; only the other one is trained, and may be left out."""
+
+    def __init__(self, *, trained: bool) -> None:
+        super().__init__()
+        self.choose, self.rest, self.trained = nn.Linear(32, 32), nn.Linear(32, 32), trained
+
+    def forward(self, x):
+        rows = self.choose(x).argmax(1)
+        torch._dynamo.graph_break()
+        return self.rest(x[rows]) if self.trained else rows
+
+
+def test_a_part_without_gradients_is_no_obstacle():
+    found = qcompile.search_recipe(Chosen(trained=True), batches(), budget={"memory": 0.9}, candidates=["int8"])
+    assert found.chosen()["rest", "grad_weight"] == "int8"
+
+
+def test_a_step_without_gradients_is_refused():
+    with pytest.raises(ValueError, match="the step of this Chosen has no gradients.*must return a loss"):
+        qcompile.search_recipe(Chosen(trained=False), batches(), budget={"memory": 0.9})
+
+
 def test_a_model_without_gemms_is_refused():
     with pytest.raises(ValueError, match="none of the model's GEMMs can be an integer GEMM under int8, int4: .*float64"):
         qcompile.search_recipe(nn.Linear(8, 8).double(), [torch.randn(4, 8).double()], budget={"memory": 0.9})
