@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from qcompile.errors import StateError
+from qcompile.errors import QtrainWarning, StateError
 from qcompile.estimators.learned import Learned
 from qcompile.ops.fake_quantize import FORMS, fake_quantize, fake_quantize_codes, levels, whole_zero_point
 from qcompile.specs import QuantSpec
@@ -124,7 +125,7 @@ class LearnedQuantizer(nn.Module):
 
     @torch.no_grad()
     def start_from_observed(self) -> None:
-        """Scale and signedness from what the calibration saw; nothing where it saw nothing."""
+        """Scale and signedness from what the calibration saw; nothing where it saw nothing. All zeros are a warning."""
         seen, self.observed = self.observed, None
         if seen is None or seen.count == 0:
             return
@@ -132,6 +133,13 @@ class LearnedQuantizer(nn.Module):
             raise StateError(
                 f"{self.site}.{self.operand}: a batch that its scale was to start from has values there that are not finite. Leave "
                 "such batches out, and start again: call the model once, or qcompile.calibrate(model, batches)."
+            )
+        if seen.amax == 0:
+            warnings.warn(
+                f"{self.site}.{self.operand}: it is zero in all batches that its scale starts from, so its range says nothing of "
+                "what will come. Start it from batches that are not: qcompile.calibrate(model, batches).",
+                QtrainWarning,
+                stacklevel=2,
             )
         if self.offset is not None:
             scale, offset = _least_error(seen.samples(), self.bits)

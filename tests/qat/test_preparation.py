@@ -3,6 +3,7 @@
 import copy
 import itertools
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import nn
 import qcompile
 from qcompile import LGLSQ, LSQ, LSQPlus, PerChannel, QuantSpec, Recipe, RecipeError, get_recipe
 from qcompile.backend import compiled_graphs
-from qcompile.errors import StateError
+from qcompile.errors import QtrainWarning, StateError
 from qcompile.kernels import record_launches
 from qcompile.ops import quantize_reference, scaled_mm_reference
 from qcompile.qat.oscillation import OscillationTracker
@@ -462,6 +463,15 @@ def test_after_a_first_batch_that_cannot_start_scales_the_next_one_does(bad):
         model(bad)
     assert model(batch()).isfinite().all()
     assert all(q.initialised and q.scale.isfinite().all() for q in quantizers(model).values())
+
+
+@pytest.mark.parametrize("recipe", ["qat_lsq", "qat_lsq_plus"])
+def test_a_start_from_zeros_is_said(recipe):
+    with pytest.warns(QtrainWarning, match="first.input: it is zero in all batches.*qcompile.calibrate"):
+        model = prepared(recipe, calibration=[torch.zeros(16, WIDTH)])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", QtrainWarning)
+        qcompile.calibrate(model, [torch.zeros(16, WIDTH), batch()])
 
 
 @pytest.mark.parametrize("recipe", ["qat_lsq", "qat_lsq_plus"])
