@@ -1,4 +1,4 @@
-"""`explain`: which matrix products of a training step are integer, and why not. Status 1 under --strict: not all are."""
+"""`explain`: which matrix products of a training step are integer, and why not. Status 1 under --strict: not all are, or none."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--profit-filter", action="store_true", help="keep GEMMs in hp that are measured slower in integers here")
     parser.add_argument("--html", metavar="FILE", type=target.output_file, help="write the report as a page")
     parser.add_argument("--draw", metavar="FILE", type=target.output_file, help="draw the graphs (.svg, .html or .dot)")
-    parser.add_argument("--strict", action="store_true", help="status 1 if a GEMM that the recipe asks for is not integer")
+    parser.add_argument("--strict", action="store_true", help="status 1 if a GEMM that the recipe asks for is in hp, or all are")
 
 
 def run(arguments: argparse.Namespace) -> int:
