@@ -149,7 +149,7 @@ def _check(deployed: nn.Module, again: Callable[..., Any], made: target.Target) 
     """How far what was written is from the deployed model, on the example input: by sample, in units of the outputs' spread."""
     with torch.no_grad():
         want, got = (_first_tensor(run(*made.args, **made.kwargs)) for run in (deployed, again))
-    spread = float(want.std()) or 1.0
+    spread = float(want.std(correction=0)) or 1.0  # of one number, too
     apart = ((got - want).abs() / spread).flatten(1).amax(1) if want.ndim > 1 else (got - want).abs() / spread
     median, largest = float(apart.median()), float(apart.max())
     return {"median": median, "largest": largest, "same": median <= TOLERANCE}

@@ -70,7 +70,8 @@ def _check_lowers(model: nn.Module) -> None:
         if layer.integer and layer.kind == "conv" and layer.codes.ndim != 4:
             raise UnsupportedError(
                 f"export_program: {name!r} is a Conv{layer.codes.ndim - 2}d, and x86 Inductor has int8 kernels for Conv2d only. "
-                "partial=True exports it all the same, to run in fp32 on dequantized codes; convert(..., skip=...) leaves it out."
+                "partial=True exports it all the same, to run in fp32 on dequantized codes; skip=... of convert (learned scales: "
+                "of the recipe that prepare gets) leaves it out."
             )
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 import qcompile
 from qcompile.__main__ import main as command_line
@@ -51,6 +52,17 @@ def test_learned_scales_in_every_format(ending, tmp_path, capsys):
     assert command_line(["convert", f"{__name__}:make_learned", str(out), "--check"]) == 0
     printed = capsys.readouterr().out
     assert "Conv2d" in printed and "int8" in printed and "\nthe deployed model's answers" in printed and out.exists()
+
+
+def make_one_answer():
+    model = nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 1))
+    x = torch.randn(1, 8)
+    return qcompile.prepare(model, "qat_lsq", calibration=x), x
+
+
+def test_a_single_number_is_compared_too(tmp_path, capsys):
+    assert command_line(["convert", f"{__name__}:make_one_answer", str(tmp_path / "model.pt"), "--check", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["check"] == {"median": 0, "largest": 0, "same": True}
 
 
 def test_status_1_if_the_file_answers_otherwise(monkeypatch, tmp_path, capsys):
