@@ -1,11 +1,15 @@
 """Data parallelism: processes with different batches have equal scales from the start on."""
 
+import copy
+
 import pytest
 import torch
 from torch import distributed, nn
+from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import qcompile
+from tests.distributed.ranks import run_on
 from tests.qat.models import WIDTH, Net
 
 
@@ -33,3 +37,32 @@ def test_processes_agree_on_their_scales(tmp_path, parity):
     for step in range(2):
         a, b = (torch.load(tmp_path / f"{rank}-{step}.pt", weights_only=True) for rank in range(2))
         assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+def _train_sharded(rank, ranks):
+    """Weights and scales after two steps, sharded, and those of one process that sees both batches."""
+    torch.manual_seed(0)
+    batches = torch.randn(2, ranks, 8, WIDTH)
+    alone = qcompile.prepare(Net(), "qat_lsq", calibration=batches[0, 0])
+    model = copy.deepcopy(alone)
+    scales = qcompile.scale_parameters(model)
+    for module in (model.middle, model):
+        fully_shard(module, ignored_params=set(scales))
+    run = torch.compile(model, backend="qtrain", options={"recipe": "qat_lsq"})
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.01) for m in (model, alone)]
+    for batch in batches:
+        run(batch[rank]).square().mean().backward()
+        for scale in scales:
+            distributed.all_reduce(scale.grad.div_(distributed.get_world_size()))
+        for x in batch:
+            (alone(x).square().mean() / ranks).backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+    gathered = {n: p.full_tensor() if hasattr(p, "full_tensor") else p for n, p in model.named_parameters()}
+    return [{n: p.detach() for n, p in parameters.items()} for parameters in (gathered, dict(alone.named_parameters()))]
+
+
+def test_sharded_weights_with_scales_left_out():
+    for sharded, alone in run_on(2, _train_sharded, 2):
+        torch.testing.assert_close(sharded, alone, rtol=1e-5, atol=1e-7)
