@@ -176,8 +176,8 @@ def monitor(
     budget       the share of the run's time that samples may take (0.02: 2 %): while they have taken more, a
                  sample that is due waits. None: no sample waits
 
-    Errors: `ValueError` for numbers out of range; `TypeError` for a sink that is none of these;
-    `ModuleNotFoundError` for a folder without TensorBoard being installed.
+    Errors: `ValueError` for numbers out of range and a .csv in a folder that is not there; `TypeError` for a sink that is none
+    of these; `ModuleNotFoundError` for a folder without TensorBoard being installed.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"monitor: got a {type(model).__name__}; give it the (compiled) nn.Module")
@@ -202,6 +202,9 @@ def _sink(to: Any) -> Sink:
 
 
 def _csv(path: Path) -> Sink:
+    if not path.parent.is_dir():  # not at the first sample, in the middle of a run
+        raise ValueError(f"monitor: to is {str(path)!r}; the folder {str(path.parent)!r} does not exist. Make it first.")
+
     def write(step: int, rows: Sequence[Row]) -> None:
         new = not path.exists() or path.stat().st_size == 0
         with path.open("a", newline="", encoding="utf-8") as file:

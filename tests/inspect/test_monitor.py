@@ -139,6 +139,7 @@ def test_the_plot(interpreted, tmp_path):
         ({"every": -1}, ValueError, "every is -1"),
         ({"budget": 0.0}, ValueError, "budget is 0.0"),
         ({"to": 3}, TypeError, "to is a int"),
+        ({"to": "no/such/ranges.csv"}, ValueError, "the folder 'no/such' does not exist"),
     ],
 )
 def test_wrong_options_are_refused(options, error, message):
