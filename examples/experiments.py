@@ -503,9 +503,11 @@ def names(text: str) -> list[str]:
 
 
 def numbers(text: str) -> list[int]:
-    """ "0,2" -> [0, 2]; "0-4" -> [0, 1, 2, 3, 4]."""
+    """ "0,2" -> [0, 2]; "0-4" -> [0, 1, 2, 3, 4]. Errors: ValueError for other text, and for none: "4-0"."""
     found: list[int] = []
     for part in names(text):
         first, dash, last = part.partition("-")
         found += range(int(first), int(last) + 1) if dash else [int(first)]
+    if not found:
+        raise ValueError(f"got {text!r}; allowed: numbers such as 0,1,2 or 0-4")
     return found

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import data
 import torch
+from experiments import numbers
 from gpt import PRESETS
 from measure import GemmCount, count_gemms
 from tabulate import tabulate
@@ -168,7 +169,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--recipes", type=_names, default=["bf16", "int8"], help=f"comma-separated, of: {known}"
     )
     parser.add_argument(
-        "--seeds", type=_integers, default=[0], help="comma-separated; recipes are compared seed by seed"
+        "--seeds", type=numbers, default=[0], help="such as 0,1,2 or 0-4; recipes are compared seed by seed"
     )
     parser.add_argument("--size", choices=PRESETS, default="small")
     parser.add_argument("--width", type=int, help="instead of the size's own; so are the next three")
@@ -210,10 +211,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def _names(text: str) -> list[str]:
     return [name for name in text.split(",") if name]
-
-
-def _integers(text: str) -> list[int]:
-    return [int(number) for number in _names(text)]
 
 
 def config_from(args: argparse.Namespace) -> TrainConfig:

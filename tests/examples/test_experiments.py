@@ -147,6 +147,9 @@ def test_a_method_is_refused_before_anything_runs():
 
 def test_seeds_may_be_a_range():
     assert numbers("0-2,7") == [0, 1, 2, 7]
+    for none in ("", "4-0"):
+        with pytest.raises(ValueError, match="allowed: numbers such as 0,1,2 or 0-4"):
+            numbers(none)
 
 
 def test_the_hash_tells_configurations_apart(monkeypatch):
