@@ -101,7 +101,8 @@ class Search:
             if hp.graphs and not any(graph.tangents for graph in hp.graphs):
                 raise ValueError(
                     f"search_recipe: the step of this {type(model).__name__} has no gradients, and a recipe is chosen by what they "
-                    "lose. Its forward must return a loss, or floating-point tensors that depend on Parameters with requires_grad."
+                    "lose. Its forward must return a loss, or floating-point tensors that depend on Parameters with requires_grad; "
+                    "what `loss` returns, where it is given, must depend on these."
                 )
             bar.update()
             measured = [self._measured(recipe, bar) for recipe in self._recipes.values()]
