@@ -12,10 +12,21 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-__all__ = ["clean_names", "without_private_wrappers"]
+__all__ = ["clean_names", "unwrapped", "without_private_wrappers"]
 
 _PRIVATE = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _WITH_MODULE = (DistributedDataParallel, nn.DataParallel, AveragedModel)
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside of the wrappers that hold it as a whole: `DistributedDataParallel(torch.compile(model))` -> `model`."""
+    while True:
+        if isinstance(model, _WITH_MODULE):
+            model = model.module
+        elif hasattr(model, "_orig_mod"):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
 
 
 def without_private_wrappers(path: str) -> str:

@@ -23,6 +23,7 @@ from qcompile.recipe import Recipe
 from qcompile.recipes import get_recipe
 from qcompile.state.handle import range_state
 from qcompile.torch_private import without_fast_path
+from qcompile.wrappers import unwrapped
 
 __all__ = ["convert"]
 
@@ -35,6 +36,7 @@ def convert(
     **kwargs: Any,
 ) -> nn.Module:
     """A copy of a trained model for inference: integer weights, static ranges, in eval mode. Its numbers are the model's in eval.
+    Of a compiled, data-parallel or averaged model the copy is of the module inside.
 
     A model that `prepare` made needs no more. One that was trained by `torch.compile(model, backend="qtrain")` needs
 
@@ -48,7 +50,7 @@ def convert(
     `UnsupportedError` for dynamic ranges, for what runs on codes in training and has no integer layer, by name, and for `skip` of
     learned scales; `RecipeError` for a `skip` that is no list of patterns.
     """
-    model = getattr(model, "_orig_mod", model)
+    model = unwrapped(model)
     skip = Recipe(skip=skip).skip  # type: ignore[arg-type]  # which checks it
     if any(isinstance(m, LearnedLayer) for m in model.modules()):
         if skip:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load, save
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import qcompile
 from qcompile import LSQ, PerChannel, QuantSpec, get_recipe
@@ -32,6 +33,14 @@ def trained(recipe=W4A4, model=None):
     model(images()).square().mean().backward()
     optimizer.step()
     return model.eval()
+
+
+@pytest.mark.parametrize("wrapper", [nn.DataParallel, AveragedModel, lambda m: nn.DataParallel(torch.compile(m))])
+def test_of_a_wrapped_model_the_module_inside_is_converted(wrapper):
+    model = trained()
+    deployed = qcompile.convert(wrapper(model))
+    assert type(deployed) is type(model) and deployed.state_dict().keys() == qcompile.convert(model).state_dict().keys()
+    qcompile.load_converted(Stages(), deployed.state_dict())
 
 
 def test_skip_of_learned_scales_is_refused():
