@@ -7,14 +7,15 @@ Before                                          After
   s = as_strided(r, ...)                          c = clone(r, contiguous); s = as_strided(c, ...)
   return r                                        return clone(r, contiguous)
 
-An integer convolution writes channels last, whatever the layout of the convolution that it stands for. What is computed from it
-follows, and a view that the new layout does not allow gets a copy. What the graph returns keeps its strides: a user may have
-counted on them. So does what is read by an operator that goes by strides: `as_strided`, fused attention, some of aten's kernels,
-and every operator that is not PyTorch's or ours.
+An integer convolution writes channels last, whatever the layout of the convolution that it stands for; a gradient that was split
+off a convolution's backward does not see the input, which had a say in its layout. What is computed from them follows, and a view
+that the new layout does not allow gets a copy. What the graph returns keeps its strides: a user may have counted on them. So does
+what is read by an operator that goes by strides: `as_strided`, fused attention, some of aten's kernels, and every operator that is
+not PyTorch's or ours.
 
 Numerics  exact: only layouts change.
-Requires  the form that fuse_matmul leaves. Ensures: the strides of every meta["val"] are those of a run of this graph, operator by
-          operator.
+Requires  nothing; before fuse_matmul only what was split off has moved. Ensures: the strides of every meta["val"] are those of a
+          run of this graph, operator by operator.
 """
 
 from __future__ import annotations
@@ -25,10 +26,21 @@ import torch
 from torch import Tensor, fx
 
 from passes.context import PassContext
-from passes.graph import VIEWS, aten, call, meta_of, refresh
+from passes.graph import (
+    CONV_GRAD_INPUT,
+    CONV_GRAD_WEIGHT,
+    SCALED_CONV_GRAD_INPUT,
+    SCALED_CONV_GRAD_WEIGHT,
+    VIEWS,
+    aten,
+    call,
+    meta_of,
+    refresh,
+)
 
 __all__ = ["follow_layouts"]
 
+_GRADIENTS = (CONV_GRAD_INPUT, CONV_GRAD_WEIGHT, SCALED_CONV_GRAD_INPUT, SCALED_CONV_GRAD_WEIGHT)
 _ROLES = ("qtrain_gemm", "qtrain_range", "qtrain_split")  # what a copy does not have
 
 
@@ -41,7 +53,7 @@ def follow_layouts(graph: fx.Graph, context: PassContext | None = None) -> int:
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
-        old = node.meta.pop("qtrain_strides", None)
+        old = _strides_before(node)
         if old is not None:
             moved[node] = [old]
             if node in returned:
@@ -65,6 +77,14 @@ def follow_layouts(graph: fx.Graph, context: PassContext | None = None) -> int:
             output.replace_input_with(node, copy)
             copies += 1
     return copies
+
+
+def _strides_before(node: fx.Node) -> tuple[Any, ...] | None:
+    """How the node that this one stands for laid out its result, if otherwise."""
+    strides: tuple[Any, ...] | None = node.meta.pop("qtrain_strides", None)
+    if node.target in _GRADIENTS and (part := node.meta.get("qtrain_split")) is not None:
+        return None if _same(node.meta["val"], part.strides) else part.strides
+    return strides
 
 
 _LAYOUT_FREE = ("aten", "prims", "qtrain")

@@ -32,11 +32,15 @@ CONVOLUTION_BACKWARD = aten.convolution_backward.default
 
 @dataclass(frozen=True)
 class Part:
-    """Which gradient of which node this is: 0 of the input, 1 of the weight, 2 of the bias. `bias_sizes` is the node's own."""
+    """Which gradient of which node this is: 0 of the input, 1 of the weight, 2 of the bias.
+
+    `bias_sizes` is the node's own, `strides` how that node laid out this gradient: perhaps otherwise, since it saw the input.
+    """
 
     of: str
     position: int
     bias_sizes: Any = None
+    strides: tuple[Any, ...] = ()
 
 
 def split_convolution_backward(graph: fx.Graph, context: PassContext | None = None) -> int:
@@ -64,7 +68,7 @@ def _split(graph: fx.Graph, node: fx.Node) -> None:
                 new = call(graph, CONV_GRAD_WEIGHT, grad, x, _sizes(graph, w, scope), *geometry, scope=scope)
             else:
                 new = inline(graph, _bias_grad, grad, scope=scope)
-        new.meta["qtrain_split"] = Part(node.name, position, named["bias_sizes"])
+        new.meta["qtrain_split"] = Part(node.name, position, named["bias_sizes"], item.meta["val"].stride())
         replace(item, new)
     for item in list(node.users):
         graph.erase_node(item)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from qcompile import QtrainWarning, compiled_graphs, get_recipe, range_state
+from qcompile import QtrainWarning, compare, compiled_graphs, get_recipe, range_state
 from qcompile.backend import qtrain
 from qcompile.kernels import record_launches
 from tests.compiling import compiled, nearest
@@ -274,3 +274,23 @@ def test_gradients_are_found_by_their_sizes_however_they_are_written(interpreted
         with record_launches() as launches:
             run(torch.randn(batch, 8, 8)).square().mean().backward()
         assert len(launches) == 5  # the input has no gradient
+
+
+# ---- a convolution's gradient read by a linear layer
+
+
+class Upsampled(nn.Module):
+    """Tokens as an image, as DPT has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.image = nn.Linear(8, 16), nn.Conv2d(16, 8, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        images = nn.functional.gelu(self.tokens(x)).permute(0, 2, 1).reshape(-1, 16, 4, 4)
+        return nn.functional.interpolate(self.image(images), scale_factor=2, mode="bilinear")
+
+
+def test_graphs_are_compared_where_gradients_of_convolutions_are_laid_out_otherwise():
+    comparison = compare(Upsampled(), torch.randn(2, 16, 8), recipe=TENSORWISE)
+    assert len(comparison.gemms) == 5 and comparison.worst_snr_db() > 25

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from passes.follow_layouts import follow_layouts
 from qcompile.inspect.captured_graph import CapturedGraph, with_buffers, written_inputs
 
 __all__ = ["Replay", "joint_at", "shared_random_numbers"]
@@ -16,8 +17,13 @@ _SEED = 0  # of the random numbers that runs share
 
 
 def joint_at(graph: CapturedGraph, step: str) -> fx.GraphModule:
-    """The joint graph behind a step, with range state in buffers that hold the values before the step."""
+    """The joint graph behind a step, with range state in buffers that hold the values before the step.
+
+    A step in the middle of the pipeline may leave views that the layouts of a run do not allow; these get their copies here.
+    """
     module = with_buffers(graph.steps[step], graph.joint, {})
+    if follow_layouts(module.graph):
+        module.recompile()
     graph.reset_state([module])
     return module
 

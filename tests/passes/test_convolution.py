@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from passes.context import EMULATED
+from passes.follow_layouts import follow_layouts
 from passes.fuse_matmul import fuse_matmul
 from passes.graph import (
     CONV_GRAD_INPUT,
@@ -292,6 +293,24 @@ def test_layouts_follow_and_views_stay_possible():
         interpreter.run(*joint.inputs)
     for node, (real, fake, shape) in strides.items():
         assert all(r == f or size == 1 for r, f, size in zip(real, fake, shape, strict=True)), node
+
+
+def below_a_linear_layer(x, v, w):
+    """A 1x1 convolution of what lies channels last, and in front of it a layer whose gradient is a view of its input's."""
+    images = torch.sigmoid(x @ v).permute(0, 2, 1).reshape(2, 16, 4, 4)
+    return F.interpolate(F.conv2d(images, w), scale_factor=2, mode="bilinear")
+
+
+@pytest.mark.parametrize("last", ["find_sites", "restore_decompositions"])
+@pytest.mark.parametrize("gemm", ["grad_input", "grad_weight", None])
+def test_a_gradient_that_is_split_off_is_laid_out_without_its_input(gemm, last):
+    tensors = torch.randn(2, 16, 8), torch.randn(8, 16), torch.randn(8, 16, 1, 1)
+    joint = traced(below_a_linear_layer, tensors, TENSORWISE.replace(**{gemm: None}) if gemm else TENSORWISE)
+    before = joint.run()
+    joint.through(last).apply(follow_layouts)
+    for want, got in zip(before, joint.run(), strict=True):
+        assert 10 * torch.log10(want.square().sum() / (want - got).square().sum()) > 25
+        assert got.stride() == want.stride()
 
 
 def test_what_the_user_gets_keeps_its_strides():
