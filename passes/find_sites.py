@@ -45,6 +45,8 @@ ENCODER_FAST_PATH = (
     "takes its layers one by one"
 )
 
+GROUPED = "a grouped product (experts) is one fused kernel, which no pass takes apart"
+
 # Operations with GEMMs inside that no pass takes apart: reported, never silent. Overload packet -> reason.
 _FUSED = {
     "_scaled_dot_product_flash_attention_for_cpu": FUSED_ATTENTION,
@@ -58,6 +60,8 @@ _FUSED = {
     "mkldnn_rnn_layer": "a fused recurrent layer, which no pass takes apart",
     "_cudnn_rnn": "a fused recurrent layer, which no pass takes apart",
     "miopen_rnn": "a fused recurrent layer, which no pass takes apart",
+    "_grouped_mm": GROUPED,
+    "grouped_mm_fallback": GROUPED,  # of transformers, where it cannot call torch's
     "_trilinear": "a product of three tensors; its decomposition is off",
 }
 
@@ -100,7 +104,7 @@ def find_sites(graph: fx.Graph, context: PassContext) -> int:
             else:
                 forward.append(_forward_site(node, context, names, weights))
         elif _packet(node) in _FUSED and phase_of(node) != BACKWARD:
-            _record_fused(node, context, names)
+            _record_fused(node, context, names, weights)
     by_sequence: dict[object, list[_Forward]] = {}
     for f in forward:
         by_sequence.setdefault(f.node.meta.get("seq_nr"), []).append(f)
@@ -283,18 +287,26 @@ def _sizes(shape: Sequence[object]) -> list[int | str]:
     return sorted((str(size) if (hint := size_hint(size)) is None else hint for size in shape), key=str)
 
 
-def _record_fused(node: fx.Node, context: PassContext, names: Counter[str]) -> None:
+def _record_fused(node: fx.Node, context: PassContext, names: Counter[str], weights: set[fx.Node]) -> None:
     """A fused operation: its forward, and its backward under the same sequence number, as one site."""
-    op = _packet(node).removeprefix("_")
+    op, reason = _packet(node).removeprefix("_"), _FUSED[_packet(node)]
     op = "scaled_dot_product_attention" if op.startswith("scaled_dot_product") else op
     module, _ = _module_of(node)
-    site = Site(_unique(f"{module}:{op}" if module else op, names, functional=True), op, kind="bmm", module=module)
-    site.gemms["output"] = Gemm("output", node=node.name, reason=_FUSED[_packet(node)])
+    kind = "linear" if reason is GROUPED and node.args[1] in weights else "bmm"
+    site = Site(_unique(f"{module}:{op}" if module else op, names, functional=True), op, kind=kind, module=module)
+    site.gemms["output"] = Gemm("output", node=node.name, reason=reason)
     sequence = node.meta.get("seq_nr")
     for other in node.graph.nodes:
         same = sequence is not None and other.meta.get("seq_nr") == sequence and other.op == "call_function"
-        if same and _packet(other) == f"{_packet(node)}_backward":
-            site.gemms["grad_input"] = Gemm("grad_input", node=other.name, reason=_FUSED[_packet(node)])
+        if not same or phase_of(other) != BACKWARD:
+            continue
+        if _packet(other) == f"{_packet(node)}_backward":
+            roles = ["grad_input", "grad_weight"] if reason is GROUPED else ["grad_input"]
+        elif _packet(other) == _packet(node):  # a grouped product's gradients are grouped products
+            roles = ["grad_input" if "grad_input" not in site.gemms else "grad_weight"]
+        else:
+            continue
+        site.gemms.update({role: Gemm(role, node=other.name, reason=reason) for role in roles})
     context.sites.append(site)
 
 

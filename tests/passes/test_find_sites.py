@@ -88,6 +88,16 @@ def test_what_cannot_be_integer_has_a_reason(function, inputs, reason):
     assert not any("qtrain_gemm" in n.meta and n.meta["qtrain_gemm"].role == "output" for n in joint.graph.nodes)
 
 
+@pytest.mark.parametrize("parameters, kind", [((1,), "linear"), ((), "bmm")])
+def test_grouped_products_are_reported(parameters, kind):
+    tensors = (torch.randn(16, 32, dtype=torch.bfloat16), torch.randn(2, 32, 16, dtype=torch.bfloat16), torch.tensor([8, 16]).int())
+    joint = joint_graph(lambda x, w, ends: torch._grouped_mm(x, w, offs=ends).cos(), *tensors, parameters=parameters)
+    (site,) = joint.through("find_sites").context.sites
+    assert site.kind == kind and set(site.gemms) == ROLES
+    assert all("grouped" in gemm.reason for gemm in site.gemms.values())
+    assert len({gemm.node for gemm in site.gemms.values()}) == 3
+
+
 @pytest.mark.parametrize("function", [lambda x: (x @ x).cos(), lambda x: (x @ x.T).cos()])
 def test_a_product_of_a_tensor_with_itself(function):
     joint = joint_graph(function, torch.randn(4, 4)).through("find_sites")
