@@ -47,6 +47,8 @@ ENCODER_FAST_PATH = (
 
 GROUPED = "a grouped product (experts) is one fused kernel, which no pass takes apart"
 
+DISTANCES = "cdist has squared norms in one matrix with its vectors: rounded together, distances would be lost"
+
 # Operations with GEMMs inside that no pass takes apart: reported, never silent. Overload packet -> reason.
 _FUSED = {
     "_scaled_dot_product_flash_attention_for_cpu": FUSED_ATTENTION,
@@ -94,6 +96,7 @@ def find_sites(graph: fx.Graph, context: PassContext) -> int:
     forward: list[_Forward] = []
     backward: list[fx.Node] = []
     names: Counter[str] = Counter()
+    distances: dict[object, Site] = {}
     weights = _weights(graph, context)
     for node in graph.nodes:
         if node.op != "call_function":
@@ -101,6 +104,8 @@ def find_sites(graph: fx.Graph, context: PassContext) -> int:
         if node.target in GEMMS:
             if phase_of(node) == BACKWARD:
                 backward.append(node)
+            elif str(node.meta.get("original_aten")) == "aten._euclidean_dist.default":  # PyTorch makes several objects of it
+                distances[node.meta.get("seq_nr")] = _record_distances(node, context, names)
             else:
                 forward.append(_forward_site(node, context, names, weights))
         elif _packet(node) in _FUSED and phase_of(node) != BACKWARD:
@@ -118,6 +123,11 @@ def find_sites(graph: fx.Graph, context: PassContext) -> int:
     left = []
     for node in backward:
         sequence = node.meta.get("seq_nr")
+        if sequence is not None and sequence in distances:
+            gemms = distances[sequence].gemms
+            role = "grad_weight" if "grad_input" in gemms else "grad_input"
+            gemms[role] = Gemm(role, node=node.name, shape=product_shape(node), reason=DISTANCES)
+            continue
         gradients = _gradients(node, forward if sequence is None else by_sequence.get(sequence, []))
         _take(node, gradients[0]) if gradients else left.append(node)
     # What a user's `autograd.Function` computes in its backward has numbers of its own. A weight says whose gradient it is; an
@@ -131,7 +141,7 @@ def find_sites(graph: fx.Graph, context: PassContext) -> int:
                 left.remove(node)
     for node in left:
         _record_unknown(node, context, names)
-    return len(forward) + len(backward)
+    return len(forward) + len(distances) + len(backward)
 
 
 def _weights(graph: fx.Graph, context: PassContext) -> set[fx.Node]:
@@ -285,6 +295,15 @@ def _fits(node: fx.Node, f: _Forward, role: str) -> bool:
 def _sizes(shape: Sequence[object]) -> list[int | str]:
     """In an order of its own. A symbolic size may be written as a number elsewhere in the graph, or as another expression."""
     return sorted((str(size) if (hint := size_hint(size)) is None else hint for size in shape), key=str)
+
+
+def _record_distances(node: fx.Node, context: PassContext, names: Counter[str]) -> Site:
+    """The product inside `cdist`, which PyTorch writes out while it is traced: a site that stays in high precision."""
+    module, _ = _module_of(node)
+    site = Site(_unique(f"{module}:cdist" if module else "cdist", names, functional=True), "cdist", kind="bmm", module=module)
+    site.gemms["output"] = Gemm("output", node=node.name, shape=product_shape(node), reason=DISTANCES)
+    context.sites.append(site)
+    return site
 
 
 def _record_fused(node: fx.Node, context: PassContext, names: Counter[str], weights: set[fx.Node]) -> None:

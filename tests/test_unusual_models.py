@@ -294,3 +294,33 @@ class Upsampled(nn.Module):
 def test_graphs_are_compared_where_gradients_of_convolutions_are_laid_out_otherwise():
     comparison = compare(Upsampled(), torch.randn(2, 16, 8), recipe=TENSORWISE)
     assert len(comparison.gemms) == 5 and comparison.worst_snr_db() > 25
+
+
+# ---- distances to a codebook
+
+
+class Nearest(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.codes = nn.Linear(WIDTH, WIDTH), nn.Parameter(torch.randn(64, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cdist(self.first(x), self.codes)
+
+
+@pytest.mark.parametrize("ops", [("linear", "conv"), ("linear", "conv", "bmm")])
+def test_small_distances_survive(interpreted, ops):
+    model, x = Nearest(), torch.randn(64, WIDTH)
+    with torch.no_grad():
+        model.codes.copy_(model.first(x) + 0.1 * torch.randn(64, WIDTH))
+    run = compiled(model, TENSORWISE.replace(ops=ops), strict=ops == ("linear", "conv"))
+    if "bmm" in ops:
+        with pytest.warns(QtrainWarning, match="cdist"):
+            distances = run(x)
+    else:
+        distances = run(x)
+    distances.square().mean().backward()
+    assert row_snr_db(want=model(x).diag()[None], got=distances.diag()[None]) > 15
+    found = kinds()
+    assert {("cdist", "bmm", role) for role in ("output", "grad_input", "grad_weight")} <= found.keys()
+    assert all(("cdist" in reason) == ("bmm" in ops) for (name, *_), reason in found.items() if name == "cdist")
