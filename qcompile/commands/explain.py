@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--profit-filter", action="store_true", help="keep GEMMs in hp that are measured slower in integers here")
     parser.add_argument("--html", metavar="FILE", type=target.output_file, help="write the report as a page")
     parser.add_argument("--draw", metavar="FILE", type=target.output_file, help="draw the graphs (.svg, .html or .dot)")
-    parser.add_argument("--strict", action="store_true", help="status 1 if a GEMM that the recipe asks for is in hp, or all are")
+    parser.add_argument("--strict", action="store_true", help="status 1 if a GEMM the recipe asks for is in hp, or there is none")
 
 
 def run(arguments: argparse.Namespace) -> int:
