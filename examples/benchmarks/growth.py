@@ -128,12 +128,16 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     save(drawn, path)
 
 
+def _sizes(text: str) -> list[int]:
+    return numbers(text) if text else []
+
+
 def main(argv: list[str] | None = None) -> list[Point]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for axis, base, values in zip(AXES, (2, 128, 128, 8), ("1,2,4", "64,128,256", "64,128,256", "4,8,16"), strict=True):
         parser.add_argument(f"--base-{axis}", type=int, default=base)
         plural = {"layers": "layers", "width": "widths", "sequence": "sequences", "batch": "batches"}[axis]
-        parser.add_argument(f"--{plural}", dest=axis, type=numbers, default=values, help="default: %(default)s; empty: not varied")
+        parser.add_argument(f"--{plural}", dest=axis, type=_sizes, default=values, help="default: %(default)s; empty: not varied")
     parser.add_argument("--variants", default="bf16,int8,int8_in_hindsight")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -310,7 +310,7 @@ def test_a_gradient_that_is_split_off_is_laid_out_without_its_input(gemm, last):
     joint.through(last).apply(follow_layouts)
     for want, got in zip(before, joint.run(), strict=True):
         assert 10 * torch.log10(want.square().sum() / (want - got).square().sum()) > 25
-        assert got.stride() == want.stride()
+        assert got.squeeze().stride() == want.squeeze().stride(), "of an axis of size 1 it says nothing"
 
 
 def test_what_the_user_gets_keeps_its_strides():
