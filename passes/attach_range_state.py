@@ -11,7 +11,7 @@ Before                                          After, an estimator without memo
                                                   r = select_range(old[i], steps[i], amax)     # the present one before any memory
                                                   s = max(r / 127, tiny)
                                                   q = quantize(x, s)                           # waits for no reduction
-                                                  d = dequantize(q, where(isfinite(amax), s, nan))
+                                                  d = dequantize(q, s + (amax - amax))         # NaN where amax is not finite
                                                   ...
                                                   write_state_(state, index, new)              # once, at the end of the half
 

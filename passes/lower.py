@@ -3,8 +3,10 @@
 Before                                          After
   q = quantize(x, s)                              q = to_int8(clamp(round(x * (1 / s))))     # Inductor fuses it into x's producer
                                                   with a seed: + draws of keys[i], keys = draw_keys(seed, salts) for all
+                                                  on a CPU codes(x, s, 8, keys[i]): qcompile.inductor_operations
                                                   on a GPU perhaps one kernel with the transposed copy: passes.fuse_quantize;
                                                   on a CPU in one loop with the row's range: passes.scale_rows_first
+  s = clamp_min(abs(a) / 127, tiny)               s = scale(a, 8)                            # on a CPU, likewise
   x = dequantize(q, s)                            x = to_dtype(q * s)
   y = scaled_mm(permute(a), b, ...)               y = scaled_mm(transpose_codes(a), b, ...)  # the layout that the kernel reads
                                                   on a CPU with VNNI codes_mm and arithmetic: passes.write_out_epilogues
@@ -19,8 +21,8 @@ The product of codes itself stays one operator, which picks its kernel by device
 Numerics  exact.
 Requires  a graph after the partitioner, or an inference graph. Ensures: the only `qtrain::` operators left are integer GEMMs
           (of packed codes too; or their products alone), transposes (on a GPU perhaps with their quantize), `unpack`,
-          `draw_keys`, `draws` where they can be fused, and the halves of a convolution's gradient that stayed hp; every
-          matrix of an integer GEMM has the layout that the device's kernel reads without a copy.
+          `draw_keys`, `draws`, `codes` and `scale` where they can be fused, and the halves of a convolution's gradient that
+          stayed hp; every matrix of an integer GEMM has the layout that the device's kernel reads without a copy.
 """
 
 from __future__ import annotations
@@ -63,7 +65,9 @@ from passes.inlining import inline
 from passes.scale_rows_first import scale_rows_first
 from passes.write_out_epilogues import write_out_epilogues
 from qcompile import ops
+from qcompile.estimators.base import SMALLEST_SCALE
 from qcompile.kernels.select import reads_packed
+from qcompile.ops.random import is_whole
 
 __all__ = ["assume_valid", "lower"]
 
@@ -84,7 +88,7 @@ def lower(graph: fx.Graph, context: PassContext | None = None, *, steady: bool =
     lowered += _write_out_references(graph)
     if "scale_rows_first" not in left_out:
         lowered += scale_rows_first(graph)
-    return lowered
+    return lowered + _take_scales_whole(graph)
 
 
 def assume_valid(graph: fx.Graph) -> int:
@@ -117,7 +121,7 @@ def _where_valid(stored: Tensor, valid: Tensor, present: Tensor) -> Tensor:
 
 
 _REFERENCES: dict[Any, Callable[..., Tensor]] = {
-    QUANTIZE: ops.quantize_reference,
+    QUANTIZE: lambda x, scale, zero_point, bits, seed, salt: ops.quantize_by_key(x, scale, zero_point, bits, None),
     DEQUANTIZE: ops.dequantize_reference,
     PACK_CODES: ops.pack_codes_reference,
     UNPACK_CODES: ops.unpack_codes_reference,
@@ -163,6 +167,27 @@ _BY_KEY: dict[Any, Callable[..., Tensor]] = {
     QUANTIZE: ops.quantize_by_key,
     ROUND_TO_POWERS: ops.round_to_powers_by_key,
 }
+
+
+_BITS = {ops.code_range(bits, symmetric=True)[1]: bits for bits in range(2, 9)}
+
+
+def _take_scales_whole(graph: fx.Graph) -> int:
+    """Where the compiler makes one operation of `qtrain::scale`, let it; return the number of scales."""
+    changes = 0
+    for floor in graph.find_nodes(op="call_function", target=aten.clamp_min.default):
+        ratio, smallest = floor.args
+        if smallest != SMALLEST_SCALE or ratio.target is not aten.div.Tensor or ratio.args[1] not in _BITS:
+            continue
+        amax, value = ratio.args[0], floor.meta["val"]
+        if ratio.args[0].target is aten.abs.default:
+            amax = amax.args[0]
+        if value.dtype is amax.meta["val"].dtype is torch.float32 and is_whole(value):
+            with graph.inserting_before(floor):
+                replace(floor, call(graph, ops.scale, amax, _BITS[ratio.args[1]], scope=meta_of(floor)))
+            changes += 1
+    erase_unused(graph)
+    return changes
 
 
 def _read_packed(graph: fx.Graph) -> int:

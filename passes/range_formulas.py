@@ -64,16 +64,15 @@ def stored_range(spec: QuantSpec, names: tuple[str, ...], fields: tuple[str, ...
 
 
 def scale_of_mirrored(spec: QuantSpec, high: Tensor) -> Tensor:
-    """`scale_and_zero_point` of the range (-high, high)."""
+    """`scale_and_zero_point` of the range (-high, high), whichever of the two is which."""
     return symmetric_scale(high.abs(), spec)
 
 
 def visible_scale(scale: Tensor, *stats: Tensor) -> Tensor:
     """The scale, NaN where the tensor was not finite: its codes are finite whatever it held."""
-    finite = stats[0].isfinite()
-    for s in stats[1:]:
-        finite = finite & s.isfinite()
-    return torch.where(finite, scale, float("nan"))
+    for s in stats:
+        scale = scale + (s - s).to(scale.dtype)  # zero; NaN for infinity and NaN. Inductor would fold a product with zero
+    return scale
 
 
 def clipped(x: Tensor, dims: tuple[int, ...], *bounds: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """The one place where Inductor's and AOTAutograd's private entry points are used. Checked on torch 2.11 and 2.13.
 
-(An operation that generated code is to have of ours is `inductor_draws`'.)
+(An operation that generated code is to have of ours is `inductor_operations`'.)
 
     watch_plain             Inductor itself under observation, for `recipe="none"` in inspection
     compile_frozen          Inductor alone on an inference module, with its weights as constants
@@ -28,7 +28,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from passes.context import PassContext
 from passes.partition import min_cut_partition
 from passes.restore_decompositions import decompositions
-from qcompile import inductor_draws
+from qcompile import inductor_operations
 from qcompile.cache_folders import check_cache_folders
 from qcompile.errors import UnsupportedError
 
@@ -46,7 +46,7 @@ __all__ = [
     "watch_plain",
 ]
 
-inductor_draws.register()
+inductor_operations.register()
 
 InnerCompile = Callable[..., Callable[..., Any]]
 InnerHook = Callable[[InnerCompile, fx.GraphModule, list[Any], dict[str, Any]], Callable[..., Any]]

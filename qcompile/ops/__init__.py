@@ -18,6 +18,7 @@ from qcompile.ops.pack_codes import (
 )
 from qcompile.ops.quantize import (
     code_range,
+    codes,
     dequantize,
     dequantize_reference,
     quantize,
@@ -28,6 +29,7 @@ from qcompile.ops.quantize_transposed import quantize_transposed, quantize_trans
 from qcompile.ops.random import draw_key, draw_keys, draws, uniform_draws
 from qcompile.ops.range_state import range_, read_state, seed_, select_range, unpack, write_state_
 from qcompile.ops.round_to_powers import round_to_powers, round_to_powers_by_key, round_to_powers_reference
+from qcompile.ops.scale import scale
 from qcompile.ops.scaled_bmm import scaled_bmm, scaled_bmm_reference
 from qcompile.ops.scaled_conv import (
     scaled_conv,
@@ -44,6 +46,7 @@ from qcompile.ops.transpose import transpose_codes, transpose_codes_reference
 
 __all__ = [
     "code_range",
+    "codes",
     "codes_mm",
     "codes_mm_reference",
     "codes_per_byte",
@@ -70,6 +73,7 @@ __all__ = [
     "round_to_powers",
     "round_to_powers_by_key",
     "round_to_powers_reference",
+    "scale",
     "scaled",
     "scaled_bmm",
     "scaled_bmm_reference",

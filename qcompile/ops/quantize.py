@@ -22,9 +22,9 @@ from torch import Tensor
 from qcompile.errors import KernelError
 from qcompile.ops._checks import FLOATS, OUTPUTS, check_dtype, check_shared
 from qcompile.ops._library import define
-from qcompile.ops.random import draw_key, draws_of_key
+from qcompile.ops.random import check_key, draw_key, draws_of_key, is_whole
 
-__all__ = ["code_range", "dequantize", "dequantize_reference", "quantize", "quantize_by_key", "quantize_reference"]
+__all__ = ["code_range", "codes", "dequantize", "dequantize_reference", "quantize", "quantize_by_key", "quantize_reference"]
 
 
 def code_range(bits: int, *, symmetric: bool) -> tuple[int, int]:
@@ -37,11 +37,20 @@ def quantize_reference(
     x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, seed: Tensor | None, salt: int
 ) -> Tensor:
     """`qtrain::quantize` in aten, unchecked."""
-    return quantize_by_key(x, scale, zero_point, bits, None if seed is None else draw_key(seed, salt))
+    return _arithmetic(x, scale, zero_point, bits, None if seed is None else draw_key(seed, salt))
 
 
 def quantize_by_key(x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, key: Tensor | None) -> Tensor:
-    """The same by the key of seed and salt (`qtrain::draw_keys`), which a graph computes for all its quantizes at once."""
+    """The same by the key of seed and salt (`qtrain::draw_keys`), which a graph computes for all its quantizes at once.
+
+    Where the compiler knows `qtrain::codes`, symmetric codes are that, else its arithmetic.
+    """
+    if zero_point is None and is_whole(x, scale):
+        return codes(x, scale, bits, key)
+    return _arithmetic(x, scale, zero_point, bits, key)
+
+
+def _arithmetic(x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, key: Tensor | None) -> Tensor:
     qmin, qmax = code_range(bits, symmetric=zero_point is None)
     value = x.to(torch.float32) * torch.reciprocal(scale)
     if key is not None:
@@ -92,6 +101,27 @@ def check_dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, dt
         raise KernelError(f"dequantize: dtype is {dtype}; allowed: {', '.join(map(str, OUTPUTS))}.")
 
 
+def _check_codes(x: Tensor, scale: Tensor, bits: int, key: Tensor | None) -> None:
+    check_quantize(x, scale, None, bits, None, 0)
+    if key is not None:
+        check_key("codes", key)
+
+
+def _codes(x: Tensor, scale: Tensor, bits: int, key: Tensor | None) -> Tensor:
+    _check_codes(x, scale, bits, key)
+    return _arithmetic(x, scale, None, bits, key)
+
+
+def _fake_codes(x: Tensor, scale: Tensor, bits: int, key: Tensor | None) -> Tensor:
+    _check_codes(x, scale, bits, key)
+    return _empty_codes(x, scale)
+
+
+def _empty_codes(x: Tensor, scale: Tensor) -> Tensor:
+    """A fake's: the product lies as the codes will."""
+    return torch.empty_like(x.to(torch.float32) * torch.reciprocal(scale), dtype=torch.int8)
+
+
 def _quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, seed: Tensor | None, salt: int
 ) -> Tensor:
@@ -108,7 +138,7 @@ def _fake_quantize(
     x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, seed: Tensor | None, salt: int
 ) -> Tensor:
     check_quantize(x, scale, zero_point, bits, seed, salt)
-    return torch.empty_like(x.to(torch.float32) * torch.reciprocal(scale), dtype=torch.int8)  # the product lies as the codes will
+    return _empty_codes(x, scale)
 
 
 quantize = define(
@@ -125,6 +155,12 @@ quantize = define(
 
 The codes have the strides that an elementwise operator would give them. The code of a NaN is unspecified.
 Errors: `KernelError`; `ValueError` for bits.
+"""
+
+codes = define("codes(Tensor x, Tensor scale, int bits, Tensor? key) -> Tensor", _codes, fake=_fake_codes)
+"""`qtrain::quantize` to symmetric codes by the key of seed and salt (int64, one element, of `draw_keys`; None: to nearest).
+
+What a quantize is lowered to where the compiler makes one operation of it (`qcompile.inductor_operations`). Errors: as `quantize`.
 """
 
 dequantize = define(

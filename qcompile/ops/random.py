@@ -103,7 +103,13 @@ def uniform_draws(seed: Tensor, salt: int, like: Tensor) -> Tensor:
 
 
 WHOLE_ON: set[str] = set()
-"""Kinds of devices whose compiler takes `qtrain::draws` for one operation that it fuses (`qcompile.inductor_draws`)."""
+"""Kinds of devices whose compiler takes `qtrain::draws` and `qtrain::codes` for one operation each, which it fuses
+(`qcompile.inductor_operations`)."""
+
+
+def is_whole(*tensors: Tensor) -> bool:
+    """Whether the compiler makes one operation of what these are given to; they lie on one device then."""
+    return len({t.device for t in tensors}) == 1 and tensors[0].device.type in WHOLE_ON
 
 
 def draws_of_key(key: Tensor, like: Tensor) -> Tensor:
@@ -111,8 +117,7 @@ def draws_of_key(key: Tensor, like: Tensor) -> Tensor:
 
     Where the compiler knows `qtrain::draws` it is that, else its arithmetic.
     """
-    whole = like.device.type in WHOLE_ON and key.device == like.device
-    return draws(key, like.shape) if whole else draws_reference(key, like.shape, like.device)
+    return draws(key, like.shape) if is_whole(key, like) else draws_reference(key, like.shape, like.device)
 
 
 def draws_reference(key: Tensor, size: Sequence[int], device: torch.device | None = None) -> Tensor:
@@ -127,18 +132,19 @@ def draws_reference(key: Tensor, size: Sequence[int], device: torch.device | Non
 
 
 def _draws(key: Tensor, size: Sequence[int]) -> Tensor:
-    _check_key(key)
+    check_key("draws", key)
     return draws_reference(key, size)
 
 
 def _fake_draws(key: Tensor, size: Sequence[int]) -> Tensor:
-    _check_key(key)
+    check_key("draws", key)
     return key.new_empty(size, dtype=torch.float32)
 
 
-def _check_key(key: Tensor) -> None:
+def check_key(op: str, key: Tensor) -> None:
+    """Refuse what is no key. Errors: `KernelError`."""
     if key.dtype is not torch.int64 or key.numel() != 1:
-        raise KernelError(f"draws: key is {key.dtype} {list(key.shape)}; allowed: one int64, as `draw_keys` returns it")
+        raise KernelError(f"{op}: key is {key.dtype} {list(key.shape)}; allowed: one int64, as `draw_keys` returns it")
 
 
 draws = define("draws(Tensor key, SymInt[] size) -> Tensor", _draws, fake=_fake_draws)

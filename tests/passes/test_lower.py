@@ -10,7 +10,7 @@ from qcompile.specs import QuantSpec
 from tests.compiling import AVERAGE, STOCHASTIC
 from tests.passes.graphs import ROWWISE, TENSORWISE, assert_same_outputs, copied, joint_graph, mlp, mlp_inputs
 
-ALLOWED = {SCALED_MM, TRANSPOSE, ops.unpack, ops.draw_keys, ops.draws, ops.codes_mm}
+ALLOWED = {SCALED_MM, TRANSPOSE, ops.unpack, ops.draw_keys, ops.draws, ops.codes, ops.codes_mm, ops.scale}
 ASYMMETRIC = TENSORWISE.replace(input=QuantSpec(symmetric=False), grad_weight=None)
 
 
@@ -50,15 +50,16 @@ def test_keys_are_computed_once_for_all_that_round():
     keys = result.graph.find_nodes(op="call_function", target=ops.draw_keys)
     assert len(keys) == len({n.args[4] for n in rounded}) < len(rounded), "one for the forward seed, one for the backward seed"
     assert sorted(salt for k in keys for salt in k.args[1]) == sorted({n.args[5] for n in rounded})
-    assert len(result.graph.find_nodes(op="call_function", target=ops.draws)) == len(rounded) and not mixes(result)
+    drawing = [n for n in result.graph.find_nodes(op="call_function", target=ops.codes) if n.args[3] is not None]
+    assert len(drawing) == len(rounded) and not mixes(result)
 
 
-def test_a_device_without_the_operation_gets_draws_written_out(monkeypatch):
+def test_a_device_without_the_operations_gets_them_written_out(monkeypatch):
     monkeypatch.setattr(ops.random, "WHOLE_ON", set())
     joint = ready(STOCHASTIC)
     result = lowered(joint, steady=True)
     rounded = [n for n in joint.graph.find_nodes(op="call_function", target=QUANTIZE) if n.args[4] is not None]
-    assert not result.graph.find_nodes(op="call_function", target=ops.draws)
+    assert not ours(result) & {ops.draws, ops.codes}
     assert len(mixes(result)) == len(rounded), "one mix for the elements of each, none for keys"
 
 
