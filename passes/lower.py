@@ -176,12 +176,12 @@ def _take_scales_whole(graph: fx.Graph) -> int:
     """Where the compiler makes one operation of `qtrain::scale`, let it; return the number of scales."""
     changes = 0
     for floor in graph.find_nodes(op="call_function", target=aten.clamp_min.default):
-        ratio, smallest = floor.args
+        ratio, smallest = floor.args[0], floor.args[-1]
         if smallest != SMALLEST_SCALE or ratio.target is not aten.div.Tensor or ratio.args[1] not in _BITS:
             continue
-        amax, value = ratio.args[0], floor.meta["val"]
-        if ratio.args[0].target is aten.abs.default:
-            amax = amax.args[0]
+        if ratio.args[0].target is not aten.abs.default:  # a model's own, perhaps of negative values
+            continue
+        amax, value = ratio.args[0].args[0], floor.meta["val"]
         if value.dtype is amax.meta["val"].dtype is torch.float32 and is_whole(value):
             with graph.inserting_before(floor):
                 replace(floor, call(graph, ops.scale, amax, _BITS[ratio.args[1]], scope=meta_of(floor)))

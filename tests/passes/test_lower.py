@@ -114,3 +114,11 @@ def test_writes_stay():
         "must_be_in_backward",
     ]
     assert not result.count(QUANTIZE)
+
+
+def test_a_models_own_floor_of_negative_values_is_no_scale():
+    joint = joint_graph(lambda x: (x / 127).clamp_min(torch.finfo(torch.float32).tiny), torch.randn(4, 6), recipe=TENSORWISE)
+    joint.through("fuse_matmul")
+    result = lowered(joint, steady=True)
+    assert ops.scale not in ours(result)
+    assert_same_outputs(joint.run(), result.run())
