@@ -121,8 +121,13 @@ def with_width(recipe: Recipe, width: str) -> Recipe:
 
 
 def methods_of(recipes: Iterable[str], widths: Iterable[str] = ("",)) -> list[Method]:
-    """Every recipe at every width, baselines once, in order and without repetitions. "int4 w4a4g8" has its width with it."""
+    """Every recipe at every width, baselines once, in order and without repetitions. "int4 w4a4g8" has its width with it.
+
+    Errors: `ValueError` if there is none.
+    """
     found = [Method(*r.split()) if " " in r else Method(r, "" if r in HP_RECIPES else w) for r in recipes for w in widths]
+    if not found:
+        raise ValueError("recipes: none is named; give some, such as fp32,int8")
     return list(dict.fromkeys(found))
 
 

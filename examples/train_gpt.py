@@ -203,6 +203,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.resume and not args.checkpoint:
         parser.error("--resume needs --checkpoint DIR: the directory that holds the files to continue from")
+    if args.steps < 1:
+        parser.error(f"--steps: got {args.steps}; allowed: 1 and more")
+    if not args.recipes:
+        parser.error(f"--recipes: none is named; choose from {known}")
     unknown = [name for name in args.recipes if name not in (*HP_RECIPES, *qcompile.list_recipes())]
     if unknown:
         parser.error(f"unknown recipe {unknown[0]!r}; choose from {known}")

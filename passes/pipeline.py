@@ -56,8 +56,9 @@ from passes.share_quantized import share_quantized
 from passes.split_convolution_backward import split_convolution_backward
 from passes.store_masks import store_masks
 from passes.unfuse_attention import unfuse_attention
-from passes.verify import count_writes, verify
+from passes.verify import count_writes, number_of_outputs, verify
 from passes.write_out_epilogues import write_out_epilogues
+from qcompile.errors import GraphError
 from qcompile.kernels.cpu.choice import prefers_int_mm
 from qcompile.kernels.registry import registered_kernels
 
@@ -245,11 +246,17 @@ class Pipeline(PassBase):
         for number, step in enumerate(self.steps):
             writes = count_writes(graph)
             dump(graph, number, step.name, "before")
+            outputs = number_of_outputs(graph)
             start = time.perf_counter()
-            changes = step.run(graph, self.context) or 0
+            try:
+                changes = step.run(graph, self.context) or 0
+            except Exception as error:
+                if type(error).__module__.partition(".")[0] in ("qcompile", "torch"):  # Dynamo knows some of torch's
+                    raise
+                raise GraphError(f"{step.name} failed: {type(error).__name__}: {error}") from error
             self.context.seconds[step.name] = self.context.seconds.get(step.name, 0.0) + time.perf_counter() - start
             self.context.counts[step.name] = changes
-            verify(graph, after=step.name, writes=writes)
+            verify(graph, after=step.name, writes=writes, outputs=outputs)
             dump(graph, number, step.name, "after")
             if self.on_step is not None:
                 self.on_step(step.name, graph)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from passes.context import PassContext, device_of
@@ -27,7 +28,7 @@ from passes.unfuse_attention import unfuse_attention
 from passes.verify import count_writes
 from qcompile import inductor
 from qcompile.enclosing import layers_around, prefixes
-from qcompile.errors import QtrainWarning, UnsupportedError
+from qcompile.errors import QtrainWarning, UnsupportedError, warn_once
 from qcompile.halves import (
     CompiledHalf,
     Interpreted,
@@ -53,12 +54,14 @@ __all__ = ["CompiledGraph", "compiled_graphs", "qtrain"]
 
 @dataclass
 class CompiledGraph:
-    """What one compilation did: for reports. `context` has the sites; `seconds` the time of passes and of the whole."""
+    """What one compilation did: for reports. `context` has the sites; `seconds` the time of passes and of the whole; `autocast` the
+    dtype, by type of device, of the autocast around it."""
 
     context: PassContext
     recipe: Recipe
     seconds: dict[str, float] = field(default_factory=dict)
     halves: list[str] = field(default_factory=list)
+    autocast: dict[str, torch.dtype] = field(default_factory=dict)
 
     @property
     def integer_gemms(self) -> int:
@@ -127,8 +130,11 @@ qtrain.reset = _reset  # type: ignore[attr-defined]  # torch.compiler.reset() ca
 
 
 def _check_integers(asked: Options) -> None:
-    """A recipe that quantizes, and makes no GEMM an integer one: most likely a mistake."""
+    """A recipe that quantizes, and makes no GEMM an integer one, or steps that cannot: most likely a mistake."""
     recipe = asked.recipe
+    if recipe.asks_for_integers() and (missing := asked.missing_step()):
+        _warn(f"recipe {recipe.name!r}: {missing}")
+        return
     asks = recipe.skip or recipe.overrides or any(True for _ in recipe.specs())
     if not asks or recipe.asks_for_integers() or recipe.compress_saved is not None:
         return
@@ -142,16 +148,11 @@ def _check_integers(asked: Options) -> None:
     _warn(told)
 
 
-_told: set[str] = set()
-
-
 def _tell_fallback(reason: str, strict: bool) -> None:
     """Say once that integer GEMMs run on another kernel than they should; under `strict` refuse."""
     if strict:
         raise UnsupportedError(f"strict: {reason}. Drop strict=True, or ask for it: QTRAIN_CUDA_GEMM=int_mm")
-    if reason not in _told:
-        _told.add(reason)
-        _warn(reason)
+    warn_once(reason, stacklevel=3)
 
 
 class Compilation:
@@ -166,7 +167,8 @@ class Compilation:
         self.inputs = DynamoInputs.of(gm, example_inputs)
         self.context = PassContext(recipe=options.recipe, strict=options.strict)
         self.identity = f"{Pipeline(options.steps, self.context).fingerprint()} {options.requantize}"
-        self.record = CompiledGraph(self.context, options.recipe)
+        autocast = {d: torch.get_autocast_dtype(d) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)}
+        self.record = CompiledGraph(self.context, options.recipe, autocast=autocast)
         self.binder: Binder | None = None
         self.writes: Counter[str] = Counter()  # of range state in the joint graph, by half
 

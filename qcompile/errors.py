@@ -4,6 +4,8 @@ Each says what was given, what is allowed and what to do. `ValueError`s are the 
 invariant of our own (a defect to report).
 """
 
+import warnings
+
 __all__ = [
     "GraphError",
     "KernelError",
@@ -13,6 +15,7 @@ __all__ = [
     "SecurityError",
     "StateError",
     "UnsupportedError",
+    "warn_once",
 ]
 
 
@@ -46,3 +49,14 @@ class GraphError(RuntimeError):
 
 class QtrainWarning(UserWarning):
     """Something works, but not as asked: a site kept in high precision, a pattern without a match, a missing kernel."""
+
+
+_warned: set[object] = set()
+
+
+def warn_once(message: str, about: object = None, *, stacklevel: int = 1) -> None:
+    """A `QtrainWarning`, once in this process for what it is `about` (default: this message)."""
+    what = message if about is None else about
+    if what not in _warned:
+        _warned.add(what)
+        warnings.warn(message, QtrainWarning, stacklevel=stacklevel + 1)

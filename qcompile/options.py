@@ -43,10 +43,17 @@ class Options:
         steps = _checked_steps(left.pop("passes", None))
         if profit_filter and not any(step.name == "keep_slow_gemms_hp" for step in steps):
             raise ValueError("profit_filter: the steps in `passes` leave out keep_slow_gemms_hp; add it behind find_sites")
-        if strict and not recipe.quantizes_nothing() and not any(step.name == "insert_qdq" for step in steps):
-            raise ValueError("strict: the steps in `passes` leave out insert_qdq, without which no GEMM is an integer one")
         config = inductor.mode_options(left.pop("mode", mode)) | _inductor_options(left)
-        return cls(recipe, strict, steps, requantize, profit_filter, config)
+        asked = cls(recipe, strict, steps, requantize, profit_filter, config)
+        if strict and not recipe.quantizes_nothing() and (missing := asked.missing_step()):
+            raise ValueError(f"strict: {missing}")
+        return asked
+
+    def missing_step(self) -> str:
+        """What is wrong with `steps` if they cannot make any GEMM an integer one; "" if they can."""
+        names = {step.name for step in self.steps}
+        missing = [name for name in ("find_sites", "insert_qdq") if name not in names]
+        return f"the steps in `passes` leave out {missing[0]}, without which no GEMM is an integer one" if missing else ""
 
 
 def _checked_switch(name: str, value: Any) -> bool:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from passes.pipeline import joint_steps, without
 from qcompile import QtrainWarning, compare, compiled_graphs, get_recipe, range_state
 from qcompile.backend import qtrain
 from qcompile.kernels import record_launches
@@ -212,9 +213,13 @@ def test_ranges_that_belong_to_no_parameter_are_told(interpreted):
 # ---- what is most likely a mistake is said
 
 
-def test_strict_wants_the_pass_that_quantizes():
-    with pytest.raises(Exception, match="strict: the steps in `passes` leave out insert_qdq"):
-        compiled(nn.Linear(WIDTH, WIDTH), "int8", strict=True, passes=[])(torch.randn(8, WIDTH))
+@pytest.mark.parametrize("missing", ["find_sites", "insert_qdq"])
+def test_steps_without_those_that_quantize_are_told(interpreted, missing):
+    model, x, steps = nn.Linear(WIDTH, WIDTH), torch.randn(8, WIDTH), without(joint_steps(), missing)
+    with pytest.raises(Exception, match=f"strict: the steps in `passes` leave out {missing}, without which no GEMM"):
+        compiled(model, "int8", strict=True, passes=steps)(x)
+    with pytest.warns(QtrainWarning, match=f"recipe 'int8': the steps in `passes` leave out {missing}"):
+        compiled(model, "int8", passes=steps)(x)
 
 
 def test_freezing_before_there_are_ranges_is_told(interpreted):

@@ -19,9 +19,10 @@ the model: where `step` is not called, nothing is spent.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -64,7 +65,7 @@ class Monitor:
         model: nn.Module,
         every: int,
         sinks: list[Sink],
-        probe: tuple[Any, ...] | None,
+        probe: tuple[Any, ...] | Mapping[str, Any] | None,
         probe_every: int,
         recipe: str | Recipe | Mapping[str, Any] | None,
         budget: float | None,
@@ -124,7 +125,9 @@ class Monitor:
     def _errors(self, step: int) -> list[Row]:
         if self._captured is None:
             ranges = range_state(self.model).state_dict()
-            self._captured = capture(self.model, *self.probe or (), recipe=self._recipe(), ranges=ranges)
+            inputs, named = ((), self.probe) if isinstance(self.probe, Mapping) else (self.probe or (), {})
+            with _autocast():
+                self._captured = capture(self.model, *inputs, recipe=self._recipe(), ranges=ranges, **named)
         self._captured.refresh(self.model)
         found = compare_captured(self._captured)
         rows = []
@@ -169,7 +172,8 @@ def monitor(
     every        steps between two samples of the range state; 0: off
     to           where samples go, beside `.history`: a path that ends in .csv; a folder for TensorBoard, or a
                  writer with `add_scalar`; a function (step, rows); or a list of these
-    probe        inputs of the model (a tensor or a tuple), one batch to measure errors on
+    probe        inputs of the model (a tensor, a tuple, or a mapping of keyword arguments), one batch to measure errors on; run
+                 under the autocast of the last compilation
     probe_every  steps between two probes; default: 10 * every. A probe costs a capture once, and then some
                  steps that run operator by operator
     recipe       of the probe; default: the one that was compiled last
@@ -184,11 +188,22 @@ def monitor(
     for name, value in {"every": every, "probe_every": probe_every or 0}.items():
         if not isinstance(value, int) or value < 0:
             raise ValueError(f"monitor: {name} is {value!r}; allowed: a number of steps, 0 or more")
-    if budget is not None and not 0 < budget <= 1:
+    if budget is not None and not (isinstance(budget, int | float) and 0 < budget <= 1):
         raise ValueError(f"monitor: budget is {budget!r}; allowed: a share of the time, above 0 and up to 1, or None")
     sinks = [_sink(s) for s in (to if isinstance(to, list | tuple) else [to]) if s is not None]
-    inputs = None if probe is None else probe if isinstance(probe, tuple) else (probe,)
+    inputs = probe if probe is None or isinstance(probe, tuple | Mapping) else (probe,)
     return Monitor(model, every, sinks, inputs, probe_every or 10 * every, recipe, budget)
+
+
+@contextlib.contextmanager
+def _autocast() -> Iterator[None]:
+    from qcompile.backend import compiled_graphs
+
+    known = compiled_graphs()
+    with contextlib.ExitStack() as stack:
+        for device, dtype in (known[-1].autocast if known else {}).items():
+            stack.enter_context(torch.autocast(device, dtype))
+        yield
 
 
 def _sink(to: Any) -> Sink:

@@ -13,14 +13,13 @@ stays.
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from qcompile.errors import KernelError, QtrainWarning
+from qcompile.errors import KernelError, warn_once
 from qcompile.kernels import cuda, measured
 from qcompile.kernels.triton import tuning
 from qcompile.kernels.triton.launch import device_guard, family
@@ -47,9 +46,6 @@ class Candidate(NamedTuple):
         c = self.config
         more = ", flat" * c.flatten + f", {c.per_sm} on a multiprocessor" * (c.per_sm > 1)
         return f"{self.kernel} {c.block_m}x{c.block_n}x{c.block_k}, {c.stages} stages, {c.warps} warps{more}"
-
-
-_told: set[Candidate | str] = set()
 
 
 def candidates(device: torch.device, m: int, k: int, *, everything: bool = False) -> list[Candidate]:
@@ -120,7 +116,8 @@ def measure(
         a, b_t = (torch.randint(-127, 128, (rows, k), generator=draws, dtype=torch.int8, device=device) for rows in (m, n))
         scales = torch.ones((m, 1), device=device), torch.ones((1, n), device=device)
     except torch.OutOfMemoryError as error:
-        _tell("operands", f"no memory to tune a GEMM of {m} x {n} x {k}, the default configuration is used: {_first_line(error)}")
+        problem = f"no memory to tune a GEMM of {m} x {n} x {k}, the default configuration is used: {_first_line(error)}"
+        warn_once(problem, about="no memory to tune")
         return {}
     times: dict[Candidate, float] = {}
     product: Tensor | None = None
@@ -134,7 +131,8 @@ def measure(
             with device_guard(a):
                 times[candidate] = timer(lambda candidate=candidate: _run(candidate, a, b_t, *scales, out_dtype))  # type: ignore[misc]
         except Exception as error:  # compiler, driver and allocator have no error in common; what is broken is just not chosen
-            _tell(candidate, f"{candidate} does not run for a GEMM of {m} x {n} x {k} and is left out: {_first_line(error)}")
+            problem = f"{candidate} does not run for a GEMM of {m} x {n} x {k} and is left out: {_first_line(error)}"
+            warn_once(problem, about=candidate)
     return times
 
 
@@ -152,12 +150,6 @@ def bench_on_gpu(run: Callable[[], object]) -> float:
     from triton.testing import do_bench
 
     return do_bench(run, return_mode="median")
-
-
-def _tell(what: Candidate | str, message: str) -> None:
-    if what not in _told:
-        _told.add(what)
-        warnings.warn(message, QtrainWarning, stacklevel=2)
 
 
 def _first_line(error: Exception) -> str:

@@ -20,13 +20,12 @@ import json
 import os
 import stat
 import threading
-import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from qcompile.errors import QtrainWarning
+from qcompile.errors import warn_once
 from qcompile.kernels.triton import tuning
 from qcompile.kernels.triton.launch import _triton_version, family
 
@@ -94,7 +93,7 @@ def store(device: torch.device, bucket: Bucket, choice: Choice, ms: float) -> No
         except OSError as error:
             with contextlib.suppress(OSError):
                 unfinished.unlink()
-            _tell(f"measurements of GEMMs are not kept for the next process: {error}")
+            warn_once(f"measurements of GEMMs are not kept for the next process: {error}")
 
 
 def _read(device: torch.device) -> dict[str, dict[str, Any]]:
@@ -112,7 +111,7 @@ def _read(device: torch.device) -> dict[str, dict[str, Any]]:
             _bucket(sizes), _choice(entry, family(device)), float(entry["ms"])
         return kept["choices"]
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        _tell(f"{path} is left aside, and GEMMs are measured again ({type(error).__name__}: {error})")
+        warn_once(f"{path} is left aside, and GEMMs are measured again ({type(error).__name__}: {error})")
         return {}
 
 
@@ -150,12 +149,3 @@ def _choice(entry: dict[str, Any], rows_of: str) -> Choice:
         if list(row) == config:
             return kernel, row
     raise ValueError(f"{kernel!r} has no configuration {config!r}")
-
-
-_told: set[str] = set()
-
-
-def _tell(message: str) -> None:
-    if message not in _told:
-        _told.add(message)
-        warnings.warn(message, QtrainWarning, stacklevel=4)

@@ -16,7 +16,6 @@ import itertools
 import statistics
 import threading
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor
 
 from qcompile import ops
-from qcompile.errors import QtrainWarning
+from qcompile.errors import warn_once
 from qcompile.estimators.base import scale_and_zero_point
 from qcompile.estimators.statistics import clipped_share
 from qcompile.estimators.step import first_range, initial_state, measured, present_statistics, stored_range
@@ -99,7 +98,6 @@ Trial = Product | Quantize | Transpose | Cast
 
 _known: dict[tuple[Any, ...], float] = {}
 _lock = threading.Lock()
-_told: set[str] = set()
 
 
 def forget() -> None:
@@ -176,9 +174,7 @@ def _on_gpu(device: torch.device, run: Callable[[], object]) -> float:
 
 def _tell(trial: Trial, error: Exception) -> None:
     first = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-    if first not in _told:
-        _told.add(first)
-        warnings.warn(f"{type(trial).__name__} cannot be measured and is left out: {first}", QtrainWarning, stacklevel=2)
+    warn_once(f"{type(trial).__name__} cannot be measured and is left out: {first}", about=first)
 
 
 # ---- what a trial runs

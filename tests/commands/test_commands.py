@@ -106,6 +106,13 @@ def test_compare_measures_and_judges(tmp_path, capsys):
     assert (tmp_path / "snr.png").stat().st_size > 1000
 
 
+def test_a_heatmap_is_refused_before_any_work_if_its_ending_is_no_pictures(capsys, tmp_path):
+    for name in ("snr", "snr.txt"):
+        with pytest.raises(SystemExit):
+            command_line(["compare", f"{__name__}:make", "--heatmap", str(tmp_path / name)])
+        assert f"{name}'; allowed endings: .png, .svg" in capsys.readouterr().err
+
+
 def test_compare_refuses_to_compare_nothing(capsys):
     assert command_line(["compare", f"{__name__}:make", "--recipe", "none"]) == 2
     assert "quantizes nothing" in capsys.readouterr().err

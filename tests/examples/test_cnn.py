@@ -252,7 +252,10 @@ def test_train_cnn_prints_a_comparison(tmp_path, capsys):
 
 @pytest.mark.parametrize(
     "wrong",
-    ["--recipes int9", "--data mnist", "--protocol tiny", "--batch 4096", "--test-images 10", "--epochs 0", "--lr 0"],
+    [
+        "--recipes int9", "--recipes ,", "--data mnist", "--protocol tiny", "--batch 4096", "--test-images 10", "--epochs 0",
+        "--lr 0",
+    ],  # fmt: skip
 )
 def test_train_cnn_refuses_wrong_arguments(wrong, capsys):
     with pytest.raises(SystemExit):

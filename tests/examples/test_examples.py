@@ -314,6 +314,8 @@ def test_train_gpt_resumes_and_ends_where_an_uninterrupted_run_ends(corpus, tmp_
     [
         (["--recipes", "fp32,int9"], "unknown recipe 'int9'; choose from fp32, bf16"),
         (["--resume"], "--resume needs --checkpoint"),
+        (["--steps", "0"], "--steps: got 0"),
+        (["--recipes", ","], "--recipes: none is named"),
     ],
 )
 def test_train_gpt_refuses_wrong_arguments(args, message, capsys):

@@ -138,6 +138,7 @@ def test_the_plot(interpreted, tmp_path):
     [
         ({"every": -1}, ValueError, "every is -1"),
         ({"budget": 0.0}, ValueError, "budget is 0.0"),
+        ({"budget": "5 %"}, ValueError, "budget is '5 %'"),
         ({"to": 3}, TypeError, "to is a int"),
         ({"to": "no/such/ranges.csv"}, ValueError, "the folder 'no/such' does not exist"),
     ],
@@ -153,3 +154,19 @@ def test_a_probe_without_a_recipe_says_so():
     monitor = qcompile.monitor(nn.Linear(4, 4), every=1, probe=torch.randn(2, 4), probe_every=1)
     with pytest.raises(qcompile.StateError, match="pass recipe="):
         monitor.step()
+
+
+def test_a_probe_of_keyword_arguments_under_the_autocast_of_training(interpreted):
+    class Named(MLP):
+        def forward(self, *, batch):
+            return super().forward(batch)
+
+    model, x = Named(), torch.randn(24, 16)
+    step = compiled(model, AVERAGE)
+    with torch.autocast("cpu", torch.bfloat16):
+        step(batch=x).float().square().mean().backward()
+    monitor = qcompile.monitor(step, probe={"batch": x}, budget=None)
+    rows = monitor.sample(1, probe=True)
+    assert {"up.output", "down.grad_weight"} <= {r.name for r in rows if r.metric == "snr_db"}
+    gemms = [n for n in monitor._captured.joint.graph.nodes if "qtrain_gemm" in n.meta]
+    assert {n.meta["val"].dtype for n in gemms if n.meta["qtrain_gemm"].role == "output"} == {torch.bfloat16}

@@ -5,6 +5,7 @@ import warnings
 import pytest
 import torch
 
+from qcompile import errors
 from qcompile.errors import QtrainWarning
 from qcompile.kernels import autotune, cuda, record_launches
 from qcompile.kernels.triton import launch, tuning
@@ -27,7 +28,7 @@ def nothing_measured(monkeypatch):
     monkeypatch.delenv("QTRAIN_CUDA_GEMM", raising=False)
     monkeypatch.setattr(tuning, "_chosen", {})
     monkeypatch.setattr(cuda, "_tuned", {})
-    monkeypatch.setattr(autotune, "_told", set())
+    monkeypatch.setattr(errors, "_warned", set())
     monkeypatch.setattr(autotune, "_recalled", set())
     monkeypatch.setenv("QTRAIN_CACHE_DIR", "")
     monkeypatch.setitem(tuning.MATMUL, launch.family(HERE), (FIRST, SECOND))

@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 
+from qcompile import errors
 from qcompile.errors import QtrainWarning
 from qcompile.kernels import autotune, cuda, measured
 from qcompile.kernels.triton import launch, tuning
@@ -23,7 +24,7 @@ def home(tmp_path, monkeypatch):
     """A folder of our own, and a process that has measured nothing."""
     monkeypatch.setenv("QTRAIN_CACHE_DIR", str(tmp_path / "kept"))
     monkeypatch.delenv("QTRAIN_CUDA_GEMM", raising=False)
-    monkeypatch.setattr(measured, "_told", set())
+    monkeypatch.setattr(errors, "_warned", set())
     forget(monkeypatch)
     return tmp_path / "kept"
 

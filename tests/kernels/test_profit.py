@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from qcompile import QtrainWarning
+from qcompile import QtrainWarning, errors
 from qcompile.estimators import InHindsight
 from qcompile.kernels import profit, record_launches, registry
 from qcompile.kernels.profit import Cast, Hadamard, Like, Product, Quantize, Transpose, measure
@@ -17,7 +17,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def nothing_known():
     profit.forget()
-    profit._told.clear()
+    errors._warned.clear()
     yield
     profit.forget()
 

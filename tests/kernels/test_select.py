@@ -5,7 +5,7 @@ import torch
 from torch import fx, nn
 from torch._subclasses import FakeTensorMode
 
-from qcompile import backend, inductor
+from qcompile import backend, errors, inductor
 from qcompile.backend import qtrain
 from qcompile.errors import KernelError, QtrainWarning, UnsupportedError
 from qcompile.kernels import cuda, fallback
@@ -58,7 +58,7 @@ def gpu(monkeypatch):
         monkeypatch.setattr(torch.version, "hip", None)
         monkeypatch.setattr(launch, "_triton_version", lambda: triton)
         monkeypatch.setattr(cuda, "_tuned", {})
-        monkeypatch.setattr(backend, "_told", set())
+        monkeypatch.setattr(errors, "_warned", set())
         monkeypatch.setattr(inductor, "compile_plain", lambda gm, *_: "plain")
         monkeypatch.setattr(backend.Compilation, "run", lambda self: "ours")
         cuda._kernel_for.cache_clear()

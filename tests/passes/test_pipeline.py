@@ -2,11 +2,13 @@
 
 import pytest
 import torch
+from torch import fx
 
 from passes.context import PassContext
-from passes.graph import SCALED_MM, aten
+from passes.graph import SCALED_MM, WRITE, aten
 from passes.pipeline import CutStep, Pipeline, Step, insert_after, insert_before, joint_steps, without
 from passes.restore_decompositions import restore_decompositions
+from qcompile.errors import GraphError, UnsupportedError
 from tests.compiling import AVERAGE, STOCHASTIC
 from tests.passes.graphs import ROWWISE, TENSORWISE, assert_same_outputs, copied, joint_graph, mlp, mlp_inputs
 
@@ -186,9 +188,6 @@ def test_products_with_a_size_of_one_are_given_back_to_inductor():
 
 
 def test_dropped_writes_are_noticed_by_name():
-    from passes.graph import WRITE
-    from qcompile.errors import GraphError
-
     joint = traced(AVERAGE)
 
     def careless(graph, context):
@@ -197,6 +196,31 @@ def test_dropped_writes_are_noticed_by_name():
     steps = insert_after(joint_steps(), "attach_range_state", Step("careless", careless))
     with pytest.raises(GraphError, match="after careless"):
         Pipeline(steps, joint.context).run(joint.graph)
+
+
+def test_a_step_that_loses_an_output_is_named():
+    joint = traced(AVERAGE)
+
+    def careless(graph, context):
+        (output,) = graph.find_nodes(op="output")
+        output.args = (output.args[0][:-1],)
+
+    with pytest.raises(GraphError, match=r"after careless: the graph returns \d+ values instead of \d+"):
+        Pipeline([*joint_steps(), Step("careless", careless)], joint.context).run(joint.graph)
+
+
+def test_a_step_that_fails_is_named_unless_the_error_says_more():
+    def failing(error):
+        def run(graph, context):
+            raise error
+
+        return Step("mine", run)
+
+    with pytest.raises(GraphError, match="mine failed: KeyError: 'val'"):
+        Pipeline([failing(KeyError("val"))], PassContext(recipe=AVERAGE)).run(fx.Graph())
+    for error in (UnsupportedError("as asked"), torch.cuda.OutOfMemoryError("full")):
+        with pytest.raises(type(error), match=str(error)):
+            Pipeline([failing(error)], PassContext(recipe=AVERAGE)).run(fx.Graph())
 
 
 def test_a_step_that_is_none_is_refused_when_it_is_made():
