@@ -116,11 +116,14 @@ _HOME = {
     "qcompile.state": ("RangeState", "range_state", "set_range_group"),
 }
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
+_MODULES = frozenset(module.split(".")[1] for module in _HOME)
 
 __all__ = [*_WHERE, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:  # `qcompile.recipes.learned` after `import qcompile`
+        return importlib.import_module(f"qcompile.{name}")
     if name not in _WHERE:
         raise AttributeError(f"module 'qcompile' has no attribute {name!r}")
     return getattr(importlib.import_module(_WHERE[name]), name)
