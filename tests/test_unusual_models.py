@@ -329,3 +329,40 @@ def test_small_distances_survive(interpreted, ops):
     found = kinds()
     assert {("cdist", "bmm", role) for role in ("output", "grad_input", "grad_weight")} <= found.keys()
     assert all(("cdist" in reason) == ("bmm" in ops) for (name, *_), reason in found.items() if name == "cdist")
+
+
+class OnBothSidesOfABreak(nn.Module):
+    """One layer on large inputs and on small ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        large = self.proj(x)
+        torch._dynamo.graph_break()
+        return large, self.proj(1e-3 * x)
+
+
+@pytest.mark.parametrize("evaluated_before", [False, True])
+def test_a_process_that_only_evaluates_finds_the_ranges_of_every_use(interpreted, evaluated_before):
+    model, x = OnBothSidesOfABreak(), torch.randn(12, WIDTH)
+    run = compiled(model, "int8_in_hindsight")
+    for _ in range(2):
+        sum(y.sum() for y in run(x)).backward()
+    with torch.no_grad():
+        want = run(x)
+    weights, ranges = model.state_dict(), range_state(model).state_dict()
+    torch._dynamo.reset()
+    other = OnBothSidesOfABreak()  # as in another process: no place is known where this model was trained
+    other.load_state_dict(weights)
+    run = compiled(other, "int8_in_hindsight")
+    if evaluated_before:
+        with torch.no_grad(), pytest.warns(QtrainWarning, match="no training step has left ranges"):
+            run(x)
+    range_state(other).load_state_dict(ranges)
+    with torch.no_grad():
+        for rows in (12, 5):  # compiled again
+            assert all(torch.equal(got[:rows], y[:rows]) for got, y in zip(run(x[:rows]), want, strict=True))
+    sum(y.sum() for y in run(x)).backward()
+    assert range_state(other)["proj#1.input"]["steps"] == 3

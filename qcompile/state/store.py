@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from qcompile.errors import QtrainWarning, StateError
-from qcompile.state.uses import Place, number_uses
+from qcompile.state.uses import Place, number_reads, number_uses
 
 __all__ = ["STORE", "Arena", "RangeStore", "Request", "Slot", "SlotKey", "initial_values"]
 
@@ -152,14 +152,15 @@ class _Owner:
     pending: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # key -> fields, loaded before any graph claimed them
     decisions: dict[str, Any] = field(default_factory=dict)  # key -> what the profit filter decided (qcompile.state.decisions)
     uses: dict[str, dict[Place, int]] = field(default_factory=dict)  # what is counted -> where it stands -> its number
+    reads: dict[str, dict[Place, int]] = field(default_factory=dict)  # likewise, of graphs that only read, before one that learns
 
 
 class RangeStore:
     """All range state of the process.
 
     `epoch` grows whenever something other than a compiled graph changes state (loading, resetting, a move to another device):
-    whoever caches what state looks like compares it. `numberings` grows when a use of a Parameter gets a number: a graph that only
-    reads may then find ranges nearer to its own place than those that it has found before.
+    whoever caches what state looks like compares it. `numberings` grows when a use of a Parameter gets a number, or state is loaded
+    for one: a graph that only reads may then find ranges nearer to its own place than those that it has found before.
     """
 
     def __init__(self) -> None:
@@ -202,7 +203,10 @@ class RangeStore:
 
     def set_pending(self, owner: object, key: str, fields: Mapping[str, Tensor]) -> None:
         with self._lock:
-            self._owner(owner).pending[key] = {name: value.detach().clone() for name, value in fields.items()}
+            record = self._owner(owner)
+            record.pending[key] = {name: value.detach().clone() for name, value in fields.items()}
+            record.reads.clear()  # there is state now that they may be meant to find
+            self.numberings += 1
 
     # ---- decisions of the profit filter
 
@@ -247,8 +251,15 @@ class RangeStore:
             if not r.place:
                 found.append(r)
                 continue
-            known = self._owner(r.owner).uses.setdefault(counted, {})
-            numbers = number_uses(known, {p: n for p, n in graph[id(r.owner), counted].items() if p}, learns=learns)
+            record = self._owner(r.owner)
+            known = record.uses.setdefault(counted, {})
+            uses = {p: n for p, n in graph[id(r.owner), counted].items() if p}
+            if learns or known:
+                numbers = number_uses(known, uses, learns=learns)
+            else:
+                met = record.reads.setdefault(counted, {})
+                numbers = number_reads(met, uses, _numbers_kept(record, counted))
+                met.update(numbers)
             if learns and numbers.keys() - known.keys():
                 known.update(numbers)
                 self.epoch += 1
@@ -354,6 +365,13 @@ def _parts(key: str) -> tuple[str, int, str]:
     """(what is counted, the number, the rest) of "layer#1.input"; other keys are counted as a whole, from 0."""
     match = _NUMBERED.fullmatch(key)
     return (match[1], int(match[2]), match[3]) if match else (key, 0, "")
+
+
+def _numbers_kept(record: _Owner, counted: str) -> set[int]:
+    """The numbers of the uses that there is state of, loaded or claimed."""
+    numbered = re.compile(rf"{re.escape(counted)}(?:#(\d+)(?:\..+)?)?")
+    matches = (numbered.fullmatch(key) for key in [*record.pending, *(key for key, *_ in record.slots)])
+    return {int(match[1] or 0) for match in matches if match is not None}
 
 
 def _key(counted: str, number: int, rest: str) -> str:

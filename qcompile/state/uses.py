@@ -14,9 +14,9 @@ twice): two such calls look like two micro-batches, and share their ranges.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
-__all__ = ["Place", "number_uses"]
+__all__ = ["Place", "number_reads", "number_uses"]
 
 Place = tuple[str, ...]
 """The calls that lead to a use, outermost first ("model.py:12"), and last how many uses of the weight stand there before it in the
@@ -46,6 +46,33 @@ def number_uses(known: Mapping[Place, int], uses: Mapping[Place, int], *, learns
             found[place] = alike[max(alike, key=lambda other: (_alike(place, other), -alike[other]))]
         elif learns and number in (taken := {*known.values(), *found.values()}):
             found[place] = max(taken) + 1
+        else:
+            found[place] = number
+    return found
+
+
+def number_reads(met: Mapping[Place, int], uses: Mapping[Place, int], kept: Collection[int]) -> dict[Place, int]:
+    """The same for a graph that only reads, in a process that has not trained: there are no places to compare with, only state.
+
+    met   what other graphs that only read were given
+    kept  numbers of the uses that there is state of
+
+    Uses are numbered as they run, as in training; a use that all others have left no state for reads what stands nearest.
+    """
+    found = {place: met[place] for place in uses if place in met}
+    for place, number in sorted(uses.items(), key=lambda use: use[1]):
+        if place in found:
+            continue
+        taken = {*met.values(), *found.values()}
+        alike = {other: _alike(place, other) for other in met if met[other] not in found.values()}
+        nearest = max(alike, key=alike.__getitem__, default=())
+        left = sorted(n for n in kept if n > number and n not in taken)
+        if nearest and alike[nearest] >= min(len(place), len(nearest)):
+            found[place] = met[nearest]
+        elif number in taken and left:
+            found[place] = left[0]
+        elif number in taken and nearest and alike[nearest] >= 2:
+            found[place] = met[nearest]
         else:
             found[place] = number
     return found
