@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from passes.context import Gemm, Site, StateLayout
+from passes.context import Gemm, Site
 from passes.cut import root_of
 from passes.gemms import INTEGER
 from passes.graph import DEQUANTIZE, HADAMARD, QUANTIZE, ROUND_TO_POWERS, SELECT
@@ -29,6 +29,7 @@ from qcompile.inspect.labels import first_name
 from qcompile.ops.fake_quantize import FORMS
 from qcompile.qat.layers import can_learn
 from qcompile.recipe import Recipe
+from qcompile.state.binding import Binding
 from qcompile.state.handle import range_state
 from qcompile.wrappers import clean_names
 
@@ -98,7 +99,7 @@ def trained_layers(
     tensors |= {clean(n): t for n, t in captured.model.named_buffers(remove_duplicate=False)}
     for graph in captured.graphs:
         for call in graph.calls:
-            values = _Values(graph, call, tensors, captured)
+            values = _Values(graph, call, tensors)
             for site, node in _forward_gemms(graph):
                 name = call.site_name(site)
                 if any(matches(pattern, name, site.kind) for pattern in skip):
@@ -220,13 +221,11 @@ def _quantize_of(codes: Any) -> fx.Node | None:
 class _Values:
     """Values of a captured graph's nodes that follow from the model's tensors and stored ranges alone, in one call of the graph."""
 
-    def __init__(
-        self, graph: CapturedGraph, call: Call, tensors: Mapping[str, Tensor], captured: Capture
-    ) -> None:
+    def __init__(self, graph: CapturedGraph, call: Call, tensors: Mapping[str, Tensor]) -> None:
         self.module = graph.joint
         self.known: dict[fx.Node, Any] = {}
         self._varying: set[fx.Node] = set()
-        state = {phase: _stored(layout, call, captured) for phase, layout in graph.layouts.items()}
+        state = {phase: _stored(binding) for phase, binding in call.bindings.items()}
         for node in self.module.graph.nodes:
             if node.op == "placeholder":
                 name = call.tensors.get(first_name(node), "")
@@ -278,15 +277,6 @@ def _read_by(node: fx.Node) -> list[fx.Node]:
     return [n for n in node.args[:2] if isinstance(n, fx.Node)] if node.target is SELECT else node.all_input_nodes
 
 
-def _stored(layout: StateLayout, call: Call, captured: Capture) -> Tensor:
-    """The state vector of one half in one call: what the Parameters that the call got have in store; zeros: no memory."""
-    assert captured.range_state is not None
-    store = captured.range_state.store
-    owners = dict(captured.model.named_parameters(remove_duplicate=False))
-    parts = []
-    for entry, field in layout.order():
-        owner = owners.get(call.tensors.get(entry.owner or "", ""))
-        slots = store.slots_of(owner) if owner is not None else []
-        slot = next((s for s in slots if (s.key, s.fields, s.size) == (entry.key, entry.fields, entry.size)), None)
-        parts.append(torch.zeros(entry.size) if slot is None else slot.read(field).cpu())
-    return torch.cat(parts) if parts else torch.zeros(0)
+def _stored(binding: Binding) -> Tensor:
+    """The state vector of one half, as the call found it: what its Parameters have in store; zeros: no memory."""
+    return binding.tensor[binding.index].cpu()

@@ -82,11 +82,13 @@ class Call:
     prefixes  placeholder of a Parameter -> where in the model the compiled frame's module is ("blocks.0.", ""
               for the model itself): after a graph break a frame knows its Parameters by shorter names
     outputs   what it returned, without range state; None for what is no tensor
+    bindings  phase -> where it found its range state
     """
 
     tensors: dict[str, str]
     prefixes: dict[str, str]
     outputs: tuple[SavedOutput | None, ...]
+    bindings: Mapping[str, Binding] = field(default_factory=dict)
 
     def site_name(self, site: Site) -> str:
         """The site's name in the whole model."""

@@ -117,7 +117,7 @@ class Recording(Compilation):
         self.shown_outputs = shown
         return self._watch_forward(compiled, own, written_inputs(self.graphs["forward"][0]))
 
-    def _call(self, names: Sequence[str], given: Sequence[Any], outputs: Sequence[Any]) -> Call:
+    def _call(self, names: Sequence[str], given: Sequence[Any], outputs: Sequence[Any], bindings: dict[str, Binding]) -> Call:
         found = {n: self.tensor_names[id(a)] for n, a in zip(names, given, strict=True) if id(a) in self.tensor_names}
         prefixes = {}
         for name in set(found) & set(self.context.parameters):
@@ -127,19 +127,19 @@ class Recording(Compilation):
                     prefixes[name] = full.removesuffix(module) if module else f"{full}.".removeprefix(".")
                     break
         tensors = {name: names[0] for name, names in found.items()}
-        return Call(tensors, prefixes, tuple(_weighed(outputs[i], self.alive) for i in self.shown_outputs))
+        return Call(tensors, prefixes, tuple(_weighed(outputs[i], self.alive) for i in self.shown_outputs), bindings)
 
     def _watch_forward(self, compiled: CompiledHalf, names: list[str], written: set[int]) -> CompiledHalf:
         def run(args: list[Any]) -> Any:
             given = list(args)
+            bindings = {} if self.binder is None else self.binder.bind([given[names.index(o)] for o in self.binder.owners])
             if not self.calls:
                 self.given = [a.clone() if i in written else a for i, a in enumerate(given)]
                 self.primals = names
-                if self.binder is not None:
-                    self.bindings = self.binder.bind([given[names.index(o)] for o in self.binder.owners])
-                    self.initial = {phase: b.tensor[b.index].clone() for phase, b in self.bindings.items()}
+                self.bindings = bindings
+                self.initial = {phase: b.tensor[b.index].clone() for phase, b in bindings.items()}
             outputs = compiled(args)
-            self.calls.append(self._call(names, given, outputs))
+            self.calls.append(self._call(names, given, outputs, bindings))
             return outputs
 
         return boxed(run)

@@ -153,6 +153,21 @@ def test_a_layer_with_two_ranges_is_refused():
         qcompile.convert(model, x, recipe=HINDSIGHT)
 
 
+class TwiceBroken(Twice):
+    def forward(self, x):
+        x = self.proj(x)
+        torch._dynamo.graph_break()
+        return self.proj(10 * torch.relu(x))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
+def test_a_layer_with_two_ranges_behind_a_graph_break_is_refused(interpreted):
+    model, x = TwiceBroken(), torch.randn(4, 16)
+    train(model, x)
+    with pytest.raises(UnsupportedError, match="'proj' is used several times"):
+        qcompile.convert(model, x, recipe=HINDSIGHT)
+
+
 def test_a_product_that_is_no_layer_is_named_and_left_out_when_asked():
     model, x = Functional(), torch.randn(4, 16)
     train(model, x)
