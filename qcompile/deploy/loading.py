@@ -129,7 +129,7 @@ def _take_scales(prepared: nn.Module, layer: IntegerLayer) -> None:
 
 
 def _take(quantizer: LearnedQuantizer, scale: Tensor, offset: Tensor | None, codes: Tensor) -> None:
-    if (quantizer.offset is None) != (offset is None) or (quantizer.scale.numel() not in (1, scale.numel())):
+    if (quantizer.offset is None) != (offset is None) or scale.numel() not in (1, quantizer.scale.numel()):
         deployed = f"{scale.numel()} scale(s){'' if offset is None else ' and an offset'}"
         raise StateError(
             f"continue_training: {quantizer.site}.{quantizer.operand} was deployed with {deployed}, and the recipe learns "

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import qcompile
-from qcompile import GemmSpec, InHindsight, PerRow, QuantSpec, Sigma
+from qcompile import LSQ, GemmSpec, InHindsight, PerChannel, PerRow, QuantSpec, Recipe, Sigma
 from qcompile.deploy import IntegerLayer
 from qcompile.errors import QtrainWarning, RecipeError, StateError, UnsupportedError
 from qcompile.kernels import record_launches
@@ -243,6 +243,19 @@ def test_learned_scales_go_on_from_the_deployed_ones(recipe):
     other = {"qat_lsq": "qat_lsq_plus", "qat_lsq_plus": "qat_lsq"}[recipe]
     with pytest.raises(StateError, match="Take the recipe that it was trained with"):
         qcompile.continue_training(Net(), deployed.state_dict(), recipe=other)
+
+
+def test_learned_scales_go_on_with_another_granularity_or_say_that_they_cannot():
+    tensor = Recipe(input=QuantSpec(estimator=LSQ()), weight=QuantSpec(estimator=LSQ()))
+    channel = tensor.replace(weight=QuantSpec(estimator=LSQ(), granularity=PerChannel(0)))
+    model = qcompile.prepare(Net(), tensor, calibration=[images()]).eval()
+    deployed = qcompile.convert(model)
+    again = qcompile.continue_training(Net(), deployed.state_dict(), recipe=channel).eval()  # one scale for all channels
+    with torch.no_grad():
+        torch.testing.assert_close(again(images()), deployed(images()), rtol=1e-5, atol=1e-6)
+    state = qcompile.convert(qcompile.prepare(Net(), channel, calibration=[images()])).state_dict()
+    with pytest.raises(StateError, match="deployed with 8 scale.*Take the recipe that it was trained with"):
+        qcompile.continue_training(Net(), state, recipe=tensor)
 
 
 def test_options_of_prepare_without_learned_scales_are_refused(net):
