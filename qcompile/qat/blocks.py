@@ -62,7 +62,7 @@ def _layers(module: nn.Module) -> int:
 def check_blocks(model: nn.Module, blocks: Sequence[str | Sequence[str]]) -> Blocks:
     """The blocks in one form.
 
-    Errors: `ValueError` for unknown names, blocks that overlap, and weights between them that are in none.
+    Errors: `ValueError` for unknown names, blocks that overlap or have no weights, and weights between them that are in none.
     """
     named: Blocks = tuple((block,) if isinstance(block, str) else tuple(block) for block in blocks)
     flat = [name for block in named for name in block]
@@ -79,6 +79,8 @@ def check_blocks(model: nn.Module, blocks: Sequence[str | Sequence[str]]) -> Blo
                 raise ValueError(f"blocks: {name!r} and {other!r} overlap; every module may be in one block only.")
     order = [n for n, _ in model.named_parameters()]
     inside = [any(n.startswith(f"{name}.") for name in flat) for n in order]
+    if not any(inside):
+        raise ValueError(f"blocks: {', '.join(map(repr, flat))} have no Parameters; name modules that have, two or more.")
     first, last = inside.index(True), len(inside) - inside[::-1].index(True)
     outside = [n for n, held in zip(order[first:last], inside[first:last], strict=True) if not held]
     if outside:

@@ -12,7 +12,7 @@ from qcompile import BlockReplacement
 from qcompile.backend import compiled_graphs
 from qcompile.kernels import record_launches
 from qcompile.qat import distillation
-from qcompile.qat.blocks import find_blocks
+from qcompile.qat.blocks import check_blocks, find_blocks
 from tests.qat.models import Net, Stages, compiled, gradients, images
 
 LABELS = torch.tensor([0, 1, 2, 3, 4, 0])
@@ -216,6 +216,11 @@ def test_blocks_may_be_named():
 def test_bad_blocks(blocks, message):
     with pytest.raises(ValueError, match=message):
         BlockReplacement(*pair(), blocks=blocks)
+
+
+def test_blocks_without_weights():
+    with pytest.raises(ValueError, match="blocks: '1', '2' have no Parameters"):
+        check_blocks(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Dropout()), ("1", "2"))
 
 
 def test_a_partner_of_another_architecture():
