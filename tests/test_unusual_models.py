@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from passes.pipeline import joint_steps, without
-from qcompile import QtrainWarning, compare, compiled_graphs, get_recipe, range_state
+from qcompile import QtrainWarning, compare, compiled_graphs, get_recipe, learning_rate_factors, range_state, scale_learning_rates
 from qcompile.backend import qtrain
 from qcompile.kernels import record_launches
 from tests.compiling import compiled, nearest
@@ -366,3 +366,24 @@ def test_a_process_that_only_evaluates_finds_the_ranges_of_every_use(interpreted
             assert all(torch.equal(got[:rows], y[:rows]) for got, y in zip(run(x[:rows]), want, strict=True))
     sum(y.sum() for y in run(x)).backward()
     assert range_state(other)["proj#1.input"]["steps"] == 3
+
+
+def test_learning_rates_of_products_that_are_no_layers(interpreted):
+    """Attention's projections multiply with Parameters of another module, its scores with none."""
+
+    class Attention(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.last = nn.MultiheadAttention(WIDTH, 2, batch_first=True), nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.inner(x, x, x, need_weights=False)[0]
+            return self.last(y @ x.transpose(1, 2) @ x)
+
+    model = Attention()
+    recipe = get_recipe("int8_unified").replace(ops=("linear", "bmm"))
+    compiled(model, recipe)(torch.randn(2, 5, WIDTH)).square().mean().backward()
+    factors = learning_rate_factors(range_state(model))
+    assert sorted(factors) == ["inner", "inner.out_proj", "last"]
+    rates = scale_learning_rates(torch.optim.SGD(model.parameters(), lr=1.0), model, factors)
+    assert rates["inner.in_proj_weight"] == pytest.approx(factors["inner"]) and len(rates) == 6

@@ -87,7 +87,7 @@ class DirectionSensitive(RangeEstimator):
 
 
 def learning_rate_factors(state: RangeState, *, a: float = 20.0, b: float = 0.1) -> dict[str, float]:
-    """Name of a module -> max(exp(-a * d), b), where the range state of its gradient keeps the deviation d.
+    """Name of a module with Parameters -> max(exp(-a * d), b), where the range state of its gradient keeps the deviation d.
 
     a, b  of the paper; a above 0, b 0..1. Reads the state: on a GPU it waits for the step to end.
     Errors: `StateError` if no gradient has a `DirectionSensitive` range.
@@ -97,9 +97,13 @@ def learning_rate_factors(state: RangeState, *, a: float = 20.0, b: float = 0.1)
     deviations: dict[str, float] = {}
     for name, fields in state.snapshot().items():
         module, _, operand = name.rpartition(".")
-        if operand.startswith("grad_output") and "deviation" in fields:
-            layer = module.partition("#")[0]  # "proj#1": its second use in a step
-            deviations[layer] = max(deviations.get(layer, 0.0), float(fields["deviation"].max()))
+        if not operand.startswith("grad_output") or "deviation" not in fields:
+            continue
+        owner, is_no_layer, product = module.partition(":")
+        if is_no_layer and "#" not in product:  # of activations: there is no rate
+            continue
+        layer = owner.rpartition(".")[0] if is_no_layer else module.partition("#")[0]  # "proj#1": its second use in a step
+        deviations[layer] = max(deviations.get(layer, 0.0), float(fields["deviation"].max()))
     if not deviations:
         raise StateError(
             "learning_rate_factors: no gradient's range keeps a deviation. Train a step first, under a recipe whose grad_output "
