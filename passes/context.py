@@ -243,7 +243,7 @@ def full_name(prefix: str, site: Site) -> str:
     """A site's name in a module in which the compiled frame's own module has the `prefix` ("blocks.3.", or "" for itself)."""
     if not prefix or site.module:
         return prefix + site.name
-    return prefix.removesuffix(".") + (site.name.removeprefix("self") if site.op == "linear" else f":{site.name}")
+    return prefix.removesuffix(".") + (site.name.removeprefix("self") if site.is_layer else f":{site.name}")
 
 
 def _parameter_name(node: fx.Node) -> str | None:

@@ -4,6 +4,7 @@ import types
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -387,3 +388,24 @@ def test_learning_rates_of_products_that_are_no_layers(interpreted):
     assert sorted(factors) == ["inner", "inner.out_proj", "last"]
     rates = scale_learning_rates(torch.optim.SGD(model.parameters(), lr=1.0), model, factors)
     assert rates["inner.in_proj_weight"] == pytest.approx(factors["inner"]) and len(rates) == 6
+
+
+def test_a_convolution_that_is_compiled_alone_has_its_own_name(interpreted):
+    class Stem(nn.Conv2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.conv2d(x, self.weight, self.bias)
+
+    model = nn.ModuleDict({"stem": Stem(3, 4, 3)})
+    model["stem"].compile(backend=qtrain, options={"recipe": "int8"})
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.model["stem"](x)
+
+    Outer()(torch.randn(2, 3, 5, 5)).sum().backward()
+    (graph,) = compiled_graphs()
+    assert [graph.context.names(site)[0] for site in graph.context.sites] == ["model.stem"]
