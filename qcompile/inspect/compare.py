@@ -28,13 +28,14 @@ from tabulate import tabulate
 from torch import Tensor, fx, nn
 
 from passes.find_sites import GemmNode
-from passes.graph import DEQUANTIZE, QUANTIZE, ROUND_TO_POWERS
+from passes.graph import DEQUANTIZE, PERMUTE, QUANTIZE, ROUND_TO_POWERS, VIEWS
 from qcompile.errors import GraphError
 from qcompile.inspect.capture import Capture, capture
 from qcompile.inspect.captured_graph import CapturedGraph
 from qcompile.inspect.numerics import Agreement, Rounding, agreement, rounding
 from qcompile.inspect.replay import Replay, joint_at, shared_random_numbers
 from qcompile.kernels import record_launches
+from qcompile.ops import dequantize_reference
 from qcompile.recipe import Recipe
 from qcompile.state.handle import range_state
 
@@ -302,7 +303,7 @@ class _Reference(Replay):
 class _Measuring(Replay):
     """Measures every GEMM while it runs.
 
-    What a quantize reads is kept until the last GEMM that multiplies its codes has run.
+    What a quantize reads and makes is kept until the last GEMM that multiplies its codes has run.
     """
 
     def __init__(self, module: fx.GraphModule, reference: dict[tuple[str, str], Tensor]) -> None:
@@ -310,7 +311,7 @@ class _Measuring(Replay):
         self.reference = reference
         self.found: dict[tuple[str, str], tuple[Agreement | None, Agreement | None, dict[str, OperandNumerics]]] = {}
         self._uses: dict[fx.Node, int] = {}
-        self._quantized: dict[fx.Node, tuple[Any, ...]] = {}  # quantize -> its arguments
+        self._quantized: dict[fx.Node, tuple[Any, ...]] = {}  # quantize -> what it read, its codes, its other arguments
         self._rounded: dict[Any, Tensor] = {}  # what was rounded to powers of two in front of a quantize
         for gemm in module.graph.nodes:
             for _, way in quantized_operands(gemm):
@@ -322,7 +323,7 @@ class _Measuring(Replay):
             self._rounded[n] = self.fetch_args_kwargs_from_env(n)[0][0]
         if n in self._uses:
             x, *others = self.fetch_args_kwargs_from_env(n)[0]
-            self._quantized[n] = self._rounded.get(n.args[0], x), *others
+            self._quantized[n] = self._rounded.get(n.args[0], x), value, *others
         where: GemmNode | None = n.meta.get("qtrain_gemm") if n.op == "call_function" else None
         if where is not None:
             want = self.reference.pop((where.site, where.role), None)
@@ -350,9 +351,10 @@ class _Measuring(Replay):
         own = agreement(product(*(position for position, _ in ways)), reference)
         operands = {}
         for name, (position, way) in zip(where.operands, ways, strict=True):
-            _, scale, zero, bits = self._quantized[way[0]][:4]
+            x, codes, scale, zero, bits = self._quantized[way[0]][:5]
+            dequantized = dequantize_reference(codes, scale, zero, gemm.args[position].meta["val"].dtype)
             operands[name] = OperandNumerics(
-                rounding=rounding(exact[position], arguments[position], _follow(scale, way[1:]), _follow(zero, way[1:]), bits),
+                rounding=rounding(x, dequantized, scale, zero, bits),
                 alone=agreement(product(position), reference),
             )
         for _, way in ways:
@@ -363,30 +365,30 @@ class _Measuring(Replay):
 
 
 def quantized_operands(gemm: fx.Node) -> list[tuple[int, list[fx.Node]]]:
-    """(position among the arguments, the way from a quantize to its dequantize) of a GEMM's two quantized operands."""
+    """(position among the arguments, a quantize and the views and transposes from it) of a GEMM's two quantized operands."""
     if gemm.op != "call_function" or "qtrain_gemm" not in gemm.meta:
         return []
     found = []
     for position, argument in enumerate(gemm.args):
-        if not isinstance(argument, fx.Node) or argument.target is not DEQUANTIZE:
+        dequantize = argument
+        views: list[fx.Node] = []
+        while isinstance(dequantize, fx.Node) and dequantize.target in (*VIEWS, PERMUTE) and gemm.meta.get("qtrain_quantized"):
+            views.insert(0, dequantize)  # blocks that share a scale are viewed back as the matrix
+            dequantize = dequantize.args[0]
+        if not isinstance(dequantize, fx.Node) or dequantize.target is not DEQUANTIZE:
             continue
-        way = [argument]
+        way = [dequantize]
         while way[0].target is not QUANTIZE:
             source = way[0].args[0]
             if not isinstance(source, fx.Node) or source.op != "call_function":
-                raise GraphError(f"{argument.name}: no quantize is found behind it; compare takes the pipeline's own form")
+                raise GraphError(f"{dequantize.name}: no quantize is found behind it; compare takes the pipeline's own form")
             way.insert(0, source)
-        found.append((position, way[:-1]))
+        found.append((position, [*way[:-1], *views]))
     return found if len(found) == 2 else []
 
 
-def _follow(value: Tensor | None, way: Sequence[fx.Node]) -> Tensor | None:
-    """What codes go through on their way to a GEMM (transposes, views), done to another tensor.
-
-    A scale for the whole tensor goes through nothing.
-    """
-    if value is None or value.ndim == 0 or value.numel() == 1:
-        return value
+def _follow(value: Tensor, way: Sequence[fx.Node]) -> Tensor:
+    """What codes go through on their way to a GEMM (transposes, views), done to another tensor."""
     for node in way:
         value = node.target(value, *node.args[1:], **node.kwargs)
     return value

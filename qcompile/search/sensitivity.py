@@ -121,7 +121,7 @@ def with_one_quantized(graph: CapturedGraph, kept: Iterable[Gemm]) -> fx.GraphMo
         if not found or (gemm.meta["qtrain_gemm"].site, gemm.meta["qtrain_gemm"].role) in kept:
             continue
         for position, (quantize, *way) in found:
-            dtype = gemm.args[position].args[3]
+            dtype = gemm.args[position].meta["val"].dtype
             with module.graph.inserting_before(gemm):
                 value = quantize.args[0]
                 if value.target is ROUND_TO_POWERS:

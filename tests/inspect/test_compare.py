@@ -210,3 +210,17 @@ def test_the_heat_map(tmp_path):
     grid = axes.images[0].get_array()
     assert float(grid[1, columns.index("down dx")]) == pytest.approx(expected["blocks.1.down.grad_input"])
     assert (tmp_path / "snr.png").stat().st_size > 1000
+
+
+def test_operands_quantized_by_blocks_are_measured():
+    """`int8_jetfire`: no integer kernel, and numbers all the same."""
+    model, x = nn.Sequential(nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 32)), torch.randn(64, 64)
+    found = qcompile.compare(model, x, recipe=nearest("int8_jetfire"))
+    assert "5 of 5 GEMMs quantized, 0 integer GEMMs ran" in found.summary()
+    by_name = {gemm.name: gemm for gemm in found.gemms}
+    blocks = x.double().view(2, 32, 2, 32)
+    scale = blocks.abs().amax((1, 3), keepdim=True) / 127
+    error = (blocks / scale).round() * scale - blocks
+    want = 10 * math.log10(blocks.square().sum() / error.square().sum())
+    assert by_name["0.output"].operands["input"].rounding.snr_db == pytest.approx(want, abs=0.01)
+    assert all(30 < gemm.own.snr_db < 60 for gemm in found.gemms)
