@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import qcompile
+from qcompile.__main__ import main as command_line
 from qcompile.recipe import Recipe
 from qcompile.specs import QuantSpec
 from tests.compiling import AVERAGE, compiled, nearest, poke
@@ -224,3 +225,17 @@ def test_operands_quantized_by_blocks_are_measured():
     want = 10 * math.log10(blocks.square().sum() / error.square().sum())
     assert by_name["0.output"].operands["input"].rounding.snr_db == pytest.approx(want, abs=0.01)
     assert all(30 < gemm.own.snr_db < 60 for gemm in found.gemms)
+
+
+def with_ranges():
+    torch.manual_seed(0)
+    model, x = MLP(), torch.randn(ROWS, 16)
+    compiled(model, "int8_in_hindsight")(x).square().mean().backward()
+    poke(model, "up.input", x.abs().max().item() / 4)
+    return model, x
+
+
+def test_the_command_uses_the_ranges_that_the_model_has(interpreted, capsys):
+    assert command_line(["compare", f"{__name__}:with_ranges", "--recipe", "int8_in_hindsight", "--json"]) == 0
+    (gemm,) = [g for g in json.loads(capsys.readouterr().out)["gemms"] if (g["site"], g["role"]) == ("up", "output")]
+    assert gemm["operands"]["input"]["rounding"]["clipped"] > 0.1
