@@ -9,7 +9,7 @@ exact, and the form that Inductor's C++ vectorizes.
 
 Numerics  exact.
 Requires  the two graphs after the partitioner, and fold_masks before it: a mask in the sign of codes costs nothing.
-          Ensures: outputs and inputs of the cut still correspond. Skips: masks of which no fixed size is a multiple of 8.
+          Ensures: outputs and inputs of the cut still correspond. Skips: empty masks; those without a fixed size in multiples of 8.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ def pack_masks(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int, cont
     cut = Cut(forward, backward, num_fwd_outputs)
     packed = 0
     for saved in list(cut.saved()):
-        if saved.value.dtype is torch.bool and fixed_size(saved.value) % 8 == 0 and view_shape(saved.value.shape) is not None:
+        row = fixed_size(saved.value)
+        if saved.value.dtype is torch.bool and row > 0 and row % 8 == 0 and view_shape(saved.value.shape) is not None:
             _pack(cut, saved)
             packed += 1
     cut.close()

@@ -370,3 +370,10 @@ def test_why_it_is_not_is_told(interpreted):
 class Root(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return (x * x + 1e-4).sqrt()
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.Hardtanh(), nn.GELU()])
+def test_an_empty_batch(interpreted, activation):
+    model = nn.Sequential(nn.Linear(16, 32), activation, nn.Linear(32, 8))
+    compiled(model, Recipe(compress_saved=8))(torch.randn(0, 16)).sum().backward()
+    assert all(not p.grad.any() for p in model.parameters())
