@@ -29,7 +29,8 @@ def run(arguments: argparse.Namespace) -> int:
         bar.update()
         if arguments.draw:
             bar.set_description("drawing")
-            capture(made.model, *made.args, recipe=arguments.recipe, **made.kwargs).draw(arguments.draw)
+            shown = {"recipe": arguments.recipe, "profit_filter": arguments.profit_filter}
+            capture(made.model, *made.args, **shown, **made.kwargs).draw(arguments.draw)
             bar.update()
     if arguments.html:
         report.to_html(arguments.html)

@@ -12,9 +12,12 @@ import torch
 from torch import nn
 
 import qcompile
+from qcompile.__main__ import main as command_line
 from qcompile.inspect.drawing.layered import layered
 from qcompile.inspect.drawing.svg import COLOURS
 from qcompile.inspect.modules import rows_of, site_flow
+from qcompile.kernels import profit
+from qcompile.kernels.profit import Product
 from tests.inspect.models import MLP
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -287,3 +290,18 @@ def test_the_pages_work_in_a_browser(captured, tmp_path):
     report = qcompile.explain(Hostile(), torch.randn(32, 16))
     report.to_html(tmp_path / "report.html")
     assert 'data-ready="yes"' in opened(tmp_path / "report.html")
+
+
+def make():
+    return MLP(), torch.randn(64, 16)
+
+
+def test_the_command_draws_what_it_reports(monkeypatch, tmp_path, capsys):
+    def measure(trials, device):
+        return {trial: 1.0 if isinstance(trial, Product) and "qtrain" in str(trial.operator) else 1e-3 for trial in trials}
+
+    monkeypatch.setattr(profit, "measure", measure)
+    path = tmp_path / "model.svg"
+    assert command_line(["explain", f"{__name__}:make", "--profit-filter", "--draw", str(path)]) == 0
+    assert "0 of 5 GEMMs integer" in capsys.readouterr().out
+    assert path.read_text().count("hp: profit filter: measured 1e+03 ms") == 5
