@@ -28,6 +28,7 @@ from passes.graph import (
     ROUND_TO_POWERS,
     SCALED_MM,
     VIEWS,
+    copy_graph,
     on_gpu,
     phase_of,
     size_hint,
@@ -72,9 +73,7 @@ def quantized_copy(graph: fx.Graph, context: PassContext) -> tuple[fx.Graph, Pas
     """A copy of a graph with its sites found, quantized as the recipe has it, with a context of its own: to look at only."""
     sites = [replace(site, gemms={role: replace(gemm) for role, gemm in site.gemms.items()}) for site in context.sites]
     other = replace(context, sites=sites, counts={}, seconds={})
-    copied = fx.Graph()
-    output = copied.graph_copy(graph, {}, return_output_node=True)
-    copied.output(output[0] if isinstance(output, tuple) else output)
+    copied = copy_graph(graph)
     insert_qdq(copied, other)
     share_quantized(copied, other)
     return copied, other

@@ -152,6 +152,17 @@ def fake_result(graph: fx.Graph, target: Any, args: Any, kwargs: Any) -> Any:
         return target(*args, **kwargs)
 
 
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """The same nodes, names and metadata."""
+    copied = fx.Graph()
+    output = copied.graph_copy(graph, {}, return_output_node=True)
+    value, source = output if isinstance(output, tuple) else (output, None)
+    node = copied.output(value)
+    if source is not None:
+        node.meta = dict(source.meta)
+    return copied
+
+
 def replace(node: fx.Node, by: fx.Node) -> None:
     """Let every user of `node` read `by`, and erase `node`."""
     node.replace_all_uses_with(by)

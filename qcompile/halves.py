@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from passes.context import PassContext
-from passes.graph import aten
+from passes.graph import aten, copy_graph
 from passes.lower import lower
 from qcompile.errors import QtrainWarning
 from qcompile.inductor import compile_late
@@ -239,7 +239,4 @@ def _with_strides(value: Any, strides: tuple[int, ...] | None) -> Any:
 
 def copy_of(half: fx.GraphModule) -> fx.GraphModule:
     """The half as it is now, whatever becomes of its graph."""
-    graph = fx.Graph()
-    output = graph.graph_copy(half.graph, {}, return_output_node=True)
-    graph.output(output[0] if isinstance(output, tuple) else output)
-    return fx.GraphModule(half, graph)
+    return fx.GraphModule(half, copy_graph(half.graph))

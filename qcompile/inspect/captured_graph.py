@@ -16,7 +16,7 @@ from torch import Tensor, fx
 
 from passes.buffers import bind_state
 from passes.context import Entry, PassContext, Site, StateLayout, full_name
-from passes.graph import is_gradient
+from passes.graph import copy_graph, is_gradient
 from qcompile.inspect.labels import LABEL, first_name, rename_by_label
 from qcompile.inspect.saved_bytes import SavedBytes, SavedTensor
 from qcompile.state.binding import Binding
@@ -28,22 +28,10 @@ __all__ = [
     "Call",
     "CapturedGraph",
     "SavedOutput",
-    "copy_graph",
     "graph_outputs",
     "with_buffers",
     "written_inputs",
 ]
-
-
-def copy_graph(graph: fx.Graph) -> fx.Graph:
-    """The same nodes, names and metadata."""
-    copied = fx.Graph()
-    output = copied.graph_copy(graph, {}, return_output_node=True)
-    value, source = output if isinstance(output, tuple) else (output, None)
-    node = copied.output(value)
-    if source is not None:
-        node.meta = dict(source.meta)
-    return copied
 
 
 def with_buffers(graph: fx.Graph, root: torch.nn.Module, inputs: Mapping[str, str]) -> fx.GraphModule:

@@ -10,7 +10,8 @@ import difflib
 
 from torch import fx
 
-from qcompile.inspect.captured_graph import CapturedGraph, copy_graph
+from passes.graph import copy_graph
+from qcompile.inspect.captured_graph import CapturedGraph
 from qcompile.inspect.labels import first_name
 from qcompile.inspect.listing import format_graph, format_nodes
 

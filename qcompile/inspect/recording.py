@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from passes.canonicalize import canonicalize
 from passes.dynamo_inputs import input_positions
 from passes.find_sites import find_sites, module_path
-from passes.graph import primals
+from passes.graph import copy_graph, primals
 from passes.split_convolution_backward import split_convolution_backward
 from qcompile import inductor
 from qcompile.backend import Compilation
@@ -21,7 +21,6 @@ from qcompile.inspect.captured_graph import (
     Call,
     CapturedGraph,
     SavedOutput,
-    copy_graph,
     graph_outputs,
     with_buffers,
     written_inputs,

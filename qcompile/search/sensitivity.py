@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from passes.graph import ROUND_TO_POWERS, erase_unused
+from passes.graph import ROUND_TO_POWERS, copy_graph, erase_unused
 from qcompile.inspect.capture import default_loss
-from qcompile.inspect.captured_graph import CapturedGraph, copy_graph
+from qcompile.inspect.captured_graph import CapturedGraph
 from qcompile.inspect.compare import quantized_operands
 from qcompile.inspect.replay import Replay, joint_at, shared_random_numbers
 
