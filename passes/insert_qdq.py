@@ -47,7 +47,7 @@ from dataclasses import dataclass, replace
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from passes.context import EMULATED, OPERANDS, Gemm, PassContext, Site
+from passes.context import EMULATED, OPERANDS, PassContext, Site
 from passes.find_sites import GemmNode
 from passes.gemms import BATCHED, CONVOLUTIONS, GEMMS, is_depthwise, kept_axis, operands, shared_axes
 from passes.graph import (
@@ -106,43 +106,55 @@ def insert_qdq(graph: fx.Graph, context: PassContext) -> int:
         where: GemmNode = node.meta["qtrain_gemm"]
         site = context.site(where.site)
         gemm = site.gemms[where.role]
-        specs = _specs(site, gemm, context)
         if node.meta.get("qtrain_quantized") or node.meta.get("qtrain_hp"):  # by an earlier run; kept by the profit filter
+            gemm.reason = gemm.reason or context.resolve(site).reason(where.role)
             continue
-        if specs is None:
+        plans = _plans(node, where, site, context, ends, model_quantizes)
+        if isinstance(plans, str):
+            gemm.reason = plans
             if all(m.target is DEQUANTIZE for m in operands(node)):  # the model's own quantizers: not to be fused
                 node.meta["qtrain_hp"] = True
             continue
-        if site.name in ends:
-            gemm.reason = f"recipe: skip_first_last, this is the {'first' if site.name == ends[0] else 'last'} layer"
-            continue
-        plans = []
-        for side, name in enumerate(where.operands):
-            plan = _plan(node, side, name, specs[name], model_quantizes, context.resolve(site).hadamard(gemm.role))
-            if isinstance(plan, str):
-                gemm.reason = plan
-                break
-            plans.append(plan)
-        else:
-            for plan in plans:
-                if plan.dims is None:
-                    new = _reuse(graph, node, plan)
-                else:
-                    new = _quantize(graph, node, plan, plan.dims, where)
-                if new is not plan.matrix:
-                    _set_operand(node, plan.matrix, new)
-                    inserted += 1
-            node.meta["qtrain_quantized"] = True
-            used = {plan.name: plan.spec for plan in plans}
-            gemm.specs = tuple(used[name] for name in site.operands(where.role))  # type: ignore[assignment]
-            if is_depthwise(node):
-                gemm.reason = f"{EMULATED}: depthwise, where an int8 kernel does not pay"
-            by_block = [plan.name for plan in plans if plan.dims is not None and isinstance(plan.spec.granularity, PerBlock)]
-            if by_block:
-                what = " and ".join(f"{name} {specs[name].granularity}" for name in by_block)
-                gemm.reason = f"{what}: quantized, and multiplied in high precision; no integer kernel sums over several scales"
+        for plan in plans:
+            new = _reuse(graph, node, plan) if plan.dims is None else _quantize(graph, node, plan, plan.dims, where)
+            if new is not plan.matrix:
+                _set_operand(node, plan.matrix, new)
+                inserted += 1
+        node.meta["qtrain_quantized"] = True
+        used = {plan.name: plan.spec for plan in plans}
+        gemm.specs = tuple(used[name] for name in site.operands(where.role))  # type: ignore[assignment]
+        gemm.reason = _why_emulated(node, plans) or gemm.reason
     _prefer_choices(context)
     return inserted
+
+
+def _plans(
+    node: fx.Node, where: GemmNode, site: Site, context: PassContext, ends: tuple[str, ...], model_quantizes: bool
+) -> list[_Plan] | str:
+    """What to do with both operands of a GEMM, or why it stays in high precision."""
+    resolved = context.resolve(site)
+    pair = resolved.gemm(where.role)
+    if pair is None:
+        return resolved.reason(where.role) or ""
+    if site.name in ends:
+        return f"recipe: skip_first_last, this is the {'first' if site.name == ends[0] else 'last'} layer"
+    specs = dict(zip(site.operands(where.role), pair, strict=True))
+    plans: list[_Plan] = []
+    for side, name in enumerate(where.operands):
+        plan = _plan(node, side, name, specs[name], model_quantizes, resolved.hadamard(where.role))
+        if isinstance(plan, str):
+            return plan
+        plans.append(plan)
+    return plans
+
+
+def _why_emulated(node: fx.Node, plans: list[_Plan]) -> str | None:
+    """Why a GEMM of quantized operands is computed in high precision; None: it is not."""
+    by_block = [plan for plan in plans if plan.dims is not None and isinstance(plan.spec.granularity, PerBlock)]
+    if by_block:
+        what = " and ".join(f"{plan.name} {plan.spec.granularity}" for plan in by_block)
+        return f"{what}: quantized, and multiplied in high precision; no integer kernel sums over several scales"
+    return f"{EMULATED}: depthwise, where an int8 kernel does not pay" if is_depthwise(node) else None
 
 
 def _plan(
@@ -247,16 +259,6 @@ def _prefer_choices(context: PassContext) -> None:
             resolved = context.resolve(site)
             role = gemm.role if gemm.role in OPERANDS else "output"
             gemm.reason = resolved.reason(role) or gemm.reason
-
-
-def _specs(site: Site, gemm: Gemm, context: PassContext) -> dict[str, QuantSpec] | None:
-    """The operand specs of a GEMM, or None with the reason recorded."""
-    resolved = context.resolve(site)
-    pair = resolved.gemm(gemm.role)
-    if pair is None:
-        gemm.reason = resolved.reason(gemm.role)
-        return None
-    return dict(zip(site.operands(gemm.role), pair, strict=True))
 
 
 def _matrix_sizes(node: fx.Node, side: int, operand: Operand) -> list[object]:

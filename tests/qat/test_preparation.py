@@ -526,3 +526,23 @@ def test_an_encoder_layer_in_eval_is_quantized():
     torch.testing.assert_close(without, model(x).detach(), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(without, deployed, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(without, plain(x), atol=1e-3)
+
+
+def test_an_end_with_learned_scales_stays_in_high_precision(interpreted):
+    """`prepare` goes by the order of the modules, a graph by that of the data."""
+
+    class Mixed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.middle, self.first, self.last = (nn.Conv2d(4, 4, 3) for _ in range(3))
+
+        def forward(self, x):
+            return self.last(self.middle(self.first(x)))
+
+    recipe, x = get_recipe("qat_lsq").replace(skip_first_last=True), torch.randn(2, 4, 9, 9)
+    model = qcompile.prepare(Mixed(), recipe, calibration=[x])
+    assert set(qcompile.learned_quantizers(model)) == {"first.input", "first.weight"}
+    with record_launches() as launches, warnings.catch_warnings():
+        warnings.simplefilter("ignore", QtrainWarning)
+        compiled(model, recipe)(x).sum().backward()
+    assert launches == []
