@@ -24,7 +24,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -110,9 +110,6 @@ def find_sites(graph: fx.Graph, context: PassContext) -> int:
                 forward.append(_forward_site(node, context, names, weights))
         elif _packet(node) in _FUSED and phase_of(node) != BACKWARD:
             _record_fused(node, context, names, weights)
-    by_sequence: dict[object, list[_Forward]] = {}
-    for f in forward:
-        by_sequence.setdefault(f.node.meta.get("seq_nr"), []).append(f)
     uses: Counter[str] = Counter()
     places: Counter[tuple[str, ...]] = Counter()
     for f in forward:
@@ -120,6 +117,16 @@ def find_sites(graph: fx.Graph, context: PassContext) -> int:
             f.site.weight_use = uses[f.site.weight]
             uses[f.site.weight] += 1
         f.site.place = _place(f, places)
+    for node in _without_forward(backward, forward, distances):
+        _record_unknown(node, context, names)
+    return len(forward) + len(distances) + len(backward)
+
+
+def _without_forward(backward: list[fx.Node], forward: list[_Forward], distances: Mapping[object, Site]) -> list[fx.Node]:
+    """Give the backward GEMMs to the forward ones whose gradients they are; return those that are nobody's."""
+    by_sequence: dict[object, list[_Forward]] = {}
+    for f in forward:
+        by_sequence.setdefault(f.node.meta.get("seq_nr"), []).append(f)
     left = []
     for node in backward:
         sequence = node.meta.get("seq_nr")
@@ -127,9 +134,10 @@ def find_sites(graph: fx.Graph, context: PassContext) -> int:
             gemms = distances[sequence].gemms
             role = "grad_weight" if "grad_input" in gemms else "grad_input"
             gemms[role] = Gemm(role, node=node.name, shape=product_shape(node), reason=DISTANCES)
-            continue
-        gradients = _gradients(node, forward if sequence is None else by_sequence.get(sequence, []))
-        _take(node, gradients[0]) if gradients else left.append(node)
+        elif gradients := _gradients(node, forward if sequence is None else by_sequence.get(sequence, [])):
+            _take(node, gradients[0])
+        else:
+            left.append(node)
     # What a user's `autograd.Function` computes in its backward has numbers of its own. A weight says whose gradient it is; an
     # input, which several sites may share, says so together with the gradient that it is multiplied with.
     for roles in (("grad_input",), ("grad_input", "grad_weight")):
@@ -139,9 +147,7 @@ def find_sites(graph: fx.Graph, context: PassContext) -> int:
             if known or len(gradients) == 1:
                 _take(node, (known or gradients)[0])
                 left.remove(node)
-    for node in left:
-        _record_unknown(node, context, names)
-    return len(forward) + len(distances) + len(backward)
+    return left
 
 
 def _weights(graph: fx.Graph, context: PassContext) -> set[fx.Node]:
