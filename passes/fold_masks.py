@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from passes.cut import Cut, Saved, view_shape
-from passes.graph import QUANTIZE, VIEWS, aten
+from passes.graph import QUANTIZE, VIEWS, aten, erase_unused
 from passes.inlining import inline
 
 __all__ = ["fold_masks"]
@@ -42,7 +42,7 @@ def fold_masks(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int) -> i
             folded += 1
     if folded:
         cut.drop_unused()
-        forward.eliminate_dead_code()
+        erase_unused(forward)
     cut.close()
     return folded
 

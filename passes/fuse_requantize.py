@@ -40,6 +40,7 @@ from passes.graph import (
     meta_of,
     replace,
 )
+from passes.in_memory import ancestors
 from passes.lower import assume_valid
 from passes.matching import stable_topological_sort
 
@@ -68,7 +69,8 @@ def fuse_requantize(graph: fx.Graph, context: PassContext | None = None) -> int:
         if chain is None:
             continue
         absorbed = _absorbed(chain)
-        if absorbed is None or _waits(quantize.args[1], chain.gemm) or not _bounds(absorbed):
+        waits = chain.gemm in ancestors(quantize.args[1], until=set())
+        if absorbed is None or waits or not _bounds(absorbed):
             continue
         _fuse(graph, chain, absorbed)
         fused += 1
@@ -178,15 +180,6 @@ def _bounds(results: dict[fx.Node, str]) -> tuple[fx.Node | None, fx.Node] | Non
                 pending += new
         return None if high is None else (low, high)
     return None
-
-
-def _waits(scale: fx.Node, gemm: fx.Node) -> bool:
-    pending, seen = [scale], {scale}
-    while pending:
-        new = [s for s in pending.pop().all_input_nodes if s not in seen]
-        seen.update(new)
-        pending += new
-    return gemm in seen
 
 
 def _fuse(graph: fx.Graph, chain: _Chain, results: dict[fx.Node, str]) -> None:

@@ -22,7 +22,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from passes.graph import CAST, aten, call, meta_of, replace
+from passes.graph import CAST, aten, call, erase_unused, meta_of, replace
 
 __all__ = ["scale_rows_first"]
 
@@ -44,7 +44,7 @@ def scale_rows_first(graph: fx.Graph) -> int:
                 value = call(graph, node.target, value, *node.args[1:], scope=scope)
             replace(scale, call(graph, amax.target, value, *amax.args[1:], scope=scope))
         changed += 1
-    graph.eliminate_dead_code()
+    erase_unused(graph)
     return changed
 
 
