@@ -369,17 +369,20 @@ def qat_step(model: nn.Module) -> int:
     """
     root, plan = _prepared_plan(model, "qat_step")
     quantizers = learned_quantizers(root).values()
+    grows = any(
+        q.sharpness is not None and q.estimator.sharpness_at(0.0) != q.estimator.sharpness_at(1.0) for q in quantizers
+    )
+    if grows and plan.steps is None:
+        raise ValueError(
+            "qat_step: the sharpness of LG-LSQ's soft round grows over the training, whose length is not known; "
+            "call prepare(model, recipe, steps=number of optimizer steps)."
+        )
     plan.step += 1
     getattr(root, STEP).fill_(plan.step)
     if plan.steps is not None:
         progress = min(1.0, plan.step / plan.steps)
         for quantizer in quantizers:
             quantizer.set_progress(progress)
-    elif any(q.sharpness is not None and q.estimator.sharpness_at(0.0) != q.estimator.sharpness_at(1.0) for q in quantizers):
-        raise ValueError(
-            "qat_step: the sharpness of LG-LSQ's soft round grows over the training, whose length is not known; "
-            "call prepare(model, recipe, steps=number of optimizer steps)."
-        )
     if any(start == plan.step for start, _ in plan.widths):
         for quantizer in quantizers:
             quantizer.set_bits(plan.width(quantizer.spec.bits))
