@@ -101,7 +101,7 @@ def insert_qdq(graph: fx.Graph, context: PassContext) -> int:
     """Return the number of operands quantized, or whose codes were brought in front of their GEMM."""
     inserted = 0
     model_quantizes = bool(graph.find_nodes(op="call_function", target=DEQUANTIZE))
-    ends = _ends(context) if context.recipe.skip_first_last else ()
+    ends = _ends(graph, context) if context.recipe.skip_first_last else ()
     for node in [n for n in graph.nodes if n.target in GEMMS and "qtrain_gemm" in n.meta]:
         where: GemmNode = node.meta["qtrain_gemm"]
         site = context.site(where.site)
@@ -246,9 +246,18 @@ def _scalar(graph: fx.Graph, part: fx.Node | None, scope: dict[str, object]) -> 
     return call(graph, aten.view.default, part, [], scope=scope)
 
 
-def _ends(context: PassContext) -> tuple[str, ...]:
-    """The first and the last layer of the graph, in forward order: linears and convolutions count."""
-    layers = [s.name for s in context.sites if s.kind in ("linear", "conv")]
+def _ends(graph: fx.Graph, context: PassContext) -> tuple[str, ...]:
+    """The first and the last layer of the graph, in forward order: linears and convolutions of what it is given count.
+
+    What a parametrization multiplies (a spectral norm's power iteration) is weights and buffers alone.
+    """
+    lasting = {*context.parameters, *(context.constants or ())}
+    data: set[fx.Node] = set()
+    for node in graph.nodes:
+        if (node.op == "placeholder" and node.name not in lasting) or not data.isdisjoint(node.all_input_nodes):
+            data.add(node)
+    computed = {node.name for node in data}
+    layers = [s.name for s in context.sites if s.kind in ("linear", "conv") and s.gemms["output"].node in computed]
     return (layers[0], layers[-1]) if layers else ()
 
 

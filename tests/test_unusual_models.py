@@ -9,7 +9,16 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from passes.pipeline import joint_steps, without
-from qcompile import QtrainWarning, compare, compiled_graphs, get_recipe, learning_rate_factors, range_state, scale_learning_rates
+from qcompile import (
+    QtrainWarning,
+    compare,
+    compiled_graphs,
+    explain,
+    get_recipe,
+    learning_rate_factors,
+    range_state,
+    scale_learning_rates,
+)
 from qcompile.backend import qtrain
 from qcompile.kernels import record_launches
 from tests.compiling import compiled, nearest
@@ -409,3 +418,12 @@ def test_a_convolution_that_is_compiled_alone_has_its_own_name(interpreted):
     Outer()(torch.randn(2, 3, 5, 5)).sum().backward()
     (graph,) = compiled_graphs()
     assert [graph.context.names(site)[0] for site in graph.context.sites] == ["model.stem"]
+
+
+def test_the_ends_of_a_model_are_layers_of_its_data():
+    """A spectral norm's power iteration comes before its layer, and multiplies weights and buffers alone."""
+    norm = nn.utils.parametrizations.spectral_norm
+    model = nn.Sequential(norm(nn.Linear(WIDTH, WIDTH)), nn.ReLU(), nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH))
+    report = explain(model, torch.randn(8, WIDTH), recipe=get_recipe("int8").replace(skip_first_last=True))
+    ends = {gemm.site: gemm.reason for gemm in report.gemms if gemm.role == "output" and "skip_first_last" in (gemm.reason or "")}
+    assert list(ends) == ["0", "3"] and "first" in ends["0"]
