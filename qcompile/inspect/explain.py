@@ -27,6 +27,7 @@ from qcompile.inspect.modules import module_of_site
 from qcompile.inspect.report import Entry, GemmReport, Report, SiteReport
 from qcompile.recipe import Recipe
 from qcompile.specs import Granularity, QuantSpec
+from qcompile.wrappers import clean_names
 
 __all__ = ["explain"]
 
@@ -92,8 +93,8 @@ def _report(found: Capture, hp: Capture, times: list[dict[tuple[str, str], Measu
         graphs=[_coverage(number, sites) for number in range(len(found.graphs))],
         graph_breaks=found.graph_breaks,
         unmatched=found.recipe.unmatched_patterns(names),
-        outside=_outside(found.model, sites),
-        others=_others(found.model, sites),
+        outside=_outside(found, sites),
+        others=_others(found, sites),
         range_state=[entry for graph in found.graphs for call in _instances(graph) for entry in _entries(graph, call)],
         device=str(found.graphs[0].context.device) if found.graphs else "cpu",
         model=type(found.model).__name__,
@@ -109,19 +110,39 @@ def _instances(graph: CapturedGraph) -> list[Call]:
 _WITH_PRODUCTS = (nn.Linear, nn.Bilinear, nn.modules.conv._ConvNd, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention)
 
 
-def _outside(model: nn.Module, sites: list[SiteReport]) -> list[str]:
-    modules = dict(model.named_modules(remove_duplicate=False))
-    inside = _modules_with_sites(modules, sites)
-    layers = {id(m): name or type(m).__name__ for name, m in reversed(modules.items()) if isinstance(m, _WITH_PRODUCTS)}
+def _outside(found: Capture, sites: list[SiteReport]) -> list[str]:
+    modules = dict(found.model.named_modules(remove_duplicate=False))
+    inside, traced = _modules_with_sites(modules, sites), _traced_parameters(found)
+    layers = {id(m): name or type(m).__name__ for name, m in reversed(modules.items()) if _may_multiply(m, traced)}
     kinds = {id(m): type(m).__name__ for m in modules.values() if isinstance(m, nn.RNNBase)}
     left = [(key, name) for key, name in reversed(layers.items()) if key not in inside]
     return [f"{name} ({kinds[key]})" if key in kinds and name != kinds[key] else name for key, name in left]
 
 
-def _others(model: nn.Module, sites: list[SiteReport]) -> dict[str, int]:
-    inside = _modules_with_sites(dict(model.named_modules(remove_duplicate=False)), sites)
-    others = (m for m in model.modules() if any(True for _ in m.parameters(recurse=False)))
-    return dict(Counter(type(m).__name__ for m in others if id(m) not in inside and not isinstance(m, _WITH_PRODUCTS)))
+def _others(found: Capture, sites: list[SiteReport]) -> dict[str, int]:
+    inside = _modules_with_sites(dict(found.model.named_modules(remove_duplicate=False)), sites)
+    traced = _traced_parameters(found)
+    others = (m for m in found.model.modules() if any(True for _ in m.parameters(recurse=False)))
+    return dict(Counter(type(m).__name__ for m in others if id(m) not in inside and not _may_multiply(m, traced)))
+
+
+def _traced_parameters(found: Capture) -> set[int]:
+    """Identities of the Parameters that some graph was called with."""
+    clean = clean_names(found.model)
+    named = {clean(name): id(p) for name, p in found.model.named_parameters(remove_duplicate=False)}
+    given = (name for graph in found.graphs for call in graph.calls for name in call.tensors.values())
+    return {named[name] for name in given if name in named}
+
+
+def _may_multiply(module: nn.Module, traced: set[int]) -> bool:
+    """Whether a module that has no site may have matrix products all the same: it is known to, or no graph has its matrices.
+
+    An embedding looks up. Experts of a user's class, in a loop that Dynamo leaves to eager mode, are Parameters and no layers.
+    """
+    if isinstance(module, (nn.Embedding, nn.EmbeddingBag)):
+        return False
+    own = list(module.parameters(recurse=False))
+    return isinstance(module, _WITH_PRODUCTS) or (any(p.ndim > 1 for p in own) and traced.isdisjoint(map(id, own)))
 
 
 def _modules_with_sites(modules: dict[str, nn.Module], sites: list[SiteReport]) -> set[int]:

@@ -49,6 +49,7 @@ class Row(NamedTuple):
 
 Sink = Callable[[int, Sequence[Row]], None]
 
+# by the name of a field, without the number that "low_3" of a window has
 _REDUCE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"low": torch.amin, "clipped": torch.mean}
 _BOOKKEEPING = ("steps", "frozen", "seed_low", "seed_high")
 
@@ -119,7 +120,7 @@ class Monitor:
         for name, fields in range_state(self.model).snapshot().items():
             for metric, values in fields.items():
                 if metric not in _BOOKKEEPING and values.numel():
-                    rows.append(Row(step, name, metric, float(_REDUCE.get(metric, torch.amax)(values))))
+                    rows.append(Row(step, name, metric, float(_REDUCE.get(metric.partition("_")[0], torch.amax)(values))))
         return rows
 
     def _errors(self, step: int) -> list[Row]:

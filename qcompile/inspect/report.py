@@ -76,8 +76,8 @@ class Report:
     unmatched  patterns of the recipe that mean no site
     crossings  under `compress_saved`: the tensors looked at, and what they are stored in
     gradient_snr_db  under `compress_saved`: Parameter -> signal-to-noise ratio of its gradient against the same recipe without it
-    outside    layers with matrix products that are in no graph: the step does not use them, or runs them in eager
-               mode around a graph break, as Dynamo does with nn.LSTM, nn.GRU and nn.RNN
+    outside    layers with matrix products, or with matrices, that are in no graph: the step does not use them, or runs them
+               in eager mode around a graph break, as Dynamo does with nn.LSTM, nn.GRU and nn.RNN
     others     class -> number of the layers with parameters that have no matrix product: embeddings, norms
     """
 

@@ -44,7 +44,7 @@ def summary(report: Report) -> str:
 
 def _table(report: Report) -> str:
     if not report.sites:
-        return "No matrix product was found."
+        return "No matrix product was found in a graph." if report.outside else "No matrix product was found."
     rows = []
     for site in report.sites:
         shape = next((g.shape for g in site.gemms.values() if g.role == "output"), ())

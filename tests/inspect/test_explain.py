@@ -140,6 +140,32 @@ def test_graph_breaks_and_what_runs_outside():
     assert "graph break: " in text and "run in eager mode): head" in text
 
 
+def test_matrices_of_a_users_class_that_eager_mode_multiplies_are_no_layer_without_products():
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(3, 16, 16) / 4)
+
+        def forward(self, x, expert):
+            out = torch.zeros_like(x)
+            for i in range(3):
+                (rows,) = torch.where(expert == i)  # as many as the data says: Dynamo leaves it to eager mode
+                out = out.index_add(0, rows, x[rows] @ self.weight[i])
+            return out
+
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.norm, self.experts, self.head = nn.Embedding(9, 16), nn.LayerNorm(16), Experts(), nn.Linear(16, 4)
+
+        def forward(self, tokens):
+            return self.head(self.experts(self.norm(self.embed(tokens)), tokens % 3))
+
+    report = qcompile.explain(Model(), torch.randint(0, 9, (12,)))
+    assert [s.name for s in report.sites] == ["head"] and report.graph_breaks
+    assert report.outside == ["experts"] and report.others == {"Embedding": 1, "LayerNorm": 1}
+
+
 def test_range_state_is_listed():
     report = qcompile.explain(MLP(), torch.randn(ROWS, 16), recipe="int8_in_hindsight")
     assert {(e.name, e.phase) for e in report.range_state} == {

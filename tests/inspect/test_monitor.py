@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 import qcompile
+from qcompile import InHindsightMax, PerChannel, QuantSpec
 from qcompile.inspect.monitor import read_csv
 from tests.compiling import AVERAGE, amax, compiled
 from tests.inspect.models import MLP
@@ -170,3 +171,14 @@ def test_a_probe_of_keyword_arguments_under_the_autocast_of_training(interpreted
     assert {"up.output", "down.grad_weight"} <= {r.name for r in rows if r.metric == "snr_db"}
     gemms = [n for n in monitor._captured.joint.graph.nodes if "qtrain_gemm" in n.meta]
     assert {n.meta["val"].dtype for n in gemms if n.meta["qtrain_gemm"].role == "output"} == {torch.bfloat16}
+
+
+def test_of_a_windows_low_ends_the_lowest_is_reported(interpreted):
+    weight = QuantSpec(symmetric=False, estimator=InHindsightMax(length=2), granularity=PerChannel(0))
+    recipe = AVERAGE.replace(weight=weight, grad_input=None)  # which sums over the channels
+    model, x = MLP(), torch.randn(24, 16)
+    step = compiled(model, recipe)
+    train(model, step, x)
+    lows = qcompile.range_state(model).snapshot()["up.weight"]["low_1"]
+    rows = {(r.name, r.metric): r.value for r in qcompile.monitor(step).sample(1)}
+    assert lows.numel() > 1 and rows["up.weight", "low_1"] == lows.min().item() < lows.max().item()

@@ -17,6 +17,7 @@ from passes.report import by_choice
 from qcompile.inspect.captured_graph import CapturedGraph
 from qcompile.inspect.drawing.svg import COLOURS, Canvas, shortened, text_width
 from qcompile.inspect.modules import Row, rows_of, saved_by_row, site_flow
+from qcompile.inspect.report_text import size_text
 
 __all__ = ["Overview", "draw_overview"]
 
@@ -150,7 +151,7 @@ def _saved(canvas: Canvas, x: float, y: float, height: float, sizes: dict[str, i
         title = f"{dtype}: {size:,} bytes saved for backward"
         canvas.rect(left, middle - 13, width, 10, _dtype_colour(dtype), radius=1, title=title)
         left += width
-    text = ", ".join(f"{human(size)} {short(dtype)}" for dtype, size in sorted(sizes.items(), key=lambda item: -item[1]))
+    text = ", ".join(f"{size_text(size)} {short(dtype)}" for dtype, size in sorted(sizes.items(), key=lambda item: -item[1]))
     canvas.text(x, middle + 10, shortened(text, 34), size=10, fill=COLOURS["faint"])
 
 
@@ -163,14 +164,6 @@ _SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "int8": "i8", 
 
 def short(dtype: str) -> str:
     return _SHORT.get(dtype, dtype)
-
-
-def human(count: int) -> str:
-    """Bytes, in powers of 1000."""
-    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if count >= size:
-            return f"{count / size:.1f} {unit}"
-    return f"{count} B"
 
 
 def _header(canvas: Canvas, title: str, training: bool, rest: dict[str, int]) -> float:
@@ -187,6 +180,6 @@ def _header(canvas: Canvas, title: str, training: bool, rest: dict[str, int]) ->
         x += 36 + text_width(text, 10)
     canvas.text(12, y + 18, "y output, dx grad_input, dw grad_weight", size=10.5, fill=COLOURS["faint"])
     if training:
-        more = f" ({human(sum(rest.values()))} more outside the rows)" if rest else ""
+        more = f" ({size_text(sum(rest.values()))} more outside the rows)" if rest else ""
         canvas.text(250, y + 18, f"bars: saved for backward, by dtype{more}; dashed: gradients", size=10.5, fill=COLOURS["faint"])
     return y + 28
