@@ -16,8 +16,9 @@ statistics, which are tensors of less than 1/64 of the largest one, and all resu
 log-sum-exp of attention). What an exponential of a softmax reads is stored in 8 bits even where the spec says 4: an error there
 multiplies.
 
-Numerics  changes gradients: everything that backward computes from h sees it rounded. The forward result and all integer GEMMs'
-          forward operands are as before. A group that is not finite stays not finite: its scale is NaN or infinite.
+Numerics  changes gradients: everything that backward computes from h sees it rounded, and clipped where its own codes are of a
+          static range. The forward result and all integer GEMMs' forward operands are as before. A group that is not finite
+          stays not finite: its scale is NaN or infinite.
 Requires  the two graphs after the partitioner, before lowering. Ensures: outputs and inputs of the cut still correspond; every
           tensor that was looked at is in `context.crossings`, with the reason if it stayed.
 """
