@@ -427,3 +427,10 @@ def test_the_ends_of_a_model_are_layers_of_its_data():
     report = explain(model, torch.randn(8, WIDTH), recipe=get_recipe("int8").replace(skip_first_last=True))
     ends = {gemm.site: gemm.reason for gemm in report.gemms if gemm.role == "output" and "skip_first_last" in (gemm.reason or "")}
     assert list(ends) == ["0", "3"] and "first" in ends["0"]
+
+
+def test_learning_rates_of_another_model_in_the_optimizer_stay():
+    layer, other = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+    optimizer = torch.optim.SGD([*layer.parameters(), *other.parameters()], lr=1.0)
+    assert scale_learning_rates(optimizer, layer, {"": 0.5}) == {"weight": 0.5, "bias": 0.5}
+    assert [(group["lr"], len(group["params"])) for group in optimizer.param_groups] == [(0.5, 2), (1.0, 2)]

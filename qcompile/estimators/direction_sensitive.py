@@ -136,7 +136,7 @@ def scale_learning_rates(
     for group in optimizer.param_groups:
         layers: dict[str | None, list[Tensor]] = {}
         for p in group["params"]:
-            layer = names.get(p, "").rpartition(".")[0]
+            layer = names[p].rpartition(".")[0] if p in names else None  # another model's
             layers.setdefault(layer if layer in factors else None, []).append(p)
         base = group["lr"] / group.get("qtrain_factor", 1.0)
         for module, params in layers.items():
