@@ -7,14 +7,15 @@ Before                                          After
 `h` is any high-precision tensor that the forward half computes and saves: the input of GELU, SiLU or a normalization, query, key
 and value, an attention's output. A group is `spec.group` consecutive elements in the tensor's memory order. The dequantize is
 plain aten, so Inductor fuses it into the backward kernel that reads it. Where the tensor's own codes are saved for a GEMM anyway,
-in no fewer bits, these are dequantized and nothing is stored for it.
+in no fewer bits, these are dequantized and nothing is stored for it. If backward also asks where h is above or below 0 (PReLU, an
+absolute value, a ReLU that saves its result), h gets codes that keep every sign.
 
-No GEMM's operand sees the difference: before, `save_codes` has had the forward half save the codes, scales and zero points that
-backward GEMMs read, and masks. What stays as it is: a tensor from which codes would be recomputed after all; one that backward
-divides by (the gradients of square roots, logarithms and quotients): a small value would become a code of 0; copies of weights;
-statistics, which are tensors of less than 1/64 of the largest one, and all results but the first of an operator with several (the
-log-sum-exp of attention). What an exponential of a softmax reads is stored in 8 bits even where the spec says 4: an error there
-multiplies.
+No GEMM's operand and no other mask sees the difference: before, `save_codes` has had the forward half save the codes, scales and
+zero points that backward GEMMs read, and these masks. What stays as it is: a tensor from which codes would be recomputed after
+all; one that backward divides by (the gradients of square roots, logarithms and quotients): a small value would become a code of
+0; copies of weights; statistics, which are tensors of less than 1/64 of the largest one, and all results but the first of an
+operator with several (the log-sum-exp of attention). What an exponential of a softmax reads is stored in 8 bits even where the
+spec says 4: an error there multiplies.
 
 Numerics  changes gradients: everything that backward computes from h sees it rounded, and clipped where its own codes are of a
           static range. The forward result and all integer GEMMs' forward operands are as before. A group that is not finite
@@ -38,10 +39,7 @@ from passes.context import Crossing, PassContext
 from passes.cut import Cut, Saved, view_shape
 from passes.gemms import INTEGER
 from passes.graph import (
-    ALIASES,
-    CASTS,
     DEQUANTIZE,
-    EXPAND,
     FORWARD,
     PERMUTE,
     QUANTIZE,
@@ -54,7 +52,7 @@ from passes.graph import (
     size_hint,
 )
 from passes.inlining import inline
-from passes.save_codes import sources
+from passes.save_codes import SELECTED, UNCHANGED, asks_for_sign, sources
 from qcompile.ops import code_range
 from qcompile.specs import SavedSpec
 
@@ -91,10 +89,11 @@ def compress_saved(
         reason = _why_not(s, group, context, gradients)
         stored = None
         if reason is None:
-            if any(c.node.args[3] >= bits and _restore_from_codes(cut, s, c) for c in codes):
+            signs = _gives_its_sign(s.there)
+            if not signs and any(c.node.args[3] >= bits and _restore_from_codes(cut, s, c) for c in codes):
                 stored = 0
             else:
-                _store(cut, s, bits, group)
+                _store(cut, s, bits, group, signs=signs)
                 stored = sizes[s] * bits // 8 + 2 * sizes[s] // group
             compressed += 1
         size = sizes[s] * s.value.dtype.itemsize
@@ -145,13 +144,10 @@ def _feeds_recomputed_quantize(node: fx.Node) -> bool:
     return False
 
 
-_UNCHANGED = (*VIEWS, *ALIASES, *CASTS, PERMUTE)
-
-
 def _feeds_softmax(node: fx.Node) -> bool:
     """Whether backward takes exp(node - something), as softmax, log-softmax and cross entropy do."""
     for user in node.users:
-        if user.target in _UNCHANGED and _feeds_softmax(user):
+        if user.target in UNCHANGED and _feeds_softmax(user):
             return True
         if user.target is aten.sub.Tensor and user.args[0] is node and _feeds_exp(user):
             return True
@@ -165,7 +161,6 @@ _SINGULAR = (
     aten.digamma.default, aten.polygamma.default,
 )  # fmt: skip
 _EQUALITY = (aten.eq.Tensor, aten.eq.Scalar, aten.ne.Tensor, aten.ne.Scalar)
-_SELECTED = (aten.slice.Tensor, aten.select.int, aten.split.Tensor, aten.split_with_sizes.default, EXPAND, operator.getitem)
 
 _NEVER_SMALL = (aten.exp.default, aten.sigmoid.default)
 """Of values near 0; softplus and mish divide by an exponential plus one."""
@@ -191,15 +186,20 @@ def _needs_its_values(node: fx.Node, gradients: set[fx.Node]) -> str | None:
             if user.target in _SINGULAR or negative_power or unknown_power or divisor:
                 return "backward divides by it, or by what is computed from it: a small value would become 0"
             pointwise = torch.Tag.pointwise in getattr(user.target, "tags", ()) and user.target not in _NEVER_SMALL
-            if (pointwise or user.target in (*_UNCHANGED, *_SELECTED)) and user not in gradients and user not in seen:
+            if (pointwise or user.target in (*UNCHANGED, *SELECTED)) and user not in gradients and user not in seen:
                 seen.add(user)
                 stack.append(user)
     return None
 
 
+def _gives_its_sign(node: fx.Node) -> bool:
+    """Whether backward asks where it is above or below 0, as that of PReLU or of an absolute value does."""
+    return any(asks_for_sign(u) or (u.target in (*UNCHANGED, *SELECTED) and _gives_its_sign(u)) for u in node.users)
+
+
 def _feeds_exp(node: fx.Node) -> bool:
     return any(
-        user.target is aten.exp.default or (user.target in (*_UNCHANGED, aten.sub.Tensor) and _feeds_exp(user))
+        user.target is aten.exp.default or (user.target in (*UNCHANGED, aten.sub.Tensor) and _feeds_exp(user))
         for user in node.users
     )
 
@@ -207,32 +207,36 @@ def _feeds_exp(node: fx.Node) -> bool:
 # ---- codes of its own
 
 
-def _store(cut: Cut, saved: Saved, bits: int, group: int) -> None:
+def _store(cut: Cut, saved: Saved, bits: int, group: int, *, signs: bool) -> None:
     value = saved.value
     order = memory_order(value)
     shape = view_shape([value.shape[i] for i in order])
 
     def store(scope: dict[str, object]) -> list[tuple[str, fx.Node]]:
-        codes, scale = inline(cut.forward, _compress, saved.node, order, bits, group, scope=scope)
+        codes, scale = inline(cut.forward, _compress, saved.node, order, bits, group, signs, scope=scope)
         return [("codes", codes), ("scale", scale)]
 
     def restore(parts: list[fx.Node], scope: dict[str, object]) -> fx.Node:
-        constants = bits, value.dtype, shape, inverse(order)
+        constants = bits, signs, value.dtype, shape, inverse(order)
         return inline(cut.backward, _decompress, *parts, *constants, scope=scope)
 
     cut.store(saved, store, restore)
 
 
-def _compress(x: Tensor, order: tuple[int, ...], bits: int, group: int) -> tuple[Tensor, Tensor]:
+def _compress(x: Tensor, order: tuple[int, ...], bits: int, group: int, signs: bool) -> tuple[Tensor, Tensor]:
     """x -> codes int8 [groups, group] (4 bits: [groups, group / 2]), scale bf16 [groups, 1].
 
     scale = bf16(amax / qmax), codes = round_half_even(x / scale) with this rounded scale: qmax * 2**-9 at most is lost in it, less
     than half a code, so no code is clipped by more than its own rounding.
+
+    signs  codes = sign(x) (floor(|x| / scale) + 1): only 0 is 0. A code k > 0 stands for the middle of its step, (k - 1/2) scale:
+           as exact where values fill the steps, but a value much smaller than a step is no longer as good as 0.
     """
     _, qmax = code_range(bits, symmetric=True)
     x = x.permute(order).reshape(-1, group).to(torch.float32)
     scale = (x.abs().amax(1, keepdim=True) / qmax).clamp_min(torch.finfo(torch.float32).tiny).to(torch.bfloat16)
-    codes = torch.round(x * torch.reciprocal(scale.to(torch.float32))).clamp(-qmax, qmax)
+    x = x * torch.reciprocal(scale.to(torch.float32))
+    codes = torch.sign(x) * (torch.floor(x.abs()) + 1.0).clamp_max(qmax) if signs else torch.round(x).clamp(-qmax, qmax)
     if bits == 4:  # the first half of a group in the low nibbles; in fp32, exact, and the form that vectorizes on a CPU
         low, high = codes[:, : group // 2], codes[:, group // 2 :]
         codes = 16.0 * high + low + 8.0
@@ -240,7 +244,7 @@ def _compress(x: Tensor, order: tuple[int, ...], bits: int, group: int) -> tuple
 
 
 def _decompress(
-    codes: Tensor, scale: Tensor, bits: int, dtype: torch.dtype, shape: tuple[int, ...] | None, axes: tuple[int, ...]
+    codes: Tensor, scale: Tensor, bits: int, signs: bool, dtype: torch.dtype, shape: tuple[int, ...] | None, axes: tuple[int, ...]
 ) -> Tensor:
     """What `_compress` stored -> `dtype`, of `shape` (in memory order), its axes then put in order."""
     assert shape is not None
@@ -248,6 +252,8 @@ def _decompress(
     if bits == 4:
         high = torch.floor(values * 0.0625)
         values = torch.cat([values - 16.0 * high - 8.0, high], 1)
+    if signs:
+        values = values - 0.5 * values.clamp(-1.0, 1.0)
     return (values * scale.to(torch.float32)).to(dtype).view(shape).permute(axes)
 
 
@@ -288,7 +294,7 @@ def _path(tensor: fx.Node, codes: fx.Node) -> list[fx.Node] | None:
     path: list[fx.Node] = []
     node = codes.args[0]
     while node is not tensor:
-        if node.op != "call_function" or node.target not in _UNCHANGED:
+        if node.op != "call_function" or node.target not in UNCHANGED:
             return None
         path.append(node)
         node = node.args[0]
