@@ -176,16 +176,17 @@ def _logits(output: Any) -> Tensor:
 def _statistics_kept(modules: Any) -> Iterator[None]:
     """BatchNorm normalises with the batch's statistics and learns nothing: its memory is of the quantized model's own pass."""
     norms = [m for module in modules for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-    kept = [(n, n.momentum) for n in norms if n.training and n.track_running_stats]
-    for norm, _ in kept:
+    kept = [n for n in norms if n.training and n.track_running_stats]
+    before = [(n.momentum, None if n.num_batches_tracked is None else n.num_batches_tracked.clone()) for n in kept]
+    for norm in kept:
         norm.momentum = 0.0
     try:
         yield
     finally:
-        for norm, momentum in kept:
+        for norm, (momentum, count) in zip(kept, before, strict=True):
             norm.momentum = momentum
-            if norm.num_batches_tracked is not None:
-                norm.num_batches_tracked.sub_(1)
+            if count is not None:
+                norm.num_batches_tracked.copy_(count)
 
 
 def _check_partner(quantized: nn.Module, full_precision: nn.Module) -> None:

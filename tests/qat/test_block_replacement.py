@@ -144,6 +144,24 @@ def test_single_mode_leaves_batchnorms_memory_to_the_models_own_pass():
     assert results[0]["layer1.0.norm.num_batches_tracked"] == 2, "the first batch of prepare does not count"
 
 
+class TwiceNormed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return torch.relu(self.norm(self.conv(self.norm(x))))
+
+
+def test_a_norm_that_runs_twice_in_a_block_counts_its_own_batches_alone():
+    model = Stages()
+    model.layer2 = nn.Sequential(TwiceNormed())
+    q, f = pair(model)
+    q.train()
+    BlockReplacement(q, f, mode="single", blocks=[["layer1"], ["layer2"], ["layer3"]])(images(), target=LABELS)
+    assert q.layer2[0].norm.num_batches_tracked == 4, "twice in each of two passes of its own"
+
+
 def test_sampled_branches_are_unbiased():
     q, f = pair()
     q.eval()
