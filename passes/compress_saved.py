@@ -52,7 +52,7 @@ from passes.graph import (
     size_hint,
 )
 from passes.inlining import inline
-from passes.save_codes import SELECTED, UNCHANGED, asks_for_sign, sources
+from passes.save_codes import SELECTED, UNCHANGED, asks_for_sign, size_of, sources
 from qcompile.ops import code_range
 from qcompile.specs import SavedSpec
 
@@ -77,7 +77,7 @@ def compress_saved(
     saved = list(cut.saved())
     codes = [s for s in saved if s.node.target is QUANTIZE]
     tensors = [s for s in saved if s.value.is_floating_point() and not _is_scale(s)]
-    sizes = {s: _size(s.value) for s in saved}
+    sizes = {s: size_of(s.value) for s in saved}
     largest = max(sizes.values(), default=0)
     gradients = depends_on_gradients(backward)
     compressed = 0
@@ -94,7 +94,7 @@ def compress_saved(
                 stored = 0
             else:
                 _store(cut, s, bits, group, signs=signs)
-                stored = sizes[s] * bits // 8 + 2 * sizes[s] // group
+                stored = SavedSpec(bits=bits, group=group).stored(sizes[s])
             compressed += 1
         size = sizes[s] * s.value.dtype.itemsize
         known = all(isinstance(d, int) for d in s.value.shape)
@@ -122,7 +122,7 @@ def _why_not(saved: Saved, group: int, context: PassContext, gradients: set[fx.N
     if why := _needs_its_values(saved.there, gradients):
         return why
     if _feeds_recomputed_quantize(saved.there):
-        return "codes of a GEMM are recomputed from it"
+        return "codes of a GEMM are recomputed from it: beside them it would take as much in few bits"
     if view_shape(saved.value.shape) is None:
         return "more than one of its sizes is symbolic"
     if any(isinstance(s, int) and s == 0 for s in saved.value.stride()):
@@ -263,7 +263,7 @@ def inverse(axes: Sequence[int]) -> tuple[int, ...]:
 
 def memory_order(value: Tensor) -> tuple[int, ...]:
     """The axes by falling stride: the order in which the elements lie."""
-    strides = [_hint(s) for s in value.stride()]
+    strides = [size_hint(s) or 1 for s in value.stride()]
     return tuple(sorted(range(value.ndim), key=lambda i: -strides[i]))
 
 
@@ -275,15 +275,6 @@ def fixed_size(value: Tensor) -> int:
             break
         inner *= value.shape[i]
     return inner
-
-
-def _hint(size: object) -> int:
-    return size_hint(size) or 1
-
-
-def _size(value: Tensor) -> int:
-    """Number of elements, as far as it is known."""
-    return math.prod(_hint(s) for s in value.shape)
 
 
 # ---- a GEMM's codes

@@ -12,6 +12,8 @@ a ReLU's gradient would come or go as a whole. A mask takes a bit, or nothing wh
 from the graph's inputs alone is still recomputed, for inputs are not compressed, and so is the sign of a saved tensor itself:
 `compress_saved` keeps signs.
 
+Where the codes and the rounded source would take no fewer bytes than the source takes as it is, that stays and nothing is added.
+
 Numerics  exact.
 Requires  the two graphs after the partitioner, before anything else has changed the cut. Ensures: outputs and inputs of the cut
           still correspond.
@@ -20,13 +22,16 @@ Skips     recipes without `compress_saved`: then recomputing is as exact, and sa
 
 from __future__ import annotations
 
+import math
 import operator
+from collections.abc import Container
 
+import networkx as nx
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from passes.context import PassContext
-from passes.cut import Cut
+from passes.cut import Cut, Saved
 from passes.gemms import INTEGER
 from passes.graph import (
     ALIASES,
@@ -41,9 +46,11 @@ from passes.graph import (
     depends_on_gradients,
     erase_unused,
     phase_of,
+    size_hint,
 )
+from qcompile.specs import SavedSpec
 
-__all__ = ["SELECTED", "UNCHANGED", "asks_for_sign", "save_codes", "sources"]
+__all__ = ["SELECTED", "UNCHANGED", "asks_for_sign", "save_codes", "size_of", "sources"]
 
 UNCHANGED = (*VIEWS, *ALIASES, *CASTS, PERMUTE)
 """Operators that change no value, but for a cast's rounding."""
@@ -51,23 +58,26 @@ UNCHANGED = (*VIEWS, *ALIASES, *CASTS, PERMUTE)
 SELECTED = (aten.slice.Tensor, aten.select.int, aten.split.Tensor, aten.split_with_sizes.default, EXPAND, operator.getitem)
 """Operators whose values are some of their operand's."""
 
+_SAME = (*UNCHANGED, *SELECTED)
+
 _SIGN = (aten.sign.default, aten.sgn.default)
 _ORDER = (aten.gt.Scalar, aten.ge.Scalar, aten.lt.Scalar, aten.le.Scalar)
 
 
 def save_codes(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int, context: PassContext | None = None) -> int:
     """Return how many more tensors are saved."""
-    if context is None or context.recipe.compress_saved is None:
+    spec = None if context is None else context.recipe.compress_saved
+    if not isinstance(spec, SavedSpec):
         return 0
     cut = Cut(forward, backward, num_fwd_outputs)
-    computed = {s.there for s in cut.saved()}
+    saved = {s.there: s for s in cut.saved()}
+    exact = _left_exact(cut, saved, spec)
+    computed = {node for node in saved if node not in exact}
     added = 0
-    for reader in [n for n in backward.nodes if n.target in (*INTEGER, DEQUANTIZE)]:
-        for operand in reader.all_input_nodes:
-            node = operand.args[0] if operand.target is PERMUTE else operand
-            if node.op == "call_function" and phase_of(node) == FORWARD and not computed.isdisjoint(sources(node)):
-                computed.add(cut.add(node))
-                added += 1
+    for node in _recomputed_operands(backward):
+        if not computed.isdisjoint(sources(node)):
+            computed.add(cut.add(node))
+            added += 1
     erase_unused(backward)
     for mask in _inexact_masks(cut, {n for n in computed if n.users and n.meta["val"].is_floating_point()}):
         cut.add(mask)
@@ -77,18 +87,51 @@ def save_codes(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int, cont
     return added
 
 
+def _recomputed_operands(backward: fx.Graph) -> list[fx.Node]:
+    """The codes, scales and zero points of forward operands that backward computes."""
+    readers = [n for n in backward.nodes if n.target in (*INTEGER, DEQUANTIZE)]
+    operands = (o.args[0] if o.target is PERMUTE else o for reader in readers for o in reader.all_input_nodes)
+    return list(dict.fromkeys(n for n in operands if n.op == "call_function" and phase_of(n) == FORWARD))
+
+
+def _left_exact(cut: Cut, saved: dict[fx.Node, Saved], spec: SavedSpec) -> set[fx.Node]:
+    """The tensors that take no more bytes as they are than in few bits with the codes that backward computes from them."""
+    values = {n for n, s in saved.items() if s.value.is_floating_point()}
+    shared = nx.Graph()
+    for codes in _recomputed_operands(cut.backward):
+        if codes.target is QUANTIZE:
+            shared.add_edges_from((codes, value) for value in values & sources(codes))
+    gradients = depends_on_gradients(cut.backward)
+    found: set[fx.Node] = set()
+    for group in nx.connected_components(shared):
+        codes, tensors = group - values, group & values
+        restored = {_source(n.args[0], UNCHANGED) for n in codes if n.args[3] >= spec.bits}  # from these codes
+        largest = max(size_of(n.meta["val"]) for n in codes)
+        before, after = 0, sum(size_of(n.meta["val"]) * n.args[3] // 8 for n in codes)
+        for n in tensors:
+            size, itemsize = size_of(n.meta["val"]), n.meta["val"].dtype.itemsize
+            if size * 16 < largest:
+                continue  # a statistic, which stays as it is
+            before += size * itemsize
+            if n not in restored and _meets_gradients(n, gradients, but=group):
+                after += spec.stored(size)
+        if after >= before:
+            found |= tensors
+    return found
+
+
 def _inexact_masks(cut: Cut, values: set[fx.Node]) -> list[fx.Node]:
     """The masks that backward computes from saved values, and that would be others if these were rounded."""
     gradients = depends_on_gradients(cut.backward)
-    coded = {_unchanged(s.node.args[0]).name for s in cut.saved() if s.node.target is QUANTIZE}
+    coded = {_source(s.node.args[0], _SAME).name for s in cut.saved() if s.node.target is QUANTIZE}
     found = []
     for node in [n for n in cut.backward.nodes if n.op == "call_function" and _is_mask(n)]:
         if node in gradients or values.isdisjoint(sources(node)):
             continue
         if all(map(_is_mask, node.users)):
             continue  # a part of another mask
-        source = _unchanged(node.args[0]) if asks_for_sign(node) else None
-        if source not in values or source.name in coded or _is_for_masks(source, gradients):
+        source = _source(node.args[0], _SAME) if asks_for_sign(node) else None
+        if source not in values or source.name in coded or not _meets_gradients(source, gradients):
             found.append(node)
     return found
 
@@ -97,19 +140,18 @@ def _is_mask(node: fx.Node) -> bool:
     return getattr(node.meta.get("val"), "dtype", None) is torch.bool  # some operators return several tensors
 
 
-def _is_for_masks(source: fx.Node, gradients: set[fx.Node]) -> bool:
-    """Whether backward computes masks from a saved tensor and nothing else: no gradient meets its values."""
+def _meets_gradients(source: fx.Node, gradients: set[fx.Node], *, but: Container[fx.Node] = ()) -> bool:
+    """Whether backward needs the values of a saved tensor, other than for masks and for the nodes `but`."""
     stack, seen = [source], set()
     while stack:
         for user in stack.pop().users:
-            if user in seen:
+            if user in seen or user in but or _is_mask(user):
                 continue
             seen.add(user)
             if user.op != "call_function" or user in gradients:
-                return False
-            if not _is_mask(user):
-                stack.append(user)
-    return True
+                return True
+            stack.append(user)
+    return False
 
 
 def asks_for_sign(node: fx.Node) -> bool:
@@ -117,11 +159,16 @@ def asks_for_sign(node: fx.Node) -> bool:
     return node.target in _SIGN or (node.target in _ORDER and node.args[1] == 0)
 
 
-def _unchanged(node: fx.Node) -> fx.Node:
-    """What a node's values are those of, but for views, casts and selections."""
-    while node.op == "call_function" and node.target in (*UNCHANGED, *SELECTED):
+def _source(node: fx.Node, operators: Container[object]) -> fx.Node:
+    """What a node is made from by these operators alone."""
+    while node.op == "call_function" and node.target in operators:
         node = node.args[0]
     return node
+
+
+def size_of(value: Tensor) -> int:
+    """Number of elements, as far as it is known."""
+    return math.prod(size_hint(s) or 1 for s in value.shape)
 
 
 def sources(node: fx.Node) -> set[fx.Node]:

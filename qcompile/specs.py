@@ -274,6 +274,10 @@ class SavedSpec:
         if self.group & (self.group - 1):
             refuse("SavedSpec.group", self.group, "a power of two from 16 to 4096")
 
+    def stored(self, size: int) -> int:
+        """Bytes of a tensor of `size` elements: its codes and scales."""
+        return size * self.bits // 8 + 2 * size // self.group
+
     def to_dict(self) -> dict[str, Any]:
         """Plain values only; `from_dict` reads it."""
         return {"bits": self.bits, "group": self.group}

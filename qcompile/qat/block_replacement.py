@@ -186,7 +186,7 @@ def _statistics_kept(modules: Any) -> Iterator[None]:
         for norm, (momentum, count) in zip(kept, before, strict=True):
             norm.momentum = momentum
             if count is not None:
-                norm.num_batches_tracked.copy_(count)
+                norm.num_batches_tracked.copy_(count)  # type: ignore[union-attr]
 
 
 def _check_partner(quantized: nn.Module, full_precision: nn.Module) -> None:
