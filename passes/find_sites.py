@@ -29,6 +29,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import fx
+from torch._ops import HigherOrderOperator
 
 from passes.context import Gemm, PassContext, Site
 from passes.gemms import BATCHED, CONVOLUTION, CONVOLUTIONS, GEMMS, geometry, operands, product_shape
@@ -46,6 +47,8 @@ ENCODER_FAST_PATH = (
 )
 
 GROUPED = "a grouped product (experts) is one fused kernel, which no pass takes apart"
+
+BODY = "inside an operator that calls graphs of its own (control flow), which no pass reads"
 
 DISTANCES = "cdist has squared norms in one matrix with its vectors: rounded together, distances would be lost"
 
@@ -108,8 +111,8 @@ def find_sites(graph: fx.Graph, context: PassContext) -> int:
                 distances[node.meta.get("seq_nr")] = _record_distances(node, context, names)
             else:
                 forward.append(_forward_site(node, context, names, weights))
-        elif _packet(node) in _FUSED and phase_of(node) != BACKWARD:
-            _record_fused(node, context, names, weights)
+        elif phase_of(node) != BACKWARD and (reason := _fused(node)):
+            _record_fused(node, reason, context, names, weights)
     uses: Counter[str] = Counter()
     places: Counter[tuple[str, ...]] = Counter()
     for f in forward:
@@ -312,12 +315,24 @@ def _record_distances(node: fx.Node, context: PassContext, names: Counter[str]) 
     return site
 
 
-def _record_fused(node: fx.Node, context: PassContext, names: Counter[str], weights: set[fx.Node]) -> None:
+def _fused(node: fx.Node) -> str | None:
+    """Why no pass takes a node apart that has GEMMs inside; None if it has none."""
+    owner = node.graph.owning_module
+    if (reason := _FUSED.get(_packet(node))) or not isinstance(node.target, HigherOrderOperator) or owner is None:
+        return reason
+    bodies = [getattr(owner, n.target, None) for n in node.all_input_nodes if n.op == "get_attr" and isinstance(n.target, str)]
+    parts = [part for body in bodies if isinstance(body, fx.GraphModule) for part in body.modules()]
+    inside = (n for part in parts if isinstance(part, fx.GraphModule) for n in part.graph.nodes)
+    return BODY if any(n.target in GEMMS for n in inside) else None
+
+
+def _record_fused(node: fx.Node, reason: str, context: PassContext, names: Counter[str], weights: set[fx.Node]) -> None:
     """A fused operation: its forward, and its backward under the same sequence number, as one site."""
-    op, reason = _packet(node).removeprefix("_"), _FUSED[_packet(node)]
+    op = _packet(node).removeprefix("_")
     op = "scaled_dot_product_attention" if op.startswith("scaled_dot_product") else op
     module, _ = _module_of(node)
-    kind = "linear" if reason is GROUPED and node.args[1] in weights else "bmm"
+    seconds = node.all_input_nodes if reason is BODY else [node.args[1]] if reason is GROUPED else []
+    kind = "linear" if any(n in weights for n in seconds) else "bmm"
     site = Site(_unique(f"{module}:{op}" if module else op, names, functional=True), op, kind=kind, module=module)
     site.gemms["output"] = Gemm("output", node=node.name, reason=reason)
     sequence = node.meta.get("seq_nr")

@@ -41,6 +41,7 @@ from passes.fuse_quantize import fuse_quantize
 from passes.fuse_requantize import fuse_requantize
 from passes.graph import erase_unused
 from passes.identity import describe
+from passes.inline_regions import inline_regions
 from passes.insert_qdq import insert_qdq
 from passes.keep_slow_gemms_hp import keep_slow_gemms_hp
 from passes.lower import lower
@@ -185,6 +186,7 @@ class PassInfo:
 def list_passes() -> list[PassInfo]:
     """The passes in the order in which they run. Some run where a recipe, an option or the device asks for them."""
     return [
+        _info("inline_regions", "program", inline_regions, "exact"),
         _info("unfuse_attention", "program", unfuse_attention, "changes"),
         *(_info(s.name, "joint", s.run, s.numerics) for s in joint_steps()),
         *(_info(s.name, "cut", s.run, s.numerics) for s in cut_steps()),

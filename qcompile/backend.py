@@ -22,6 +22,7 @@ from passes.dynamo_inputs import DynamoInputs
 from passes.environment import skipped
 from passes.gemms import INTEGER
 from passes.graph import BACKWARD, FORWARD, SCALED_MM, SCALED_MM_PACKED, SCALED_MM_REQUANTIZE, SELECT
+from passes.inline_regions import inline_regions
 from passes.pipeline import Pipeline, lower_half
 from passes.report import tell_what_stays_hp
 from passes.unfuse_attention import unfuse_attention
@@ -175,6 +176,7 @@ class Compilation:
     def run(self) -> Callable[..., Any]:
         start = time.perf_counter()
         assert self.gm is not None, "a compilation runs once"
+        inline_regions(self.gm)
         if "bmm" in self.context.recipe.ops and "unfuse_attention" not in skipped():
             named = {str(i): (self.inputs.sources[i], e) for i, e in enumerate(self.example_inputs) if isinstance(e, nn.Parameter)}
             unfuse_attention(self.gm, self.context.recipe, prefixes(named))

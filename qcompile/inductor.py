@@ -61,11 +61,18 @@ class _JointPass(CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         for user_pass in _as_list(self.before):
             user_pass(graph)
-        self.run(graph)
+        if not _is_body(graph):
+            self.run(graph)
 
     def uuid(self) -> Any:
         before = [_uuid(p) for p in _as_list(self.before)]
         return None if None in before else (self.identity, *before)
+
+
+def _is_body(graph: fx.Graph) -> bool:
+    """Whether an operator (`torch.cond`) of AOTAutograd's graph calls it, whose own inputs say what they are."""
+    inputs = graph.find_nodes(op="placeholder")
+    return bool(inputs) and all(node.meta.get("desc") is None for node in inputs)
 
 
 class _Partition(CustomPartitionerFn):

@@ -21,7 +21,8 @@ from tests.compiling import AVERAGE, STOCHASTIC, all_equal, compiled, gradients,
 from tests.distributed.ranks import run_on
 
 NAMES = [*(s.name for s in passes.joint_steps()), *(s.name for s in cut_steps()), "lower"]  # as a run with "int8" has them
-LISTED = ["unfuse_attention", *NAMES[:-1], "fuse_requantize", "lower", "write_out_epilogues", "fuse_quantize", "scale_rows_first"]
+PROGRAM, LATE = ["inline_regions", "unfuse_attention"], ["write_out_epilogues", "fuse_quantize", "scale_rows_first"]
+LISTED = [*PROGRAM, *NAMES[:-1], "fuse_requantize", "lower", *LATE]
 
 
 def model_and_input():

@@ -434,3 +434,87 @@ def test_learning_rates_of_another_model_in_the_optimizer_stay():
     optimizer = torch.optim.SGD([*layer.parameters(), *other.parameters()], lr=1.0)
     assert scale_learning_rates(optimizer, layer, {"": 0.5}) == {"weight": 0.5, "bias": 0.5}
     assert [(group["lr"], len(group["params"])) for group in optimizer.param_groups] == [(0.5, 2), (1.0, 2)]
+
+
+# ---- graphs inside a graph
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.up, self.down = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(self.up(x).sin())
+
+
+class Region(Block):
+    @torch.compiler.nested_compile_region
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class Nested(Block):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Region()
+
+    @torch.compiler.nested_compile_region
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.inner(x))
+
+
+@pytest.mark.parametrize("recipe", ["int8", "int8_in_hindsight"])
+def test_regions_are_part_of_the_graph_around_them(interpreted, recipe):
+    """As if nothing had been marked, bit for bit; sites have the names of their own modules, not of the region's first."""
+    marked = nn.Sequential(nn.Linear(WIDTH, WIDTH), Region(), Nested(), Region())
+    plain = nn.Sequential(nn.Linear(WIDTH, WIDTH), Block(), nn.Sequential(Block(), Block()), Block())
+    plain.load_state_dict({n: p for n, (_, p) in zip(plain.state_dict(), in_order(marked), strict=True)})
+    x, gradients, names = torch.randn(16, WIDTH), [], []
+    for model in (marked, plain):
+        torch._dynamo.reset()
+        run = compiled(model, nearest(recipe), strict=True)
+        for _ in range(2):
+            model.zero_grad()
+            with record_launches() as launches:
+                run(x).square().mean().backward()
+            assert len(launches) == 3 * 9 - 1
+        gradients.append([p.grad for _, p in in_order(model)])
+        names.append([site for site, _, role in kinds() if role == "output"])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert names[0] == ["0", "1.up", "1.down", "2.inner.up", "2.inner.down", "2.up", "2.down", "3.up", "3.down"]
+    assert len(names[1]) == 9
+
+
+def in_order(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Parameters as they are used: a block's inner one in front of its own."""
+    return sorted(model.named_parameters(), key=lambda item: (item[0][0], "inner" not in item[0]))
+
+
+class Branches(nn.Module):
+    """Control flow whose branches have layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.a, self.b = (nn.Linear(WIDTH, WIDTH) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        return torch.cond(h.sum() > 0, lambda h: self.a(h), lambda h: self.b(h), (h,))
+
+
+@pytest.mark.parametrize("recipe", ["int8", "int8_in_hindsight"])
+def test_branches_stay_in_high_precision_and_are_reported(interpreted, recipe):
+    model, x = Branches(), torch.randn(16, WIDTH)
+    with pytest.raises(Exception, match="strict: 2 GEMM"):
+        compiled(model, recipe, strict=True)(x)
+    torch._dynamo.reset()
+    run = compiled(model, recipe)
+    with pytest.warns(QtrainWarning, match="2 of 4 GEMMs stay in high precision, first cond.output: inside an operator"):
+        y = run(x)
+    with record_launches() as launches:
+        run(x).square().mean().backward()
+    assert len(launches) == 2  # the first layer's, whose input needs no gradient
+    assert 20 < row_snr_db(want=model(x), got=y).median() < 60
+    report = explain(model, x, recipe=recipe)
+    assert (report.integer_gemms, len(report.gemms)) == (2, 4)
