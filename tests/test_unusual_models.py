@@ -518,3 +518,27 @@ def test_branches_stay_in_high_precision_and_are_reported(interpreted, recipe):
     assert 20 < row_snr_db(want=model(x), got=y).median() < 60
     report = explain(model, x, recipe=recipe)
     assert (report.integer_gemms, len(report.gemms)) == (2, 4)
+
+
+# ---- backward in the compiled function
+
+
+@pytest.mark.parametrize("recipe", ["int8", "int8_in_hindsight", "nearest"])
+def test_compiled_autograd_cannot_write_range_state(interpreted, recipe):
+    model, x = nn.Linear(WIDTH, WIDTH), torch.randn(16, WIDTH)
+
+    def step(x: Tensor) -> None:
+        model(x).square().mean().backward()
+
+    with torch._dynamo.config.patch(compiled_autograd=True):
+        run = compiled(step, TENSORWISE if recipe == "nearest" else recipe)
+        if recipe != "nearest":
+            with pytest.raises(Exception, match="compiled autograd traces a backward pass that is quantized already"):
+                run(x)
+            return
+        with record_launches() as launches:
+            run(x)
+    assert len(launches) == 2
+    got, model.weight.grad = model.weight.grad, None
+    step(x)
+    assert 25 < row_snr_db(want=model.weight.grad, got=got).median() < 60
