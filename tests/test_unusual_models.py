@@ -542,3 +542,18 @@ def test_compiled_autograd_cannot_write_range_state(interpreted, recipe):
     got, model.weight.grad = model.weight.grad, None
     step(x)
     assert 25 < row_snr_db(want=model.weight.grad, got=got).median() < 60
+
+
+# ---- a power iteration
+
+
+@pytest.mark.parametrize("recipe", ["int8", "int8_in_hindsight", "int4_interval"])
+def test_a_spectral_norm_of_a_single_output(interpreted, recipe):
+    """A discriminator's last layer: one of the two vectors is a single element, which has no deviation."""
+    model = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.utils.parametrizations.spectral_norm(nn.Linear(WIDTH, 1)))
+    run = compiled(model, recipe, strict=True)
+    for _ in range(3):
+        run(torch.randn(16, WIDTH)).mean().backward()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
+    weight = model[1].parametrizations.weight.original
+    assert model[1].weight.norm().item() == pytest.approx(1, rel=0.05) and weight.norm() < 0.9  # as it is normalized in eager mode

@@ -6,7 +6,8 @@ Source: the release of Kim et al. (arXiv 2407.12637) starts its learned ranges t
     activations that cannot (after a ReLU)          [0, 3 * std(x) / sqrt(1 - 2 / pi)]: std of the half normal distribution
 
 and then *learns* them, at a rate of 1e-5. Ours: instead of learning, the range follows the tensors' own deviation, as an average
-of past ones; and std is divided by the number of elements, not by one less.
+of past ones; std is divided by the number of elements, not by one less; and the range reaches a tensor that lies far from zero,
+for its deviation: of elements that are alike it would be 0, and they with it.
 """
 
 from __future__ import annotations
@@ -32,6 +33,8 @@ class Sigma(RangeEstimator):
     symmetric   [-m * std, m * std]
     asymmetric  [0, m * std / sqrt(1 - 2 / pi)] if the first tensor has no negative element, else as symmetric
 
+    Never less than the mean (symmetric), or than the element next to zero where all have one sign (asymmetric).
+
     multiple  above 0.
     momentum  share of the old deviation that is kept, 0..1; 1 keeps the first tensor's, the release's start without learning.
 
@@ -52,14 +55,17 @@ class Sigma(RangeEstimator):
         return True
 
     def statistics_for(self, symmetric: bool) -> tuple[str, ...]:
-        return ("std", "mean_abs") if symmetric else ("std", "min", "max")
+        return ("std", "mean") if symmetric else ("std", "min", "max")
 
     def state_fields(self, symmetric: bool) -> dict[str, float]:
         return {"bound": 0.0} if symmetric else {"bound": 0.0, "signed": 0.0}
 
     def _bound(self, stats: Stats, signed: Tensor | None) -> Tensor:
         bound = self.multiple * stats["std"]
-        return bound if signed is None else torch.where(signed > 0, bound, bound / _HALF_NORMAL)
+        if signed is None:
+            return torch.maximum(bound, stats["mean"].abs())
+        bound = torch.where(signed > 0, bound, bound / _HALF_NORMAL)
+        return torch.maximum(bound, torch.maximum(stats["min"], -stats["max"]))  # the element next to zero, of one sign
 
     def _first(self, stats: Stats) -> dict[str, Tensor]:
         if "min" not in stats:

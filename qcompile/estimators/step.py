@@ -98,13 +98,13 @@ def _like(value: Tensor, field: Tensor) -> Tensor:
 
 
 def _width(stats: Stats) -> Tensor:
-    """Above 0 unless all elements are 0 (or, where the range is made of their deviation, alike)."""
+    """Above 0 unless all elements are 0 (or, where nothing but their deviation is known, alike)."""
     if "amax" in stats:
         return stats["amax"]
-    if "std" in stats:
-        return stats["std"]
     if "min" in stats and "max" in stats:
         return stats["max"].clamp_min(0) - stats["min"].clamp_max(0)  # a range has 0 in it
+    if "std" in stats:
+        return torch.maximum(stats["std"], stats["mean"].abs()) if "mean" in stats else stats["std"]
     return next(stats[name] for name in ("mean_abs", "max", "min", "mean") if name in stats).abs()
 
 

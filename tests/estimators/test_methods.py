@@ -19,7 +19,7 @@ from qcompile.estimators import (
     RunningMinMax,
     Sigma,
 )
-from qcompile.ops import quantize
+from qcompile.ops import dequantize_reference, quantize, quantize_reference
 from qcompile.specs import QuantSpec
 from tests.estimators.recorded import STEPS, assert_same_codes, recorded_gradients
 
@@ -402,6 +402,22 @@ def test_sigma_takes_the_half_normal_for_what_has_no_negative_element():
     assert half.high.item() == pytest.approx(3.0, abs=0.1)  # three deviations of the normal it is half of
     half.step(x * 9)  # the choice is made once, and the first range is kept
     assert (half.low.item(), half.high.item()) == (0.0, pytest.approx(first, rel=1e-5))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("value", [5.0, -5.0])
+@pytest.mark.parametrize("spread", [0.0, 0.01])
+def test_sigma_reaches_a_tensor_far_from_zero(value, spread, symmetric):
+    """A single element, or time steps of one batch, have no deviation; their codes must not be 0."""
+    x = value + spread * torch.rand(64)
+    spec = QuantSpec(bits=4, symmetric=symmetric, estimator=Sigma())
+    past = EagerRange(spec)
+    for step in range(2):
+        scale, zero = past.step(x)
+        assert past.state["steps"] == step + 1  # else a graph would wait for it, operator by operator
+        got = dequantize_reference(quantize_reference(x, scale, zero, 4, None, 0), scale, zero, torch.float32)
+        assert (got / x - 1).abs().max() < 0.1
+        assert past.high.item() == pytest.approx(5.0, rel=0.01)
 
 
 # ---- tensors that are alike, and none
