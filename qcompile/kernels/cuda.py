@@ -160,7 +160,8 @@ def _described(kernel: str, a: Tensor, b_t: Tensor, *rest: Any) -> Tensor:
     from qcompile.kernels.triton.scaled_mm import scaled_mm
     from qcompile.kernels.triton.scaled_mm_tma import takes
 
-    a, b_t = (codes if takes(codes) else _aligned(codes) for codes in (a, b_t))
+    # A copy, and not `contiguous`: that leaves a matrix of one row as it is, whatever its stride.
+    a, b_t = (codes if takes(codes) else codes.clone(memory_format=torch.contiguous_format) for codes in (a, b_t))
     return scaled_mm(a, b_t, *rest, kernel=kernel)
 
 

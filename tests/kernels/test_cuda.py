@@ -170,6 +170,15 @@ def test_any_alignment(candidate, monkeypatch):
     assert len(reached) == (candidate == "int_mm") and all(m.data_ptr() % 16 == 0 for pair in reached for m in pair)
 
 
+@pytest.mark.parametrize("m, n", [(1, 40), (40, 1), (1, 1)])
+def test_a_matrix_of_one_row_in_any_stride(candidate, m, n):
+    """A transposed column is contiguous, and its rows lie one element apart: a descriptor wants multiples of 16."""
+    a, b = int8(64, m).t(), int8(64, n)
+    operands = (a, b, uniform(m, 1), uniform(1, n), None, None, None, torch.float32)
+    assert a.stride(0) == 1 == b.t().stride(0)
+    assert torch.equal(cuda.scaled_mm_cuda(*operands), ops.scaled_mm_reference(*operands))
+
+
 def test_int_mm_splits_a_long_sum(monkeypatch):
     monkeypatch.setenv("QTRAIN_CUDA_GEMM", "int_mm")
     k = tuning.max_k(0) + 9
