@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.utils.checkpoint import checkpoint
 
 from passes.pipeline import joint_steps, without
 from qcompile import (
@@ -21,7 +22,7 @@ from qcompile import (
 )
 from qcompile.backend import qtrain
 from qcompile.kernels import record_launches
-from tests.compiling import compiled, nearest
+from tests.compiling import STOCHASTIC, all_equal, compiled, gradients, nearest
 from tests.numerics import row_snr_db
 
 # Dynamo's own, of torch 2.13: where it meets an autograd function, and behind a graph break.
@@ -557,3 +558,23 @@ def test_a_spectral_norm_of_a_single_output(interpreted, recipe):
     assert all(p.grad.isfinite().all() and p.grad.any() for p in model.parameters())
     weight = model[1].parametrizations.weight.original
     assert model[1].weight.norm().item() == pytest.approx(1, rel=0.05) and weight.norm() < 0.9  # as it is normalized in eager mode
+
+def test_a_checkpointed_step_under_a_default_device_counts_once(interpreted):
+    """The backward pass sees none, so Dynamo compiles what is replayed anew: another graph, the same memory."""
+
+    def train(call):
+        torch.manual_seed(0)
+        model = nn.Linear(WIDTH, WIDTH)
+        run = compiled(model, STOCHASTIC)
+        for number in range(1, 4):
+            model.zero_grad()
+            call(run, number * torch.ones(8, WIDTH)).square().sum().backward()
+        return model
+
+    want = train(lambda run, x: run(x))
+    torch._dynamo.reset()
+    with torch.device(torch.get_default_device()):
+        model = train(lambda run, x: checkpoint(run, x, use_reentrant=False))
+    state, expected = range_state(model).state_dict(), range_state(want).state_dict()
+    assert all_equal(state.values(), expected.values()) and state["input.steps"] == 3
+    assert all_equal(gradients(model), gradients(want))

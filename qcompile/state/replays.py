@@ -4,6 +4,9 @@ The second run must see the state that the first one saw, or it computes other c
 it must not count as a step. So the first run leaves a snapshot with its checkpoint frame, and the replay gets that in a state
 tensor that is thrown away.
 
+The replay may run in another graph of the same code: Dynamo compiles anew where the first run finds a default device
+(`torch.set_default_device`) and the backward pass none. What the two have in common is the memory that they use.
+
 Checkpoints nest. The replay of an outer one runs the inner ones anew, as first runs in frames of their own: hence every frame
 around a call is looked at, and if one of them replays, the call does.
 
@@ -18,7 +21,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -28,8 +31,8 @@ from qcompile.torch_private import backward_pass
 
 __all__ = ["REPLAYS", "Replays", "View"]
 
-Key = tuple[int | None, object]
-"""(backward pass or None, binding)."""
+Memory = tuple[int, ...]
+"""The slots of a binding, by identity."""
 
 
 class HasState(Protocol):
@@ -37,6 +40,8 @@ class HasState(Protocol):
 
     index: Tensor
 
+    @property
+    def slots(self) -> Sequence[object]: ...
     @property
     def tensor(self) -> Tensor: ...
     def steady(self) -> bool: ...
@@ -50,6 +55,7 @@ class View(NamedTuple):
 
 
 class _Snapshot(NamedTuple):
+    binding: HasState  # of the first run: its slots live as long as this
     values: Tensor  # of the binding's elements, in its order
     steady: bool
 
@@ -65,8 +71,8 @@ class Replays:
     """Snapshots of forward state, by checkpoint frame and in the order of the calls; they live as long as the frame."""
 
     def __init__(self) -> None:
-        self._taken: weakref.WeakKeyDictionary[Any, dict[object, list[_Snapshot]]] = weakref.WeakKeyDictionary()
-        self._used: weakref.WeakKeyDictionary[Any, Counter[Key]] = weakref.WeakKeyDictionary()
+        self._taken: weakref.WeakKeyDictionary[Any, dict[Memory, list[_Snapshot]]] = weakref.WeakKeyDictionary()
+        self._used: weakref.WeakKeyDictionary[Any, Counter[tuple[int | None, Memory]]] = weakref.WeakKeyDictionary()
 
     def view(self, binding: HasState) -> View:
         """The state that a training call of a forward graph is to use."""
@@ -74,22 +80,26 @@ class Replays:
         for frame in frames:
             if frame.replaying and (snapshot := self._next(frame.frame, binding)) is not None:
                 throw_away = torch.empty_like(binding.tensor)
-                throw_away[binding.index] = snapshot.values
+                throw_away[snapshot.binding.index] = snapshot.values
                 return View(throw_away, snapshot.steady)
         view = View(binding.tensor, binding.steady())
         if frames:
-            snapshot = _Snapshot(binding.tensor[binding.index], view.steady)
+            snapshot = _Snapshot(binding, binding.tensor[binding.index], view.steady)
             for frame in frames:
-                self._taken.setdefault(frame.frame, {}).setdefault(binding, []).append(snapshot)
+                self._taken.setdefault(frame.frame, {}).setdefault(_memory(binding), []).append(snapshot)
         return view
 
     def _next(self, frame: Any, binding: HasState) -> _Snapshot | None:
         """The snapshot of the call that is replayed now: with retain_graph every backward pass replays from the first."""
-        taken = self._taken.get(frame, {}).get(binding, [])
+        taken = self._taken.get(frame, {}).get(_memory(binding), [])
         used = self._used.setdefault(frame, Counter())
-        key = (backward_pass(), binding)
+        key = (backward_pass(), _memory(binding))
         used[key] += 1
         return taken[used[key] - 1] if used[key] <= len(taken) else None
+
+
+def _memory(binding: HasState) -> Memory:
+    return tuple(map(id, binding.slots))
 
 
 REPLAYS = Replays()

@@ -12,8 +12,10 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from qcompile import QtrainWarning, compiled_graphs, range_state
 from tests.compiling import AVERAGE, STOCHASTIC, all_equal, compiled, gradients, hindsight
-from tests.device import seeded
+from tests.device import CHOSEN, seeded
 
+# Under a default device Dynamo compiles replays anew, and looks.
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")
 WIDTH, ROWS, STEPS = 16, 12, 3
 
 again = partial(checkpoint, use_reentrant=False)
@@ -238,7 +240,7 @@ def test_with_generated_code(recipe):
 
     model = layer(plainly)
     assert_same(train(model, partial(again, compiled(model[0], recipe))), reference)
-    assert len(compiled_graphs()) == 1
+    assert len(compiled_graphs()) == (1 if CHOSEN is None else 2)  # under a default device a replay has a graph of its own
 
     model = layer(again)
     assert_same(train(model, compiled(model[0], recipe)), reference)
