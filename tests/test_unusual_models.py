@@ -22,6 +22,7 @@ from qcompile import (
 )
 from qcompile.backend import qtrain
 from qcompile.kernels import record_launches
+from qcompile.qat.quantizer import _least_error
 from tests.compiling import STOCHASTIC, all_equal, compiled, gradients, nearest
 from tests.numerics import row_snr_db
 
@@ -578,3 +579,11 @@ def test_a_checkpointed_step_under_a_default_device_counts_once(interpreted):
     state, expected = range_state(model).state_dict(), range_state(want).state_dict()
     assert all_equal(state.values(), expected.values()) and state["input.steps"] == 3
     assert all_equal(gradients(model), gradients(want))
+
+
+def test_samples_of_a_learned_scale_lie_on_the_cpu_whatever_the_default_device():
+    samples = torch.randn(64, device="cpu")
+    want = _least_error(samples, 4)
+    with torch.device("meta"):
+        assert all_equal(_least_error(samples, 4), want)
+        assert _least_error(samples[:0].new_zeros(4), 4)[0].device.type == "cpu"

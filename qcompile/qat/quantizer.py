@@ -236,12 +236,12 @@ def _least_error(x: Tensor, bits: int, shrinks: int = 64) -> tuple[Tensor, Tenso
     """(scale, offset) of least squared error on the samples among `shrinks` evenly shrunken ranges on either side."""
     low, high = x.min().clamp_max(0.0), x.max().clamp_min(0.0)
     if bool(high == low):
-        return torch.tensor(1.0), torch.tensor(0.0)
+        return x.new_ones(()), x.new_zeros(())
     bottom = -(2 ** (bits - 1))
     best: tuple[float, Tensor, Tensor] | None = None
-    for keep in torch.linspace(1.0, 1.0 / shrinks, shrinks):
+    for keep in torch.linspace(1.0, 1.0 / shrinks, shrinks, device=x.device):
         for a, b in {(float(low * keep), float(high * keep)), (float(low * keep), float(high)), (float(low), float(high * keep))}:
-            scale = torch.tensor((b - a) / (2**bits - 1))
+            scale = x.new_tensor((b - a) / (2**bits - 1))
             offset = a - bottom * scale
             zero = whole_zero_point(offset, scale)
             codes = (torch.round(x / scale) + zero).clamp(bottom, -bottom - 1)
