@@ -40,8 +40,8 @@ class Decision:
     hp_seconds: float
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """Field -> fp32 tensor [1]."""
-        return {name: torch.tensor([float(value)], dtype=torch.float32) for name, value in asdict(self).items()}
+        """Field -> fp32 tensor [1] on the CPU."""
+        return {name: torch.tensor([float(value)], dtype=torch.float32, device="cpu") for name, value in asdict(self).items()}
 
     @classmethod
     def of(cls, values: Mapping[str, Tensor]) -> Decision:

@@ -236,3 +236,10 @@ def test_what_does_not_run_in_integers_stays_hp(monkeypatch):
     joint = traced()
     assert all("no time (it does not run)" in reason for reason in run(joint))
     assert all(isinstance(d, Decision) and d.integer_seconds < float("inf") for d in joint.context.profit.made.values())
+
+
+def test_a_decision_is_saved_on_the_cpu_whatever_the_default_device():
+    decision = Decision(True, 0.5, 0.25)
+    with torch.device("meta"):
+        saved = decision.to_tensors()
+    assert Decision.of(saved) == decision and {value.device.type for value in saved.values()} == {"cpu"}
