@@ -232,6 +232,7 @@ def _on_a_rank(rank):
     return torch.tensor(launched), decided, len(late), len(asked), len(alone), told
 
 
+@pytest.mark.cpu  # gloo, in processes of their own
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="a torch without distributed support")
 def test_the_first_rank_decides():
     (launched, decided, late, asked, alone, _), others = run_on(2, _on_a_rank)

@@ -1,5 +1,6 @@
 """The table of range state under threads: compiled code of several threads claims, reads and drops slots at once."""
 
+import contextlib
 import gc
 from concurrent.futures import ThreadPoolExecutor
 
@@ -10,6 +11,7 @@ from torch import nn
 from qcompile import range_state
 from qcompile.state.store import RangeStore, Request
 from tests.compiling import amax, compiled
+from tests.device import CHOSEN
 
 FIELDS, INITIAL = ("amax", "steps"), (0.0, 0.0)
 
@@ -52,8 +54,9 @@ def test_training_in_several_threads(interpreted):
     range_state(layers[0]).reset()
 
     def train(number):
-        for _ in range(5):
-            runs[number](torch.full((4, 8), 1.0 + number)).backward(torch.full((4, 8), 0.5 + number))
+        with torch.device(CHOSEN) if CHOSEN else contextlib.nullcontext():  # a default device is that of its own thread alone
+            for _ in range(5):
+                runs[number](torch.full((4, 8), 1.0 + number)).backward(torch.full((4, 8), 0.5 + number))
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(train, range(4)))
