@@ -16,6 +16,7 @@ import pytest
 
 pytest.importorskip("triton")
 import torch
+from torch._inductor import compile_fx
 
 pytestmark = pytest.mark.cpu
 
@@ -163,3 +164,10 @@ def test_a_relu_between_two_layers_costs_no_kernel_of_its_own(phase):
     assert ours(*fused)["qtrain.scaled_mm_requantize"] == 1 and ours(*fused)["qtrain.scaled_mm"] == gemms - 1
     reductions = [sum(bool(kernel & {"max", "sum"}) for kernel in own(*case)) for case in (plain, fused)]
     assert reductions[0] - reductions[1] == 3
+
+
+def test_a_warning_that_a_gpu_brings_is_no_error(monkeypatch):
+    """In these tests a warning is one unless `pyproject.toml` names it. Inductor has this one for products in fp32."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
+    compile_fx._warn_tf32_disabled.__wrapped__()
