@@ -21,6 +21,7 @@ from qcompile import (
     scale_learning_rates,
 )
 from qcompile.backend import qtrain
+from qcompile.deploy.trained_ranges import _stored
 from qcompile.kernels import record_launches
 from qcompile.qat.quantizer import _least_error
 from tests.compiling import STOCHASTIC, all_equal, compiled, gradients, nearest
@@ -587,3 +588,9 @@ def test_samples_of_a_learned_scale_lie_on_the_cpu_whatever_the_default_device()
     with torch.device("meta"):
         assert all_equal(_least_error(samples, 4), want)
         assert _least_error(samples[:0].new_zeros(4), 4)[0].device.type == "cpu"
+
+
+def test_ranges_for_deployment_stay_on_the_device_of_their_model():
+    """A layer's scales beside its codes: integer GEMMs on a GPU take none from the CPU."""
+    binding = types.SimpleNamespace(tensor=torch.zeros(8, device="meta"), index=torch.arange(3, device="meta"))
+    assert _stored(binding).shape == (3,) and _stored(binding).device.type == "meta"

@@ -236,7 +236,8 @@ class _Values:
             elif node.op == "get_attr":
                 if "qtrain_state" in node.meta:
                     phase, what = node.meta["qtrain_state"]
-                    self.known[node] = state[phase] if what == "state" else torch.arange(state[phase].numel())
+                    here = state[phase]
+                    self.known[node] = here if what == "state" else torch.arange(here.numel(), device=here.device)
                 else:
                     self.known[node] = operator.attrgetter(str(node.target))(self.module)
             elif any(n in self._varying for n in _read_by(node)):
@@ -279,4 +280,4 @@ def _read_by(node: fx.Node) -> list[fx.Node]:
 
 def _stored(binding: Binding) -> Tensor:
     """The state vector of one half, as the call found it: what its Parameters have in store; zeros: no memory."""
-    return binding.tensor[binding.index].cpu()
+    return binding.tensor[binding.index]
