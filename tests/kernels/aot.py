@@ -25,7 +25,6 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from qcompile.kernels.triton import tuning
-from qcompile.kernels.triton.amax import amax_kernel
 from qcompile.kernels.triton.conv import conv_kernel, conv_weight_kernel
 from qcompile.kernels.triton.launch import EXACT
 from qcompile.kernels.triton.numerics import Layout
@@ -99,23 +98,6 @@ def quantize_case(
         "ASM": family.startswith("sm_"),
     }
     return Case("quantize", variant, quantize_kernel, arguments, {"num_warps": config.num_warps})
-
-
-def amax_case() -> Case:
-    config = tuning.tile_config(4096, 4096)
-    arguments = {
-        "x_ptr": "*bf16",
-        "tensor_ptr": "*i32",
-        "rows_ptr": "*i32",
-        "columns_ptr": "*i32",
-        "M": I32_16,
-        "N": I32_16,
-        "stride_xm": I32_16,
-        "stride_xn": 1,
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-    }
-    return Case("amax", "bf16, rows, columns and tensor", amax_kernel, arguments, {"num_warps": config.num_warps})
 
 
 def transpose_case() -> Case:
@@ -311,7 +293,6 @@ def cases(family: str, *, everything: bool) -> list[Case]:
     found = [
         quantize_case(family, "bf16, nearest"),
         quantize_case(family, "bf16, stochastic", seed=True),
-        amax_case(),
         transpose_case(),
         scaled_mm_case(tuning.candidates(family, 4096)[0]),
         scaled_mm_case(tuning.candidates(family, 16)[0]),

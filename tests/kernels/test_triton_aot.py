@@ -69,7 +69,7 @@ def number_of(facts, *prefixes):
     return sum(n for name, n in facts["instructions"].items() if name.startswith(prefixes))
 
 
-@each("quantize", "amax", "transpose", *GEMMS)
+@each("quantize", "transpose", *GEMMS)
 def test_nothing_spills_and_shared_memory_suffices(facts):
     assert facts["spilled"] == 0 and number_of(facts, "ld.local", "st.local", "scratch_") == 0
     assert facts.get("sass_local", 0) == 0
@@ -138,11 +138,10 @@ def test_matrices_are_read_and_written_16_bytes_at_a_time(facts):
     assert number_of(facts, "st.global") == number_of(facts, "st.global.v4.b32") == orientations * tile // 16
 
 
-@each("quantize", "amax", "transpose", targets=["gfx942"])
+@each("quantize", "transpose", targets=["gfx942"])
 def test_matrices_are_read_and_written_16_bytes_at_a_time_on_amd(facts):
     assert number_of(facts, "global_load_dwordx4") > 0
-    stores = number_of(facts, "global_store")
-    assert stores == number_of(facts, "global_store_dwordx4") and (stores > 0) == (facts["kernel"] != "amax")
+    assert number_of(facts, "global_store") == number_of(facts, "global_store_dwordx4") > 0
 
 
 @each("quantize", targets=NVIDIA)

@@ -88,7 +88,7 @@ def version_reason(version: str | None) -> str | None:
 def unavailable_reasons(
     device: torch.device | str, kernel: str = "scaled_mm", *, capability: tuple[int, int] | None = None
 ) -> tuple[str, ...]:
-    """Why a Triton kernel ("quantize", "amax", "transpose", "scaled_mm", "triton_tma" or "triton_gluon") cannot run on
+    """Why a Triton kernel ("quantize", "transpose", "scaled_mm", "triton_tma" or "triton_gluon") cannot run on
     `device`; empty if it can.
 
     `capability` is (major, minor) of a CUDA device, read from the device if not given. The CPU counts only
