@@ -13,7 +13,7 @@ from qcompile._sizes import same_size
 from qcompile.errors import KernelError
 from qcompile.kernels import cpu
 from qcompile.ops._checks import check_matrix
-from qcompile.ops._library import LIBRARY, define
+from qcompile.ops._library import LIBRARY, checked, define
 
 __all__ = ["codes_mm", "codes_mm_reference", "scaled"]
 
@@ -38,21 +38,10 @@ def _check(a: Tensor, b: Tensor) -> None:
         raise KernelError(f"codes_mm: K is {a.shape[1]}; an int32 holds sums of up to {cpu.MAX_K} products.")
 
 
-def _reference(a: Tensor, b: Tensor) -> Tensor:
-    _check(a, b)
-    return codes_mm_reference(a, b)
-
-
-def _cpu(a: Tensor, b: Tensor) -> Tensor:
-    _check(a, b)
-    return cpu.codes_mm(a, b)
-
-
 def _fake(a: Tensor, b: Tensor) -> Tensor:
-    _check(a, b)
     return a.new_empty((a.shape[0], b.shape[1]), dtype=torch.int32)
 
 
-codes_mm = define("codes_mm(Tensor a, Tensor b) -> Tensor", _reference, fake=_fake)
+codes_mm = define("codes_mm(Tensor a, Tensor b) -> Tensor", checked(_check, codes_mm_reference), fake=checked(_check, _fake))
 """a int8 [M, K], b int8 [K, N], any strides, K up to 131,071 -> int32 [M, N], contiguous. Errors: `KernelError`."""
-LIBRARY.impl("codes_mm", _cpu, "CPU")
+LIBRARY.impl("codes_mm", checked(_check, cpu.codes_mm), "CPU")

@@ -16,12 +16,14 @@ quantize what decides the strides), so that fake strides cannot differ from real
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from qcompile.errors import KernelError
 from qcompile.ops._checks import FLOATS, OUTPUTS, check_dtype, check_shared
-from qcompile.ops._library import define
+from qcompile.ops._library import checked, define
 from qcompile.ops.random import check_key, draw_key, draws_of_key, is_whole
 
 __all__ = ["code_range", "codes", "dequantize", "dequantize_reference", "quantize", "quantize_by_key", "quantize_reference"]
@@ -108,43 +110,20 @@ def _check_codes(x: Tensor, scale: Tensor, bits: int, key: Tensor | None) -> Non
 
 
 def _codes(x: Tensor, scale: Tensor, bits: int, key: Tensor | None) -> Tensor:
-    _check_codes(x, scale, bits, key)
     return _arithmetic(x, scale, None, bits, key)
 
 
-def _fake_codes(x: Tensor, scale: Tensor, bits: int, key: Tensor | None) -> Tensor:
-    _check_codes(x, scale, bits, key)
-    return _empty_codes(x, scale)
-
-
-def _empty_codes(x: Tensor, scale: Tensor) -> Tensor:
-    """A fake's: the product lies as the codes will."""
+def _empty_codes(x: Tensor, scale: Tensor, *rest: Any) -> Tensor:
+    """For fakes: the codes get the strides of the product."""
     return torch.empty_like(x.to(torch.float32) * torch.reciprocal(scale), dtype=torch.int8)
 
 
-def _quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, seed: Tensor | None, salt: int
-) -> Tensor:
-    check_quantize(x, scale, zero_point, bits, seed, salt)
-    return quantize_reference(x, scale, zero_point, bits, seed, salt)
-
-
-def _dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, dtype: torch.dtype) -> Tensor:
-    check_dequantize(codes, scale, zero_point, dtype)
-    return dequantize_reference(codes, scale, zero_point, dtype)
-
-
-def _fake_quantize(
-    x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, seed: Tensor | None, salt: int
-) -> Tensor:
-    check_quantize(x, scale, zero_point, bits, seed, salt)
-    return _empty_codes(x, scale)
-
+_checked_dequantize = checked(check_dequantize, dequantize_reference)
 
 quantize = define(
     "quantize(Tensor x, Tensor scale, Tensor? zero_point, int bits, Tensor? seed, int salt) -> Tensor",
-    _quantize,
-    fake=_fake_quantize,
+    checked(check_quantize, quantize_reference),
+    fake=checked(check_quantize, _empty_codes),
 )
 """x (fp32, bf16, fp16, fp64; any shape and strides) -> codes int8 of the same shape.
 
@@ -157,7 +136,11 @@ The codes have the strides that an elementwise operator would give them. The cod
 Errors: `KernelError`; `ValueError` for bits.
 """
 
-codes = define("codes(Tensor x, Tensor scale, int bits, Tensor? key) -> Tensor", _codes, fake=_fake_codes)
+codes = define(
+    "codes(Tensor x, Tensor scale, int bits, Tensor? key) -> Tensor",
+    checked(_check_codes, _codes),
+    fake=checked(_check_codes, _empty_codes),
+)
 """`qtrain::quantize` to symmetric codes by the key of seed and salt (int64, one element, of `draw_keys`; None: to nearest).
 
 What a quantize is lowered to where the compiler makes one operation of it (`qcompile.inductor_operations`). Errors: as `quantize`.
@@ -165,8 +148,8 @@ What a quantize is lowered to where the compiler makes one operation of it (`qco
 
 dequantize = define(
     "dequantize(Tensor codes, Tensor scale, Tensor? zero_point, ScalarType dtype) -> Tensor",
-    _dequantize,
-    fake=_dequantize,
+    _checked_dequantize,
+    fake=_checked_dequantize,
 )
 """codes int8 -> real values of `dtype` (fp32, bf16, fp16); scale, zero_point, strides as in `quantize`.
 

@@ -13,12 +13,14 @@ statistics.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from qcompile.errors import KernelError
 from qcompile.ops._checks import check_dtype
-from qcompile.ops._library import define
+from qcompile.ops._library import checked, define
 from qcompile.ops.quantize import check_quantize, quantize_reference
 
 __all__ = ["check_quantize_transposed", "quantize_transposed", "quantize_transposed_reference"]
@@ -69,33 +71,8 @@ def check_quantize_transposed(
             raise KernelError(f"{op}: bound has shape {list(bound.shape)}; allowed: 0-d, or None.")
 
 
-def _quantize_transposed(
-    x: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    bits: int,
-    seed: Tensor | None,
-    salt: int,
-    codes: bool,
-    amax: bool,
-    bound: Tensor | None,
-) -> list[Tensor]:
-    check_quantize_transposed(x, scale, zero_point, bits, seed, salt, codes, amax, bound)
-    return quantize_transposed_reference(x, scale, zero_point, bits, seed, salt, codes, amax, bound)
-
-
-def _fake(
-    x: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    bits: int,
-    seed: Tensor | None,
-    salt: int,
-    codes: bool,
-    amax: bool,
-    bound: Tensor | None,
-) -> list[Tensor]:
-    check_quantize_transposed(x, scale, zero_point, bits, seed, salt, codes, amax, bound)
+def _fake(x: Tensor, *rest: Any) -> list[Tensor]:
+    codes, amax, bound = rest[-3:]
     m, n = x.shape
     outputs = [x.new_empty((m, n), dtype=torch.int8)] if codes else []
     outputs.append(x.new_empty((n, m), dtype=torch.int8))
@@ -108,8 +85,8 @@ def _fake(
 quantize_transposed = define(
     "quantize_transposed(Tensor x, Tensor scale, Tensor? zero_point, int bits, Tensor? seed, int salt, bool codes, bool amax, "
     "Tensor? bound) -> Tensor[]",
-    _quantize_transposed,
-    fake=_fake,
+    checked(check_quantize_transposed, quantize_transposed_reference),
+    fake=checked(check_quantize_transposed, _fake),
 )
 """x (fp32, bf16, fp16, fp64) [M, N], any strides -> the outputs that are asked for, in this order:
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from qcompile.kernels import cpu
 from qcompile.ops._checks import check_matrix
-from qcompile.ops._library import LIBRARY, define
+from qcompile.ops._library import LIBRARY, checked, define
 
 __all__ = ["transpose_codes", "transpose_codes_reference"]
 
@@ -24,16 +24,11 @@ def transpose_codes_reference(codes: Tensor) -> Tensor:
     return codes.t().clone(memory_format=torch.contiguous_format)
 
 
-def _transpose_codes(codes: Tensor) -> Tensor:
+def _check(codes: Tensor) -> None:
     check_matrix("transpose_codes", "codes", codes)
-    return transpose_codes_reference(codes)
 
 
-def _transpose_codes_cpu(codes: Tensor) -> Tensor:
-    check_matrix("transpose_codes", "codes", codes)
-    return cpu.transpose_codes(codes)
-
-
-transpose_codes = define("transpose_codes(Tensor codes) -> Tensor", _transpose_codes, fake=_transpose_codes)
+_checked_reference = checked(_check, transpose_codes_reference)
+transpose_codes = define("transpose_codes(Tensor codes) -> Tensor", _checked_reference, fake=_checked_reference)
 """codes int8 [M, N], any strides -> int8 [N, M], contiguous, in memory of its own. Errors: `KernelError`."""
-LIBRARY.impl("transpose_codes", _transpose_codes_cpu, "CPU")
+LIBRARY.impl("transpose_codes", checked(_check, cpu.transpose_codes), "CPU")
