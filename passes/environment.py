@@ -12,7 +12,7 @@ from pathlib import Path
 
 from torch import fx
 
-__all__ = ["dump", "number_of", "skipped"]
+__all__ = ["dump", "graph_number", "skipped"]
 
 _numbers = itertools.count()
 
@@ -22,7 +22,7 @@ def skipped() -> tuple[str, ...]:
     return tuple(name for name in os.environ.get("QTRAIN_SKIP", "").split(",") if name)
 
 
-def number_of(graph: fx.Graph) -> int:
+def graph_number(graph: fx.Graph) -> int:
     """A graph's number in this process. Copies and halves of the graph have it too: its inputs carry it."""
     inputs = graph.find_nodes(op="placeholder")
     known = next((n.meta["qtrain_graph"] for n in inputs if "qtrain_graph" in n.meta), None)
@@ -37,6 +37,6 @@ def dump(graph: fx.Graph, position: int, name: str, when: str) -> None:
     folder = os.environ.get("QTRAIN_DUMP")
     if not folder:
         return
-    where = Path(folder) / f"graph_{number_of(graph)}"
+    where = Path(folder) / f"graph_{graph_number(graph)}"
     where.mkdir(parents=True, exist_ok=True)
     (where / f"{position:02d}_{name}.{when}.txt").write_text(str(graph))

@@ -32,14 +32,14 @@ from passes.attach_range_state import attach_range_state
 from passes.canonicalize import canonicalize
 from passes.compress_saved import compress_saved
 from passes.context import PassContext
-from passes.environment import dump, number_of, skipped
+from passes.environment import dump, graph_number, skipped
 from passes.find_sites import find_sites
 from passes.fold_masks import fold_masks
 from passes.follow_layouts import follow_layouts
 from passes.fuse_matmul import fuse_matmul
 from passes.fuse_quantize import fuse_quantize
 from passes.fuse_requantize import fuse_requantize
-from passes.graph import erase_unused
+from passes.graph import BACKWARD, FORWARD, erase_unused
 from passes.identity import describe
 from passes.inline_regions import inline_regions
 from passes.insert_qdq import insert_qdq
@@ -244,7 +244,7 @@ class Pipeline(PassBase):
     def run(self, graph: fx.Graph) -> int:
         """Run every step; return the number of changes. Errors: `GraphError` names the step that broke the graph."""
         total = 0
-        number_of(graph)
+        graph_number(graph)  # given now, so that the halves of the graph carry the same number into QTRAIN_DUMP
         for number, step in enumerate(self.steps):
             writes = count_writes(graph)
             dump(graph, number, step.name, "before")
@@ -288,22 +288,22 @@ def run_cut_steps(
     forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int, context: PassContext | None = None
 ) -> int:
     """Run `cut_steps` on the two halves of a joint graph; return the number of changes."""
-    names = skipped()
-    changes, position = 0, len(joint_steps())
-    for number, step in enumerate(cut_steps(context), start=position):
+    names, total = skipped(), 0
+    halves = {FORWARD: forward, BACKWARD: backward}
+    for number, step in enumerate(cut_steps(context), start=len(joint_steps())):
         if step.name in names:
             continue
-        for when in ("before", "after"):
-            if when == "after":
-                made = step.run(forward, backward, num_fwd_outputs) or 0
-                changes += made
-                if context is not None:
-                    context.counts[step.name] = made
-                for half in (forward, backward):
-                    verify(half, after=step.name)
-            dump(forward, number, step.name, f"forward.{when}")
-            dump(backward, number, step.name, f"backward.{when}")
-    return changes
+        for phase, half in halves.items():
+            dump(half, number, step.name, f"{phase}.before")
+        changes = step.run(forward, backward, num_fwd_outputs) or 0
+        if context is not None:
+            context.counts[step.name] = changes
+        for half in halves.values():
+            verify(half, after=step.name)
+        for phase, half in halves.items():
+            dump(half, number, step.name, f"{phase}.after")
+        total += changes
+    return total
 
 
 def half_steps(*, steady: bool, requantize: bool = False) -> list[Step]:
