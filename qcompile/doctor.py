@@ -26,11 +26,9 @@ from tabulate import tabulate
 from qcompile.errors import KernelError
 from qcompile.kernels import cpu
 from qcompile.kernels.cuda import INT8_TENSOR_CORES
+from qcompile.kernels.triton.launch import TESTED_PAIRS
 
 __all__ = ["main", "report"]
-
-TESTED_PAIRS = {"2.11": "3.6", "2.13": "3.7"}
-"""torch release -> the Triton release that pairs with it and was tested."""
 
 CPU_FLAGS = (
     "avx2",

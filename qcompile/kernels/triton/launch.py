@@ -17,7 +17,7 @@ __all__ = [
     "cdiv",
     "EXACT",
     "MINIMUM_CAPABILITY",
-    "TESTED_TRITON",
+    "TESTED_PAIRS",
     "device_guard",
     "family",
     "interpreting",
@@ -28,8 +28,8 @@ __all__ = [
     "version_reason",
 ]
 
-TESTED_TRITON = ((3, 6), (3, 7))
-"""Versions of Triton whose compiled code was checked: 3.6 belongs to torch 2.11, 3.7 to torch 2.12 and 2.13.
+TESTED_PAIRS = {"2.11": "3.6", "2.13": "3.7"}
+"""torch release -> the Triton release that pairs with it and whose compiled code was checked.
 Not "or newer": 3.9 compiles the INT8 GEMM for compute capability 8.x with hundreds of byte permutations and
 spilled registers."""
 
@@ -74,13 +74,13 @@ def cdiv(size: int, block: int) -> int:
 @functools.cache
 def version_reason(version: str | None) -> str | None:
     """Why this version of Triton (None: not installed) is not used, or None."""
-    tested = ", ".join(f"{major}.{minor}" for major, minor in TESTED_TRITON)
+    tested = ", ".join(TESTED_PAIRS.values())
     if version is None:
         return f"Triton is not installed (tested: {tested})"
     parts = version.split(".")
     if len(parts) < 2 or not (parts[0].isdigit() and parts[1].isdigit()):
         return f"Triton's version {version!r} is not understood (tested: {tested})"
-    if (int(parts[0]), int(parts[1])) not in TESTED_TRITON:
+    if f"{int(parts[0])}.{int(parts[1])}" not in TESTED_PAIRS.values():
         return f"Triton {version} is untested (tested: {tested}); install the one that torch asks for"
     return None
 
