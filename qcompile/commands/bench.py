@@ -18,7 +18,7 @@ import torch
 from tabulate import tabulate
 
 from qcompile.commands import target
-from qcompile.commands.progress import Progress, progress
+from qcompile.progress import Progress, progress
 
 BASELINE = "none"  # plain Inductor
 

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from qcompile.commands import target
-from qcompile.commands.progress import progress
+from qcompile.progress import progress
 
 PICTURES = (".png", ".svg", ".pdf", ".jpg")
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from qcompile.commands.progress import progress
+from qcompile.progress import progress
 
 VOCAB, WIDTH, LENGTH, BATCH = 256, 128, 64, 16
 

@@ -6,7 +6,7 @@ import argparse
 import json
 
 from qcompile.commands import target
-from qcompile.commands.progress import progress
+from qcompile.progress import progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

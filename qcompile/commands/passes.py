@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import json
+import sys
+from dataclasses import asdict
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -11,6 +14,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from qcompile.inspect import passes_list
+    from tabulate import tabulate
 
-    return passes_list.main(arguments.name, as_json=arguments.json)
+    from passes.pipeline import list_passes
+    from qcompile._checks import suggestion
+
+    passes, name = list_passes(), arguments.name
+    if name is not None:
+        chosen = next((p for p in passes if p.name == name), None)
+        if chosen is None:
+            print(f"no pass is called {name!r}. {suggestion(name, [p.name for p in passes])}", file=sys.stderr)
+            return 2
+        print(json.dumps(asdict(chosen), indent=2) if arguments.json else chosen.contract)
+        return 0
+    if arguments.json:
+        print(json.dumps([asdict(p) for p in passes], indent=2))
+        return 0
+    rows = [(p.name, p.stage, p.numerics, p.summary) for p in passes]
+    print(tabulate(rows, headers=("pass", "on", "numerics", "what it does"), maxcolwidths=(None, None, None, 76)))
+    print("\nQTRAIN_SKIP=a,b leaves passes out, QTRAIN_DUMP=dir writes graphs before and after each, QTRAIN_LOG=1 counts changes.")
+    return 0

@@ -20,8 +20,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from qcompile.commands.progress import Progress, progress
 from qcompile.inspect.capture import Capture, capture
+from qcompile.progress import Progress, progress
 from qcompile.recipe import Recipe
 from qcompile.recipes import get_recipe
 from qcompile.search.choose import HP, Choice, GemmOptions, Infeasible, choose, total

@@ -11,7 +11,7 @@ __all__ = ["Progress", "progress"]
 
 
 class Progress(Protocol):
-    """What a command needs of a bar."""
+    """What callers need of a bar."""
 
     def update(self, n: int = 1) -> object: ...
     def set_description(self, desc: str) -> object: ...
