@@ -68,11 +68,6 @@ class CompiledGraph:
     def integer_gemms(self) -> int:
         return sum(g.reason is None for _, g in self.context.gemms())
 
-    @property
-    def hp_gemms(self) -> list[tuple[str, str, str]]:
-        """(site, GEMM, reason) of what stayed in high precision."""
-        return [(s.name, g.role, g.reason) for s, g in self.context.gemms() if g.reason is not None]
-
 
 _COMPILED: list[CompiledGraph] = []
 _COMPILED_LOCK = threading.Lock()

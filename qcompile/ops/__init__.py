@@ -26,7 +26,7 @@ from qcompile.ops.quantize import (
     quantize_reference,
 )
 from qcompile.ops.quantize_transposed import quantize_transposed, quantize_transposed_reference
-from qcompile.ops.random import draw_key, draw_keys, draws, uniform_draws
+from qcompile.ops.random import draw_key, draw_keys, draws
 from qcompile.ops.range_state import range_, read_state, seed_, select_range, unpack, write_state_
 from qcompile.ops.round_to_powers import round_to_powers, round_to_powers_by_key, round_to_powers_reference
 from qcompile.ops.scale import scale
@@ -93,7 +93,6 @@ __all__ = [
     "select_range",
     "transpose_codes",
     "transpose_codes_reference",
-    "uniform_draws",
     "unpack",
     "unpack_codes",
     "unpack_codes_reference",

@@ -31,7 +31,7 @@ from torch import Tensor
 from qcompile.errors import KernelError
 from qcompile.ops._library import define
 
-__all__ = ["draw_key", "draw_keys", "draws", "draws_of_key", "draws_reference", "uniform_draws"]
+__all__ = ["draw_key", "draw_keys", "draws", "draws_of_key", "draws_reference"]
 
 _MASK = 0xFFFF_FFFF
 _MULTIPLY_1 = 0x7FEB_352D
@@ -95,11 +95,6 @@ draw_keys = define(
 
 Keys at places of one tensor would make the code of equal layers differ, which is compiled once as it is.
 """
-
-
-def uniform_draws(seed: Tensor, salt: int, like: Tensor) -> Tensor:
-    """fp32 draws, uniform in [-1/2, 1/2), of `like`'s shape on its device; 24 random bits each."""
-    return draws_of_key(draw_key(seed, salt), like)
 
 
 WHOLE_ON: set[str] = set()

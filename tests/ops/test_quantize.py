@@ -11,7 +11,8 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from qcompile.errors import KernelError
-from qcompile.ops import dequantize, quantize, quantize_reference, uniform_draws
+from qcompile.ops import dequantize, quantize, quantize_reference
+from qcompile.ops.random import draw_key, draws_of_key
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 ONE = torch.tensor(1.0)
@@ -57,7 +58,7 @@ def test_quantize_equals_numpy(case):
 def test_stochastic_quantize_equals_numpy(case, seed, salt):
     x, scale, zero_point, bits = case
     seed = torch.tensor(seed)
-    u = uniform_draws(seed, salt, x).numpy()
+    u = draws_of_key(draw_key(seed, salt), x).numpy()
     got = quantize(x, scale, zero_point, bits, seed, salt)
     torch.testing.assert_close(got, numpy_codes(x, scale, zero_point, bits, u), rtol=0, atol=0)
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from qcompile.ops import draw_keys, uniform_draws
-from qcompile.ops.random import _keys_on_device, _keys_on_host, draws_of_key
+from qcompile.ops import draw_keys
+from qcompile.ops.random import _keys_on_device, _keys_on_host, draw_key, draws_of_key
 
 N = 2**20
 
@@ -25,7 +25,7 @@ def draw(seed, salt, element):
 
 
 def draws(seed, salt, *shape):
-    return uniform_draws(torch.tensor(seed), salt, torch.empty(*shape))
+    return draws_of_key(draw_key(torch.tensor(seed), salt), torch.empty(*shape))
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**31, 2**32 + 5, 2**63 - 1, -1, -(2**63)])
@@ -89,7 +89,7 @@ def test_neighbours_are_independent(lag):
 
 def test_traces_with_symbolic_sizes():
     def function(seed, x):
-        return uniform_draws(seed, 3, x)
+        return draws_of_key(draw_key(seed, 3), x)
 
     traced = make_fx(function, tracing_mode="symbolic")(torch.tensor(1), torch.empty(5, 7))
     for shape in ((5, 7), (4, 9)):

@@ -12,7 +12,8 @@ from qcompile import QuantSpec, Recipe
 from qcompile.errors import KernelError, RecipeError
 from qcompile.estimators import MinMax
 from qcompile.kernels import record_launches
-from qcompile.ops import quantize, round_to_powers, round_to_powers_reference, scaled_mm_reference, uniform_draws
+from qcompile.ops import quantize, round_to_powers, round_to_powers_reference, scaled_mm_reference
+from qcompile.ops.random import draw_key, draws_of_key
 from qcompile.recipes import get_recipe
 from qcompile.specs import GemmSpec
 from tests.compiling import compiled
@@ -37,7 +38,7 @@ def test_it_equals_the_formula_by_logarithms(bits, seed, stochastic, exponent):
     scale = torch.tensor(2.0**exponent)  # so that a division by it rounds nothing
     x = (torch.randn(3, 17, generator=generator) ** 3 * 4.0 ** (bits - 2) * scale).to(torch.bfloat16)
     key = torch.tensor(seed) if stochastic else None
-    u = uniform_draws(key, 7, x) if stochastic else torch.zeros(x.shape)
+    u = draws_of_key(draw_key(key, 7), x) if stochastic else torch.zeros(x.shape)
     want = [by_logarithm(a, float(scale), bits, b) for a, b in zip(x.flatten().tolist(), u.flatten().tolist(), strict=True)]
     codes = quantize(round_to_powers(x, scale, bits, key, 7), scale, None, 8, None, 0)
     assert codes.flatten().tolist() == want
