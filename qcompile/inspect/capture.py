@@ -19,15 +19,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
-from torch.utils import _pytree as pytree
 
 from passes.context import Entry, Site, StateLayout
 from passes.pipeline import Step
 from qcompile.errors import GraphError, KernelError, RecipeError, StateError, UnsupportedError
 from qcompile.inspect.captured_graph import CapturedGraph
 from qcompile.inspect.isolation import copy_inputs, copy_model, fresh_call, undisturbed
-from qcompile.inspect.recording import Recording, storage_of
-from qcompile.inspect.saved_bytes import SavedBytes
+from qcompile.inspect.recording import Recording
+from qcompile.inspect.saved_bytes import SavedBytes, storage_of, tensors_in
 from qcompile.options import Options
 from qcompile.recipe import Recipe
 from qcompile.state.handle import RangeState, range_state
@@ -210,7 +209,7 @@ def capture(
     copied = copy_model(model)
     inputs, kwargs = copy_inputs(inputs), copy_inputs(kwargs)
     names = _names(copied)
-    alive = {storage_of(t) for t in [*copied.parameters(), *copied.buffers(), *_tensors((inputs, kwargs))]}
+    alive = {storage_of(t) for t in [*copied.parameters(), *copied.buffers(), *tensors_in((inputs, kwargs))]}
     store = RangeStore()
     if options.profit_filter:
         decided = {f"{n}.{f}": v for n, d in range_state(model).decisions().items() for f, v in d.to_tensors().items()}
@@ -270,10 +269,6 @@ def _backward(outputs: Any, loss: Callable[[Any], Tensor] | None) -> None:
 
 def default_loss(outputs: Any) -> Tensor | None:
     """The mean square of every floating-point output that has a gradient, added up; None where there is none."""
-    floats = (o for o in _tensors(outputs) if o.is_floating_point() and o.requires_grad)
+    floats = (o for o in tensors_in(outputs) if o.is_floating_point() and o.requires_grad)
     parts = [o.float().square().mean() for o in floats]
     return torch.stack(parts).sum() if parts else None
-
-
-def _tensors(tree: Any) -> list[Tensor]:
-    return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]

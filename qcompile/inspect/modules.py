@@ -7,13 +7,13 @@ if numbered modules with several sites are in it (a `ModuleList` of blocks).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import networkx as nx
 from torch import fx
 
-from passes.find_sites import module_path
+from passes.find_sites import enclosing_module
 from qcompile.inspect.captured_graph import CapturedGraph
 from qcompile.inspect.labels import first_name
 
@@ -95,15 +95,9 @@ def saved_by_row(graph: CapturedGraph, rows: Iterable[Row]) -> dict[str, dict[st
     for node, entry in graph.saved_tensors():
         if entry.weight is not None:
             continue
-        module = module_of_node(node)
+        module = enclosing_module(node)
         row = next((n for n in names if n and (module == n or module.startswith(f"{n}."))), "")
         dtype = str(entry.dtype).removeprefix("torch.")
         sizes = found.setdefault(row, {})
         sizes[dtype] = sizes.get(dtype, 0) + entry.bytes
     return found
-
-
-def module_of_node(node: fx.Node) -> str:
-    """The path of the innermost module that a node belongs to."""
-    stack: Mapping[str, tuple[str, object]] = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
-    return module_path(list(stack.values())[-1][0]) if stack else ""

@@ -26,9 +26,10 @@ from qcompile.inspect.captured_graph import (
     written_inputs,
 )
 from qcompile.inspect.labels import identifier, label_nodes, rename_by_label
+from qcompile.inspect.saved_bytes import storage_of
 from qcompile.state.binding import Binding
 
-__all__ = ["Recording", "storage_of"]
+__all__ = ["Recording"]
 
 
 class Recording(Compilation):
@@ -203,8 +204,3 @@ def _readable(source: str) -> str:
     source = re.sub(r"^L\['inputs'\]", "input", source)
     source = re.sub(r"^L\['kwargs'\]", "", source)
     return re.sub(r"^L(?=\[)", "", source)
-
-
-def storage_of(tensor: Tensor) -> int:
-    """What tells the storages of living tensors apart."""
-    return tensor.untyped_storage()._cdata

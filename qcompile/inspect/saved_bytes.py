@@ -23,7 +23,7 @@ from qcompile.state.binding import indices
 from qcompile.state.store import STORE
 from qcompile.wrappers import clean_names
 
-__all__ = ["SavedBytes", "SavedTensor", "saved_bytes"]
+__all__ = ["SavedBytes", "SavedTensor", "saved_bytes", "storage_of", "tensors_in"]
 
 # A copy of a weight in few bits still points where the weight points: cosine 0.9999 at 8 bits, 0.99 at 4.
 # Activations of the same shape score about 0. Our choice, between the two.
@@ -92,18 +92,18 @@ def saved_bytes(
         return tensor
 
     with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        outputs = _tensors(fn(*inputs, **kwargs))
+        outputs = tensors_in(fn(*inputs, **kwargs))
 
-    given = [*known, *_tensors((inputs, kwargs))]
+    given = [*known, *tensors_in((inputs, kwargs))]
     leaves = _leaves(outputs)
     for leaf in leaves:
         if not any(leaf is tensor for tensor in given):
             named[f"parameter {tuple(leaf.shape)}"] = leaf  # of a plain function: its name is not to be had
-    alive = {_storage(tensor) for tensor in [*given, *leaves, *outputs, *STORE.tensors(), *indices()]}
+    alive = {storage_of(tensor) for tensor in [*given, *leaves, *outputs, *STORE.tensors(), *indices()]}
 
     entries: dict[int, SavedTensor] = {}
     for tensor in saved:
-        storage = _storage(tensor)
+        storage = storage_of(tensor)
         size = tensor.untyped_storage().nbytes()
         if storage in alive or storage in entries or size == 0:
             continue
@@ -113,11 +113,13 @@ def saved_bytes(
     return SavedBytes.of(entries.values())
 
 
-def _storage(tensor: Tensor) -> int:
+def storage_of(tensor: Tensor) -> int:
+    """Tells the storages of living tensors apart."""
     return tensor.untyped_storage()._cdata
 
 
-def _tensors(tree: Any) -> list[Tensor]:
+def tensors_in(tree: Any) -> list[Tensor]:
+    """The tensors among the leaves of nested tuples, lists and dicts."""
     return [leaf for leaf in pytree.tree_leaves(tree) if isinstance(leaf, Tensor)]
 
 
