@@ -1,13 +1,13 @@
-"""What a convolution gathers for its product of matrices: for every place, the codes that a kernel sees from there, as a row.
+"""The im2col matrix of a convolution, its *columns*: for every output position, as a row, the codes that the kernel covers there.
 
 Codes are gathered as int8 with the channels innermost, so a row is a few long runs of bytes; a 1x1 kernel of stride 1 gathers
-nothing. What lies outside is the code of zero.
+nothing. The padding is the code of zero.
 
-On a CPU the columns of a whole batch are memory that the system hands out anew, page by page, in every step, which takes longer
-than multiplying them. There the work is cut into `parts` of some images (of some rows of one image, where one is large), whose
-columns lie in memory that is kept (`qcompile.kernels.cpu.scratch`).
+On a CPU the columns of a whole batch would be fresh memory in every step, whose page faults take longer than the product. There
+the work is cut into `parts`: some images, or some rows of one large image, whose columns lie in memory that is kept between calls
+(`qcompile.kernels.cpu.scratch`).
 
-B batches, P places, C channels, T taps; `zero` broadcasts to [B, *spatial, C].
+B batches, P places (output positions), C channels, T taps (positions of the kernel); `zero` broadcasts to [B, *spatial, C].
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Cut:
 
 @dataclass(frozen=True)
 class Part:
-    """Some images, and some rows of their places."""
+    """A range of images, and a range of rows of their output positions."""
 
     images: slice
     rows: slice
@@ -66,7 +66,7 @@ class Part:
 
 
 def parts(batch: int, places: Sequence[int], bytes_a_place: int, at_most: int | None) -> list[Part]:
-    """As few as `at_most` bytes allow: groups of images, or groups of rows of one image."""
+    """The fewest parts of at most `at_most` bytes each: groups of images, or groups of rows of one image."""
     row = max(1, math.prod(places[1:]) * bytes_a_place)
     rows = max(1, places[0] if at_most is None else min(places[0], at_most // row))
     images = max(1, batch if at_most is None else at_most // max(1, row * places[0]))
@@ -78,8 +78,8 @@ def parts(batch: int, places: Sequence[int], bytes_a_place: int, at_most: int | 
 
 
 class Columns:
-    """What a product gathers from codes [B, *spatial, groups * C], part by part, for the channels of a group: matrices of a row for
-    each place and T * C columns, where place p sees `codes[begin + p * step + t * dilation]` through tap t."""
+    """The columns of codes [B, *spatial, groups * C], part by part and for the channels of one group: matrices with a row for each
+    place and T * C columns. Place p reads `codes[begin + p * step + t * dilation]` at tap t."""
 
     def __init__(
         self,

@@ -1,16 +1,16 @@
 """Convolutions as products of matrices of codes, on any device that has a `scaled_mm`: `operators(product)` makes the three.
 
-Three shapes of work, each a product with one gathered matrix ("columns": for every place, the codes that a kernel sees from there):
+Three computations, each a product with one im2col matrix ("columns", `qcompile.kernels.columns`):
 
     correlate    the output of a convolution; the input's gradient of a transposed one
     spread       the input's gradient of a convolution; the output of a transposed one
     weight_grad  the weight's gradient of either
 
-`spread` gathers too, instead of adding up scattered int32 products: with stride s, the places that are congruent modulo s see
-the same taps, and each such *phase* is a convolution of stride 1. So no product with an inserted zero is ever computed, and every
-sum is exact in the accumulator of the one product that makes it.
+`spread` gathers too, instead of adding up scattered int32 products (col2im): with stride s, the output positions that are congruent
+modulo s are reached by the same taps, and each such *phase* is a convolution of stride 1. So no product with an inserted zero is
+ever computed, and every sum is exact in the accumulator of the one product that makes it.
 
-B batches, P places, C channels, T taps.
+B batches, P places (output positions), C channels, T taps (positions of the kernel).
 """
 
 from __future__ import annotations
