@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +35,7 @@ from torch import Tensor, fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from passes.context import Crossing, PassContext
-from passes.cut import Cut, Saved, view_shape
+from passes.cut import Cut, Saved, fixed_size, inverse_permutation, memory_order, view_shape
 from passes.gemms import INTEGER
 from passes.graph import (
     DEQUANTIZE,
@@ -49,14 +48,14 @@ from passes.graph import (
     depends_on_gradients,
     erase_unused,
     phase_of,
-    size_hint,
+    source_placeholders,
 )
 from passes.inlining import inline
-from passes.save_codes import SELECTED, UNCHANGED, asks_for_sign, size_of, sources
+from passes.save_codes import SELECTED, UNCHANGED, asks_for_sign, size_of
 from qcompile.ops import code_range
 from qcompile.specs import SavedSpec
 
-__all__ = ["compress_saved", "fixed_size", "inverse", "memory_order"]
+__all__ = ["compress_saved"]
 
 SMALLEST_SHARE = 64
 """A tensor of less than 1/64 of the largest is left alone: a statistic (of a row, of a channel) that gains nothing and is used for
@@ -84,12 +83,12 @@ def compress_saved(
     for s in tensors:
         if sizes[s] * SMALLEST_SHARE < largest or sizes[s] < SMALLEST_GROUP:
             continue
-        bits = 8 if _feeds_softmax(s.there) else spec.bits
+        bits = 8 if _feeds_softmax(s.placeholder) else spec.bits
         group = math.gcd(fixed_size(s.value), spec.group)
         reason = _why_not(s, group, context, gradients)
         stored = None
         if reason is None:
-            signs = _gives_its_sign(s.there)
+            signs = _gives_its_sign(s.placeholder)
             if not signs and any(c.node.args[3] >= bits and _restore_from_codes(cut, s, c) for c in codes):
                 stored = 0
             else:
@@ -108,20 +107,20 @@ def _is_scale(saved: Saved) -> bool:
     """Whether it belongs to codes, or to range state."""
     if saved.node.meta.get("recompute") is CheckpointPolicy.MUST_SAVE:
         return True
-    readers = [r for u in saved.there.users for r in ([*u.users] if u.target is PERMUTE else [u])]
-    return any(r.target is DEQUANTIZE or (r.target in INTEGER and saved.there not in r.args[6:7]) for r in readers)
+    readers = [r for u in saved.placeholder.users for r in ([*u.users] if u.target is PERMUTE else [u])]
+    return any(r.target is DEQUANTIZE or (r.target in INTEGER and saved.placeholder not in r.args[6:7]) for r in readers)
 
 
 def _why_not(saved: Saved, group: int, context: PassContext, gradients: set[fx.Node]) -> str | None:
-    if all(n.name in context.parameters for n in sources(saved.node)):
+    if all(n.name in context.parameters for n in source_placeholders(saved.node)):
         return "a copy of a weight"
     if saved.node.target is operator.getitem and saved.node.args[1] > 0:
         return "a statistic beside the result of its operator"
     if group < SMALLEST_GROUP:
         return f"too small to compress: no group of {SMALLEST_GROUP} elements or more divides {list(saved.value.shape)}"
-    if why := _needs_its_values(saved.there, gradients):
+    if why := _needs_its_values(saved.placeholder, gradients):
         return why
-    if _feeds_recomputed_quantize(saved.there):
+    if _feeds_recomputed_quantize(saved.placeholder):
         return "codes of a GEMM are recomputed from it: beside them it would take as much in few bits"
     if view_shape(saved.value.shape) is None:
         return "more than one of its sizes is symbolic"
@@ -217,7 +216,7 @@ def _store(cut: Cut, saved: Saved, bits: int, group: int, *, signs: bool) -> Non
         return [("codes", codes), ("scale", scale)]
 
     def restore(parts: list[fx.Node], scope: dict[str, object]) -> fx.Node:
-        constants = bits, signs, value.dtype, shape, inverse(order)
+        constants = bits, signs, value.dtype, shape, inverse_permutation(order)
         return inline(cut.backward, _decompress, *parts, *constants, scope=scope)
 
     cut.store(saved, store, restore)
@@ -255,26 +254,6 @@ def _decompress(
     if signs:
         values = values - 0.5 * values.clamp(-1.0, 1.0)
     return (values * scale.to(torch.float32)).to(dtype).view(shape).permute(axes)
-
-
-def inverse(axes: Sequence[int]) -> tuple[int, ...]:
-    return tuple(sorted(range(len(axes)), key=axes.__getitem__))
-
-
-def memory_order(value: Tensor) -> tuple[int, ...]:
-    """The axes by falling stride: the order in which the elements lie."""
-    strides = [size_hint(s) or 1 for s in value.stride()]
-    return tuple(sorted(range(value.ndim), key=lambda i: -strides[i]))
-
-
-def fixed_size(value: Tensor) -> int:
-    """The product of the sizes that are fixed, from the innermost axis in memory outwards to the first symbolic one."""
-    inner = 1
-    for i in reversed(memory_order(value)):
-        if not isinstance(value.shape[i], int):
-            break
-        inner *= value.shape[i]
-    return inner
 
 
 # ---- a GEMM's codes
@@ -328,19 +307,19 @@ def _as_saved(node: fx.Node | None, transposed: bool) -> fx.Node | None:
 
 def _restore_from_codes(cut: Cut, saved: Saved, own: Saved) -> bool:
     """Let the backward half dequantize the codes that it gets anyway. False: it cannot, and nothing has changed."""
-    path, how = _path(saved.node, own.node), _dequantize_of(own.there)
+    path, how = _path(saved.node, own.node), _dequantize_of(own.placeholder)
     if path is None or how is None or any(n.target in VIEWS and view_shape(n.args[0].meta["val"].shape) is None for n in path):
         return False
 
     def restore(_: list[fx.Node], scope: dict[str, object]) -> fx.Node:
         graph = cut.backward
-        value = call(graph, DEQUANTIZE, own.there, how.scale, how.zero, saved.value.dtype, scope=scope)
+        value = call(graph, DEQUANTIZE, own.placeholder, how.scale, how.zero, saved.value.dtype, scope=scope)
         for node in path:
             before = node.args[0].meta["val"]
             if node.target in VIEWS:
                 value = call(graph, aten.reshape.default, value, list(view_shape(before.shape) or ()), scope=scope)
             elif node.target is PERMUTE:
-                value = call(graph, PERMUTE, value, list(inverse(node.args[1])), scope=scope)
+                value = call(graph, PERMUTE, value, list(inverse_permutation(node.args[1])), scope=scope)
         return value
 
     cut.store(saved, lambda scope: [], restore)

@@ -13,9 +13,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from passes.graph import BACKWARD, FORWARD, refresh_values, replace, scope_of
+from passes.graph import BACKWARD, FORWARD, refresh_values, replace, scope_of, size_hint
 
-__all__ = ["Cut", "Saved", "give_one_name", "root_of", "view_shape"]
+__all__ = [
+    "Cut",
+    "Saved",
+    "fixed_size",
+    "give_one_name",
+    "inverse_permutation",
+    "memory_order",
+    "root_of",
+    "view_shape",
+]
 
 
 @dataclass(frozen=True)
@@ -23,7 +32,7 @@ class Saved:
     """A tensor that crosses the cut: the node that the forward graph returns, and the backward graph's placeholder for it."""
 
     node: fx.Node
-    there: fx.Node
+    placeholder: fx.Node
 
     @property
     def value(self) -> Tensor:
@@ -40,13 +49,13 @@ class Cut:
         self._moved: set[fx.Node] = set()  # nodes of the backward graph whose strides are not those that their users were made for
 
     @property
-    def users(self) -> list[fx.Node]:
-        """The user's outputs."""
+    def user_outputs(self) -> list[fx.Node]:
+        """What the forward graph returns to the user."""
         return [n for n in self.output.args[0][: self.num_fwd_outputs] if isinstance(n, fx.Node)]
 
     def saved(self) -> Iterator[Saved]:
         """Tensors that the forward graph computes and saves: no inputs, no outputs of the user's, no views of either."""
-        kept = {root_of(n) for n in self.users}
+        kept = {root_of(n) for n in self.user_outputs}
         placeholders = {n.name: n for n in self.backward.find_nodes(op="placeholder")}
         for node in list(self.output.args[0][self.num_fwd_outputs :]):
             if not isinstance(node, fx.Node) or not isinstance(node.meta.get("val"), Tensor) or node.name not in placeholders:
@@ -73,20 +82,20 @@ class Cut:
         position = outputs.index(saved.node, self.num_fwd_outputs)
         outputs[position : position + 1] = parts
         self.output.args = (tuple(outputs),)
-        placeholders, last = [], saved.there
+        placeholders, last = [], saved.placeholder
         for suffix, part in made:
             with self.backward.inserting_after(last):
                 last = self._placeholder(part, f"{saved.node.name}_{suffix}")
-            last.meta = {**saved.there.meta, **{k: part.meta[k] for k in ("val", "tensor_meta") if k in part.meta}}
+            last.meta = {**saved.placeholder.meta, **{k: part.meta[k] for k in ("val", "tensor_meta") if k in part.meta}}
             placeholders.append(last)
         first = next(n for n in self.backward.nodes if n.op != "placeholder")
-        users = list(saved.there.users)
+        users = list(saved.placeholder.users)
         with self.backward.inserting_before(first):
-            restored = restore(placeholders, scope_of(saved.there, BACKWARD))
+            restored = restore(placeholders, scope_of(saved.placeholder, BACKWARD))
         for user in users:
-            user.replace_input_with(saved.there, restored)
-        before = saved.there.meta["val"]
-        self.backward.erase_node(saved.there)
+            user.replace_input_with(saved.placeholder, restored)
+        before = saved.placeholder.meta["val"]
+        self.backward.erase_node(saved.placeholder)
         if restored.meta["val"].stride() != before.stride():
             self._moved.add(restored)
         return restored
@@ -97,11 +106,11 @@ class Cut:
         position = next(i for i in range(self.num_fwd_outputs, len(outputs)) if _is_tensor(outputs[i]))
         first = next(n for n in self.backward.find_nodes(op="placeholder") if n.name == outputs[position].name)
         with self.forward.inserting_before(self.output):
-            there = self._in_forward(node, {n.name: n for n in self.forward.nodes})
-        self.output.args = ((*outputs[:position], there, *outputs[position:]),)
+            saved = self._in_forward(node, {n.name: n for n in self.forward.nodes})
+        self.output.args = ((*outputs[:position], saved, *outputs[position:]),)
         with self.backward.inserting_before(first):
-            placeholder = self._placeholder(there, f"{there.name}_saved")
-        placeholder.meta = {**node.meta, "val": there.meta["val"]}
+            placeholder = self._placeholder(saved, f"{saved.name}_saved")
+        placeholder.meta = {**node.meta, "val": saved.meta["val"]}
         replace(node, placeholder)
         return placeholder
 
@@ -127,7 +136,7 @@ class Cut:
         return copy
 
     def drop_unused(self) -> None:
-        """Save no longer what the backward graph no longer reads."""
+        """Stop saving what the backward graph no longer reads."""
         unused = [n for n in self.backward.find_nodes(op="placeholder") if not n.users]
         outputs = list(self.output.args[0])
         for node in unused:
@@ -140,7 +149,7 @@ class Cut:
         self.output.args = (tuple(outputs),)
 
     def close(self) -> None:
-        """Call it behind the last edit: brings the backward graph's values up to date."""
+        """Call it after the last edit: brings the backward graph's fake values up to date."""
         refresh_values(self.backward, self._moved)
         self._moved.clear()
 
@@ -151,8 +160,29 @@ def view_shape(shape: Sequence[int | torch.SymInt]) -> tuple[int, ...] | None:
     return known if known.count(-1) <= 1 else None
 
 
+def inverse_permutation(axes: Sequence[int]) -> tuple[int, ...]:
+    """`x.permute(axes).permute(inverse_permutation(axes))` is x."""
+    return tuple(sorted(range(len(axes)), key=axes.__getitem__))
+
+
+def memory_order(value: Tensor) -> tuple[int, ...]:
+    """The axes by falling stride: the order in which the elements lie."""
+    strides = [size_hint(s) or 1 for s in value.stride()]
+    return tuple(sorted(range(value.ndim), key=lambda i: -strides[i]))
+
+
+def fixed_size(value: Tensor) -> int:
+    """The product of the sizes that are fixed, from the innermost axis in memory outwards to the first symbolic one."""
+    inner = 1
+    for i in reversed(memory_order(value)):
+        if not isinstance(value.shape[i], int):
+            break
+        inner *= value.shape[i]
+    return inner
+
+
 def give_one_name(node: fx.Node, placeholder: fx.Node) -> None:
-    """Rename a saved node of the forward graph and its placeholder in the backward graph until they are called the same."""
+    """Rename a saved node of the forward graph and its placeholder in the backward graph until their names are equal."""
     while node.name != placeholder.name:
         placeholder._rename(node.name)
         if node.name != placeholder.name:

@@ -72,8 +72,8 @@ def _fold(cut: Cut, codes: Saved, mask: Saved) -> None:
         while gate.target in VIEWS:
             gate = gate.args[0]
         gate.meta["qtrain_gate"] = True
-        for user in list(mask.there.users):
-            user.replace_input_with(mask.there, masked)
+        for user in list(mask.placeholder.users):
+            user.replace_input_with(mask.placeholder, masked)
         return plain
 
     cut.store(codes, store, restore)

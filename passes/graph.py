@@ -89,6 +89,17 @@ def depends_on_gradients(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
+def source_placeholders(node: fx.Node) -> set[fx.Node]:
+    """The placeholders that a node is computed from."""
+    seen, stack = {node}, [node]
+    while stack:
+        for n in stack.pop().all_input_nodes:
+            if n not in seen:
+                seen.add(n)
+                stack.append(n)
+    return {n for n in seen if n.op == "placeholder"}
+
+
 def phase_of(node: fx.Node) -> str:
     """Which half of the joint graph a node belongs to, by its tag. An inference graph has none: all of it is forward.
 

@@ -45,7 +45,7 @@ def _bits(node: fx.Node) -> int:
 
 def _axis(saved: Saved) -> int | None:
     shape = saved.value.shape
-    summed = _summed_axis(saved.there)
+    summed = _summed_axis(saved.placeholder)
     axes = [summed, *(i for i in range(len(shape)) if i != summed)]
     return next((i for i in axes if isinstance(shape[i], int) and shape[i] > 1), None)
 

@@ -17,9 +17,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from passes.compress_saved import fixed_size, inverse, memory_order
 from passes.context import PassContext
-from passes.cut import Cut, Saved, view_shape
+from passes.cut import Cut, Saved, fixed_size, inverse_permutation, memory_order, view_shape
 from passes.inlining import inline
 
 __all__ = ["pack_masks"]
@@ -49,7 +48,7 @@ def _pack(cut: Cut, saved: Saved) -> None:
         return [("bits", inline(cut.forward, _to_bits, saved.node, order, row, scope=scope))]
 
     def restore(parts: list[fx.Node], scope: dict[str, object]) -> fx.Node:
-        return inline(cut.backward, _from_bits, *parts, shape, inverse(order), scope=scope)
+        return inline(cut.backward, _from_bits, *parts, shape, inverse_permutation(order), scope=scope)
 
     cut.store(saved, store, restore)
 

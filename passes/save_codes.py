@@ -47,10 +47,11 @@ from passes.graph import (
     erase_unused,
     phase_of,
     size_hint,
+    source_placeholders,
 )
 from qcompile.specs import SavedSpec
 
-__all__ = ["SELECTED", "UNCHANGED", "asks_for_sign", "save_codes", "size_of", "sources"]
+__all__ = ["SELECTED", "UNCHANGED", "asks_for_sign", "save_codes", "size_of"]
 
 UNCHANGED = (*VIEWS, *ALIASES, *CASTS, PERMUTE)
 """Operators that change no value, but for a cast's rounding."""
@@ -70,12 +71,12 @@ def save_codes(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int, cont
     if not isinstance(spec, SavedSpec):
         return 0
     cut = Cut(forward, backward, num_fwd_outputs)
-    saved = {s.there: s for s in cut.saved()}
+    saved = {s.placeholder: s for s in cut.saved()}
     exact = _left_exact(cut, saved, spec)
     computed = {node for node in saved if node not in exact}
     added = 0
     for node in _recomputed_operands(backward):
-        if not computed.isdisjoint(sources(node)):
+        if not computed.isdisjoint(source_placeholders(node)):
             computed.add(cut.add(node))
             added += 1
     erase_unused(backward)
@@ -100,7 +101,7 @@ def _left_exact(cut: Cut, saved: dict[fx.Node, Saved], spec: SavedSpec) -> set[f
     shared = nx.Graph()
     for codes in _recomputed_operands(cut.backward):
         if codes.target is QUANTIZE:
-            shared.add_edges_from((codes, value) for value in values & sources(codes))
+            shared.add_edges_from((codes, value) for value in values & source_placeholders(codes))
     gradients = depends_on_gradients(cut.backward)
     found: set[fx.Node] = set()
     for group in nx.connected_components(shared):
@@ -126,7 +127,7 @@ def _inexact_masks(cut: Cut, values: set[fx.Node]) -> list[fx.Node]:
     coded = {_source(s.node.args[0], _SAME).name for s in cut.saved() if s.node.target is QUANTIZE}
     found = []
     for node in [n for n in cut.backward.nodes if n.op == "call_function" and _is_mask(n)]:
-        if node in gradients or values.isdisjoint(sources(node)):
+        if node in gradients or values.isdisjoint(source_placeholders(node)):
             continue
         if all(map(_is_mask, node.users)):
             continue  # a part of another mask
@@ -169,14 +170,3 @@ def _source(node: fx.Node, operators: Container[object]) -> fx.Node:
 def size_of(value: Tensor) -> int:
     """Number of elements, as far as it is known."""
     return math.prod(size_hint(s) or 1 for s in value.shape)
-
-
-def sources(node: fx.Node) -> set[fx.Node]:
-    """The placeholders that a node is computed from."""
-    seen, stack = {node}, [node]
-    while stack:
-        for n in stack.pop().all_input_nodes:
-            if n not in seen:
-                seen.add(n)
-                stack.append(n)
-    return {n for n in seen if n.op == "placeholder"}

@@ -31,7 +31,7 @@ def save_transposed(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int)
     """Return the number of matrices of codes that are saved transposed."""
     cut = Cut(forward, backward, num_fwd_outputs)
     codes = [saved for saved in cut.saved() if saved.node.target is QUANTIZE and saved.value.ndim == 2 and on_gpu(saved.node)]
-    chosen = [saved for saved in codes if _read_only_transposed(saved.there) and in_memory(saved.node)]
+    chosen = [saved for saved in codes if _read_only_transposed(saved.placeholder) and in_memory(saved.node)]
     for saved in chosen:
         _save_transposed(cut, saved)
     cut.close()

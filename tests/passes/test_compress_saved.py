@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from passes import compress_saved as module
-from passes import pipeline, save_codes
-from passes.graph import DEQUANTIZE, FORWARD, QUANTIZE, SCALED_MM, phase_of
+from passes import pipeline
+from passes.graph import DEQUANTIZE, FORWARD, QUANTIZE, SCALED_MM, phase_of, source_placeholders
 from qcompile import Recipe, RecipeError, SavedSpec, capture, explain, get_recipe, saved_bytes
 from qcompile.kernels import record_launches
 from tests.compiling import compiled, gradients, nearest
@@ -84,7 +84,7 @@ def test_gemms_read_the_codes_of_the_exact_tensor(recipe):
     compressed = {c.node for c in few.first.context.crossings if c.reason is None}
     assert len(compressed) >= 6
     for node in recomputed:
-        names = {n.name for n in save_codes.sources(node)}
+        names = {n.name for n in source_placeholders(node)}
         assert not any(name.startswith(f"{c}_") for c in compressed for name in names)
 
 
