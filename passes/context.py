@@ -70,7 +70,7 @@ class Site:
     weight: str | None = None  # placeholder of the Parameter, if the weight is one
     weight_name: str | None = None  # as Dynamo names it, relative to the compiled frame
     gemms: dict[str, Gemm] = field(default_factory=dict)
-    weight_use: int = 0  # the how-manieth use of this weight in the graph
+    weight_use: int = 0  # which use of this weight in the graph it is, from 0
     place: tuple[str, ...] = ()  # where in the program it stands (`qcompile.state.uses.Place`)
 
     def operands(self, role: str) -> tuple[str, str]:

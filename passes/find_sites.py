@@ -173,29 +173,36 @@ def _weights(graph: fx.Graph, context: PassContext) -> set[fx.Node]:
 def _forward_site(node: fx.Node, context: PassContext, names: Counter[str], weights: set[fx.Node]) -> _Forward:
     left, right = (resolve_operand(o, batched=node.target in BATCHED) for o in operands(node))
     module, in_linear = _module_of(node)
-    kind, names_of = _kind(node, left, right, in_linear, context, weights)
-    found = dict(zip(names_of, (left, right), strict=True))
+    kind, operand_names = _kind(node, left, right, in_linear, context, weights)
+    found = dict(zip(operand_names, (left, right), strict=True))
     weight = unquantized(found["weight"].source) if "weight" in found else None
-    is_parameter = weight is not None and weight.name in context.parameters
     weight_name = context.parameters.get(weight.name) if weight is not None else None
     op = _op_name(node)
-    own = module_path(weight_name) if weight_name else None
-    is_layer = kind == "conv" or (kind == "linear" and node.target not in BATCHED)
-    if weight_name and not in_linear and _leaf(weight_name) != "weight":  # a module may have several: each has its own name
-        is_layer = False
-    nameless = is_layer and own is not None and "_parameters[" in str(weight_name) and not _has_modules(node)
-    is_layer = is_layer and (nameless or (in_linear and kind == "linear") or (own is not None and own == module))
-    if is_layer:
-        base = (own if nameless else module) or "self"  # a graph without modules has its Parameters' names
-        op = "linear" if kind == "linear" else op
-        name = _unique(base, names, functional=False)
-    else:
+    layer = _layer(node, kind, module, in_linear, weight_name)
+    if layer is None:
         name = _unique(f"{module}:{op}" if module else op, names, functional=True)
-    site = Site(name, op, kind=kind, module=module, is_layer=is_layer, weight_name=weight_name)
-    site.weight = weight.name if weight is not None and is_parameter else None
+    else:
+        op = "linear" if kind == "linear" else op
+        name = _unique(layer, names, functional=False)
+    site = Site(name, op, kind=kind, module=module, is_layer=layer is not None, weight_name=weight_name)
+    site.weight = weight.name if weight is not None and weight.name in context.parameters else None
     context.sites.append(site)
-    _add_gemm(site, "output", node, names_of)
+    _add_gemm(site, "output", node, operand_names)
     return _Forward(site, node, found)
+
+
+def _layer(node: fx.Node, kind: str, module: str, in_linear: bool, weight_name: str | None) -> str | None:
+    """The name of the layer whose forward a GEMM is: of the module that owns the weight. None for a functional operation."""
+    if kind == "bmm" or (kind == "linear" and node.target in BATCHED):
+        return None
+    if weight_name and not in_linear and _leaf(weight_name) != "weight":  # a module may have several: each has its own name
+        return None
+    owner = module_path(weight_name) if weight_name else None
+    if owner is not None and "_parameters[" in str(weight_name) and not _has_modules(node):
+        return owner or "self"  # of a graph without modules nothing but its Parameters' names is known
+    if (in_linear and kind == "linear") or owner == module:
+        return module or "self"
+    return None
 
 
 def _kind(

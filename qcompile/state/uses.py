@@ -5,8 +5,8 @@ first use, and they are not the same one: their inputs differ, and so must their
 program they stand: the calls that led there, by file and line. A graph that is compiled again (other sizes, no gradients, the
 module by itself or inside another) stands where it stood.
 
-Places are known to this process only. What is saved is the number: the how-manieth use it was when the program first ran, which is
-the same in every run of it.
+Places are known to this process only. What is saved is the number: which use it was, counted from 0, when the program first ran. It
+is the same in every run.
 
 What this cannot tell apart is one compiled graph that is called twice in a step (a block that is compiled by itself, and used
 twice): two such calls look like two micro-batches, and share their ranges.
