@@ -37,7 +37,7 @@ from passes.graph import BACKWARD, CONV_GRAD_INPUT, CONV_GRAD_WEIGHT, phase_of, 
 from passes.operands import Operand, resolve_operand, unquantized
 from qcompile.wrappers import without_private_wrappers
 
-__all__ = ["GemmNode", "enclosing_module", "find_sites", "module_path"]
+__all__ = ["GemmNode", "enclosing_module", "find_sites", "gemm_of", "module_path"]
 
 FUSED_ATTENTION = "recipe: fused attention stays in high precision; with 'bmm' among ops it is taken apart and quantized"
 
@@ -78,6 +78,11 @@ class GemmNode:
     site: str
     role: str
     operands: tuple[str, str]
+
+
+def gemm_of(node: fx.Node) -> GemmNode | None:
+    """What `find_sites` found out about a GEMM; None for other nodes (one that a partitioner makes an input keeps the metadata)."""
+    return node.meta.get("qtrain_gemm") if node.op == "call_function" else None
 
 
 @dataclass

@@ -24,6 +24,7 @@ import torch
 from torch import fx
 
 from passes.context import PassContext
+from passes.find_sites import gemm_of
 from passes.gemms import GEMMS, INTEGER, is_depthwise
 from passes.graph import (
     CAST,
@@ -146,6 +147,7 @@ def _record(graph: fx.Graph, context: PassContext) -> None:
     """Note under which name each GEMM of the site table now stands in the graph."""
     sites = {s.name: s for s in context.sites}
     for node in graph.nodes:
-        where = node.meta.get("qtrain_gemm") if node.op == "call_function" and node.target in INTEGER else None
-        if where is not None and where.site in sites:  # one fused under another context is not in the table
+        where = gemm_of(node)
+        # One that was fused under another context is not in the table.
+        if where is not None and node.target in INTEGER and where.site in sites:
             sites[where.site].gemms[where.role].node = node.name

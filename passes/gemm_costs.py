@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from passes.context import PassContext
-from passes.find_sites import GemmNode
+from passes.find_sites import GemmNode, gemm_of
 from passes.gemms import CONVOLUTIONS, GEMMS, operands
 from passes.graph import (
     CAST,
@@ -87,7 +87,7 @@ def gemm_costs(graph: fx.Graph, context: PassContext) -> list[GemmCost]:
     """
     found = []
     for node in graph.nodes:
-        where: GemmNode | None = node.meta.get("qtrain_gemm") if node.op == "call_function" else None
+        where = gemm_of(node)
         if where is None or not node.meta.get("qtrain_quantized") or context.site(where.site).gemms[where.role].reason is not None:
             continue
         try:

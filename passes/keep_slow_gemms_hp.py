@@ -31,6 +31,7 @@ import networkx
 from torch import fx
 
 from passes.context import PROFIT_FILTER, PassContext
+from passes.find_sites import gemm_of
 from passes.gemm_costs import GemmCost, gemm_costs, measured_costs, quantized_copy
 from qcompile.kernels import profit
 from qcompile.state.decisions import Decision
@@ -52,7 +53,7 @@ def keep_slow_gemms_hp(graph: fx.Graph, context: PassContext) -> int:
     decisions = _decided(costs, context)
     kept = 0
     for node in graph.nodes:
-        where = node.meta.get("qtrain_gemm") if node.op == "call_function" else None
+        where = gemm_of(node)
         decision = decisions.get((where.site, where.role)) if where is not None else None
         if where is not None and decision is not None and not decision.integer:
             node.meta["qtrain_hp"] = True

@@ -15,7 +15,7 @@ Edges point the way the data goes; one into a gemm has the attribute `operand`. 
 every tensor that is computed from it without another node of this graph in between.
 
 Numerics  exact: nothing is changed.
-Requires  a joint or inference graph, anywhere behind find_sites.
+Requires  a joint or inference graph, anywhere after find_sites.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import networkx as nx
 from torch import fx
 
 from passes.context import PassContext
-from passes.find_sites import GemmNode
+from passes.find_sites import gemm_of
 from passes.gemms import INTEGER, operands
 from passes.graph import BACKWARD, DEQUANTIZE, PERMUTE, QUANTIZE, phase_of
 from passes.operands import resolve_operand
@@ -41,13 +41,13 @@ def site_graph(graph: fx.Graph, context: PassContext | None = None, saved: Colle
            node with a user in backward counts as crossing
     """
     result = nx.DiGraph()
-    read = {_source(m) for node in graph.nodes if _gemm_of(node) is not None for m in operands(node)}
+    read = {_source(m) for node in graph.nodes if gemm_of(node) is not None for m in operands(node)}
     # Node -> GEMMs and tensors that it is computed from with none in between: the keys, in order.
     nearest: dict[fx.Node, dict[fx.Node, None]] = {}
     for node in graph.nodes:
         if node.op == "output":
             continue
-        where = _gemm_of(node)
+        where = gemm_of(node)
         sources = {g: None for source in node.all_input_nodes for g in nearest[source]}
         if node in read and where is None:
             result.add_node(node.name, **_attributes("tensor", node, saved))
@@ -65,10 +65,6 @@ def site_graph(graph: fx.Graph, context: PassContext | None = None, saved: Colle
             )
         nearest[node] = {node: None} if where is not None or node in read else sources
     return result
-
-
-def _gemm_of(node: fx.Node) -> GemmNode | None:
-    return node.meta.get("qtrain_gemm") if node.op == "call_function" else None
 
 
 def _source(matrix: fx.Node) -> fx.Node:

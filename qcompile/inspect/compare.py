@@ -27,7 +27,7 @@ from typing import Any
 from tabulate import tabulate
 from torch import Tensor, fx, nn
 
-from passes.find_sites import GemmNode
+from passes.find_sites import GemmNode, gemm_of
 from passes.graph import DEQUANTIZE, PERMUTE, QUANTIZE, ROUND_TO_POWERS, VIEWS
 from qcompile.errors import GraphError
 from qcompile.inspect.capture import Capture, capture
@@ -294,7 +294,7 @@ class _Reference(Replay):
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
-        where: GemmNode | None = n.meta.get("qtrain_gemm") if n.op == "call_function" else None
+        where = gemm_of(n)
         if where is not None:
             self.products[where.site, where.role] = value
         return value
@@ -324,7 +324,7 @@ class _Measuring(Replay):
         if n in self._uses:
             x, *others = self.fetch_args_kwargs_from_env(n)[0]
             self._quantized[n] = self._rounded.get(n.args[0], x), value, *others
-        where: GemmNode | None = n.meta.get("qtrain_gemm") if n.op == "call_function" else None
+        where = gemm_of(n)
         if where is not None:
             want = self.reference.pop((where.site, where.role), None)
             total = agreement(value, want) if _comparable(value, want) else None
@@ -366,7 +366,7 @@ class _Measuring(Replay):
 
 def quantized_operands(gemm: fx.Node) -> list[tuple[int, list[fx.Node]]]:
     """(position among the arguments, a quantize and the views and transposes from it) of a GEMM's two quantized operands."""
-    if gemm.op != "call_function" or "qtrain_gemm" not in gemm.meta:
+    if gemm_of(gemm) is None:
         return []
     found = []
     for position, argument in enumerate(gemm.args):

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from passes.find_sites import GemmNode
+from passes.find_sites import gemm_of
 from passes.graph import args_by_name
 from qcompile.inspect.captured_graph import CapturedGraph
 from qcompile.inspect.replay import Replay, joint_at, shared_random_numbers
@@ -61,7 +61,7 @@ class _Clock(Replay):
         self.found, self.what = found, what
 
     def run_node(self, n: fx.Node) -> Any:
-        where: GemmNode | None = n.meta.get("qtrain_gemm") if n.op == "call_function" else None
+        where = gemm_of(n)
         if where is None:
             return super().run_node(n)
         _wait(n)

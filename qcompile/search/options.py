@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
+from passes.find_sites import gemm_of
 from passes.gemm_costs import GemmCost, gemm_costs, measured_costs, quantized_tensor_of
 from qcompile.inspect.capture import Capture
 from qcompile.inspect.captured_graph import CapturedGraph
@@ -139,7 +140,7 @@ def _all_saved(found: Capture, costs: dict[Gemm, GemmCost]) -> dict[Gemm, list[_
     for number, graph in enumerate(found.graphs):
         nodes = graph.steps["share_quantized"].nodes if "share_quantized" in graph.steps else ()
         for node in nodes:
-            where = node.meta.get("qtrain_gemm") if node.op == "call_function" else None
+            where = gemm_of(node)
             if where is None or where.role == "output" or (number, where.site, where.role) not in costs:
                 continue
             gemm = number, where.site, where.role
