@@ -67,7 +67,7 @@ from passes.write_out_epilogues import write_out_epilogues
 from qcompile import ops
 from qcompile.estimators.base import SMALLEST_SCALE
 from qcompile.kernels.select import reads_packed
-from qcompile.ops.random import is_whole
+from qcompile.ops.random import has_lowering
 
 __all__ = ["assume_valid", "lower"]
 
@@ -88,7 +88,7 @@ def lower(graph: fx.Graph, context: PassContext | None = None, *, steady: bool =
     lowered += _write_out_references(graph)
     if "scale_rows_first" not in left_out:
         lowered += scale_rows_first(graph)
-    return lowered + _take_scales_whole(graph)
+    return lowered + _fuse_scales(graph)
 
 
 def assume_valid(graph: fx.Graph) -> int:
@@ -144,7 +144,7 @@ def _write_out(graph: fx.Graph, node: fx.Node, fn: Callable[..., Any]) -> None:
 
 
 def _round_by_keys(graph: fx.Graph) -> int:
-    """Lower what rounds by a seed: one `draw_keys` behind each seed, for all that draw by it."""
+    """Lower what rounds by a seed: one `draw_keys` after each seed, for all that draw by it."""
     by_seed: dict[fx.Node, list[fx.Node]] = {}
     for target in (QUANTIZE, ROUND_TO_POWERS):
         for node in graph.find_nodes(op="call_function", target=target):
@@ -169,22 +169,22 @@ _BY_KEY: dict[Any, Callable[..., Tensor]] = {
 }
 
 
-_BITS = {ops.code_range(bits, symmetric=True)[1]: bits for bits in range(2, 9)}
+_BITS_OF_QMAX = {ops.code_range(bits, symmetric=True)[1]: bits for bits in range(2, 9)}
 
 
-def _take_scales_whole(graph: fx.Graph) -> int:
-    """Where the compiler makes one operation of `qtrain::scale`, let it; return the number of scales."""
+def _fuse_scales(graph: fx.Graph) -> int:
+    """Where Inductor has a lowering of `qtrain::scale`, make clamp_min(abs(amax) / qmax, tiny) that; return the number made."""
     changes = 0
     for floor in graph.find_nodes(op="call_function", target=aten.clamp_min.default):
         ratio, smallest = floor.args[0], floor.args[-1]
-        if smallest != SMALLEST_SCALE or ratio.target is not aten.div.Tensor or ratio.args[1] not in _BITS:
+        if smallest != SMALLEST_SCALE or ratio.target is not aten.div.Tensor or ratio.args[1] not in _BITS_OF_QMAX:
             continue
         if ratio.args[0].target is not aten.abs.default:  # a model's own, perhaps of negative values
             continue
         amax, value = ratio.args[0].args[0], floor.meta["val"]
-        if value.dtype is amax.meta["val"].dtype is torch.float32 and is_whole(value):
+        if value.dtype is amax.meta["val"].dtype is torch.float32 and has_lowering(value):
             with graph.inserting_before(floor):
-                replace(floor, call(graph, ops.scale, amax, _BITS[ratio.args[1]], scope=meta_of(floor)))
+                replace(floor, call(graph, ops.scale, amax, _BITS_OF_QMAX[ratio.args[1]], scope=meta_of(floor)))
             changes += 1
     erase_unused(graph)
     return changes

@@ -114,7 +114,7 @@ def _scale_vector(bits: int) -> Callable[..., str]:
 def _is_known(device: torch.device) -> bool:
     from torch._inductor import config
 
-    return device.type in random.WHOLE_ON and config.cpu_backend == "cpp"
+    return device.type in random.DEVICES_WITH_LOWERINGS and config.cpu_backend == "cpp"
 
 
 def _places(key: Any, size: Sequence[Any]) -> Callable[[Sequence[Any]], tuple[Any, Any]]:
@@ -203,5 +203,5 @@ def register() -> bool:
         for overrides, implementation in zip((CppOverrides, CppVecOverrides), implementations, strict=True):
             implementation.__name__ = name  # the vector's falls back to the scalar's of that name
             setattr(overrides, name, staticmethod(implementation))
-    random.WHOLE_ON.add("cpu")
+    random.DEVICES_WITH_LOWERINGS.add("cpu")
     return True

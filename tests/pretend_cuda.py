@@ -107,7 +107,7 @@ def lowered_halves(model: str, recipe: str) -> tuple[dict[str, fx.GraphModule], 
             (pipeline, "store_masks", lambda *_: 0),  # for CPUs only
             (inductor, "compile_fx_inner", run_by_operator),
             (backend, "gemm_kernel", kernel_on_the_gpu),
-            (random, "WHOLE_ON", set()),  # as on a GPU, draws are written out
+            (random, "DEVICES_WITH_LOWERINGS", set()),  # as on a GPU, draws are written out
             (torch.cuda, "get_device_capability", lambda *_: CAPABILITY),
         ):
             stack.enter_context(unittest.mock.patch.object(owner, name, value))

@@ -35,7 +35,7 @@ def is_one_operation(code):
 
 
 def test_inductor_knows_it():
-    assert random.WHOLE_ON == {"cpu"} and inductor_operations.register(), "a second time changes nothing"
+    assert random.DEVICES_WITH_LOWERINGS == {"cpu"} and inductor_operations.register(), "a second time changes nothing"
 
 
 @pytest.mark.parametrize("key", KEYS, ids=lambda k: hex(k.item()))
@@ -105,7 +105,7 @@ def test_the_operator_is_what_it_says():
 
 
 def test_one_that_is_not_registered_is_called(monkeypatch):
-    monkeypatch.setattr(random, "WHOLE_ON", set())
+    monkeypatch.setattr(random, "DEVICES_WITH_LOWERINGS", set())
     x = torch.randn(8, 16)
     with config.patch(fx_graph_cache=False):
         got, [code] = compiled(rounded, KEYS[2], x)
@@ -114,8 +114,8 @@ def test_one_that_is_not_registered_is_called(monkeypatch):
 
 def test_an_unknown_inductor_is_left_alone(monkeypatch):
     monkeypatch.delattr(ops_handler.DefaultHandler, "_call_default")
-    monkeypatch.setattr(random, "WHOLE_ON", set())
-    assert not inductor_operations.register() and not random.WHOLE_ON
+    monkeypatch.setattr(random, "DEVICES_WITH_LOWERINGS", set())
+    assert not inductor_operations.register() and not random.DEVICES_WITH_LOWERINGS
 
 
 # ---- codes and scales
@@ -135,7 +135,7 @@ def test_codes_are_those_of_the_written_out_quantize(dtype, axis, bits, key, mon
     scale = shared(x.shape, axis)
     got, [code] = compiled(lambda x, scale: codes(x.relu(), scale, bits, key), x, scale)
     assert "qtrain.codes.default(" not in code and code.count("#pragma omp for") <= 1
-    monkeypatch.setattr(random, "WHOLE_ON", set())
+    monkeypatch.setattr(random, "DEVICES_WITH_LOWERINGS", set())
     assert torch.equal(got, quantize_by_key(x.relu(), scale, None, bits, key))
 
 

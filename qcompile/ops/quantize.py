@@ -24,7 +24,7 @@ from torch import Tensor
 from qcompile.errors import KernelError
 from qcompile.ops._checks import FLOATS, OUTPUTS, check_dtype, check_shared
 from qcompile.ops._library import checked, define
-from qcompile.ops.random import check_key, draw_key, draws_of_key, is_whole
+from qcompile.ops.random import check_key, draw_key, draws_of_key, has_lowering
 
 __all__ = ["code_range", "codes", "dequantize", "dequantize_reference", "quantize", "quantize_by_key", "quantize_reference"]
 
@@ -45,9 +45,9 @@ def quantize_reference(
 def quantize_by_key(x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, key: Tensor | None) -> Tensor:
     """The same by the key of seed and salt (`qtrain::draw_keys`), which a graph computes for all its quantizes at once.
 
-    Where the compiler knows `qtrain::codes`, symmetric codes are that, else its arithmetic.
+    Where Inductor has a lowering of `qtrain::codes`, symmetric codes are that, else its arithmetic.
     """
-    if zero_point is None and is_whole(x, scale):
+    if zero_point is None and has_lowering(x, scale):
         return codes(x, scale, bits, key)
     return _arithmetic(x, scale, zero_point, bits, key)
 
@@ -143,7 +143,7 @@ codes = define(
 )
 """`qtrain::quantize` to symmetric codes by the key of seed and salt (int64, one element, of `draw_keys`; None: to nearest).
 
-What a quantize is lowered to where the compiler makes one operation of it (`qcompile.inductor_operations`). Errors: as `quantize`.
+What a quantize becomes where Inductor has a lowering of this operator (`qcompile.inductor_operations`). Errors: as `quantize`.
 """
 
 dequantize = define(

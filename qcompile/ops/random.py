@@ -97,22 +97,22 @@ Keys at places of one tensor would make the code of equal layers differ, which i
 """
 
 
-WHOLE_ON: set[str] = set()
-"""Kinds of devices whose compiler takes `qtrain::draws` and `qtrain::codes` for one operation each, which it fuses
-(`qcompile.inductor_operations`)."""
+DEVICES_WITH_LOWERINGS: set[str] = set()
+"""Types of devices for which Inductor has a lowering of `qtrain::draws`, `qtrain::codes` and `qtrain::scale`: each is then one
+fusible operation of generated code (`qcompile.inductor_operations` registers them and adds the device)."""
 
 
-def is_whole(*tensors: Tensor) -> bool:
-    """Whether the compiler makes one operation of what these are given to; they lie on one device then."""
-    return len({t.device for t in tensors}) == 1 and tensors[0].device.type in WHOLE_ON
+def has_lowering(*tensors: Tensor) -> bool:
+    """Whether these tensors are all on one device, of a type in `DEVICES_WITH_LOWERINGS`."""
+    return len({t.device for t in tensors}) == 1 and tensors[0].device.type in DEVICES_WITH_LOWERINGS
 
 
 def draws_of_key(key: Tensor, like: Tensor) -> Tensor:
     """The draws of a stream, by the key of its seed and salt (int64, one element): fp32, of `like`'s shape, on its device.
 
-    Where the compiler knows `qtrain::draws` it is that, else its arithmetic.
+    Where Inductor has a lowering of `qtrain::draws` it is that, else its arithmetic.
     """
-    return draws(key, like.shape) if is_whole(key, like) else draws_reference(key, like.shape, like.device)
+    return draws(key, like.shape) if has_lowering(key, like) else draws_reference(key, like.shape, like.device)
 
 
 def draws_reference(key: Tensor, size: Sequence[int], device: torch.device | None = None) -> Tensor:

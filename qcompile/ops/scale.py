@@ -1,4 +1,4 @@
-"""The scale of symmetric codes from the largest magnitude, as one operation where the compiler knows it.
+"""The scale of symmetric codes from the largest magnitude, as one operation where Inductor has a lowering of it.
 
     scale = max(|amax| / qmax, tiny)        qmax = 2**(bits - 1) - 1, tiny the smallest normal fp32
 

@@ -55,7 +55,7 @@ def test_keys_are_computed_once_for_all_that_round():
 
 
 def test_a_device_without_the_operations_gets_them_written_out(monkeypatch):
-    monkeypatch.setattr(ops.random, "WHOLE_ON", set())
+    monkeypatch.setattr(ops.random, "DEVICES_WITH_LOWERINGS", set())
     joint = ready(STOCHASTIC)
     result = lowered(joint, steady=True)
     rounded = [n for n in joint.graph.find_nodes(op="call_function", target=QUANTIZE) if n.args[4] is not None]
