@@ -14,7 +14,7 @@ code):
   this operator                         read 2, write 1 + 1    4        write 2, read 2, write 1 + 1   6
   quantize in Inductor, transpose       read 2, write 1, 1 + 1 5        write 1, 1 + 1                 3
 
-Which it is, `passes.in_memory` says. Where x is made for the quantize alone, and where nobody wants the transposed copy, the
+Which it is, `passes.in_memory` says. Where x is made for the quantize alone, and where nothing reads the transposed copy, the
 quantize stays aten and Inductor fuses it, and the statistics, into what makes x.
 
 A scale per row serves one orientation: `grad_weight` sums over the other axis and has a quantize and a scale of its own. Of such a
@@ -132,27 +132,17 @@ def _is_numel(count: object, x: fx.Node) -> bool:
 def _fuse(graph: fx.Graph, node: fx.Node, statistics: _Statistics) -> None:
     operands = args_by_name(node)
     x, scale = operands["x"], operands["scale"]
-    places = {n: i for i, n in enumerate(graph.nodes)}
+    position = {n: i for i, n in enumerate(graph.nodes)}
     upstream = ancestors(scale, until=set())
     amax = [n for n in statistics.amax.get(x, []) if n not in upstream]
     bound, shares = next(
-        ((b, nodes) for (of, b), nodes in statistics.share.items() if of is x and places[b] < places[node]), (None, [])
+        ((b, nodes) for (of, b), nodes in statistics.share.items() if of is x and position[b] < position[node]), (None, [])
     )
     codes = any(user.target is not TRANSPOSE for user in node.users)
     seed = operands["seed"]
     inputs = [n for n in (*operands.values(), bound) if isinstance(n, fx.Node) and n is not seed]
-    behind = max(inputs, key=places.__getitem__).next
-    while behind.op == "placeholder":
-        behind = behind.next
-    if seed is not None:  # read from the state, perhaps behind the first reader of a statistic that the operator now has
-        made_of = ancestors(seed, until=set()) | {seed}
-        late = [n for n in graph.nodes if n in made_of and places[n] >= places[behind]]
-        while behind in late:
-            behind = behind.next
-        for n in late:
-            behind.prepend(n)
     scope = meta_of(node)
-    with graph.inserting_before(behind):
+    with graph.inserting_before(_successor(graph, inputs, seed)):
         made = call(graph, QUANTIZE_TRANSPOSED, *operands.values(), codes, bool(amax), bound, scope=scope)
         parts = iter([call(graph, operator.getitem, made, i, scope=scope) for i in range(len(made.meta["val"]))])
         straight = next(parts) if codes else None
@@ -169,6 +159,27 @@ def _fuse(graph: fx.Graph, node: fx.Node, statistics: _Statistics) -> None:
     if straight is not None:
         node.replace_all_uses_with(straight)
     graph.erase_node(node)
+
+
+def _successor(graph: fx.Graph, inputs: list[fx.Node], seed: fx.Node | None) -> fx.Node:
+    """The node to insert the operator before: the first one after its inputs.
+
+    The quantize may have read its seed later than the first reader of a statistic that the operator now computes: then the nodes
+    that make the seed move there too.
+    """
+    position = {n: i for i, n in enumerate(graph.nodes)}
+    successor = max(inputs, key=position.__getitem__).next
+    while successor.op == "placeholder":
+        successor = successor.next
+    if seed is None:
+        return successor
+    made_of = ancestors(seed, until=set()) | {seed}
+    late = [n for n in graph.nodes if n in made_of and position[n] >= position[successor]]
+    while successor in late:
+        successor = successor.next
+    for n in late:
+        successor.prepend(n)
+    return successor
 
 
 def _share(count: Tensor, x: Tensor) -> Tensor:
