@@ -18,7 +18,7 @@ Before                                          After, an estimator without memo
 State arrives as graph inputs: one flat fp32 tensor and one int64 index for each half, bound at call time (qcompile.state).
 Reads and writes are pinned to their half of the joint graph, and every scale is MUST_SAVE: codes may be recomputed in the
 backward half, scales and seeds never. A statistic that is zero or not finite leaves the memory alone, and so does the flag
-`frozen`; a non-finite one turns the scale of the *dequantize* into NaN, so that an overflow stays visible behind integer codes.
+`frozen`; a non-finite one turns the scale of the *dequantize* into NaN, so that integer codes do not hide an overflow.
 An inference graph reads and does not write.
 
 Numerics  exact for estimators without memory; otherwise this is where the estimator's formula enters.
@@ -217,11 +217,11 @@ def _replace_static(
             call(graph, SELECT, s, memory["steps"], p, scope=ours) for s, p in zip(stored, present, strict=True)
         )
         scale, zero = _scale(graph, spec, low, high, ours)
-        visible = inline(graph, formulas.visible_scale, scale, *extremes, scope=ours)
+        checked_scale = inline(graph, formulas.scale_or_nan, scale, *extremes, scope=ours)
         bounds = (high,) if spec.symmetric else (low, high)
         item.stats["clipped"] = inline(graph, formulas.clipped, x, dims, *bounds, scope=ours)
         item.stats["clipped"].meta["qtrain_statistic"] = "clipped"
-    _set_range(node, scale, zero, dequantize_scale=visible)
+    _set_range(node, scale, zero, dequantize_scale=checked_scale)
 
 
 def _extremes(stats: dict[str, fx.Node]) -> tuple[fx.Node, ...]:
@@ -311,9 +311,9 @@ def _write_back(
 ) -> None:
     end = start_of(graph, BACKWARD) if layout.phase == FORWARD else next(iter(graph.find_nodes(op="output")))
     # With symbolic sizes some operations of the backward half stand among those of the forward half.
-    place = {n: i for i, n in enumerate(graph.nodes)}
-    latest = max((s for item in stateful for s in item.stats.values()), key=place.__getitem__, default=end)
-    if place[latest] >= place[end] and latest is not end:
+    position = {n: i for i, n in enumerate(graph.nodes)}
+    latest = max((s for item in stateful for s in item.stats.values()), key=position.__getitem__, default=end)
+    if position[latest] >= position[end] and latest is not end:
         end = latest.next
     by_entry = {item.entry: item for item in stateful}
     new: list[fx.Node] = []

@@ -1,7 +1,8 @@
 """What range state computes, as plain PyTorch on tensors: `attach_range_state` traces it into the graph.
 
-Each function is one formula of an estimator (those of `qcompile.estimators.step`, by their names), of a scale or of a seed. Tensors
-come flat behind their names, as a graph has them. An estimator's own errors are told here as `RecipeError`, with its name.
+Each function is one formula of an estimator (those of `qcompile.estimators.step`, by their names), of a scale or of a seed.
+Tensors are passed flat, after their names, as nodes of a graph are. An error that an estimator raises becomes a `RecipeError` that
+names it.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ __all__ = [
     "measured",
     "next_seed",
     "scale_of_mirrored",
+    "scale_or_nan",
     "seed",
     "statistic",
     "stored_range",
     "updated",
-    "visible_scale",
 ]
 
 
@@ -68,7 +69,7 @@ def scale_of_mirrored(spec: QuantSpec, high: Tensor) -> Tensor:
     return symmetric_scale(high.abs(), spec)
 
 
-def visible_scale(scale: Tensor, *stats: Tensor) -> Tensor:
+def scale_or_nan(scale: Tensor, *stats: Tensor) -> Tensor:
     """The scale, NaN where the tensor was not finite: its codes are finite whatever it held."""
     for s in stats:
         scale = scale + (s - s).to(scale.dtype)  # zero; NaN for infinity and NaN. Inductor would fold a product with zero

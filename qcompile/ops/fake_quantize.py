@@ -109,7 +109,7 @@ class _FakeQuantize(torch.autograd.Function):
         ctx.save_for_backward(x, scale, offset, sharpness)
         ctx.bits, ctx.form, ctx.delta, ctx.simulated = bits, form, delta, simulated
         codes, zero = fake_quantize_codes(x, scale, offset, bits, form)
-        return torch.ops.qtrain.dequantize(codes, _visible(x, scale), zero, x.dtype)
+        return torch.ops.qtrain.dequantize(codes, _scale_or_nan(x, scale), zero, x.dtype)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -144,7 +144,7 @@ class _FakeQuantize(torch.autograd.Function):
         return to_x, scale_grad, offset_grad, None, None, None, None, None
 
 
-def _visible(x: Tensor, scale: Tensor) -> Tensor:
+def _scale_or_nan(x: Tensor, scale: Tensor) -> Tensor:
     """The scale, NaN where the tensor was not finite."""
     from qcompile.estimators.statistics import statistics  # it imports specs, which import estimators
 
