@@ -1,4 +1,4 @@
-"""insert_qdq: range, quantize and dequantize in front of every operand that the recipe quantizes.
+"""insert_qdq: range, quantize and dequantize before every operand that the recipe quantizes.
 
 Before                                          After
   mm(view(x), permute(w))                         s, _ = range(view(x), dims=[1])
@@ -19,15 +19,15 @@ computed in high precision: an int8 kernel would have one product for each numbe
 Codes that are powers of two come from two operators: round_to_powers(x, s) puts the values on that grid, quantize then takes them
 into codes as they are.
 
-Under `GemmSpec(hadamard=block)` both operands go through a Hadamard transform along the axis that the GEMM sums over, in front of
-their ranges: the product is the same, the codes are of tensors without outliers.
+Under `GemmSpec(hadamard=block)` both operands go through a Hadamard transform along the axis that the GEMM sums over, before
+their ranges are taken: the product is the same, the codes are of tensors without outliers.
 
 A scale for each block (PerBlock) of a linear layer's matrix takes the same form on a view [R / rows, rows, C / cols, cols], and its
 dequantize is viewed back: numbers as block-scaled kernels have them, but for the order of fp32 additions, in a GEMM that stays in
 high precision (no integer kernel sums over several scales) and is reported so.
 
-The quantize sits directly behind the tensor that it reads, so a quantize of a forward tensor runs in the forward half even if
-only a backward GEMM reads the codes; transposes move behind it, casts are skipped.
+The quantize comes directly after the tensor that it reads, so a quantize of a forward tensor runs in the forward half even if
+only a backward GEMM reads the codes; transposes move after it, casts are skipped.
 
 An operand that is codes already is not quantized again, whatever its spec says: the codes hold it exactly. Only where its scales
 lie along an axis that the GEMM sums over can they not be used; then the spec decides, unless that is a learned one as well.
@@ -68,6 +68,7 @@ from passes.graph import (
     scope_of,
 )
 from passes.operands import Operand, resolve_operand
+from passes.report import by_choice
 from qcompile.estimators.learned import Learned
 from qcompile.specs import PerBlock, PerChannel, PerRow, PerTensor, QuantSpec
 
@@ -98,7 +99,7 @@ class _Plan:
 
 
 def insert_qdq(graph: fx.Graph, context: PassContext) -> int:
-    """Return the number of operands quantized, or whose codes were brought in front of their GEMM."""
+    """Return the number of operands that were quantized, or whose existing codes are now dequantized for their GEMM."""
     inserted = 0
     model_quantizes = bool(graph.find_nodes(op="call_function", target=DEQUANTIZE))
     ends = _ends(graph, context) if context.recipe.skip_first_last else ()
@@ -264,10 +265,9 @@ def _ends(graph: fx.Graph, context: PassContext) -> tuple[str, ...]:
 def _prefer_choices(context: PassContext) -> None:
     """Where the recipe leaves a GEMM out, that is the reason; not that it could not be integer anyway."""
     for site, gemm in context.gemms():
-        if gemm.reason is not None and not gemm.reason.startswith("recipe:"):
-            resolved = context.resolve(site)
+        if gemm.reason is not None and not by_choice(gemm.reason):
             role = gemm.role if gemm.role in OPERANDS else "output"
-            gemm.reason = resolved.reason(role) or gemm.reason
+            gemm.reason = context.resolve(site).reason(role) or gemm.reason
 
 
 def _matrix_sizes(node: fx.Node, side: int, operand: Operand) -> list[object]:
