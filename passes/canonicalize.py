@@ -1,4 +1,4 @@
-"""canonicalize: one form for one thing, so that later passes see where a tensor comes from.
+"""canonicalize: equivalent views, transposes and aliases get one form, so that later passes see where a tensor comes from.
 
 Before                                          After
   a = permute(permute(w, [1, 0]), [1, 0])         w

@@ -25,7 +25,7 @@ class DynamoInputs:
                   attribute, a global, a leaf in a table that is to be trained
     is_leaf       whether they are arguments of a function that are leaves to be trained
 
-    A batch is none of these, and neither is what one graph hands to the next behind a graph break, where a product of two
+    A batch is none of these, and neither is what one graph hands to the next after a graph break, where a product of two
     activations must not become a layer.
     """
 

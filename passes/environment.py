@@ -1,7 +1,7 @@
 """What the environment asks of the passes: leave some out, or write graphs to files.
 
 QTRAIN_SKIP=a,b leaves passes out by name; QTRAIN_DUMP=dir writes each graph before and after each pass:
-`dir/graph_0/05_fuse_matmul.after.txt`, and `08_lower.forward.before.txt` behind the cut, where there are two halves.
+`dir/graph_0/05_fuse_matmul.after.txt`, and `08_lower.forward.before.txt` after the cut, where there are two halves.
 """
 
 from __future__ import annotations

@@ -125,13 +125,13 @@ def find_sites(graph: fx.Graph, context: PassContext) -> int:
             f.site.weight_use = uses[f.site.weight]
             uses[f.site.weight] += 1
         f.site.place = _place(f, places)
-    for node in _without_forward(backward, forward, distances):
+    for node in _assign_backward(backward, forward, distances):
         _record_unknown(node, context, names)
     return len(forward) + len(distances) + len(backward)
 
 
-def _without_forward(backward: list[fx.Node], forward: list[_Forward], distances: Mapping[object, Site]) -> list[fx.Node]:
-    """Give the backward GEMMs to the forward ones whose gradients they are; return those that are nobody's."""
+def _assign_backward(backward: list[fx.Node], forward: list[_Forward], distances: Mapping[object, Site]) -> list[fx.Node]:
+    """Assign the backward GEMMs to the forward ones whose gradients they are; return those that are left over."""
     by_sequence: dict[object, list[_Forward]] = {}
     for f in forward:
         by_sequence.setdefault(f.node.meta.get("seq_nr"), []).append(f)
@@ -143,17 +143,17 @@ def _without_forward(backward: list[fx.Node], forward: list[_Forward], distances
             role = "grad_weight" if "grad_input" in gemms else "grad_input"
             gemms[role] = Gemm(role, node=node.name, shape=product_shape(node), reason=DISTANCES)
         elif gradients := _gradients(node, forward if sequence is None else by_sequence.get(sequence, [])):
-            _take(node, gradients[0])
+            _assign(node, gradients[0])
         else:
             left.append(node)
-    # What a user's `autograd.Function` computes in its backward has numbers of its own. A weight says whose gradient it is; an
-    # input, which several sites may share, says so together with the gradient that it is multiplied with.
+    # What a user's `autograd.Function` computes in its backward has sequence numbers of its own. A weight says whose gradient it
+    # is; an input, which several sites may share, says so together with the gradient that it is multiplied with.
     for roles in (("grad_input",), ("grad_input", "grad_weight")):
         for node in list(left):
             gradients = [g for g in _gradients(node, forward) if g.role in roles]
             known = [g for g in gradients if g.grad in g.forward.grads]
             if known or len(gradients) == 1:
-                _take(node, (known or gradients)[0])
+                _assign(node, (known or gradients)[0])
                 left.remove(node)
     return left
 
@@ -233,7 +233,7 @@ _CALL = re.compile(r'^  File "(.+)", line (\d+), in ', re.MULTILINE)
 
 
 def _place(forward: _Forward, before: Counter[tuple[str, ...]]) -> tuple[str, ...]:
-    """The calls that led to a site, and how many of the same weight stand there before it; empty if nobody wrote them down."""
+    """The calls that led to a site, and how many of the same weight stand there before it; empty without a stack trace."""
     calls = tuple(f"{file}:{line}" for file, line in _CALL.findall(forward.node.meta.get("stack_trace") or ""))
     if not calls:
         return ()
@@ -273,7 +273,7 @@ def _gradients(node: fx.Node, candidates: list[_Forward]) -> list[_Gradient]:
     return found
 
 
-def _take(node: fx.Node, gradient: _Gradient) -> None:
+def _assign(node: fx.Node, gradient: _Gradient) -> None:
     gradient.forward.grads.add(gradient.grad)
     _add_gemm(gradient.forward.site, gradient.role, node, gradient.operands)
 
@@ -314,7 +314,7 @@ def _fits(node: fx.Node, f: _Forward, role: str) -> bool:
 
 
 def _sizes(shape: Sequence[object]) -> list[int | str]:
-    """In an order of its own. A symbolic size may be written as a number elsewhere in the graph, or as another expression."""
+    """Sorted. A symbolic size counts as its hint: elsewhere in the graph it may be a number, or another expression."""
     return sorted((str(size) if (hint := size_hint(size)) is None else hint for size in shape), key=str)
 
 

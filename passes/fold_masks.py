@@ -1,4 +1,4 @@
-"""fold_masks: the mask of a ReLU rides in the sign of the codes that are saved anyway.
+"""fold_masks: the mask of a ReLU is stored in the sign of the codes that are saved anyway.
 
 Before                                          After
   forward   r = relu(h)                           r = relu(h)

@@ -1,4 +1,4 @@
-"""follow_layouts: fake values say again how tensors are laid out, behind GEMMs that lay out their results otherwise.
+"""follow_layouts: brings the strides of fake values up to date after GEMMs that lay out their results otherwise.
 
 Before                                          After
   y = scaled_conv(...)   # channels last          y = scaled_conv(...)

@@ -1,6 +1,6 @@
 """Where an operand of a GEMM comes from.
 
-A linear layer reaches `mm` through views, a transpose, and under autocast a cast. The quantize belongs in front of all of
+A linear layer reaches `mm` through views, a transpose, and under autocast a cast. The quantize belongs before all of
 these: at the tensor itself, read in its own dtype (codes come from the source, not from its bf16 copy), laid out as the 2-D
 matrix that the GEMM sees, not transposed. Then equal sources are recognised, and a weight reached by two chains of permutes is
 quantized once. A batch of matrices is looked for through whatever only views it, a convolution's tensor through casts.

@@ -66,16 +66,16 @@ def min_cut_partition(
     with unittest.mock.patch.object(partitioners, "get_default_op_list", with_ours):
         forward, backward = partitioner(joint, joint_inputs, **kwargs)
     for half in (forward, backward):
-        _give_values(half.graph)
+        _add_missing_values(half.graph)
     if run_cut_steps(forward.graph, backward.graph, kwargs["num_fwd_outputs"], context):
         forward.recompile()
         backward.recompile()
     return forward, backward
 
 
-def _give_values(graph: fx.Graph) -> None:
-    """Fake values for what the partitioner makes of operators that may draw random numbers and are run twice: attention with a
-    dropout of 0 in a checkpoint is one. It leaves them without."""
+def _add_missing_values(graph: fx.Graph) -> None:
+    """Add the fake values that the partitioner leaves out where it wraps operators that may draw random numbers and run twice, such
+    as attention with a dropout of 0 in a checkpoint."""
     for node in graph.nodes:
         if node.op != "call_function" or "val" in node.meta or not isinstance(node.target, HigherOrderOperator):
             continue

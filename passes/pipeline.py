@@ -135,7 +135,7 @@ def _check_step(step: Step | CutStep) -> None:
 
 
 def cut_steps(context: PassContext | None = None) -> list[CutStep]:
-    """The passes over the two halves behind the partitioner, in order. `context`: its recipe's `compress_saved`."""
+    """The passes over the two halves after the partitioner, in order. `context`: its recipe's `compress_saved`."""
     return [
         CutStep("save_codes", partial(save_codes, context=context)),
         CutStep("fold_masks", fold_masks),
@@ -148,7 +148,7 @@ def cut_steps(context: PassContext | None = None) -> list[CutStep]:
 
 
 def pattern_step(name: str, rows: Sequence[Row], numerics: Numerics = "changes") -> Step:
-    """A step that applies rows of a pattern table (`passes.matching`), and drops what nobody reads any more.
+    """A step that applies rows of a pattern table (`passes.matching`), and erases what is then unused.
 
     A row may stand for a kernel: where its handler makes a node with `meta["qtrain_kernel"]` (a name) and the `qtrain_gemm` of the
     GEMM that it replaces, reports name that kernel.
@@ -169,7 +169,7 @@ Stage = Literal["program", "joint", "cut", "half"]
 class PassInfo:
     """A pass as lists show it.
 
-    stage     "program" (what Dynamo traced, before there is a backward), "joint" (the joint graph), "cut" (both halves, behind the
+    stage     "program" (what Dynamo traced, before there is a backward), "joint" (the joint graph), "cut" (both halves, after the
               partitioner) or "half" (each half)
     summary   what it does, in a line
     numerics  "exact" or "changes"
@@ -208,13 +208,13 @@ def _position(steps: Sequence[Step], name: str) -> int:
 
 
 def insert_before(steps: Sequence[Step], name: str, new: Step) -> list[Step]:
-    """A copy of the list with `new` in front of the named step."""
+    """A copy of the list with `new` before the named step."""
     i = _position(steps, name)
     return [*steps[:i], new, *steps[i:]]
 
 
 def insert_after(steps: Sequence[Step], name: str, new: Step) -> list[Step]:
-    """A copy of the list with `new` behind the named step."""
+    """A copy of the list with `new` after the named step."""
     i = _position(steps, name) + 1
     return [*steps[:i], new, *steps[i:]]
 
@@ -359,5 +359,5 @@ def source_fingerprint() -> str:
 
 def _selected(steps: Iterable[Step]) -> list[Step]:
     steps, names = list(steps), skipped()
-    behind = {p.name for p in list_passes() if p.stage != "joint"}
-    return without(steps, *(name for name in names if name not in behind)) if names else steps
+    others = {p.name for p in list_passes() if p.stage != "joint"}  # known names, which other stages skip
+    return without(steps, *(name for name in names if name not in others)) if names else steps

@@ -5,7 +5,7 @@ Before                                          After
   b[0], b[1], b[2]                                conv_grad_weight(g, x, size of w, ...)
                                                   sum(g, [0, 2, 3])
 
-A gradient that the mask leaves out, or that nobody reads, gets no node. `passes.restore_convolution_backward` puts back the single
+A gradient that the mask leaves out, or that has no users, gets no node. `passes.restore_convolution_backward` puts back the single
 node where both GEMMs stayed in high precision.
 
 Numerics  the bias gradient is a sum, as Inductor itself has it on a GPU; the others are what they were.

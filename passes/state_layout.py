@@ -97,7 +97,7 @@ def layout_of(graph: fx.Graph, phase: str, entries: list[Entry], seeded: bool, c
 
 
 def add_inputs(graph: fx.Graph, layout: StateLayout) -> tuple[fx.Node, fx.Node]:
-    """The state and its index, as inputs behind the last primal: earlier ones must keep their positions."""
+    """The state and its index, as inputs after the last primal: earlier ones must keep their positions."""
     last = primals(graph)[-1]
     device = next(n.meta["val"].device for n in graph.nodes if n.op == "call_function" and n.target is QUANTIZE)
     layout.capacity = max(CAPACITY, 1 << layout.numel.bit_length())  # more than needed: an arena has its number in front

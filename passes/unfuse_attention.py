@@ -35,7 +35,7 @@ _FUSED = (torch._C._nn.scaled_dot_product_attention, F.scaled_dot_product_attent
 def unfuse_attention(module: fx.GraphModule, recipe: Recipe, prefixes: Sequence[str] = ("",)) -> int:
     """Return the number of calls taken apart, those in bodies of higher-order operators included.
 
-    prefixes  what stands in front of the frame's own names in the whole model
+    prefixes  of the frame's own names in the whole model
     """
     changes = 0
     for part in module.modules():

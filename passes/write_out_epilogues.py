@@ -1,4 +1,4 @@
-"""write_out_epilogues: on a CPU with VNNI, what oneDNN cannot do behind its product becomes arithmetic that Inductor fuses.
+"""write_out_epilogues: on a CPU with VNNI, an epilogue that oneDNN does not have becomes arithmetic that Inductor fuses.
 
 Before                                                              After
   y = scaled_mm(a, b, s_a, s_b, None, None, bias, bf16)               p = codes_mm(a, b)
