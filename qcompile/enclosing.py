@@ -22,7 +22,7 @@ __all__ = ["layers_around", "prefixes"]
 
 
 def prefixes(parameters: Mapping[str, tuple[str, nn.Parameter]]) -> tuple[str, ...]:
-    """What stands in front of the frame's own names: ("blocks.3.",); ("",) for the frame of the model itself, or if nobody knows.
+    """The prefixes of the frame's own names: ("blocks.3.",); ("",) for the frame of the model itself, or where none is known.
 
     parameters  placeholder -> (Dynamo's source name, the Parameter)
     """

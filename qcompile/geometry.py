@@ -42,7 +42,7 @@ class Geometry(NamedTuple):
         size = weight.shape if isinstance(weight, Tensor) else weight
         axes = len(size) - 2
         if not 1 <= axes <= 3:
-            raise KernelError(f"{op}: a weight of shape {list(size)}; allowed: 1, 2 or 3 spatial axes behind two of channels.")
+            raise KernelError(f"{op}: a weight of shape {list(size)}; allowed: 1, 2 or 3 spatial axes after two of channels.")
         for name, low in (("stride", 1), ("padding", 0), ("dilation", 1), ("output_padding", 0)):
             values = list(getattr(self, name))
             if len(values) != axes or any(isinstance(v, int) and v < low for v in values):

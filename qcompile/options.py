@@ -42,7 +42,7 @@ class Options:
         )
         steps = _checked_steps(left.pop("passes", None))
         if profit_filter and not any(step.name == "keep_slow_gemms_hp" for step in steps):
-            raise ValueError("profit_filter: the steps in `passes` leave out keep_slow_gemms_hp; add it behind find_sites")
+            raise ValueError("profit_filter: the steps in `passes` leave out keep_slow_gemms_hp; add it after find_sites")
         config = inductor.mode_options(left.pop("mode", mode)) | _inductor_options(left)
         asked = cls(recipe, strict, steps, requantize, profit_filter, config)
         if strict and not recipe.quantizes_nothing() and (missing := asked.missing_step()):

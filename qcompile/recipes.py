@@ -50,7 +50,7 @@ def int8() -> Recipe:
 
 
 def int8_hadamard() -> Recipe:
-    """`int8` with `output` behind Hadamard transforms of 64 elements, for linear layers of pretrained language models.
+    """`int8` with `output` after Hadamard transforms of 64 elements, for linear layers of pretrained language models.
 
     Their inputs have a few large channels, which set the scale of a whole row; the transform spreads them over 64 (after arXiv
     2404.00456, which rotates whole layers; the blocks and the rest are our choice). The gradient's GEMMs sum over other axes and
@@ -158,7 +158,7 @@ def int4_interval() -> Recipe:
 
 
 def int4_hadamard() -> Recipe:
-    """`int4` behind Hadamard transforms of 32 elements (after arXiv 2306.11987), for linear layers.
+    """`int4` after Hadamard transforms of 32 elements (after arXiv 2306.11987), for linear layers.
 
     From the paper: the transform of both operands along the summed axis, in blocks of 32. Ours: a scale per row in place of one per
     tensor that is learned, and the same transform in the two GEMMs of the gradient, where the paper splits gradients in two 4-bit

@@ -91,7 +91,7 @@ class PerChannel(Granularity):
     name: ClassVar[str] = "per_channel"
 
     def __post_init__(self) -> None:
-        check_int("PerChannel.axis", self.axis, "0 or 1, or -2 or -1 from behind", low=-2, high=1)
+        check_int("PerChannel.axis", self.axis, "0 or 1, or -2 or -1 from the end", low=-2, high=1)
 
 
 @dataclass(frozen=True)

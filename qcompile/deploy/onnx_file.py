@@ -10,11 +10,11 @@ What a layer becomes, and what onnxruntime (1.23 to 1.31) fuses that to:
     other convolutions      Q(x) -> ConvInteger -> Cast -> Mul -> Add            as it stands
 
 A convolution becomes codes at once where its bias, which then is rounded to half a step of the sums, moves few of them. One whose
-output is no codes, such as one in front of an addition, has no form of DQ that a runtime fuses: it would run
+output is no codes, such as one before an addition, has no form of DQ that a runtime fuses: it would run
 in fp32. ConvInteger is the standard's own integer convolution. `convolutions="qdq"` writes DQ for those too, for readers that know
 nothing else.
 
-Codes of fewer values than uint8 has are clamped behind Q (Clip), in uint8, where it costs little and hides no pattern. On x86
+Codes of fewer values than uint8 has are clamped after Q (Clip), in uint8, where it costs little and hides no pattern. On x86
 CPUs without VNNI onnxruntime's products of uint8 and int8 may saturate; the session option "session.x64quantprecision" = "1"
 avoids that.
 """
@@ -69,7 +69,7 @@ def export_onnx(
     input_names, output_names   in the file; default: torch's
     convolutions    of convolutions whose output is not quantized: see the top of this file
 
-    Weights are int8 in the file, one byte a code, whatever their width. A BatchNorm right behind a convolution goes into its scales
+    Weights are int8 in the file, one byte a code, whatever their width. A BatchNorm right after a convolution goes into its scales
     and bias. Nothing is recalibrated.
     Errors: `MissingPackageError` without onnx and onnxscript; `ValueError` for another opset; `StateError` for a model without
     integer layers; `UnsupportedError` for a model that `torch.export` cannot trace, and for an operator that ONNX has not, by name.
@@ -205,7 +205,7 @@ def _weight(layer: Any, axis: int) -> Tensor:
 
 
 def _linear(layer: Any, x: Tensor) -> Tensor:
-    # As a matrix: behind a MatMul of three axes onnxruntime fuses the bias first, and then finds no product of codes. The bias
+    # As a matrix: after a MatMul of three axes onnxruntime fuses the bias first, and then finds no product of codes. The bias
     # stands apart, in fp32: QGemm would take it in steps of the sums only.
     rows = x.reshape(-1, x.shape[-1]) if x.ndim != 2 else x
     y = _onnx(

@@ -44,7 +44,7 @@ def export_program(
     partial         True: layers that x86 Inductor has no int8 kernel for are exported all the same; it runs them in fp32, on
                     dequantized codes
 
-    A BatchNorm right behind a convolution goes into its scales and bias; the codes stay. Nothing is recalibrated.
+    A BatchNorm right after a convolution goes into its scales and bias; the codes stay. Nothing is recalibrated.
     Errors: `StateError` for a model without integer layers; `UnsupportedError` for layers that x86 Inductor cannot run in int8
     (named; see `partial`), and for a model that `torch.export` cannot trace.
     """
@@ -80,7 +80,7 @@ def exportable(
 ) -> tuple[nn.Module, fx.Graph]:
     """A copy with standard layers, rewritten so that runtimes fuse more, and its graph (before BatchNorms went).
 
-    What is rewritten: BatchNorms behind convolutions, inputs that are never negative. Layers whose output one other layer's
+    What is rewritten: BatchNorms after convolutions, inputs that are never negative. Layers whose output one other layer's
     quantize reads alone, at most through a ReLU, know its scale (`output_scale`).
     """
     model = with_standard_layers(deployed, write_qdq, what)
@@ -160,7 +160,7 @@ def _only_user(node: fx.Node) -> fx.Node | None:
 
 
 def _fold(model: nn.Module, layer: StandardLayer, node: fx.Node, graph: fx.Graph) -> bool:
-    """Put a BatchNorm in eval mode, used once, into the layer in front of it.
+    """Put a BatchNorm in eval mode, used once, into the layer before it.
 
     Not one of a user's class, which may do more than normalize, and none over another axis than the layer's output channels.
     """

@@ -59,13 +59,13 @@ class StandardLayer(nn.Module):
         self.zero = self.low = self.high = 0
         if layer.input_scale is not None:
             self._set_input(layer)
-        self.output_scale: float | None = None  # where its only reader quantizes the output, at most behind a ReLU
+        self.output_scale: float | None = None  # where its only reader quantizes the output, at most through a ReLU
         if self.kind == "conv":
             given = layer.layer_arguments
             self.stride, self.dilation, self.groups = list(given["stride"]), list(given["dilation"]), given["groups"]
             plain = given["padding_mode"] == "zeros" and not isinstance(given["padding"], str)
             self.padding = list(given["padding"]) if plain else [0] * len(self.stride)
-            # Padding in front of the quantize: 0 has an exact code, and other modes repeat values.
+            # Padding before the quantize: 0 has an exact code, and other modes repeat values.
             self.pad = None if plain else list(given["_reversed_padding_repeated_twice"])
             self.pad_mode = "constant" if given["padding_mode"] == "zeros" else given["padding_mode"]
 

@@ -87,7 +87,7 @@ class RangeEstimator:
 
     @property
     def static(self) -> bool:
-        """Whether the range comes from past tensors alone: no reduction stands in front of the quantize."""
+        """Whether the range comes from past tensors alone: no reduction comes before the quantize."""
         return False
 
     @property

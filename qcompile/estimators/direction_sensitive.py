@@ -38,7 +38,7 @@ __all__ = ["DirectionSensitive", "learning_rate_factors", "scale_learning_rates"
 @register_estimator
 @dataclass(frozen=True)
 class DirectionSensitive(RangeEstimator):
-    """[-c, c] with the c that turns the gradient least; one reduction in front of the quantize.
+    """[-c, c] with the c that turns the gradient least; one reduction before the quantize.
 
     period  steps between two searches that count. (Each step searches: on a sample that costs less than a branch.)
     floor   smallest c that is tried, as a share of max|g|, 0..1.

@@ -11,7 +11,7 @@ later paper restates it (LUQ, arXiv 2112.10769, eq. 18); the min/max pair is our
 the dynamic first step (low[0] = min(T[0]), high[0] = max(T[0])) and the momentum of 0.9.
 
 `RunningMinMax` is the method that the paper compares with: the present tensor takes part in its own range, so
-a reduction stands in front of the quantize.
+a reduction comes before the quantize.
 
     low[t] = (1 - eta) * min(T[t]) + eta * low[t-1],   high likewise
 

@@ -42,7 +42,7 @@ _KEPT = 0.999  # of Rbar, a step of the release's first search
 @register_estimator
 @dataclass(frozen=True)
 class IntervalUpdate(RangeEstimator):
-    """[-gamma * max|G|, gamma * max|G|] with a learnt gamma; one reduction in front of the quantize.
+    """[-gamma * max|G|, gamma * max|G|] with a learnt gamma; one reduction before the quantize.
 
     alpha        share of the gradients that count as large, 0..1, above 0.
     beta         what gamma moves by in a step, 0..1; 0 fixes it at `fixed` or what `init` finds.

@@ -2,7 +2,7 @@
 
 These are `RangeEstimator`s by what they say (which range an operand is quantized with) and stand in a `QuantSpec` like any other.
 Unlike the others they say how a gradient passes the quantizer: `qcompile.prepare` registers the parameters and puts the
-differentiable `qtrain::fake_quantize` in front of the operand; the compiler finds its codes and uses them. The formulas are in
+differentiable `qtrain::fake_quantize` before the operand; the compiler finds its codes and uses them. The formulas are in
 `qcompile.ops.fake_quantize`.
 """
 

@@ -13,7 +13,7 @@ from qcompile.estimators.base import RangeEstimator, State, Stats, register_esti
 @register_estimator
 @dataclass(frozen=True)
 class MinMax(RangeEstimator):
-    """Dynamic, without memory: nothing is ever clipped, and a reduction stands in front of every quantize."""
+    """Dynamic, without memory: nothing is ever clipped, and a reduction comes before every quantize."""
 
     name: ClassVar[str] = "min_max"
 

@@ -83,7 +83,7 @@ class Capture:
 
     @property
     def steps(self) -> dict[str, fx.Graph]:
-        """Pass -> the joint graph behind it."""
+        """Pass -> the joint graph after it."""
         return self.first.steps
 
     @property

@@ -97,7 +97,7 @@ class CapturedGraph:
     joint_before             the joint graph as AOTAutograd made it (the inference graph, where no gradient
                              was asked for)
     joint                    after the passes over it
-    steps                    pass -> the graph behind it
+    steps                    pass -> the graph after it
     forward, backward        the halves after the cut, before lowering; None where there is none
     forward_lowered, backward_lowered    what Inductor would get
     inputs                   arguments of `forward`, from the first call: parameters, buffers and inputs, no

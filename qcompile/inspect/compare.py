@@ -312,7 +312,7 @@ class _Measuring(Replay):
         self.found: dict[tuple[str, str], tuple[Agreement | None, Agreement | None, dict[str, OperandNumerics]]] = {}
         self._uses: dict[fx.Node, int] = {}
         self._quantized: dict[fx.Node, tuple[Any, ...]] = {}  # quantize -> what it read, its codes, its other arguments
-        self._rounded: dict[Any, Tensor] = {}  # what was rounded to powers of two in front of a quantize
+        self._rounded: dict[Any, Tensor] = {}  # what was rounded to powers of two before a quantize
         for gemm in module.graph.nodes:
             for _, way in quantized_operands(gemm):
                 self._uses[way[0]] = self._uses.get(way[0], 0) + 1

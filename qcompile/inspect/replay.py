@@ -17,7 +17,7 @@ _SEED = 0  # of the random numbers that runs share
 
 
 def joint_at(graph: CapturedGraph, step: str) -> fx.GraphModule:
-    """The joint graph behind a step, with range state in buffers that hold the values before the step.
+    """The joint graph after a step of the pipeline, with range state in buffers that hold the values before the step.
 
     A step in the middle of the pipeline may leave views that the layouts of a run do not allow; these get their copies here.
     """

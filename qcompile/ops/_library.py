@@ -1,4 +1,4 @@
-"""The `qtrain::` operator library: one call defines an operator with its implementation and its fake, behind its check."""
+"""The `qtrain::` operator library: one call defines an operator with its implementation and its fake, after its check."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LIBRARY = torch.library.Library(NAMESPACE, "DEF")
 
 
 def checked(check: Callable[..., Any], compute: Callable[..., Any]) -> Callable[..., Any]:
-    """`compute` behind the operator's own check of its operands."""
+    """`compute`, after the operator's own check of its operands."""
 
     def call(*operands: Any) -> Any:
         check(*operands)

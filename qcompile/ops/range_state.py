@@ -10,7 +10,7 @@ that one compiled graph can serve many instances of a module.
     scale, zero_point = qtrain::range(x, dims, spec, site)           # what the range passes replace; alone: the present range
     seed = qtrain::seed(x)                                           # what the range passes replace; alone: 0
 
-`read_state` is not `aten.index`: joint-graph passes must neither fold it, nor take it for a no-op, nor move it behind a write.
+`read_state` is not `aten.index`: joint-graph passes must neither fold it, nor take it for a no-op, nor move it after a write.
 The tag `nondeterministic_seeded` keeps constant folding away; the operator is unknown to every rewrite.
 `unpack` copies, and is an operator and not a row of slices: Inductor would bake each slice's offset into the kernel that reads
 it, and twelve equal layers would need twelve kernels to be compiled instead of one.

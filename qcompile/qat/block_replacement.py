@@ -1,4 +1,4 @@
-"""Training a quantized model beside its full-precision counterpart, which takes over behind every block.
+"""Training a quantized model beside its full-precision counterpart, which takes over after every block.
 
 After "Improving Quantization-aware Training of Low-Precision Network via Block Replacement on Full-Precision Counterpart"
 (arXiv 2412.15846), of which no formula was to be had: the reading of its summaries and all defaults here are our choice.

@@ -1,7 +1,7 @@
 """Cutting a model into blocks that run one after the other, and running parts of it.
 
-A block is one module or several consecutive ones. What runs in front of the first block belongs to it, what runs behind the last
-one to that. A `Segments` puts a switch in front of every module of every block: it runs, or what another run has left is returned.
+A block is one module or several consecutive ones. What runs before the first block belongs to it, what runs after the last
+one to that. A `Segments` puts a switch on every module of every block: the module runs, or the result of another run is returned.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def _answer(i: int, given: dict[int, Any] | None, swapped: dict[int, Callable[..
 
 
 class _Slot:
-    """The switch in front of one module. `answer`: (result, None) or (None, function), or None: the module runs."""
+    """The switch on one module. `answer`: (result, None) or (None, function), or None: the module runs."""
 
     def __init__(self) -> None:
         self.answer: tuple[Any, Any] | None = None
@@ -196,7 +196,7 @@ def own_forward(module: Any) -> Callable[..., Any]:
 
 
 def _stem(model: nn.Module, blocks: Blocks) -> list[str]:
-    """Modules with weights that run in front of the first block: registered before it, at the top of the model."""
+    """Modules with weights that run before the first block: registered before it, at the top of the model."""
     names = []
     first = blocks[0][0]
     for name, child in model.named_children():

@@ -67,7 +67,7 @@ def prepare(
     widths: Sequence[tuple[int, int]] = (),
     freeze_oscillations: float | None = None,
 ) -> nn.Module:
-    """Put learned quantizers in front of the operands that the recipe quantizes with a learned scale; changes and returns `model`.
+    """Put learned quantizers before the operands that the recipe quantizes with a learned scale; changes and returns `model`.
 
     Every nn.Linear, nn.Conv*d and Conv1D of transformers that the recipe covers gets `input_quantizer` and `weight_quantizer`
     with a Parameter `scale`; names and objects of all that was there before stay. Weights' scales start at once; inputs' from
@@ -200,7 +200,7 @@ def _make_learned(
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """The module that was prepared: behind torch.compile, DDP, or what else holds it."""
+    """The module that was prepared: inside of torch.compile's, DDP's or another wrapper."""
     return next((m for m in model.modules() if "qtrain_qat" in m.__dict__), model)
 
 

@@ -39,7 +39,7 @@ def reference(found: Capture) -> list[Gradients]:
 
 
 def _loss(found: Capture) -> Loss | None:
-    """What the outputs of a graph go into; of several graphs nobody knows."""
+    """The loss of the outputs of a graph; None where there are several graphs, of which it is not known."""
     return found.loss if len(found.graphs) == 1 else None
 
 

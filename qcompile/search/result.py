@@ -158,7 +158,7 @@ def mixed_recipe(candidates: Mapping[str, Recipe], gemms: Sequence[GemmOptions],
             wanted.setdefault(site, {})[gemm.role] = option
     rows: list[tuple[str, dict[str, Any]]] = []
     recipe = base.replace(name=name)
-    # A pattern also means what is inside of it ("attn") and later calls ("proj#1"): rows behind set such sites right.
+    # A pattern also means what is inside of it ("attn") and later calls ("proj#1"): later rows set such sites right.
     for _ in range(3):
         found = [(site, _differing(recipe, base, candidates, site, kinds[site], roles)) for site, roles in wanted.items()]
         more = [(site, changes) for site, changes in found if changes]
@@ -189,7 +189,7 @@ def _differing(
 
 
 def _what(recipe: Recipe, site: str, kind: str, role: str) -> tuple[OperandPair, int | None] | None:
-    """Specs of the two operands and the transform in front of them; None: hp."""
+    """Specs of the two operands and the transform before them; None: hp."""
     resolved = recipe.resolve(site, kind=kind)
     pair = resolved.gemm(role)
     return None if pair is None else (pair, resolved.hadamard(role))
