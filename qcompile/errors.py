@@ -15,6 +15,7 @@ __all__ = [
     "SecurityError",
     "StateError",
     "UnsupportedError",
+    "first_line",
     "warn_once",
 ]
 
@@ -49,6 +50,11 @@ class GraphError(RuntimeError):
 
 class QtrainWarning(UserWarning):
     """Something works, but not as asked: a site kept in high precision, a pattern without a match, a missing kernel."""
+
+
+def first_line(error: BaseException) -> str:
+    """An error's class and the first line of its message: what compilers and drivers raise goes on for pages."""
+    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
 
 
 _warned: set[object] = set()

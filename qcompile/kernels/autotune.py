@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qcompile.errors import KernelError, warn_once
+from qcompile.errors import KernelError, first_line, warn_once
 from qcompile.kernels import cuda, measured
 from qcompile.kernels.triton import tuning
 from qcompile.kernels.triton.launch import device_guard, family
@@ -116,7 +116,7 @@ def measure(
         a, b_t = (torch.randint(-127, 128, (rows, k), generator=draws, dtype=torch.int8, device=device) for rows in (m, n))
         scales = torch.ones((m, 1), device=device), torch.ones((1, n), device=device)
     except torch.OutOfMemoryError as error:
-        problem = f"no memory to tune a GEMM of {m} x {n} x {k}, the default configuration is used: {_first_line(error)}"
+        problem = f"no memory to tune a GEMM of {m} x {n} x {k}, the default configuration is used: {first_line(error)}"
         warn_once(problem, about="no memory to tune")
         return {}
     times: dict[Candidate, float] = {}
@@ -131,7 +131,7 @@ def measure(
             with device_guard(a):
                 times[candidate] = timer(lambda candidate=candidate: _run(candidate, a, b_t, *scales, out_dtype))  # type: ignore[misc]
         except Exception as error:  # compiler, driver and allocator have no error in common; what is broken is just not chosen
-            problem = f"{candidate} does not run for a GEMM of {m} x {n} x {k} and is left out: {_first_line(error)}"
+            problem = f"{candidate} does not run for a GEMM of {m} x {n} x {k} and is left out: {first_line(error)}"
             warn_once(problem, about=candidate)
     return times
 
@@ -150,7 +150,3 @@ def bench_on_gpu(run: Callable[[], object]) -> float:
     from triton.testing import do_bench
 
     return do_bench(run, return_mode="median")
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0]

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from qcompile.errors import KernelError, QtrainWarning
+from qcompile.errors import KernelError, QtrainWarning, first_line
 
 __all__ = ["first_that_runs", "ours_or_plain", "strictly"]
 
@@ -80,5 +80,4 @@ def ours_or_plain(kernel: str, device: torch.device, ours: Callable[[], T], plai
 
 
 def _failure(name: str, gemm: str, error: Exception) -> str:
-    lines = f"{type(error).__name__}: {error}".strip().splitlines()
-    return f"kernel {name!r} failed for {gemm} ({lines[0]})"
+    return f"kernel {name!r} failed for {gemm} ({first_line(error)})"

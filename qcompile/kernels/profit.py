@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from qcompile import ops
-from qcompile.errors import warn_once
+from qcompile.errors import first_line, warn_once
 from qcompile.estimators.base import scale_and_zero_point
 from qcompile.estimators.statistics import clipped_share
 from qcompile.estimators.step import first_range, initial_state, measured, present_statistics, stored_range
@@ -173,8 +173,8 @@ def _on_gpu(device: torch.device, run: Callable[[], object]) -> float:
 
 
 def _tell(trial: Trial, error: Exception) -> None:
-    first = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-    warn_once(f"{type(trial).__name__} cannot be measured and is left out: {first}", about=first)
+    problem = first_line(error)
+    warn_once(f"{type(trial).__name__} cannot be measured and is left out: {problem}", about=problem)
 
 
 # ---- what a trial runs
