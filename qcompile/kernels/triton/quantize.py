@@ -41,6 +41,8 @@ from qcompile.kernels.triton.numerics import (
     load_shared,
     to_float32,
 )
+from qcompile.ops.quantize import code_range
+from qcompile.ops.quantize import quantize_reference as codes_reference
 
 __all__ = ["Quantized", "quantize", "quantize_kernel", "quantize_reference"]
 
@@ -60,24 +62,6 @@ class Quantized(NamedTuple):
 # --- Reference ----------------------------------------------------------------------------------------------
 
 
-def _mix32_reference(h: Tensor) -> Tensor:
-    mask = 0xFFFFFFFF
-    h = h ^ (h >> 16)
-    h = (h * 0x7FEB352D) & mask
-    h = h ^ (h >> 15)
-    h = (h * (0x846CA68B - 2**32)) & mask  # the same modulo 2**32, and no product leaves int64
-    return h ^ (h >> 16)
-
-
-def _draws_reference(seed: Tensor, salt: int, m: int, n: int) -> Tensor:
-    mask = 0xFFFFFFFF
-    key = _mix32_reference(torch.tensor(salt & mask))
-    key = _mix32_reference(((seed.cpu() >> 32) & mask) ^ key)
-    key = _mix32_reference((seed.cpu() & mask) ^ key)
-    r = _mix32_reference((torch.arange(m * n) * (0x9E3779B1 - 2**32) + key) & mask)
-    return ((r >> 8).float() * 2.0**-24 - 0.5).reshape(m, n)
-
-
 def quantize_reference(
     x: Tensor,
     scale: Tensor,
@@ -89,13 +73,9 @@ def quantize_reference(
     bound: Tensor | None = None,
 ) -> Quantized:
     """Plain torch, every output (`outside` with a bound). The codes of NaNs are unspecified."""
-    qmax = 2 ** (bits - 1) - 1
-    qmin = -qmax if zero_point is None else -qmax - 1
-    zero = 0 if zero_point is None else zero_point.float()
-    v = x.float() * (1.0 / scale)
-    unclamped = v.round() + zero
-    noisy = v if seed is None else v + _draws_reference(seed, salt, *x.shape).to(x.device)
-    codes = (noisy.round() + zero).clamp(qmin, qmax).to(torch.int8)
+    codes = codes_reference(x, scale, zero_point, bits, seed, salt).contiguous()
+    qmin, qmax = code_range(bits, symmetric=zero_point is None)
+    unclamped = (x.float() * (1.0 / scale)).round() + (0 if zero_point is None else zero_point.float())
     magnitudes = x.float().abs().flatten()
     return Quantized(
         codes=codes,
