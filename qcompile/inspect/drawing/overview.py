@@ -11,11 +11,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import networkx as nx
+import torch
 
 from passes.context import Gemm, Site
 from passes.report import by_choice
 from qcompile.inspect.captured_graph import CapturedGraph
 from qcompile.inspect.drawing.svg import COLOURS, Canvas, shortened, text_width
+from qcompile.inspect.listing import short_type
 from qcompile.inspect.modules import Row, rows_of, saved_by_row, site_flow
 from qcompile.inspect.report_text import size_text
 
@@ -146,24 +148,18 @@ def _saved(canvas: Canvas, x: float, y: float, height: float, sizes: dict[str, i
         return
     middle = y + height / 2
     left = x
-    for dtype, size in sorted(sizes.items(), key=lambda item: -item[1]):
+    largest_first = sorted(sizes.items(), key=lambda item: -item[1])
+    for dtype, size in largest_first:
         width = max(1.0, _SAVED_WIDTH * size / most)
         title = f"{dtype}: {size:,} bytes saved for backward"
         canvas.rect(left, middle - 13, width, 10, _dtype_colour(dtype), radius=1, title=title)
         left += width
-    text = ", ".join(f"{size_text(size)} {short(dtype)}" for dtype, size in sorted(sizes.items(), key=lambda item: -item[1]))
+    text = ", ".join(f"{size_text(size)} {short_type(getattr(torch, dtype))}" for dtype, size in largest_first)
     canvas.text(x, middle + 10, shortened(text, 34), size=10, fill=COLOURS["faint"])
 
 
 def _dtype_colour(dtype: str) -> str:
     return {"int8": COLOURS["integer"], "uint8": "#7cc6a8", "bool": "#7cc6a8"}.get(dtype, COLOURS["saved"])
-
-
-_SHORT = {"float32": "f32", "bfloat16": "bf16", "float16": "f16", "int8": "i8", "uint8": "u8", "int64": "i64"}
-
-
-def short(dtype: str) -> str:
-    return _SHORT.get(dtype, dtype)
 
 
 def _header(canvas: Canvas, title: str, training: bool, rest: dict[str, int]) -> float:
