@@ -78,6 +78,23 @@ class _Stateful:
     stats: dict[str, fx.Node]
 
 
+@dataclass
+class _HalfState:
+    """The range state of one half of the graph.
+
+    tensor, index  inputs: the state tensor, and which of its elements the half uses
+    blocks         the elements as the half reads them: one field of one group of entries each
+    scope, pinned  metadata for new nodes, and for those that must stay in this half and be saved
+    """
+
+    layout: StateLayout
+    tensor: fx.Node
+    index: fx.Node
+    blocks: dict[Block, fx.Node]
+    scope: dict[str, object]
+    pinned: dict[str, object]
+
+
 def attach_range_state(graph: fx.Graph, context: PassContext) -> int:
     """Return the number of `range` and `seed` nodes that were replaced."""
     changes = 0
@@ -107,33 +124,38 @@ def _attach_phase(
         return
     context.layouts[phase] = layout
     layout.learns = is_joint(graph)
-    scope: dict[str, object] = {"partitioner_tag": f"is_{phase}"} if is_joint(graph) else {}
-    pinned = dict(scope)
-    if is_joint(graph):
-        pinned = {"partitioner_tag": f"must_be_in_{phase}", "recompute": CheckpointPolicy.MUST_SAVE}
-    state, index = add_inputs(graph, layout)
     with graph.inserting_before(start_of(graph, phase)):
-        old = call(graph, READ, state, index, scope=pinned, name=f"qtrain_{phase}_ranges")
-        blocks = {b: call(graph, aten.slice.Tensor, old, 0, b.start, b.start + b.size, scope=scope) for b in layout.blocks}
-        pieces = _unpack(graph, layout, blocks, scope)
+        half = _read(graph, layout)
+        pieces = _unpack(graph, half)
     for item in stateful:
-        _replace_static(graph, item, pieces, scope)
+        _replace_static(graph, item, pieces, half.scope)
     if seeds:
-        _replace_seeds(graph, seeds, layout, blocks, scope)
-    if is_joint(graph):
-        _write_back(graph, stateful, bool(seeds), layout, blocks, state, index, scope, pinned)
+        _replace_seeds(graph, seeds, half)
+    if layout.learns:
+        _write_back(graph, stateful, half, seeded=bool(seeds))
 
 
-def _unpack(
-    graph: fx.Graph, layout: StateLayout, blocks: dict[Block, fx.Node], scope: dict[str, object]
-) -> dict[tuple[str | None, str, str], fx.Node]:
+def _read(graph: fx.Graph, layout: StateLayout) -> _HalfState:
+    """Add the inputs that bring the state, and read it at the graph's insertion point."""
+    scope: dict[str, object] = {}
+    pinned: dict[str, object] = {}
+    if layout.learns:  # a joint graph, which will be partitioned
+        scope = {"partitioner_tag": f"is_{layout.phase}"}
+        pinned = {"partitioner_tag": f"must_be_in_{layout.phase}", "recompute": CheckpointPolicy.MUST_SAVE}
+    tensor, index = add_inputs(graph, layout)
+    old = call(graph, READ, tensor, index, scope=pinned, name=f"qtrain_{layout.phase}_ranges")
+    blocks = {b: call(graph, aten.slice.Tensor, old, 0, b.start, b.start + b.size, scope=scope) for b in layout.blocks}
+    return _HalfState(layout, tensor, index, blocks, scope, pinned)
+
+
+def _unpack(graph: fx.Graph, half: _HalfState) -> dict[tuple[str | None, str, str], fx.Node]:
     """(owner, key, field) -> that entry's elements of the field."""
     pieces = {}
-    for block, node in blocks.items():
-        entries = layout.groups[block.group]
-        parts = call(graph, UNPACK, node, [e.size for e in entries], scope=scope)
+    for block, node in half.blocks.items():
+        entries = half.layout.groups[block.group]
+        parts = call(graph, UNPACK, node, [e.size for e in entries], scope=half.scope)
         for i, entry in enumerate(entries):
-            pieces[entry.owner, entry.key, block.field] = call(graph, operator.getitem, parts, i, scope=scope)
+            pieces[entry.owner, entry.key, block.field] = call(graph, operator.getitem, parts, i, scope=half.scope)
     return pieces
 
 
@@ -265,17 +287,11 @@ def _measure(
     return dict(inline(graph, formulas.measured, spec, dims, *names, x, *tensors, scope=scope))
 
 
-def _replace_seeds(
-    graph: fx.Graph,
-    seeds: list[fx.Node],
-    layout: StateLayout,
-    blocks: dict[Block, fx.Node],
-    scope: dict[str, object],
-) -> None:
-    entry = layout.entries[-1]
-    parts = [blocks[layout.block(entry, name)] for name in SEED_FIELDS]
+def _replace_seeds(graph: fx.Graph, seeds: list[fx.Node], half: _HalfState) -> None:
+    layout = half.layout
+    parts = [half.blocks[layout.block(layout.entries[-1], name)] for name in SEED_FIELDS]
     with after(graph, parts[-1]):  # the blocks stand in this order
-        seed = inline(graph, formulas.seed, *parts, scope=scope, rename=f"qtrain_{layout.phase}_seed")
+        seed = inline(graph, formulas.seed, *parts, scope=half.scope, rename=f"qtrain_{layout.phase}_seed")
     seed.meta["recompute"] = CheckpointPolicy.MUST_SAVE
     for node in seeds:
         replace(node, seed)
@@ -298,17 +314,8 @@ def _set_range(node: fx.Node, scale: fx.Node, zero: fx.Node | None, dequantize_s
 # ---- the update, once for each half
 
 
-def _write_back(
-    graph: fx.Graph,
-    stateful: list[_Stateful],
-    seeded: bool,
-    layout: StateLayout,
-    blocks: dict[Block, fx.Node],
-    state: fx.Node,
-    index: fx.Node,
-    scope: dict[str, object],
-    pinned: dict[str, object],
-) -> None:
+def _write_back(graph: fx.Graph, stateful: list[_Stateful], half: _HalfState, *, seeded: bool) -> None:
+    layout, blocks, scope = half.layout, half.blocks, half.scope
     end = start_of(graph, BACKWARD) if layout.phase == FORWARD else next(iter(graph.find_nodes(op="output")))
     # With symbolic sizes some operations of the backward half stand among those of the forward half.
     position = {n: i for i, n in enumerate(graph.nodes)}
@@ -331,7 +338,7 @@ def _write_back(
             counter = (blocks[layout.block(layout.entries[-1], f)] for f in SEED_FIELDS)
             new += inline(graph, formulas.next_seed, *counter, scope=scope)
         values = call(graph, aten.cat.default, new, scope=scope) if len(new) > 1 else new[0]
-        call(graph, WRITE, state, index, values, scope=pinned)
+        call(graph, WRITE, half.tensor, half.index, values, scope=half.pinned)
 
 
 def _vector(graph: fx.Graph, parts: Sequence[fx.Node], scope: dict[str, object]) -> fx.Node:
