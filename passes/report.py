@@ -11,6 +11,7 @@ from qcompile.errors import QtrainWarning, UnsupportedError
 __all__ = ["by_choice", "tell_what_stays_hp"]
 
 _CHOICES = ("skipped by", "recipe:", "override", EMULATED, PROFIT_FILTER)
+"""How reasons begin that are a choice: of the recipe (`Recipe.resolve`), of its overrides, or of what pays on the device."""
 
 
 def tell_what_stays_hp(context: PassContext) -> None:
