@@ -27,7 +27,6 @@ def define(
     *,
     fake: Callable[..., Any],
     tags: tuple[torch.Tag, ...] = (),
-    dispatch_key: str = "CompositeExplicitAutograd",
 ) -> torch._ops.OpOverload:
     """Define `qtrain::<schema>` and return its default overload.
 
@@ -36,6 +35,6 @@ def define(
     """
     LIBRARY.define(schema, tags=tags)
     name = schema.split("(", 1)[0]
-    LIBRARY.impl(name, implementation, dispatch_key)
+    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
     return getattr(torch.ops.qtrain, name).default

@@ -35,10 +35,9 @@ def layered(
     *,
     gap: float = 14.0,
     rank_height: float = 64.0,
-    ranks: Mapping[Hashable, int] | None = None,
 ) -> Placement:
-    """Place an acyclic graph. `widths`: of each node; `ranks`: given ones, else by longest path."""
-    rank = dict(ranks) if ranks is not None else _ranks(graph)
+    """Place an acyclic graph. `widths`: of each node."""
+    rank = _ranks(graph)
     work: nx.DiGraph = nx.DiGraph()
     work.add_nodes_from(graph.nodes)
     chains: dict[tuple[Hashable, Hashable], list[Hashable]] = {}

@@ -13,7 +13,6 @@ COLOURS = {
     "integer": "#2a9d6f",
     "choice": "#9aa5b1",  # hp because the recipe says so
     "hp": "#e08a1e",  # hp although the recipe asks for integer
-    "absent": "#ffffff",
     "tensor": "#eef2f6",
     "quantize": "#dcefe6",
     "saved": "#3b73c4",
@@ -51,10 +50,9 @@ class Canvas:
         title: str = "",
         radius: float = 4,
         thickness: float = 1,
-        parent: ET.Element | None = None,
-    ) -> ET.Element:
+    ) -> None:
         shape = ET.SubElement(
-            self.root if parent is None else parent,
+            self.root,
             "rect",
             {
                 **{k: f"{v:.1f}" for k, v in {"x": x, "y": y, "width": width, "height": height, "rx": radius}.items()},
@@ -65,7 +63,6 @@ class Canvas:
         )
         if title:
             ET.SubElement(shape, "title").text = title
-        return shape
 
     def text(
         self,
