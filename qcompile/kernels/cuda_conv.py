@@ -20,7 +20,6 @@ from torch import Tensor
 from qcompile.geometry import Geometry
 from qcompile.kernels import note_launch
 from qcompile.kernels.fallback import ours_or_plain
-from qcompile.kernels.triton.launch import unavailable_reasons
 from qcompile.kernels.triton.tuning import max_k
 
 __all__ = ["operators"]
@@ -28,20 +27,17 @@ __all__ = ["operators"]
 Operators = dict[str, Callable[..., Tensor]]
 
 
-def operators(gathered: Operators, uses_triton: Callable[[torch.device], bool] | None = None) -> Operators:
+def operators(gathered: Operators, uses_triton: Callable[[torch.device], bool]) -> Operators:
     """The implementations of `qtrain::scaled_conv` and its gradients, for checked operands, by the operators' names.
 
     gathered     the implementations to fall back on
-    uses_triton  whether a device's GEMM is Triton's; None: wherever it can run
+    uses_triton  whether a device's GEMM is Triton's
     """
-
-    def available(device: torch.device) -> bool:
-        return uses_triton(device) if uses_triton is not None else not unavailable_reasons(device)
 
     def scaled_conv(input: Tensor, weight: Tensor, *rest: Any) -> Tensor:
         in_scale, w_scale, in_zero, w_zero, bias, *spelled, out_dtype = rest
         geometry = Geometry(*spelled)
-        if not (available(input.device) and _takes(geometry, weight.shape, in_zero, w_zero, "output")):
+        if not (uses_triton(input.device) and _takes(geometry, weight.shape, in_zero, w_zero, "output")):
             return gathered["scaled_conv"](input, weight, *rest)
         places = geometry.output_size(input.shape[2:], weight.shape[2:])
         shape = geometry.product("output", input.shape, weight.shape, (input.shape[0], 0, *places))
@@ -56,7 +52,7 @@ def operators(gathered: Operators, uses_triton: Callable[[torch.device], bool] |
     def scaled_conv_grad_input(grad_output: Tensor, weight: Tensor, *rest: Any) -> Tensor:
         g_scale, w_scale, g_zero, w_zero, input_size, *spelled, out_dtype = rest
         geometry = Geometry(*spelled)
-        if not (available(weight.device) and _takes(geometry, weight.shape, g_zero, w_zero, "grad_input")):
+        if not (uses_triton(weight.device) and _takes(geometry, weight.shape, g_zero, w_zero, "grad_input")):
             return gathered["scaled_conv_grad_input"](grad_output, weight, *rest)
         shape, places = geometry.product("grad_input", input_size, weight.shape, grad_output.shape), input_size[2:]
 
@@ -78,7 +74,7 @@ def operators(gathered: Operators, uses_triton: Callable[[torch.device], bool] |
         # The sum runs over the places of all images: as many of them at a time as int32 holds.
         images = max_k(big_zero is not None) // max(math.prod(small.shape[2:]), 1)
         fits = small_zero is None and _one(big_zero) and 0 < shape[2] and 0 < images
-        if not (fits and available(input.device)):
+        if not (fits and uses_triton(input.device)):
             return gathered["scaled_conv_grad_weight"](grad_output, input, *rest)
         from qcompile.kernels.cuda import transpose_codes_cuda
         from qcompile.kernels.triton import conv
