@@ -1,4 +1,4 @@
-"""The passes of qtrain, for use alone, in pipelines of one's own, and inside other compilers.
+"""The passes of qtrain, for use alone, in pipelines of your own, and inside other compilers.
 
     for p in passes.list_passes(): print(p.name, p.numerics, p.summary)
 

@@ -164,7 +164,7 @@ def set_value(node: fx.Node, value: Any) -> None:
 
 
 def refresh(node: fx.Node) -> None:
-    """Compute a node's fake value anew from those of its arguments."""
+    """Recompute a node's fake value from those of its arguments."""
     set_value(node, fake_result(node.graph, node.target, node.args, node.kwargs))
 
 
@@ -198,7 +198,7 @@ def replace(node: fx.Node, by: fx.Node) -> None:
 
 
 def refresh_values(graph: fx.Graph, changed: Iterable[fx.Node]) -> None:
-    """Compute the fake values of what follows these nodes anew, as far as they change: their strides are not what they were.
+    """Recompute the fake values that depend on these nodes, whose strides have changed, as far as the strides change.
 
     A view that the new strides do not allow becomes a `reshape`.
     """

@@ -25,7 +25,7 @@ __all__ = ["inductor_decompositions", "inline"]
 
 def inductor_decompositions() -> dict[Any, Any]:
     """What Inductor takes operators apart into: its private table, asked for here alone. Checked on torch 2.11 and 2.13."""
-    from torch._inductor.decomposition import select_decomp_table  # depends on Inductor's options: anew each time
+    from torch._inductor.decomposition import select_decomp_table  # depends on Inductor's options: not to be kept
 
     return select_decomp_table()
 

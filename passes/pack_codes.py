@@ -39,7 +39,7 @@ def pack_codes(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int) -> i
 
 
 def _bits(node: fx.Node) -> int:
-    """How many bits the codes have; 8 for what is no codes."""
+    """How many bits the codes have; 8 for anything else."""
     return node.args[3] if node.target is QUANTIZE else node.meta.get("qtrain_bits", 8)
 
 

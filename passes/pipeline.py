@@ -1,7 +1,7 @@
 """The order of the passes, and what runs them.
 
 `joint_steps` is the whole compiler up to the partitioner; `cut_steps` follow on the two halves together, `half_steps` on each. A
-step is a function from (graph, context) to a number of changes, so a pipeline of one's own is a list:
+step is a function from (graph, context) to a number of changes, so a pipeline of your own is a list:
 
     steps = joint_steps()
     steps = insert_before(steps, "fuse_matmul", Step("mine", my_pass))

@@ -20,7 +20,7 @@ def refuse(field: str, value: object, allowed: str, todo: str = "") -> NoReturn:
 def check_int(
     field: str, value: object, allowed: str, *, low: int | None = None, high: int | None = None
 ) -> None:
-    """Refuse what is no int (a bool is none here) or lies outside [low, high]."""
+    """Refuse anything but an int in [low, high]; a bool does not count as one."""
     if not isinstance(value, int) or isinstance(value, bool):
         refuse(field, value, allowed)
     if (low is not None and value < low) or (high is not None and value > high):
@@ -28,7 +28,7 @@ def check_int(
 
 
 def check_share(field: str, value: object, *, optional: bool = False) -> None:
-    """Refuse what is no number in [0, 1]; None passes if `optional`."""
+    """Refuse anything but a number in [0, 1]; None passes if `optional`."""
     if value is None and optional:
         return
     number = isinstance(value, int | float) and not isinstance(value, bool)
@@ -37,7 +37,7 @@ def check_share(field: str, value: object, *, optional: bool = False) -> None:
 
 
 def check_number(field: str, value: object, low: float, high: float, *, above: bool = False) -> None:
-    """Refuse what is no number in [low, high]; with `above`, in (low, high]. NaN is refused, a bool too."""
+    """Refuse anything but a number in [low, high]; with `above`, in (low, high]. NaN and bools are refused."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not number or not low <= value <= high or (above and value == low):  # type: ignore[operator]
         bounds = f"{'above' if above else 'from'} {low:g}" + ("" if high == float("inf") else f" to {high:g}")
@@ -45,14 +45,14 @@ def check_number(field: str, value: object, low: float, high: float, *, above: b
 
 
 def check_choice(field: str, value: object, allowed: Iterable[str]) -> None:
-    """Refuse what is none of the strings allowed."""
+    """Refuse anything but the strings allowed."""
     names = list(allowed)
     if value not in names:
         refuse(field, value, " or ".join(map(repr, names)), suggestion(value, names))
 
 
 def check_instance(field: str, value: object, kind: type, examples: str) -> None:
-    """Refuse what is no instance of `kind`; a class given in place of its instance gets a hint."""
+    """Refuse anything but an instance of `kind`; a class given in place of its instance gets a hint."""
     if isinstance(value, kind):
         return
     if isinstance(value, type) and issubclass(value, kind):

@@ -9,5 +9,5 @@ __all__ = ["same_size"]
 
 def same_size(size: int | torch.SymInt, other: int | torch.SymInt) -> bool:
     """Whether two sizes are equal, as far as can be said without a guard: a symbolic one is believed."""
-    plain = isinstance(size, int) and isinstance(other, int)  # torch.SymInt is no int
+    plain = isinstance(size, int) and isinstance(other, int)  # torch.SymInt is not an int
     return not plain or size == other

@@ -77,7 +77,7 @@ def _limits(bits: int) -> list[str]:
 
 
 def _draw_vector(element: Any, key: Any) -> str:
-    """In the vectors of gcc and clang: those of ATen are signed, and shift in several steps to mind every distance."""
+    """In the vector extension of gcc and clang: ATen's vectors are signed, and their shifts check the distance in several steps."""
     lanes = V.kernel._get_num_vectors(torch.float32) * V.kernel.vec_isa.nelements(torch.float32)
     floats = V.kernel._get_vec_type(torch.float32)
     kinds = {"Codes": "uint32_t", "Signed": "int32_t", "Draws": "float"}

@@ -92,7 +92,7 @@ class RangeEstimator:
 
     @property
     def restart_above(self) -> float | None:
-        """Share (0..1) of clipped elements above which the memory is made anew from the present tensor, by
+        """Share (0..1) of clipped elements above which the memory is rebuilt from the present tensor, by
         `first_update`; None: never. After a jump (the loss scale was doubled) an average would clip for many
         steps."""
         return None
@@ -108,7 +108,7 @@ class RangeEstimator:
 
         Called once a tensor, with the statistics of `statistics_for` and the state *before* the update; the
         result joins `stats`. Each value has the shape of a statistic. What depends on the stored range alone
-        and is read by `update` alone stands in nobody's way: a static estimator stays static.
+        and is read by `update` alone delays no quantize: a static estimator stays static.
         """
         return {}
 

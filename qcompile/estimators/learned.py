@@ -106,7 +106,7 @@ class LGLSQ(Learned):
     """LG-LSQ-style: LSQ with the slope of an arctangent soft round and a scaling by the discretization error.
 
     After the abstract of arXiv 2202.09009 (scaling simulated gradient, arctangent soft round, minimize discretization error); no
-    formula of that paper was to be had, and all formulas and constants here are our construction.
+    formula of that paper was available, and all formulas and constants here are our construction.
 
     sharpness_start, sharpness_end  of the soft round's slope, linear over the training; towards 0 it is straight through
     delta                           an element's gradient is multiplied by 1 + delta * sign(g) * (x - x_hat) / scale

@@ -241,7 +241,7 @@ def compare_captured(found: Capture) -> Comparison:
     if len(found.graphs) > 1:
         result.notes.append(
             f"{len(found.graphs)} graphs: each ran on the inputs that the quantized step gave it, so total errors "
-            "start anew in every graph"
+            "start from zero in every graph"
         )
     return result
 

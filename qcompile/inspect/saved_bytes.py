@@ -98,7 +98,7 @@ def saved_bytes(
     leaves = _leaves(outputs)
     for leaf in leaves:
         if not any(leaf is tensor for tensor in given):
-            named[f"parameter {tuple(leaf.shape)}"] = leaf  # of a plain function: its name is not to be had
+            named[f"parameter {tuple(leaf.shape)}"] = leaf  # of a plain function, whose tensors have no names
     alive = {storage_of(tensor) for tensor in [*given, *leaves, *outputs, *STORE.tensors(), *indices()]}
 
     entries: dict[int, SavedTensor] = {}

@@ -39,7 +39,7 @@ def check_shared(op: str, name: str, tensor: Tensor, shape: torch.Size | tuple[i
 
 
 def check_matrix(op: str, name: str, tensor: Tensor) -> None:
-    """Refuse what is no int8 matrix."""
+    """Refuse anything but an int8 matrix."""
     check_dtype(op, name, tensor, torch.int8)
     if tensor.ndim != 2:
         raise KernelError(

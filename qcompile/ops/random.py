@@ -137,7 +137,7 @@ def _fake_draws(key: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def check_key(op: str, key: Tensor) -> None:
-    """Refuse what is no key. Errors: `KernelError`."""
+    """Refuse anything but a key. Errors: `KernelError`."""
     if key.dtype is not torch.int64 or key.numel() != 1:
         raise KernelError(f"{op}: key is {key.dtype} {list(key.shape)}; allowed: one int64, as `draw_keys` returns it")
 

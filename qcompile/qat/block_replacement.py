@@ -1,7 +1,7 @@
 """Training a quantized model beside its full-precision counterpart, which takes over after every block.
 
 After "Improving Quantization-aware Training of Low-Precision Network via Block Replacement on Full-Precision Counterpart"
-(arXiv 2412.15846), of which no formula was to be had: the reading of its summaries and all defaults here are our choice.
+(arXiv 2412.15846), whose formulas were not available: the reading of its summaries and all defaults here are our choice.
 
     h_i = Q_i(h_{i-1}),  z_Q = h_n                                   the quantized model
     z_F = F_n(...F_1(x))                                             its partner: fixed, in eval mode

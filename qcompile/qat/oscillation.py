@@ -1,6 +1,6 @@
-"""Weights that jump to and fro between two codes, and freezing them.
+"""Weights that oscillate between two codes, and freezing them.
 
-Near the middle between two codes the straight-through gradient pushes a weight back and forth for ever. After Nagel et al.,
+Near the middle between two codes the straight-through gradient pushes a weight back and forth forever. After Nagel et al.,
 "Overcoming Oscillations in Quantization-Aware Training" (2022), reconstructed: an oscillation is a change of a code against the
 direction of its last change; its frequency is an exponential average; a weight above the threshold is frozen at the rounded
 average of its codes.

@@ -79,7 +79,7 @@ def prepare(
     first_last_bits      width of the first and the last of these layers in the order of `named_modules()`; None: no exception
     steps                optimizer steps of the whole training, for the sharpness of LG-LSQ's soft round
     widths               (step, bits) pairs: ((0, 8), (300, 4), (600, 3)); no width falls below the recipe's
-    freeze_oscillations  freeze weights that jump to and fro more often than this, in oscillations a step (0.02 is a start)
+    freeze_oscillations  freeze weights that oscillate more often than this, in oscillations a step (0.02 is a start)
 
     Errors: `StateError` for a model that is prepared already; `RecipeError` for a recipe that names no learned tensor, matches no
     layer, or asks for scales that no forward GEMM can take out of its sum. Where only the calibration fails, the model stays
