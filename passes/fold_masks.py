@@ -20,6 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
+from passes.context import PassContext
 from passes.cut import Cut, Saved, view_shape
 from passes.graph import QUANTIZE, VIEWS, aten, erase_unused
 from passes.inlining import inline
@@ -27,7 +28,7 @@ from passes.inlining import inline
 __all__ = ["fold_masks"]
 
 
-def fold_masks(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int) -> int:
+def fold_masks(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int, context: PassContext | None = None) -> int:
     """Return the number of masks that were folded into codes."""
     cut = Cut(forward, backward, num_fwd_outputs)
     codes_of: dict[fx.Node, Saved] = {}

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from torch import fx
 
+from passes.context import PassContext
 from passes.cut import Cut, Saved
 from passes.graph import PACK_CODES, PERMUTE, QUANTIZE, SCALED_MM, UNPACK_CODES, call
 from qcompile.ops import codes_per_byte
@@ -24,7 +25,7 @@ from qcompile.ops import codes_per_byte
 __all__ = ["pack_codes"]
 
 
-def pack_codes(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int) -> int:
+def pack_codes(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int, context: PassContext | None = None) -> int:
     """Return the number of saved tensors of codes that were packed."""
     cut = Cut(forward, backward, num_fwd_outputs)
     packed = 0

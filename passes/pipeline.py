@@ -83,7 +83,7 @@ __all__ = [
 Numerics = Literal["exact", "changes"]
 
 GraphFunction = Callable[[fx.Graph, PassContext], "int | None"]
-CutFunction = Callable[[fx.Graph, fx.Graph, int], "int | None"]
+CutFunction = Callable[[fx.Graph, fx.Graph, int, PassContext | None], "int | None"]
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,10 @@ def joint_steps() -> list[Step]:
 
 @dataclass(frozen=True)
 class CutStep:
-    """One pass over the two halves of a graph: `run(forward, backward, number of the user's outputs)` -> number of changes."""
+    """One pass over the two halves of a graph: `run(forward, backward, num_fwd_outputs, context)` -> number of changes.
+
+    num_fwd_outputs  how many of the forward half's outputs are the user's; the others are saved for backward
+    """
 
     name: str
     run: CutFunction
@@ -134,13 +137,13 @@ def _check_step(step: Step | CutStep) -> None:
         raise ValueError(f"step {step.name!r}: numerics={step.numerics!r}; allowed: {', '.join(map(repr, get_args(Numerics)))}")
 
 
-def cut_steps(context: PassContext | None = None) -> list[CutStep]:
-    """The passes over the two halves after the partitioner, in order. `context`: its recipe's `compress_saved`."""
+def cut_steps() -> list[CutStep]:
+    """The passes over the two halves after the partitioner, in order."""
     return [
-        CutStep("save_codes", partial(save_codes, context=context)),
+        CutStep("save_codes", save_codes),
         CutStep("fold_masks", fold_masks),
-        CutStep("compress_saved", partial(compress_saved, context=context), "changes"),
-        CutStep("pack_masks", partial(pack_masks, context=context)),
+        CutStep("compress_saved", compress_saved, "changes"),
+        CutStep("pack_masks", pack_masks),
         CutStep("pack_codes", pack_codes),
         CutStep("save_transposed", save_transposed),  # not codes that a mask has been folded into
         CutStep("store_masks", store_masks),
@@ -290,12 +293,12 @@ def run_cut_steps(
     """Run `cut_steps` on the two halves of a joint graph; return the number of changes."""
     names, total = skipped(), 0
     halves = {FORWARD: forward, BACKWARD: backward}
-    for number, step in enumerate(cut_steps(context), start=len(joint_steps())):
+    for number, step in enumerate(cut_steps(), start=len(joint_steps())):
         if step.name in names:
             continue
         for phase, half in halves.items():
             dump(half, number, step.name, f"{phase}.before")
-        changes = step.run(forward, backward, num_fwd_outputs) or 0
+        changes = step.run(forward, backward, num_fwd_outputs, context) or 0
         if context is not None:
             context.counts[step.name] = changes
         for half in halves.values():

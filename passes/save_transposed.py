@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from torch import fx
 
+from passes.context import PassContext
 from passes.cut import Cut, Saved
 from passes.graph import PERMUTE, QUANTIZE, SCALED_MM, TRANSPOSE, call, on_gpu, replace
 from passes.in_memory import in_memory
@@ -27,7 +28,7 @@ from passes.in_memory import in_memory
 __all__ = ["save_transposed"]
 
 
-def save_transposed(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int) -> int:
+def save_transposed(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int, context: PassContext | None = None) -> int:
     """Return the number of matrices of codes that are saved transposed."""
     cut = Cut(forward, backward, num_fwd_outputs)
     codes = [saved for saved in cut.saved() if saved.node.target is QUANTIZE and saved.value.ndim == 2 and on_gpu(saved.node)]

@@ -18,13 +18,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
+from passes.context import PassContext
 from passes.cut import Cut, Saved
 from passes.inlining import inline
 
 __all__ = ["store_masks"]
 
 
-def store_masks(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int) -> int:
+def store_masks(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int, context: PassContext | None = None) -> int:
     """Return the number of masks."""
     cut = Cut(forward, backward, num_fwd_outputs)
     masks = [saved for saved in cut.saved() if saved.value.dtype is torch.bool and saved.value.device.type == "cpu"]
