@@ -185,8 +185,8 @@ def _statistics_kept(modules: Any) -> Iterator[None]:
     finally:
         for norm, (momentum, count) in zip(kept, before, strict=True):
             norm.momentum = momentum
-            if count is not None:
-                norm.num_batches_tracked.copy_(count)  # type: ignore[union-attr]
+            if norm.num_batches_tracked is not None and count is not None:
+                norm.num_batches_tracked.copy_(count)
 
 
 def _check_partner(quantized: nn.Module, full_precision: nn.Module) -> None:
