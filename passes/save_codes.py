@@ -8,7 +8,7 @@ Before                                          After
 
 Left to itself the partitioner recomputes codes, scales and zero points where their source is saved. From a source in few bits they
 would be others. So would masks: where a normalization's input is within half a code of the place at which its result crosses 0,
-a ReLU's gradient would come or go as a whole. A mask takes a bit, or nothing where it rides in codes (`fold_masks`). What follows
+a ReLU's gradient would come or go as a whole. A mask takes a bit, or nothing where codes hold it (`fold_masks`). What follows
 from the graph's inputs alone is still recomputed, for inputs are not compressed, and so is the sign of a saved tensor itself:
 `compress_saved` keeps signs.
 
