@@ -234,7 +234,7 @@ ACCURACY = [
           {**_QUARTER, **_SHORT, "recipes": ["fp32", "int8", "int8_in_hindsight"], "seeds": MANY},
           {"model": "mobilenet_v2", **_FULL_ALL}, _cnn, _images),
     _task("vit", "a vision transformer on Fashion-MNIST, from scratch",
-          {**_VIT, **_SHORT_FEW, "model_width": 1 / 3}, {**_VIT, **_FULL_ALL, "epochs": 60}, _cnn, _images),
+          {**_VIT, **_SHORT_FEW, "epochs": 12, "model_width": 1 / 3}, {**_VIT, **_FULL_ALL, "epochs": 60}, _cnn, _images),
     _task("efficientnet", "EfficientNet-Lite0 with ImageNet's weights, fine-tuned on Fashion-MNIST",
           {**_LITE, **_SHORT_FEW, "images": 1_000, "test_images": 1_000, "epochs": 2, "batch": 32, "pixels": 64},
           {**_LITE, **_FULL_ALL, "epochs": 5, "batch": 64, "pixels": 224},
