@@ -98,8 +98,8 @@ def _recomputed_operands(backward: fx.Graph) -> list[fx.Node]:
 def _left_exact(cut: Cut, saved: dict[fx.Node, Saved], spec: SavedSpec) -> set[fx.Node]:
     """The tensors that take no more bytes as they are than in few bits with the codes that backward computes from them."""
     values = {n for n, s in saved.items() if s.value.is_floating_point()}
-    shared = nx.Graph()
-    for codes in _recomputed_operands(cut.backward):
+    shared, operands = nx.Graph(), _recomputed_operands(cut.backward)
+    for codes in operands:
         if codes.target is QUANTIZE:
             shared.add_edges_from((codes, value) for value in values & source_placeholders(codes))
     gradients = depends_on_gradients(cut.backward)
@@ -114,7 +114,7 @@ def _left_exact(cut: Cut, saved: dict[fx.Node, Saved], spec: SavedSpec) -> set[f
             if size * 16 < largest:
                 continue  # a statistic, which stays as it is
             before += size * itemsize
-            if n not in restored and _meets_gradients(n, gradients, but=group):
+            if n not in restored and _meets_gradients(n, gradients, but=operands):
                 after += spec.stored(size)
         if after >= before:
             found |= tensors

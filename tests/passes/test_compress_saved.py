@@ -127,6 +127,14 @@ def test_what_would_take_no_fewer_bytes_stays(activation):
     assert totals[4] < totals[8] <= totals[None]
 
 
+def test_codes_alone_take_the_place_of_a_source_that_nothing_else_reads():
+    """A ReLU's input: from its codes backward gets the operand of a GEMM, and the mask from their sign."""
+    model, x = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32)), torch.randn(256, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        few = capture(model, x, recipe=get_recipe("int8").replace(compress_saved=8)).saved_bytes()
+    assert all(e.dtype is torch.int8 for e in few.entries if e.bytes >= 256 * 32)
+
+
 def test_codes_that_are_saved_anyway_stand_for_their_tensor():
     """An attention's output is the next GEMM's input: its codes are dequantized for attention's backward."""
     few = captured("int8", 8)
