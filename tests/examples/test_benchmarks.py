@@ -50,7 +50,7 @@ def test_saved_weighs_what_the_recipe_says(capsys):
     few, codes = saved.main("--width 32 --tokens 512 --recipes none+8,int8+8".split())[2:4]
     assert (few["recipe"], few["model"]) == ("none+8", "MLP, relu")
     assert 0.5 < few["x bf16"] < 0.6 and 0.4 < codes["x bf16"] < 0.6
-    assert 30 < codes["SNR dB"] < few["SNR dB"] + 3 < 50
+    assert 30 < codes["SNR dB"] < few["SNR dB"] < 60
     assert "x bf16" in capsys.readouterr().out
 
 
