@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # examples/ is not on the pa
 
 from benchmarks.peers import PEERS
 
+from qcompile.errors import first_line
 from qcompile.kernels import record_launches
 
 __all__ = [
@@ -153,20 +154,24 @@ def measure(
             if variant.endswith(GRAPHS):  # a replay asks no operator, and its memory is there before it
                 launches, result.peak = in_the_first, None
         except torch.OutOfMemoryError as error:
-            result.left_out = _first_line(error)
+            result.left_out = first_line(error)
             continue
         except Exception as error:
             if variant not in FOREIGN and not variant.endswith(GRAPHS):
                 raise
-            result.left_out = _first_line(error)
+            result.left_out = first_line(error)
             continue
         result.errors = {name: relative_error(got[name], want) for name, want in exact.items()}
         result.gemms, result.kernels = len(launches), kernels_of(step, device) or sorted({x.kernel for x in launches})
         del got
         steps[variant] = step
-    for step in steps.values():  # the reset for each variant made the ones before it compile anew
-        for _ in range(WARM):
-            step()
+    for result in [r for r in results if r.variant in steps]:  # the reset for each variant made the ones before it compile anew
+        try:
+            for _ in range(WARM):
+                steps[result.variant]()
+        except torch.OutOfMemoryError as error:  # alone it fits, but not beside the others
+            result.left_out = first_line(error)
+            del steps[result.variant]
     timed = [result for result in results if result.variant in steps]
     repeats = {variant: max(1, round(SAMPLE / max(milliseconds(step, device), 1e-3))) for variant, step in steps.items()}
     for number in range(rounds):
@@ -262,7 +267,3 @@ def table(results: Sequence[Result]) -> str:
 def autocast(device: str, enabled: bool) -> contextlib.AbstractContextManager[object]:
     """bf16 autocast, or nothing."""
     return torch.autocast(device, torch.bfloat16) if enabled else contextlib.nullcontext()
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0]

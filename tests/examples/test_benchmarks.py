@@ -54,6 +54,24 @@ def test_saved_weighs_what_the_recipe_says(capsys):
     assert "x bf16" in capsys.readouterr().out
 
 
+def test_a_variant_that_does_not_fit_beside_the_others_is_left_out():
+    x, made = torch.ones(4), []
+
+    def make_step(variant):
+        made.append(variant)
+
+        def step():
+            if variant == "bf16" and "int8" in made:
+                raise torch.OutOfMemoryError("out of memory beside int8")
+            return {"y": [x]}
+
+        return step
+
+    results = harness.measure(["fp32", "bf16", "int8"], {}, make_step, {"y": [x]}, 2, "cpu")
+    assert [len(r.times) for r in results] == [2, 0, 2]
+    assert [r.left_out for r in results] == [None, "OutOfMemoryError: out of memory beside int8", None]
+
+
 def test_linear_has_a_row_for_each_variant_with_what_ran(capsys, monkeypatch, tmp_path, quick):
     monkeypatch.setitem(sys.modules, "torchao.prototype.quantized_training", None)
     path = tmp_path / "linear.json"
