@@ -260,7 +260,7 @@ def operand_from_dict(data: object, where: str) -> QuantSpec | None:
 class SavedSpec:
     """How a tensor is stored between forward and backward that no integer GEMM reads.
 
-    bits   8 or 4 (two codes a byte): symmetric codes, rounded to nearest.
+    bits   8 or 4 (two codes a byte): symmetric codes, rounded to nearest, or to the middle of a step where backward reads the sign.
     group  how many consecutive elements share a scale (bf16), 16 to 4096, a power of two.
     """
 
