@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -20,14 +20,14 @@ from qcompile.specs import QuantSpec
 from qcompile.state.decisions import Decisions
 
 __all__ = [
-    "EMULATED",
     "OPERANDS",
-    "PROFIT_FILTER",
     "Block",
+    "Cause",
     "Crossing",
     "Entry",
     "Gemm",
     "PassContext",
+    "Reason",
     "Site",
     "StateLayout",
     "device_of",
@@ -36,23 +36,41 @@ __all__ = [
 ]
 
 
-EMULATED = "quantized operands, high-precision arithmetic"
-"""How the reason of a GEMM begins that no integer kernel would run faster, so that none does."""
+Cause = Literal["recipe", "emulated", "measured", "unsupported"]
 
-PROFIT_FILTER = "profit filter"
-"""How the reason of a GEMM begins that was measured slower in integers."""
+
+@dataclass(frozen=True)
+class Reason:
+    """Why a GEMM stays in high precision.
+
+    cause  "recipe"       the recipe leaves it out: `skip`, `ops`, an override, an operand without a spec
+           "emulated"     its operands are quantized, and no integer kernel would multiply them faster (depthwise)
+           "measured"     its integer form was measured slower (the profit filter)
+           "unsupported"  it was asked for, and no integer kernel computes it
+    """
+
+    text: str
+    cause: Cause = "unsupported"
+
+    @property
+    def by_choice(self) -> bool:
+        """Whether it could be an integer GEMM, and is not wanted to be one."""
+        return self.cause != "unsupported"
+
+    def __str__(self) -> str:
+        return self.text
 
 
 @dataclass
 class Gemm:
     """One GEMM of a site as the compiler left it. `reason` says why it stayed in high precision; None: it is an integer GEMM.
 
-    With a reason *and* specs its operands are quantized, and computed with in high precision (`EMULATED`).
+    With a reason *and* specs its operands are quantized, and computed with in high precision.
     """
 
     role: str
     node: str = ""
-    reason: str | None = None
+    reason: Reason | None = None
     shape: tuple[object, ...] = ()  # M, N, K; ints or symbolic sizes
     specs: tuple[QuantSpec, QuantSpec] | None = None
     kernel: str | None = None  # filled by lowering
@@ -232,6 +250,11 @@ class PassContext:
     def resolve(self, site: Site) -> SiteRecipe:
         """What the recipe says about a site."""
         return self.recipe.resolve(*self.names(site), kind=site.kind)
+
+    def left_out(self, site: Site, role: str) -> Reason | None:
+        """Why the recipe wants a GEMM of a site in high precision; None: it does not."""
+        text = self.resolve(site).reason(role if role in OPERANDS else "output")
+        return None if text is None else Reason(text, "recipe")
 
     def gemms(self) -> Iterator[tuple[Site, Gemm]]:
         for site in self.sites:

@@ -31,7 +31,7 @@ import torch
 from torch import fx
 from torch._ops import HigherOrderOperator
 
-from passes.context import Gemm, PassContext, Site
+from passes.context import Gemm, PassContext, Reason, Site
 from passes.gemms import BATCHED, CONVOLUTION, CONVOLUTIONS, GEMMS, geometry, operands, product_shape
 from passes.graph import BACKWARD, CONV_GRAD_INPUT, CONV_GRAD_WEIGHT, phase_of, size_hint
 from passes.operands import Operand, resolve_operand, unquantized
@@ -141,7 +141,7 @@ def _assign_backward(backward: list[fx.Node], forward: list[_Forward], distances
         if sequence is not None and sequence in distances:
             gemms = distances[sequence].gemms
             role = "grad_weight" if "grad_input" in gemms else "grad_input"
-            gemms[role] = Gemm(role, node=node.name, shape=product_shape(node), reason=DISTANCES)
+            gemms[role] = Gemm(role, node=node.name, shape=product_shape(node), reason=Reason(DISTANCES))
         elif gradients := _gradients(node, forward if sequence is None else by_sequence.get(sequence, [])):
             _assign(node, gradients[0])
         else:
@@ -283,8 +283,8 @@ def _record_unknown(node: fx.Node, context: PassContext, names: Counter[str]) ->
     op = _packet(node)
     name = _unique(f"{module}:{node.name}" if module else node.name, names, functional=True)
     site = Site(name, op, kind="unknown", module=module)
-    site.gemms["unknown"] = Gemm("unknown", node=node.name, shape=product_shape(node))
-    site.gemms["unknown"].reason = "not recognised as the gradient of a forward GEMM of this graph"
+    reason = Reason("not recognised as the gradient of a forward GEMM of this graph")
+    site.gemms["unknown"] = Gemm("unknown", node=node.name, shape=product_shape(node), reason=reason)
     context.sites.append(site)
 
 
@@ -322,7 +322,7 @@ def _record_distances(node: fx.Node, context: PassContext, names: Counter[str]) 
     """The product inside `cdist`, which PyTorch writes out while it is traced: a site that stays in high precision."""
     module, _ = _module_of(node)
     site = Site(_unique(f"{module}:cdist" if module else "cdist", names, functional=True), "cdist", kind="bmm", module=module)
-    site.gemms["output"] = Gemm("output", node=node.name, shape=product_shape(node), reason=DISTANCES)
+    site.gemms["output"] = Gemm("output", node=node.name, shape=product_shape(node), reason=Reason(DISTANCES))
     context.sites.append(site)
     return site
 
@@ -346,7 +346,7 @@ def _record_fused(node: fx.Node, reason: str, context: PassContext, names: Count
     seconds = node.all_input_nodes if reason is BODY else [node.args[1]] if reason is GROUPED else []
     kind = "linear" if any(n in weights for n in seconds) else "bmm"
     site = Site(_unique(f"{module}:{op}" if module else op, names, functional=True), op, kind=kind, module=module)
-    site.gemms["output"] = Gemm("output", node=node.name, reason=reason)
+    site.gemms["output"] = Gemm("output", node=node.name, reason=Reason(reason))
     sequence = node.meta.get("seq_nr")
     for other in node.graph.nodes:
         same = sequence is not None and other.meta.get("seq_nr") == sequence and other.op == "call_function"
@@ -358,7 +358,7 @@ def _record_fused(node: fx.Node, reason: str, context: PassContext, names: Count
             roles = ["grad_input" if "grad_input" not in site.gemms else "grad_weight"]
         else:
             continue
-        site.gemms.update({role: Gemm(role, node=other.name, reason=reason) for role in roles})
+        site.gemms.update({role: Gemm(role, node=other.name, reason=Reason(reason)) for role in roles})
     context.sites.append(site)
 
 
@@ -368,12 +368,12 @@ def _add_gemm(site: Site, role: str, node: fx.Node, names: tuple[str, str]) -> N
         node.meta["qtrain_gemm"] = GemmNode(site.name, role, names)
 
 
-def _unsupported(node: fx.Node) -> str | None:
+def _unsupported(node: fx.Node) -> Reason | None:
     """Why this node cannot become an integer GEMM, whatever the recipe says."""
     for tensor in operands(node):
         dtype = tensor.meta["val"].dtype
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            return f"operands are {str(dtype).removeprefix('torch.')}; integer GEMMs take float32, bfloat16 and float16"
+            return Reason(f"operands are {str(dtype).removeprefix('torch.')}; integer GEMMs take float32, bfloat16 and float16")
     return None
 
 

@@ -47,7 +47,7 @@ from dataclasses import dataclass, replace
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from passes.context import EMULATED, OPERANDS, PassContext, Site
+from passes.context import PassContext, Reason, Site
 from passes.find_sites import GemmNode
 from passes.gemms import BATCHED, CONVOLUTIONS, GEMMS, is_depthwise, kept_axis, operands, shared_axes
 from passes.graph import (
@@ -68,7 +68,6 @@ from passes.graph import (
     scope_of,
 )
 from passes.operands import Operand, resolve_operand
-from passes.report import by_choice
 from qcompile.estimators.learned import Learned
 from qcompile.specs import PerBlock, PerChannel, PerRow, PerTensor, QuantSpec
 
@@ -108,10 +107,10 @@ def insert_qdq(graph: fx.Graph, context: PassContext) -> int:
         site = context.site(where.site)
         gemm = site.gemms[where.role]
         if node.meta.get("qtrain_quantized") or node.meta.get("qtrain_hp"):  # by an earlier run; kept by the profit filter
-            gemm.reason = gemm.reason or context.resolve(site).reason(where.role)
+            gemm.reason = gemm.reason or context.left_out(site, where.role)
             continue
         plans = _plans(node, where, site, context, ends, model_quantizes)
-        if isinstance(plans, str):
+        if isinstance(plans, Reason):
             gemm.reason = plans
             if all(m.target is DEQUANTIZE for m in operands(node)):  # the model's own quantizers: not to be fused
                 node.meta["qtrain_hp"] = True
@@ -131,42 +130,44 @@ def insert_qdq(graph: fx.Graph, context: PassContext) -> int:
 
 def _plans(
     node: fx.Node, where: GemmNode, site: Site, context: PassContext, ends: tuple[str, ...], model_quantizes: bool
-) -> list[_Plan] | str:
+) -> list[_Plan] | Reason:
     """What to do with both operands of a GEMM, or why it stays in high precision."""
     resolved = context.resolve(site)
     pair = resolved.gemm(where.role)
     if pair is None:
-        return resolved.reason(where.role) or ""
+        return Reason(resolved.reason(where.role) or "", "recipe")
     if site.name in ends:
-        return f"recipe: skip_first_last, this is the {'first' if site.name == ends[0] else 'last'} layer"
+        return Reason(f"recipe: skip_first_last, this is the {'first' if site.name == ends[0] else 'last'} layer", "recipe")
     specs = dict(zip(site.operands(where.role), pair, strict=True))
     plans: list[_Plan] = []
     for side, name in enumerate(where.operands):
         plan = _plan(node, side, name, specs[name], model_quantizes, resolved.hadamard(where.role))
-        if isinstance(plan, str):
+        if isinstance(plan, Reason):
             return plan
         plans.append(plan)
     return plans
 
 
-def _why_emulated(node: fx.Node, plans: list[_Plan]) -> str | None:
+def _why_emulated(node: fx.Node, plans: list[_Plan]) -> Reason | None:
     """Why a GEMM of quantized operands is computed in high precision; None: it is not."""
     by_block = [plan for plan in plans if plan.dims is not None and isinstance(plan.spec.granularity, PerBlock)]
     if by_block:
         what = " and ".join(f"{plan.name} {plan.spec.granularity}" for plan in by_block)
-        return f"{what}: quantized, and multiplied in high precision; no integer kernel sums over several scales"
-    return f"{EMULATED}: depthwise, where an int8 kernel does not pay" if is_depthwise(node) else None
+        return Reason(f"{what}: quantized, and multiplied in high precision; no integer kernel sums over several scales")
+    if is_depthwise(node):
+        return Reason("quantized operands, high-precision arithmetic: depthwise, where an int8 kernel does not pay", "emulated")
+    return None
 
 
 def _plan(
     node: fx.Node, side: int, name: str, spec: QuantSpec, model_quantizes: bool, hadamard: int | None = None
-) -> _Plan | str:
+) -> _Plan | Reason:
     """What to do with an operand, or why it cannot be codes."""
     matrix = operands(node)[side]
     operand = resolve_operand(matrix, batched=node.target in BATCHED)
     learned = isinstance(spec.estimator, Learned)
     if hadamard is not None and (why := _no_hadamard(hadamard, node, side, name, operand)):
-        return why
+        return Reason(why)
     codes = operand.source.op == "call_function" and operand.source.target is DEQUANTIZE
     if codes and _scales_fit(node, side, operand):
         return _Plan(matrix, operand, name, _spec_in_use(operand.source, spec), None)
@@ -174,15 +175,17 @@ def _plan(
         dims = _scale_dims(spec, node, side, operand, name)
         if isinstance(dims, list) and (why := _changes_size(spec, name, node.meta["qtrain_gemm"].role, node.target in BATCHED)):
             dims = why
-        return dims if isinstance(dims, str) else _Plan(matrix, operand, name, spec, dims, hadamard)
+        return Reason(dims) if isinstance(dims, str) else _Plan(matrix, operand, name, spec, dims, hadamard)
     if codes:
-        return (
+        return Reason(
             f"{name}: its learned scales lie along an axis that is summed over; give this GEMM a spec of its own, as in "
             f"GemmSpec({name}=QuantSpec())"
         )
     if model_quantizes:
-        return f"recipe: no learned scale for {name} here; prepare left the layer out"
-    return f"{name}: its scale is to be learned, and the model has none; call qcompile.prepare(model, recipe) before torch.compile"
+        return Reason(f"recipe: no learned scale for {name} here; prepare left the layer out", "recipe")
+    return Reason(
+        f"{name}: its scale is to be learned, and the model has none; call qcompile.prepare(model, recipe) before torch.compile"
+    )
 
 
 def _no_hadamard(block: int, node: fx.Node, side: int, name: str, operand: Operand) -> str | None:
@@ -265,9 +268,8 @@ def _ends(graph: fx.Graph, context: PassContext) -> tuple[str, ...]:
 def _prefer_choices(context: PassContext) -> None:
     """Where the recipe leaves a GEMM out, that is the reason; not that it could not be integer anyway."""
     for site, gemm in context.gemms():
-        if gemm.reason is not None and not by_choice(gemm.reason):
-            role = gemm.role if gemm.role in OPERANDS else "output"
-            gemm.reason = context.resolve(site).reason(role) or gemm.reason
+        if gemm.reason is not None and not gemm.reason.by_choice:
+            gemm.reason = context.left_out(site, gemm.role) or gemm.reason
 
 
 def _matrix_sizes(node: fx.Node, side: int, operand: Operand) -> list[object]:

@@ -30,7 +30,7 @@ from collections.abc import Mapping, Sequence
 import networkx
 from torch import fx
 
-from passes.context import PROFIT_FILTER, PassContext
+from passes.context import PassContext, Reason
 from passes.find_sites import gemm_of
 from passes.gemm_costs import GemmCost, gemm_costs, measured_costs, quantized_copy
 from qcompile.kernels import profit
@@ -62,10 +62,10 @@ def keep_slow_gemms_hp(graph: fx.Graph, context: PassContext) -> int:
     return kept
 
 
-def reason(decision: Decision) -> str:
+def reason(decision: Decision) -> Reason:
     """Why a GEMM stays in high precision, for reports."""
     ours, hp = (_milliseconds(s) for s in (decision.integer_seconds, decision.hp_seconds))
-    return f"{PROFIT_FILTER}: measured {ours} in integers with its quantizes, {hp} in high precision"
+    return Reason(f"profit filter: measured {ours} in integers with its quantizes, {hp} in high precision", "measured")
 
 
 def _milliseconds(seconds: float) -> str:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import warnings
 
-from passes.context import EMULATED, PROFIT_FILTER, PassContext
+from passes.context import PassContext
 from qcompile._checks import suggestion
 from qcompile.errors import QtrainWarning, UnsupportedError
 
-__all__ = ["by_choice", "tell_what_stays_hp"]
-
-_CHOICES = ("skipped by", "recipe:", "override", EMULATED, PROFIT_FILTER)
-"""How reasons begin that are a choice: of the recipe (`Recipe.resolve`), of its overrides, or of what pays on the device."""
+__all__ = ["tell_what_stays_hp"]
 
 
 def tell_what_stays_hp(context: PassContext) -> None:
@@ -25,13 +22,13 @@ def tell_what_stays_hp(context: PassContext) -> None:
         known = ", ".join(map(repr, names[:4])) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         told = f"recipe {context.recipe.name!r}: no site matches {', '.join(map(repr, unmatched))}; there are {known}"
         _warn(f"{told}. {suggestion(unmatched[0], names)}".rstrip())
-    slow = [(s, g) for s, g in context.gemms() if g.reason is not None and g.reason.startswith(PROFIT_FILTER)]
+    slow = [(s, g) for s, g in context.gemms() if g.reason is not None and g.reason.cause == "measured"]
     if slow:
         _warn(
             f"profit filter: {len(slow)} of {sum(1 for _ in context.gemms())} GEMMs stay in high precision, faster here; "
             f"first {slow[0][0].name}.{slow[0][1].role}: {slow[0][1].reason}. qcompile.explain(model, ...) lists them all."
         )
-    stuck = [(s, g) for s, g in context.gemms() if g.reason is not None and not by_choice(g.reason)]
+    stuck = [(s, g) for s, g in context.gemms() if g.reason is not None and g.reason.cause == "unsupported"]
     if not stuck:
         return
     lines = [f"{s.name}.{g.role}: {g.reason}" for s, g in stuck]
@@ -46,11 +43,6 @@ def tell_what_stays_hp(context: PassContext) -> None:
         f"{len(stuck)} of {total} GEMMs stay in high precision, first {lines[0]}. "
         "qcompile.explain(model, ...) lists them all; strict=True raises."
     )
-
-
-def by_choice(reason: str) -> bool:
-    """Whether a GEMM is in high precision because the recipe says so, or because nothing would be gained (depthwise, measured)."""
-    return reason.startswith(_CHOICES)
 
 
 def _warn(message: str) -> None:

@@ -213,7 +213,7 @@ def test_an_estimator_with_memory_cannot_have_a_range_for_each_token(interpreted
     with pytest.warns(QtrainWarning, match="2 of 3 GEMMs"):
         for tokens in (6, 9):
             assert train(compiled(model, recipe), torch.randn(tokens, 16, requires_grad=True)) == 1
-    reasons = {gemm.role: gemm.reason for _, gemm in compiled_graphs()[-1].context.gemms() if gemm.reason is not None}
+    reasons = {gemm.role: gemm.reason.text for _, gemm in compiled_graphs()[-1].context.gemms() if gemm.reason is not None}
     assert set(reasons) == {"output", "grad_input"}
     assert reasons["output"].startswith("input: InHindsight") and reasons["grad_input"].startswith("grad_output: InHindsight")
     assert "PerTensor()" in reasons["output"] and "MinMax()" in reasons["output"]

@@ -24,7 +24,7 @@ def skipped():
     found = set()
     for graph in compiled_graphs():
         for site, gemm in graph.context.gemms():
-            if (gemm.reason or "").startswith("skipped"):
+            if str(gemm.reason).startswith("skipped"):
                 found.add(graph.context.names(site)[0])
     return found
 

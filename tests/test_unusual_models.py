@@ -64,7 +64,8 @@ class WithProducts(nn.Module):
 
 
 def kinds():
-    return {(site.name, site.kind, gemm.role): gemm.reason for graph in compiled_graphs() for site, gemm in graph.context.gemms()}
+    gemms = [found for graph in compiled_graphs() for found in graph.context.gemms()]
+    return {(site.name, site.kind, gemm.role): gemm.reason and gemm.reason.text for site, gemm in gemms}
 
 
 @pytest.mark.parametrize("recipe", ["int8", "int8_in_hindsight"])

@@ -88,7 +88,7 @@ class Recording(Compilation):
         find_sites(graph, self.context)
         for site, gemm in self.context.gemms():
             if gemm.reason is None:
-                gemm.reason = self.context.resolve(site).reason(gemm.role)
+                gemm.reason = self.context.left_out(site, gemm.role)
 
     def on_step(self, name: str, graph: fx.Graph) -> None:
         label_nodes(graph, self.context)

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 from markupsafe import Markup
 
 from passes.context import OPERANDS
-from passes.report import by_choice
 from qcompile.inspect.modules import module_of_site
 from qcompile.inspect.page import render
 from qcompile.inspect.report_text import size_text
@@ -82,11 +81,10 @@ def _cell(gemm: GemmReport | None) -> dict[str, Any] | None:
         hp = f", hp {1e3 * gemm.hp_seconds:.3f} ms" if gemm.hp_seconds and gemm.integer else ""
         lines.append(f"{1e3 * gemm.seconds:.3f} ms{hp}")
     lines += [f"{operand}: {scale}" for operand, scale in gemm.scales.items()]
-    reason = gemm.reason or ""
     return {
-        "kind": "integer" if gemm.integer else "choice" if by_choice(reason) else "hp",
+        "kind": "integer" if gemm.integer else "hp" if gemm.cause == "unsupported" else "choice",
         "text": gemm.kernel or "hp",
         "shape": " x ".join(map(str, gemm.shape)),
-        "reason": reason,
+        "reason": gemm.reason or "",
         "lines": lines,
     }

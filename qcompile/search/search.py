@@ -246,7 +246,7 @@ def _checked_candidates(candidates: Sequence[str | Recipe]) -> dict[str, Recipe]
 def _nothing_to_quantize(candidates: Sequence[Candidate]) -> str:
     reasons: dict[str, None] = {}
     for graph in candidates[0].capture.graphs:
-        reasons.update(dict.fromkeys(g.reason for _, g in graph.context.gemms() if g.reason is not None))
+        reasons.update(dict.fromkeys(str(g.reason) for _, g in graph.context.gemms() if g.reason is not None))
     why = "; ".join(list(reasons)[:3]) or "it has no linear layer or convolution in a graph"
     names = ", ".join(c.name for c in candidates)
     return f"search_recipe: none of the model's GEMMs can be an integer GEMM under {names}: {why}"

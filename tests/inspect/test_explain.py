@@ -95,6 +95,7 @@ def test_reasons_of_the_recipe():
     report = qcompile.explain(MLP(), torch.randn(ROWS, 16), recipe=recipe)
     sites = by_name(report)
     assert {g.reason for g in sites["up"].gemms.values()} == {"skipped by 'up'"}
+    assert {g.cause for g in report.gemms} == {"recipe", None}
     assert sites["down"].gemms["grad_input"].reason == "recipe: grad_input=None"
     assert (sites["up"].gemms["output"].kernel, sites["up"].operands()) == (None, {})
     assert report.integer_gemms == 2 and report.unmatched == ["lm_head"]

@@ -31,7 +31,7 @@ def inserted(recipe, *, inputs=None, parameters=(1, 2), function=linear, **optio
 
 
 def reasons(joint):
-    return {role: g.reason for s in joint.context.sites for role, g in s.gemms.items()}
+    return {role: g.reason and g.reason.text for s in joint.context.sites for role, g in s.gemms.items()}
 
 
 def test_both_operands_of_every_gemm_are_dequantized():

@@ -47,7 +47,7 @@ def times(monkeypatch, *, integer=1.0, hp=2.0, quantize=0.0, transpose=0.0, cast
 
 def run(joint):
     Pipeline(joint_steps(), joint.context).run(joint.graph)
-    return [g.reason for _, g in joint.context.gemms()]
+    return [g.reason and g.reason.text for _, g in joint.context.gemms()]
 
 
 def test_without_the_option_nothing_is_measured(monkeypatch):
@@ -148,7 +148,7 @@ def test_decisions_that_were_made_hold(monkeypatch):
     asked = times(monkeypatch, integer=1.0, hp=2.0)
     second = traced()
     second.context.profit = first.context.profit
-    assert run(second) == [g.reason for _, g in first.context.gemms()] and not asked
+    assert run(second) == [g.reason and g.reason.text for _, g in first.context.gemms()] and not asked
     third = traced()
     known = dict(list(first.context.profit.made.items())[:1])
     third.context.profit.made.update(known)

@@ -14,7 +14,6 @@ import networkx as nx
 import torch
 
 from passes.context import Gemm, Site
-from passes.report import by_choice
 from qcompile.inspect.captured_graph import CapturedGraph
 from qcompile.inspect.drawing.svg import COLOURS, Canvas, shortened, text_width
 from qcompile.inspect.listing import short_type
@@ -42,7 +41,7 @@ def kind_of(gemm: Gemm) -> str:
     """What a GEMM runs in, as a key of `COLOURS`."""
     if gemm.reason is None:
         return "integer"
-    return "choice" if by_choice(gemm.reason) else "hp"
+    return "choice" if gemm.reason.by_choice else "hp"
 
 
 def draw_overview(graph: CapturedGraph, title: str) -> Overview:
