@@ -21,7 +21,7 @@ A scale per row serves one orientation: `grad_weight` sums over the other axis a
 pair one has codes as they lie and stays aten, the other only transposed codes and becomes this operator without `q`.
 
 Numerics  exact; the share is a whole number of elements divided once, where a sum in fp32 rounds beyond 2^24.
-Requires  a half in which `lower` has laid out the GEMMs and resolved `select_range`. Ensures: no transpose of codes whose source
+Requires  a half after lower_state and lay_out_operands. Ensures: no transpose of codes whose source
           is in memory; statistics come from the operator only if its scale does not depend on them.
 Skips     devices other than GPUs; tensors that are no matrix, or fp64.
 """
@@ -35,6 +35,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from passes.context import PassContext
 from passes.graph import (
     CAST,
     QUANTIZE,
@@ -56,7 +57,7 @@ __all__ = ["fuse_quantize"]
 _READABLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def fuse_quantize(graph: fx.Graph) -> int:
+def fuse_quantize(graph: fx.Graph, context: PassContext | None = None) -> int:
     """Return the number of quantizes that became one operator with their transposed copies."""
     found = [n for n in graph.find_nodes(op="call_function", target=QUANTIZE) if _applies(n) and in_memory(n)]
     if found:

@@ -41,7 +41,7 @@ from passes.graph import (
     replace,
 )
 from passes.in_memory import ancestors
-from passes.lower import assume_valid
+from passes.lower_state import assume_valid
 from passes.matching import stable_topological_sort
 
 __all__ = ["fuse_requantize"]

@@ -132,7 +132,7 @@ def _cost(gemm: fx.Node, where: GemmNode) -> GemmCost:
             integer_parts["state", phase_of(quantize)] = None
         like = _like(operand.args[0])
         if target is SCALED_MM:
-            wants_transposed = side == 1 and on_gpu(operand)  # as `lower` lays out codes
+            wants_transposed = side == 1 and on_gpu(operand)  # as lay_out_operands has codes
             if transposed != wants_transposed and (side == 0 or on_gpu(operand)):
                 laid_out = _contiguous(like, transposed=wants_transposed)
                 transposes.append((side, ("transpose", quantize.name), Transpose(_like(quantize)), laid_out))

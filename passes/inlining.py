@@ -18,9 +18,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from passes.graph import ALIASES, call, fake_mode, has_effect, set_value
+from passes.graph import ALIASES, args_by_name, call, fake_mode, has_effect, meta_of, replace, set_value
 
-__all__ = ["inductor_decompositions", "inline"]
+__all__ = ["inductor_decompositions", "inline", "write_out"]
 
 
 def inductor_decompositions() -> dict[Any, Any]:
@@ -57,6 +57,12 @@ def inline(
     if rename and isinstance(result, fx.Node) and result not in nodes:
         result._rename(rename)
     return result
+
+
+def write_out(graph: fx.Graph, node: fx.Node, fn: Callable[..., Any]) -> None:
+    """Put what `fn` does, given a node's arguments, in the place of the node. Errors: those of `inline`."""
+    with graph.inserting_before(node):
+        replace(node, inline(graph, fn, *args_by_name(node).values(), scope=meta_of(node)))
 
 
 def _record(

@@ -4,9 +4,9 @@ Before                                          After
   forward   return (..., q: i8[K, N])             return (..., pack_codes(q, bits, axis): i8[K / 2, N])
   backward  scaled_mm(g, q, ...)                  scaled_mm(g, unpack_codes(packed, bits, axis, K), ...)
 
-The axis is the one that the backward GEMM sums over: half of it in the low, half in the high nibbles. A GPU's kernel then reads the
-bytes as they are (`lower`); elsewhere they are unpacked before the GEMM. An axis of odd size gets a last code of 0. Where that size
-is symbolic, the other axis is taken; where both are, the codes stay one a byte.
+The axis is the one that the backward GEMM sums over: half of it in the low, half in the high nibbles. A GPU's kernel then reads
+the bytes as they are (read_packed_codes); elsewhere they are unpacked before the GEMM. An axis of odd size gets a last code of 0.
+Where that size is symbolic, the other axis is taken; where both are, the codes stay one a byte.
 
 Numerics  exact.
 Requires  the two graphs after the partitioner and fold_masks, before lowering. Ensures: outputs and inputs of the cut still

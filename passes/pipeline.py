@@ -39,15 +39,19 @@ from passes.follow_layouts import follow_layouts
 from passes.fuse_matmul import fuse_matmul
 from passes.fuse_quantize import fuse_quantize
 from passes.fuse_requantize import fuse_requantize
+from passes.fuse_scales import fuse_scales
 from passes.graph import BACKWARD, FORWARD, erase_unused
 from passes.identity import describe
 from passes.inline_regions import inline_regions
 from passes.insert_qdq import insert_qdq
 from passes.keep_slow_gemms_hp import keep_slow_gemms_hp
+from passes.lay_out_operands import lay_out_operands
 from passes.lower import lower
+from passes.lower_state import lower_state
 from passes.matching import Row, rewrite
 from passes.pack_codes import pack_codes
 from passes.pack_masks import pack_masks
+from passes.read_packed_codes import read_packed_codes
 from passes.restore_convolution_backward import restore_convolution_backward
 from passes.restore_decompositions import restore_decompositions
 from passes.save_codes import save_codes
@@ -194,7 +198,6 @@ def list_passes() -> list[PassInfo]:
         *(_info(s.name, "joint", s.run, s.numerics) for s in joint_steps()),
         *(_info(s.name, "cut", s.run, s.numerics) for s in cut_steps()),
         *(_info(s.name, "half", s.run, s.numerics) for s in half_steps(steady=True, requantize=True)),
-        *(_info(p.__name__, "half", p, "exact") for p in (write_out_epilogues, fuse_quantize, scale_rows_first)),  # in `lower`
     ]
 
 
@@ -317,7 +320,14 @@ def half_steps(*, steady: bool, requantize: bool = False) -> list[Step]:
     """
     return [
         *([Step("fuse_requantize", fuse_requantize)] if requantize else []),
-        Step("lower", partial(lower, steady=steady)),
+        Step("lower_state", partial(lower_state, steady=steady)),  # what a scale depends on decides what can be fused
+        Step("read_packed_codes", read_packed_codes),
+        Step("write_out_epilogues", write_out_epilogues),
+        Step("lay_out_operands", lay_out_operands),
+        Step("fuse_quantize", fuse_quantize),
+        Step("lower", lower),
+        Step("scale_rows_first", scale_rows_first),
+        Step("fuse_scales", fuse_scales),
     ]
 
 
@@ -325,12 +335,15 @@ def lower_half(
     graph: fx.Graph,
     context: PassContext,
     *,
-    phase: str,
     steady: bool,
+    phase: str | None = None,
     requantize: bool = False,
     writes: Counter[str] | None = None,
 ) -> int:
-    """Run `half_steps` on one half (`phase`: "forward" or "backward"); return the number of changes.
+    """Run `half_steps` on one half; return the number of changes.
+
+    phase   "forward" or "backward", for QTRAIN_DUMP; None: the half is not written
+    writes  how often each phase must write range state, where it is known
 
     Errors: `GraphError` where the half is not what the partitioner should have made of the joint graph, or a step broke it.
     """
@@ -339,11 +352,13 @@ def lower_half(
     for number, step in enumerate(half_steps(steady=steady, requantize=requantize), start=len(joint_steps()) + len(cut_steps())):
         if step.name in names:
             continue
-        dump(graph, number, step.name, f"{phase}.before")
+        if phase is not None:
+            dump(graph, number, step.name, f"{phase}.before")
         changes = step.run(graph, context) or 0
         context.counts[step.name] = context.counts.get(step.name, 0) + changes
         verify(graph, after=step.name, writes=writes)
-        dump(graph, number, step.name, f"{phase}.after")
+        if phase is not None:
+            dump(graph, number, step.name, f"{phase}.after")
         total += changes
     return total
 

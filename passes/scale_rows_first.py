@@ -22,12 +22,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
+from passes.context import PassContext
 from passes.graph import CAST, aten, call, erase_unused, meta_of, replace
 
 __all__ = ["scale_rows_first"]
 
 
-def scale_rows_first(graph: fx.Graph) -> int:
+def scale_rows_first(graph: fx.Graph, context: PassContext | None = None) -> int:
     """Return the number of scales that a reduction returns now."""
     changed = 0
     for scale in graph.find_nodes(op="call_function", target=aten.clamp_min.default):

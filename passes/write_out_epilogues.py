@@ -13,7 +13,7 @@ long (AMD Zen 5, torch 2.13). Where oneDNN's own epilogue does it all it is as f
 
 Numerics  exact: `codes_mm` is the integer sum, and what follows is the formula of `qtrain::scaled_mm`, rounding by rounding.
           (Inductor may leave out the rounding to bf16 of a y that it keeps in registers, as it does everywhere.)
-Requires  integer GEMMs, before `lower` lays out their matrices. Ensures: the same values under the same users.
+Requires  integer GEMMs, before their matrices are laid out (lay_out_operands). Ensures: the same values under the same users.
 Skips     other devices, and GEMMs that `qcompile.kernels.cpu.writes_out_epilogue` leaves whole: zero points, an epilogue that
           oneDNN has, a user's own kernel, another kernel asked for by `QTRAIN_CPU_GEMM`.
 """
@@ -24,6 +24,7 @@ from typing import Any
 
 from torch import fx
 
+from passes.context import PassContext
 from passes.graph import SCALED_MM, call, meta_of, on_gpu, replace
 from passes.inlining import inline
 from qcompile import ops
@@ -32,7 +33,7 @@ from qcompile.kernels.cpu import writes_out_epilogue
 __all__ = ["write_out_epilogues"]
 
 
-def write_out_epilogues(graph: fx.Graph) -> int:
+def write_out_epilogues(graph: fx.Graph, context: PassContext | None = None) -> int:
     """Return the number of GEMMs that are a product and arithmetic now."""
     changed = 0
     for gemm in graph.find_nodes(op="call_function", target=SCALED_MM):

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 
 from passes.context import PassContext
 from passes.graph import aten, copy_graph
-from passes.lower import lower
+from passes.pipeline import lower_half
 from qcompile.errors import QtrainWarning
 from qcompile.inductor import compile_late
 from qcompile.state.binding import Binder, Binding, binding_of
@@ -207,7 +207,7 @@ class Interpreted:
     def __call__(self, args: list[Any], binding: Binding | None = None) -> tuple[Any, ...]:
         """binding  whose ranges are missing"""
         if not self.ready:
-            lower(self.half.graph, self.context, steady=False)
+            lower_half(self.half.graph, self.context, steady=False)
             # What is given has the strides that Inductor chose for the other half, not those that this graph was traced with.
             for view in self.half.graph.find_nodes(op="call_function", target=aten.view.default):
                 view.target = aten.reshape.default

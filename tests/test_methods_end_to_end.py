@@ -270,14 +270,14 @@ def test_ranges_of_one_tensor_share_its_statistics():
 
 
 def test_what_only_the_first_step_needs_is_compiled_away():
-    from passes.lower import lower
+    from passes.pipeline import lower_half
 
     for init in ("quantile", "release"):
         spec = QuantSpec(estimator=IntervalUpdate(init=init, small="pool"))
         joint = joint_graph(mlp, *mlp_inputs(), recipe=Recipe(input=spec, weight=spec), parameters=(1, 2, 3))
         joint.through("attach_range_state")
         assert "sort" in str(joint.targets())
-        lower(joint.graph, joint.context, steady=True)
+        lower_half(joint.graph, joint.context, steady=True)
         assert "sort" not in str(joint.targets())
 
 

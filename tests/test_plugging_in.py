@@ -12,7 +12,7 @@ from torch._functorch.aot_autograd import aot_export_joint_simple
 
 import passes
 import qcompile
-from passes.pipeline import cut_steps
+from passes.pipeline import cut_steps, half_steps
 from qcompile import PerRow, QtrainWarning, QuantSpec, Recipe, compiled_graphs, get_recipe, range_state
 from qcompile.__main__ import main
 from qcompile.errors import GraphError, RecipeError, UnsupportedError
@@ -20,9 +20,9 @@ from qcompile.kernels import record_launches
 from tests.compiling import AVERAGE, STOCHASTIC, all_equal, compiled, gradients, hindsight
 from tests.distributed.ranks import run_on
 
-NAMES = [*(s.name for s in passes.joint_steps()), *(s.name for s in cut_steps()), "lower"]  # as a run with "int8" has them
-PROGRAM, LATE = ["inline_regions", "unfuse_attention"], ["write_out_epilogues", "fuse_quantize", "scale_rows_first"]
-LISTED = [*PROGRAM, *NAMES[:-1], "fuse_requantize", "lower", *LATE]
+JOINT, CUT, HALF = ([s.name for s in steps] for steps in (passes.joint_steps(), cut_steps(), half_steps(steady=False)))
+NAMES = [*JOINT, *CUT, *HALF]  # as a run with "int8" has them
+LISTED = ["inline_regions", "unfuse_attention", *JOINT, *CUT, "fuse_requantize", *HALF]
 
 
 def model_and_input():
@@ -59,15 +59,15 @@ def test_dumps_of_every_pass(interpreted, monkeypatch, tmp_path):
     model, x = model_and_input()
     train(compiled(model, "int8"), x)
     (folder,) = tmp_path.iterdir()  # the halves lie beside the whole
-    joint, halves = NAMES[: -len(cut_steps()) - 1], NAMES[-len(cut_steps()) - 1 :]
-    wanted = [(name, when) for name in joint for when in ("before", "after")]
-    wanted += [(name, f"{half}.{when}") for name in halves for half in ("forward", "backward") for when in ("before", "after")]
+    wanted = [(name, when) for name in JOINT for when in ("before", "after")]
+    phases = [f"{half}.{when}" for half in ("forward", "backward") for when in ("before", "after")]
+    wanted += [(name, phase) for name in (*CUT, *HALF) for phase in phases]
     assert sorted(f.name for f in folder.iterdir()) == sorted(f"{NAMES.index(n):02d}_{n}.{w}.txt" for n, w in wanted)
     lowered = (folder / f"{NAMES.index('lower'):02d}_lower.backward.after.txt").read_text()
     assert "qtrain.dequantize" not in lowered and lowered.count("qtrain.scaled_mm") + lowered.count("qtrain.codes_mm") == 3
 
 
-@pytest.mark.parametrize("name", ["share_quantized", "fold_masks", "store_masks", "lower"])
+@pytest.mark.parametrize("name", ["share_quantized", "fold_masks", "store_masks", *HALF])
 def test_skipping_by_name_keeps_the_numbers(interpreted, monkeypatch, name):
     def step():
         model, x = model_and_input()

@@ -1,7 +1,6 @@
 """fuse_quantize and save_transposed: graphs lowered as for a GPU, run on the CPU, where their operators are the references."""
 
 import copy
-import sys
 
 import pytest
 import torch
@@ -9,10 +8,11 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from passes import graph as graph_helpers
+from passes import pipeline
 from passes.fuse_quantize import fuse_quantize
 from passes.graph import PERMUTE, QUANTIZE, QUANTIZE_TRANSPOSED, SCALED_MM, TRANSPOSE, args_by_name, aten, call
-from passes.lower import lower
 from passes.partition import min_cut_partition
+from passes.pipeline import lower_half
 from passes.save_transposed import save_transposed
 from qcompile.backend import qtrain
 from qcompile.estimators import InHindsight
@@ -25,9 +25,6 @@ from tests.passes.graphs import ROWWISE, TENSORWISE, Joint, assert_same_outputs,
 ASYMMETRIC = TENSORWISE.replace(input=QuantSpec(symmetric=False))
 STATIC = QuantSpec(estimator=InHindsight())
 STATIC_WEIGHTS_TOO = Recipe(input=STATIC, weight=STATIC, grad_output=STATIC, name="static")
-
-
-lowering = sys.modules["passes.lower"]
 
 
 @pytest.fixture
@@ -61,7 +58,7 @@ def ready(function=linear, recipe=AVERAGE, dtype=torch.float32):
 
 def lowered(joint, steady=True):
     result = copied(joint)
-    result.apply(lambda graph, context: lower(graph, context, steady=steady), "lower")
+    result.apply(lambda graph, context: lower_half(graph, context, steady=steady), "lower")
     return result
 
 
@@ -164,7 +161,7 @@ def test_nothing_on_a_cpu_or_without_transposed_copies(monkeypatch):
 def test_a_second_run_changes_nothing(as_gpu):
     result = lowered(ready(mlp))
     code = str(result.graph)
-    assert result.apply(lambda graph, context: lower(graph, context, steady=True), "lower") == 0
+    assert result.apply(lambda graph, context: lower_half(graph, context, steady=True), "lower") == 0
     assert str(result.graph) == code
 
 
@@ -213,7 +210,7 @@ def test_codes_that_backward_reads_transposed_are_saved_so(function, recipe, mon
     saved = [o for o in outputs_of(forward)[1:] if isinstance(o, torch.fx.Node) and o.target is TRANSPOSE]
     assert saved and saved_bytes(forward) == bytes_saved
     for half in (forward, backward):
-        half.apply(lambda graph, context: lower(graph, context, steady=False), "lower")
+        half.apply(lambda graph, context: lower_half(graph, context, steady=False), "lower")
     assert_same_outputs(want, run(forward, backward, joint))
     assert backward.count(TRANSPOSE) == 0 or function is not linear
     both = [args_by_name(n) for n in forward.find(QUANTIZE_TRANSPOSED)]
@@ -262,7 +259,7 @@ def test_training_steps_of_a_model_are_the_same(dynamic, interpreted, monkeypatc
     start = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8, bias=False))
     batches = [torch.randn(n, 8) for n in ((6, 6, 6) if not dynamic else (6, 10, 14))]
     found, fused = [], []
-    monkeypatch.setattr(lowering, "fuse_quantize", lambda graph: fused.append(fuse_quantize(graph)) or fused[-1])
+    monkeypatch.setattr(pipeline, "fuse_quantize", lambda graph, _: fused.append(fuse_quantize(graph)) or fused[-1])
     for devices in (("cuda",), ("cuda", "cpu")):
         monkeypatch.setattr(graph_helpers, "GPUS", devices)
         torch._dynamo.reset()

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from passes.graph import PERMUTE, QUANTIZE, SCALED_MM, SELECT, TRANSPOSE
-from passes.lower import lower
+from passes.pipeline import lower_half
 from qcompile import ops
 from qcompile.specs import QuantSpec
 from tests.compiling import AVERAGE, STOCHASTIC
@@ -23,7 +23,7 @@ def ready(recipe, **options):
 
 def lowered(joint, *, steady):
     result = copied(joint)
-    result.apply(lambda graph, context: lower(graph, context, steady=steady), "lower")
+    result.apply(lambda graph, context: lower_half(graph, context, steady=steady), "lower")
     return result
 
 
@@ -84,7 +84,7 @@ def test_a_steady_graph_reads_what_is_stored():
 def test_a_second_run_changes_nothing():
     result = lowered(ready(AVERAGE), steady=True)
     code = str(result.graph)
-    assert result.apply(lambda graph, context: lower(graph, context, steady=True), "lower") == 0
+    assert result.apply(lambda graph, context: lower_half(graph, context, steady=True), "lower") == 0
     assert str(result.graph) == code
 
 
@@ -102,7 +102,7 @@ def test_matrices_are_laid_out_as_the_kernel_reads_them():
 def test_without_our_operators_nothing_happens():
     joint = joint_graph(mlp, *mlp_inputs(), recipe=TENSORWISE)
     code = str(joint.graph)
-    assert joint.apply(lower) == 0
+    assert joint.apply(lambda graph, context: lower_half(graph, context, steady=False), "lower") == 0
     assert str(joint.graph) == code
 
 

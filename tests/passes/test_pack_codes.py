@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from passes import lower, pipeline
+from passes import pipeline, read_packed_codes
 from passes.graph import PACK_CODES, SCALED_MM, SCALED_MM_PACKED, UNPACK_CODES
 from qcompile import PerRow, QuantSpec, Recipe, capture, get_recipe, saved_bytes
 from qcompile.kernels import record_launches
@@ -58,7 +58,7 @@ def test_a_gemm_that_reads_packed_codes_gives_the_same(monkeypatch):
     """What a GPU's graph has: the operator for packed codes, along the axis that it sums over."""
     model, x = model_and_input()
     want = capture(model, x, recipe=recipe(4))
-    monkeypatch.setattr(lower, "reads_packed", lambda device: True)
+    monkeypatch.setattr(read_packed_codes, "reads_packed", lambda device: True)
     found = capture(model, x, recipe=recipe(4))
     graph = found.backward_lowered.graph
     gemms = graph.find_nodes(op="call_function", target=SCALED_MM_PACKED)
