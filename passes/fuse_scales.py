@@ -3,7 +3,7 @@
 Before                                          After
   s = clamp_min(abs(a) / 127, tiny)               s = scale(a, 8)
 
-One operation in place of three: Inductor's work grows with their number (qcompile.inductor_operations).
+One operation in place of three: Inductor's work grows with their number (qcompile.backend.inductor_operations).
 
 Numerics  exact.
 Requires  the lowered form; after scale_rows_first, which moves the same arithmetic into a reduction. Ensures: the same values under

@@ -3,7 +3,7 @@
 Before                                          After
   q = quantize(x, s)                              q = to_int8(clamp(round(x * (1 / s))))     # Inductor fuses it into x's producer
                                                   with a seed: + draws of keys[i], keys = draw_keys(seed, salts) for all
-                                                  on a CPU codes(x, s, 8, keys[i]): qcompile.inductor_operations
+                                                  on a CPU codes(x, s, 8, keys[i]): qcompile.backend.inductor_operations
   x = dequantize(q, s)                            x = to_dtype(q * s)
   q = unpack_codes(p, ...)                        q = shifts and a mask of p
 

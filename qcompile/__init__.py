@@ -12,7 +12,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from qcompile.backend import compiled_graphs, qtrain
+    from qcompile.backend.compiler import compiled_graphs, qtrain
+    from qcompile.backend.hooks import inductor_hooks, with_range_state
     from qcompile.deploy import continue_training, convert, export_onnx, export_program, load_converted
     from qcompile.errors import (
         GraphError,
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
         register_estimator,
         scale_learning_rates,
     )
-    from qcompile.hooks import inductor_hooks, with_range_state
     from qcompile.inspect import capture, compare, explain, monitor, saved_bytes  # type: ignore[no-redef]
     from qcompile.kernels.registry import GemmShape, check_kernel, register_kernel, unregister_kernel
     from qcompile.qat import (
@@ -65,7 +65,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "qcompile.backend": ("compiled_graphs", "qtrain"),
+    "qcompile.backend.compiler": ("compiled_graphs", "qtrain"),
     "qcompile.deploy": ("continue_training", "convert", "export_onnx", "export_program", "load_converted"),
     "qcompile.errors": (
         "GraphError",
@@ -98,7 +98,7 @@ _HOME = {
         "register_estimator",
         "scale_learning_rates",
     ),
-    "qcompile.hooks": ("inductor_hooks", "with_range_state"),
+    "qcompile.backend.hooks": ("inductor_hooks", "with_range_state"),
     "qcompile.inspect": ("capture", "compare", "explain", "monitor", "saved_bytes"),
     "qcompile.kernels.registry": ("GemmShape", "check_kernel", "register_kernel", "unregister_kernel"),
     "qcompile.qat": (

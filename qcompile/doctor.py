@@ -185,7 +185,7 @@ def _problems(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if not found["backend"]:
         yield (
             'torch does not know backend="qtrain" by itself',
-            "install the package (pip install -e .), or import qcompile.backend first",
+            "install the package (pip install -e .), or import qcompile.backend.compiler first",
         )
     if versions["pair"] == "untested":
         pairs = ", ".join(f"{torch_} with {triton}" for torch_, triton in TESTED_PAIRS.items())

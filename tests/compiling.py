@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qcompile import backend, range_state
+from qcompile import range_state
+from qcompile.backend import compiler
 from qcompile.estimators import InHindsight
 from qcompile.ops import quantize_reference, scaled_mm_reference
 from qcompile.recipe import Recipe
@@ -44,7 +45,7 @@ def nearest(name: str) -> Recipe:
 
 def compiled(model: Any, recipe: Any = AVERAGE, **options: Any) -> Any:
     """The model compiled with our backend; every compilation of its own, whatever ran before."""
-    return torch.compile(model, backend=backend.qtrain, options={"recipe": recipe, **options})
+    return torch.compile(model, backend=compiler.qtrain, options={"recipe": recipe, **options})
 
 
 def gradients(model: nn.Module, *inputs: Tensor) -> list[Tensor]:

@@ -35,7 +35,7 @@ def interpreted(monkeypatch):
 
     Everything before it is real: Dynamo, AOTAutograd, our passes, Inductor's joint passes, the partitioner, our wrappers.
     """
-    from qcompile import inductor
+    from qcompile.backend import inductor
 
     def run_by_operator(half, inputs, **options):
         def run(args):

@@ -43,7 +43,7 @@ from triton.backends.driver import DriverBase
 
 from passes import graph as graph_helpers
 from passes import pipeline
-from qcompile import backend, inductor
+from qcompile.backend import compiler, inductor
 from qcompile.kernels.select import gemm_kernel
 from qcompile.ops import random
 from qcompile.recipes import get_recipe
@@ -106,7 +106,7 @@ def lowered_halves(model: str, recipe: str) -> tuple[dict[str, fx.GraphModule], 
             (graph_helpers, "GPUS", ("cuda", "cpu")),
             (pipeline, "store_masks", lambda *_: 0),  # for CPUs only
             (inductor, "compile_fx_inner", run_by_operator),
-            (backend, "gemm_kernel", kernel_on_the_gpu),
+            (compiler, "gemm_kernel", kernel_on_the_gpu),
             (random, "DEVICES_WITH_LOWERINGS", set()),  # as on a GPU, draws are written out
             (torch.cuda, "get_device_capability", lambda *_: CAPABILITY),
         ):
@@ -117,9 +117,9 @@ def lowered_halves(model: str, recipe: str) -> tuple[dict[str, fx.GraphModule], 
         name, _, option = recipe.partition("+")
         known = get_recipe(name.removesuffix("_nearest"))
         given = known if known.name == name else known.round_gradients("nearest")
-        y = torch.compile(module, backend=backend.qtrain, options={"recipe": given, **({option: True} if option else {})})(x)
+        y = torch.compile(module, backend=compiler.qtrain, options={"recipe": given, **({option: True} if option else {})})(x)
         y.backward(torch.randn_like(y))
-        made = backend.compiled_graphs()[-1]
+        made = compiler.compiled_graphs()[-1]
     return found, {f"{site.name}.{gemm.role}": gemm.kernel for site, gemm in made.context.gemms()}
 
 

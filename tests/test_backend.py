@@ -28,7 +28,7 @@ from qcompile import (
     get_recipe,
     range_state,
 )
-from qcompile.backend import qtrain
+from qcompile.backend.compiler import qtrain
 from qcompile.inspect import saved_bytes
 from qcompile.kernels import record_launches
 from qcompile.ops import quantize_reference, scaled_mm_reference
@@ -90,7 +90,7 @@ def test_none_is_inductor_bit_for_bit():
 
 @pytest.mark.parametrize("recipe", ["none", Recipe(), Recipe(output=None, name="mine"), {"name": "empty"}])
 def test_recipes_that_quantize_nothing_are_inductor_itself(interpreted, recipe):
-    from qcompile import inductor
+    from qcompile.backend import inductor
 
     model = nn.Linear(WIDTH, WIDTH)
     seen = []
@@ -569,7 +569,7 @@ def test_a_pattern_that_means_nothing_is_said(interpreted):
 
 
 def test_mode_alone_and_mode_among_options(interpreted, monkeypatch):
-    from qcompile import inductor
+    from qcompile.backend import inductor
 
     configs = []
     real = inductor.compile_with_inductor

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import qcompile
-from qcompile import backend, ops, range_state
+from qcompile import ops, range_state
+from qcompile.backend import compiler
 from qcompile.errors import QtrainWarning, UnsupportedError
 from qcompile.kernels import record_launches
 from qcompile.recipes import get_recipe
@@ -141,7 +142,7 @@ def test_a_convolution_on_8x_uses_the_old_range_and_learns_by_the_formula(interp
 
 def test_the_last_batch_may_be_smaller(interpreted):
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1))
-    run = torch.compile(model, backend=backend.qtrain, options={"recipe": AVERAGE}, dynamic=True)
+    run = torch.compile(model, backend=compiler.qtrain, options={"recipe": AVERAGE}, dynamic=True)
     for batch in (6, 4, 3):
         with record_launches() as launches:
             run(torch.randn(batch, 3, 8, 8)).sum().backward()

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 from torch._dynamo.utils import counters
 
-from qcompile import backend, compiled_graphs, range_state, register_kernel, unregister_kernel
+from qcompile import compiled_graphs, range_state, register_kernel, unregister_kernel
+from qcompile.backend import compiler
 from qcompile.kernels import cpu, cuda, record_launches
 from tests.compiling import AVERAGE, STOCHASTIC, compiled
 
@@ -44,7 +45,7 @@ def test_an_empty_batch_leaves_the_ranges_alone():
 def test_one_or_two_compilations_however_it_is_asked_for(interpreted, how, axis):
     model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32))
     step = compiled(model, AVERAGE) if how != "dynamic=True" else torch.compile(
-        model, backend=backend.qtrain, options={"recipe": AVERAGE}, dynamic=True
+        model, backend=compiler.qtrain, options={"recipe": AVERAGE}, dynamic=True
     )
     for number, size in enumerate((12, 20, 7, 33), start=1):
         shape = [6, 6, 32]
@@ -62,7 +63,7 @@ def test_one_or_two_compilations_however_it_is_asked_for(interpreted, how, axis)
 def test_one_graph_takes_the_kernel_for_each_size(interpreted):
     """The choice follows the sizes of the call, not those that were compiled first; so does splitting the sum over the tokens."""
     model = nn.Linear(2, 2, bias=False)
-    step = torch.compile(model, backend=backend.qtrain, options={"recipe": "int8_tensorwise"}, dynamic=True)
+    step = torch.compile(model, backend=compiler.qtrain, options={"recipe": "int8_tensorwise"}, dynamic=True)
     device = torch.get_default_device().type
     product = {"cpu": cpu, "cuda": cuda}[device].product
     register_kernel("few_rows", product, device=device, supports=lambda gemm: gemm.m <= 64)

@@ -5,7 +5,7 @@ import torch
 from torch._inductor import config, ops_handler
 from torch._inductor.utils import run_and_get_code
 
-from qcompile import (
+from qcompile.backend import (
     inductor,  # noqa: F401  (it registers them)
     inductor_operations,
 )

@@ -8,7 +8,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 import qcompile
 from passes.context import Entry, PassContext, StateLayout
 from passes.state_layout import SEED_FIELDS
-from qcompile import halves, range_state
+from qcompile import range_state
+from qcompile.backend import halves
 from qcompile.estimators import InHindsight, IntervalUpdate
 from qcompile.estimators.step import initial_state
 from qcompile.recipes import get_recipe

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from qcompile import recipes
-from qcompile.backend import qtrain
+from qcompile.backend.compiler import qtrain
 from qcompile.errors import QtrainWarning, RecipeError
 from qcompile.estimators import EWGS, LGLSQ, InHindsight, Learned, MinMax
 from qcompile.recipe import GEMM_OPERANDS, Recipe

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
-from qcompile.backend import compiled_graphs
+from qcompile.backend.compiler import compiled_graphs
 
 transformers = pytest.importorskip("transformers")
 

@@ -20,7 +20,7 @@ from qcompile import (
     range_state,
     scale_learning_rates,
 )
-from qcompile.backend import qtrain
+from qcompile.backend.compiler import qtrain
 from qcompile.deploy.trained_ranges import _stored
 from qcompile.kernels import record_launches
 from qcompile.qat.quantizer import _least_error

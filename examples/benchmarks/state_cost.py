@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script: examples/
 from benchmarks import results
 from gpt import GPT, VOCAB, GPTConfig
 
-from qcompile import halves
+from qcompile.backend import halves
 from qcompile.recipe import Recipe
 from qcompile.state.binding import Binder
 from qcompile.state.replays import Replays

@@ -59,7 +59,7 @@ def compile_program(program: torch.export.ExportedProgram) -> Callable[..., Any]
 
     Call it as the model; the first call compiles.
     """
-    from qcompile.inductor import compile_frozen  # the compiler: a reader of programs needs none
+    from qcompile.backend.inductor import compile_frozen  # the compiler: a reader of programs needs none
 
     return compile_frozen(program.module())
 

@@ -22,12 +22,12 @@ from torch._dynamo.exc import BackendCompilerFailed
 
 from passes.context import Entry, Site, StateLayout
 from passes.pipeline import Step
+from qcompile.backend.options import Options
 from qcompile.errors import GraphError, KernelError, RecipeError, StateError, UnsupportedError
 from qcompile.inspect.captured_graph import CapturedGraph
 from qcompile.inspect.isolation import copy_inputs, copy_model, fresh_call, undisturbed
 from qcompile.inspect.recording import Recording
 from qcompile.inspect.saved_bytes import SavedBytes, storage_of, tensors_in
-from qcompile.options import Options
 from qcompile.recipe import Recipe
 from qcompile.state.handle import RangeState, range_state
 from qcompile.state.store import RangeStore

@@ -144,7 +144,7 @@ class Monitor:
     def _recipe(self) -> str | Recipe | Mapping[str, Any]:
         if self.recipe is not None:
             return self.recipe
-        from qcompile.backend import compiled_graphs
+        from qcompile.backend.compiler import compiled_graphs
 
         known = compiled_graphs()
         if not known:
@@ -198,7 +198,7 @@ def monitor(
 
 @contextlib.contextmanager
 def _autocast() -> Iterator[None]:
-    from qcompile.backend import compiled_graphs
+    from qcompile.backend.compiler import compiled_graphs
 
     known = compiled_graphs()
     with contextlib.ExitStack() as stack:

@@ -14,9 +14,9 @@ from passes.dynamo_inputs import input_positions
 from passes.find_sites import find_sites, module_path
 from passes.graph import copy_graph, primals
 from passes.split_convolution_backward import split_convolution_backward
-from qcompile import inductor
-from qcompile.backend import Compilation
-from qcompile.halves import CompiledHalf, boxed
+from qcompile.backend import inductor
+from qcompile.backend.compiler import Compilation
+from qcompile.backend.halves import CompiledHalf, boxed
 from qcompile.inspect.captured_graph import (
     Call,
     CapturedGraph,

@@ -215,7 +215,7 @@ def _in_two(
     a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, a_zero: None, b_zero: None, bias: Tensor | None, dtype: torch.dtype
 ) -> Callable[..., Any]:
     """`qtrain::scaled_mm` as `passes.write_out_epilogues` leaves it, compiled for such operands."""
-    from qcompile.inductor import compile_alone
+    from qcompile.backend.inductor import compile_alone
 
     def form(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, *bias: Tensor) -> list[Tensor]:
         return [ops.scaled(ops.codes_mm(a, b), a_scale, b_scale, bias[0] if bias else None, dtype)]
@@ -253,7 +253,7 @@ def _quantize(
     x       a tensor like those that it will be called with
     before  what is done to the tensor first
     """
-    from qcompile.inductor import compile_alone
+    from qcompile.backend.inductor import compile_alone
 
     shape = before(x).shape
     kept = [] if len(dims) == len(shape) else [1 if axis in dims else size for axis, size in enumerate(shape)]

@@ -143,7 +143,8 @@ codes = define(
 )
 """`qtrain::quantize` to symmetric codes by the key of seed and salt (int64, one element, of `draw_keys`; None: to nearest).
 
-What a quantize becomes where Inductor has a lowering of this operator (`qcompile.inductor_operations`). Errors: as `quantize`.
+What a quantize becomes where Inductor has a lowering of this operator (`qcompile.backend.inductor_operations`). Errors: those of
+`quantize`.
 """
 
 dequantize = define(

@@ -99,7 +99,7 @@ Keys at places of one tensor would make the code of equal layers differ, which i
 
 DEVICES_WITH_LOWERINGS: set[str] = set()
 """Types of devices for which Inductor has a lowering of `qtrain::draws`, `qtrain::codes` and `qtrain::scale`: each is then one
-fusible operation of generated code (`qcompile.inductor_operations` registers them and adds the device)."""
+fusible operation of generated code (`qcompile.backend.inductor_operations` registers them and adds the device)."""
 
 
 def has_lowering(*tensors: Tensor) -> bool:

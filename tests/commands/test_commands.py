@@ -121,7 +121,7 @@ def test_compare_refuses_to_compare_nothing(capsys):
 @pytest.fixture
 def nothing_compiled(interpreted, monkeypatch):
     """Inductor alone runs operator by operator, too."""
-    from qcompile import inductor
+    from qcompile.backend import inductor
 
     monkeypatch.setattr(inductor, "compile_plain", lambda gm, inputs, config: gm)
 

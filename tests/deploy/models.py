@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import qcompile
-from qcompile import LSQ, backend, get_recipe
+from qcompile import LSQ, get_recipe
+from qcompile.backend import compiler
 from qcompile.recipes import learned
 
 HINDSIGHT = get_recipe("int8_in_hindsight")
@@ -48,7 +49,7 @@ def images(count: int = 4) -> Tensor:
 
 
 def compiled(model: nn.Module, recipe=HINDSIGHT):
-    return torch.compile(model, backend=backend.qtrain, options={"recipe": recipe})
+    return torch.compile(model, backend=compiler.qtrain, options={"recipe": recipe})
 
 
 def train(model: nn.Module, *inputs: Tensor, recipe=HINDSIGHT, steps: int = 2):

@@ -44,7 +44,7 @@ def _rank(rank: int, ranks: int, port: int, queue: Any, function: Callable[..., 
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(ranks))
     torch.set_num_threads(1)
     try:
-        from qcompile import inductor
+        from qcompile.backend import inductor
 
         inductor.compile_fx_inner = _by_operator
         dist.init_process_group("gloo", rank=rank, world_size=ranks)

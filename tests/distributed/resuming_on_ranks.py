@@ -15,7 +15,8 @@ import torch.distributed as dist
 from checkpoints import load_whole, save_whole
 from torch import nn
 
-from qcompile import inductor, range_state
+from qcompile import range_state
+from qcompile.backend import inductor
 from tests.compiling import STOCHASTIC
 from tests.distributed.ranks import _by_operator
 

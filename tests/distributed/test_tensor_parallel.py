@@ -49,7 +49,8 @@ def on_two_ranks():
 
 def one_process():
     """Losses and state of the same training without ranks."""
-    from qcompile import inductor, range_state
+    from qcompile import range_state
+    from qcompile.backend import inductor
     from tests.distributed.ranks import _by_operator
 
     with pytest.MonkeyPatch.context() as patch:

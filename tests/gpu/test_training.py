@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 import qcompile
-from qcompile import backend
+from qcompile.backend import compiler
 from qcompile.kernels import autotune, cuda, record_launches
 from tests.compiling import all_equal
 from tests.device import DEVICE, needs_cuda
@@ -43,7 +43,7 @@ def batch(number):
 def train(model, steps, *, recipe="int8_in_hindsight", first=0, compiled=None, **options):
     """Losses, and the compiled model."""
     if compiled is None:
-        compiled = torch.compile(model, backend=backend.qtrain, options={"recipe": recipe, **options})
+        compiled = torch.compile(model, backend=compiler.qtrain, options={"recipe": recipe, **options})
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses = []
     for number in range(first, first + steps):
@@ -86,7 +86,7 @@ def test_the_report_names_the_kernels_that_ran(model, recipe):
     x, _ = batch(0)
     report = qcompile.explain(model, x, recipe=recipe)
     assert report.integer_gemms == 3 * LINEARS and set(report.kernels) <= KERNELS and report.device.startswith(DEVICE)
-    compiled = torch.compile(model, backend=backend.qtrain, options={"recipe": recipe})
+    compiled = torch.compile(model, backend=compiler.qtrain, options={"recipe": recipe})
     with record_launches() as launches:
         compiled(x).square().mean().backward()
     assert {launch.kernel for launch in launches} == set(report.kernels)
@@ -114,7 +114,7 @@ def test_our_kernels_are_on_the_device(model, recipe):
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_a_step_does_not_synchronise(model, recipe):
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
-    compiled = torch.compile(model, backend=backend.qtrain, options={"recipe": recipe})
+    compiled = torch.compile(model, backend=compiler.qtrain, options={"recipe": recipe})
     batches = [batch(number) for number in range(WARM + 3)]
     for number, (x, y) in enumerate(batches):
         torch.cuda.set_sync_debug_mode("error" if number >= WARM else "default")
@@ -195,7 +195,7 @@ def test_a_resumed_run_continues_bit_for_bit(model):
     qcompile.range_state(other).load_state_dict(qcompile.range_state(model).state_dict())
     want = gradients(model, compiled)
     torch._dynamo.reset()
-    again = torch.compile(other, backend=backend.qtrain, options={"recipe": "int8_in_hindsight"})
+    again = torch.compile(other, backend=compiler.qtrain, options={"recipe": "int8_in_hindsight"})
     torch.testing.assert_close(gradients(other, again), want, rtol=1e-6, atol=1e-7)
 
 
@@ -217,7 +217,8 @@ def test_state_of_one_device_loads_on_the_other(model):
     here = nn.Sequential(Block()).to("cpu")
     here.load_state_dict(model.state_dict())
     qcompile.range_state(here).load_state_dict({name: value.cuda() for name, value in saved.items()})  # wherever it was loaded to
-    torch.compile(here, backend=backend.qtrain, options={"recipe": "int8_in_hindsight"})(torch.ones(TOKENS, WIDTH)).sum().backward()
+    again = torch.compile(here, backend=compiler.qtrain, options={"recipe": "int8_in_hindsight"})
+    again(torch.ones(TOKENS, WIDTH)).sum().backward()
     after = qcompile.range_state(here).state_dict()
     steps = [name for name in saved if name.endswith("steps")]
     assert steps and all(after[name] == saved[name] + 1 for name in steps)

@@ -11,7 +11,7 @@ from torch._dynamo import pgo, utils
 
 import qcompile
 from passes.graph import DEQUANTIZE, QUANTIZE, SCALED_MM, WRITE
-from qcompile import backend
+from qcompile.backend import compiler
 from qcompile.errors import GraphError, UnsupportedError
 from qcompile.inspect import format_graph
 from qcompile.state import STORE
@@ -278,12 +278,12 @@ def test_ranges_and_the_list_of_compilations_are_as_before(interpreted):
     before, known, compilations = (
         qcompile.range_state(model).state_dict(),
         len(list(STORE)),
-        backend.compiled_graphs(),
+        compiler.compiled_graphs(),
     )
     qcompile.capture(model, 8 * x, recipe="int8_in_hindsight")
     after = qcompile.range_state(model).state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
-    assert len(list(STORE)) == known and backend.compiled_graphs() == compilations
+    assert len(list(STORE)) == known and compiler.compiled_graphs() == compilations
 
 
 def test_a_compiled_model_is_captured_as_its_module(interpreted):

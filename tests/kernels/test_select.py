@@ -5,8 +5,9 @@ import torch
 from torch import fx, nn
 from torch._subclasses import FakeTensorMode
 
-from qcompile import backend, errors, inductor
-from qcompile.backend import qtrain
+from qcompile import errors
+from qcompile.backend import compiler, inductor
+from qcompile.backend.compiler import qtrain
 from qcompile.errors import KernelError, QtrainWarning, UnsupportedError
 from qcompile.kernels import cuda, fallback
 from qcompile.kernels.select import fallback_reason, gemm_kernel, unsupported_device
@@ -60,7 +61,7 @@ def gpu(monkeypatch):
         monkeypatch.setattr(cuda, "_tuned", {})
         monkeypatch.setattr(errors, "_warned", set())
         monkeypatch.setattr(inductor, "compile_plain", lambda gm, *_: "plain")
-        monkeypatch.setattr(backend.Compilation, "run", lambda self: "ours")
+        monkeypatch.setattr(compiler.Compilation, "run", lambda self: "ours")
         cuda._kernel_for.cache_clear()
 
     yield pretend
@@ -123,9 +124,9 @@ def test_a_gpu_without_int8_tensor_cores_stays_in_high_precision(gpu, capability
 @pytest.mark.parametrize("mode, tuned", [("default", 0), ("max-autotune", 3), ("max-autotune-no-cudagraphs", 3)])
 def test_max_autotune_measures_every_gemm_when_it_compiles(mode, tuned, interpreted, monkeypatch):
     asked = []
-    monkeypatch.setattr(backend, "device_of", lambda values: GPU)
-    monkeypatch.setattr(backend, "gemm_kernel", lambda *_, **__: "triton")
-    monkeypatch.setattr(backend, "tune", lambda *problem: asked.append(problem))
+    monkeypatch.setattr(compiler, "device_of", lambda values: GPU)
+    monkeypatch.setattr(compiler, "gemm_kernel", lambda *_, **__: "triton")
+    monkeypatch.setattr(compiler, "tune", lambda *problem: asked.append(problem))
     model = nn.Linear(16, 24, bias=False).to(torch.bfloat16)
     x = torch.randn(40, 16, dtype=torch.bfloat16, requires_grad=True)
     compiled = torch.compile(model, backend=qtrain, options={"recipe": nearest("int8_tensorwise"), "mode": mode})

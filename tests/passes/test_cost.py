@@ -7,8 +7,8 @@ from torch import fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
 
-from qcompile import inductor
-from qcompile.backend import qtrain
+from qcompile.backend import inductor
+from qcompile.backend.compiler import qtrain
 
 
 class Stop(Exception):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from qcompile import RangeEstimator, compiled_graphs, register_estimator
-from qcompile.backend import qtrain
+from qcompile.backend.compiler import qtrain
 from qcompile.recipe import Recipe
 from qcompile.recipes import get_recipe
 from qcompile.specs import QuantSpec

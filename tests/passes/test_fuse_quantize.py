@@ -14,7 +14,7 @@ from passes.graph import PERMUTE, QUANTIZE, QUANTIZE_TRANSPOSED, SCALED_MM, TRAN
 from passes.partition import min_cut_partition
 from passes.pipeline import lower_half
 from passes.save_transposed import save_transposed
-from qcompile.backend import qtrain
+from qcompile.backend.compiler import qtrain
 from qcompile.estimators import InHindsight
 from qcompile.recipe import Recipe
 from qcompile.recipes import get_recipe

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from passes.graph import SCALED_MM, SCALED_MM_REQUANTIZE
-from qcompile import QuantSpec, Recipe, backend, inductor, range_state
+from qcompile import QuantSpec, Recipe, range_state
+from qcompile.backend import compiler, inductor
 from qcompile.estimators import MinMax
 from qcompile.kernels import record_launches
 from tests.compiling import AVERAGE, STOCHASTIC, compiled
@@ -153,5 +154,5 @@ def test_generated_code_agrees():
 
 def test_the_option_is_checked():
     with pytest.raises(ValueError, match="requantize: got 'yes'"):
-        backend.qtrain(None, [], options={"requantize": "yes"})
+        compiler.qtrain(None, [], options={"requantize": "yes"})
     assert MinMax().static is False

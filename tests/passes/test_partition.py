@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from qcompile.backend import qtrain
+from qcompile.backend.compiler import qtrain
 from qcompile.inspect.saved_bytes import saved_bytes
 from qcompile.kernels import record_launches
 from qcompile.recipes import get_recipe

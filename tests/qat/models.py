@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qcompile.backend import qtrain
+from qcompile.backend.compiler import qtrain
 
 WIDTH = 8
 

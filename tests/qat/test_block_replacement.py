@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 import qcompile
 from qcompile import BlockReplacement
-from qcompile.backend import compiled_graphs
+from qcompile.backend.compiler import compiled_graphs
 from qcompile.kernels import record_launches
 from qcompile.qat import distillation
 from qcompile.qat.blocks import check_blocks, find_blocks

@@ -11,7 +11,7 @@ from torch import nn
 
 import qcompile
 from qcompile import LGLSQ, LSQ, LSQPlus, PerChannel, QuantSpec, Recipe, RecipeError, get_recipe
-from qcompile.backend import compiled_graphs
+from qcompile.backend.compiler import compiled_graphs
 from qcompile.errors import QtrainWarning, StateError
 from qcompile.kernels import record_launches
 from qcompile.ops import quantize_reference, scaled_mm_reference

@@ -112,7 +112,7 @@ def resume(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    from qcompile import inductor
+    from qcompile.backend import inductor
     from tests.distributed.ranks import _by_operator
 
     inductor.compile_fx_inner = _by_operator

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from qcompile import compiled_graphs, range_state
-from qcompile.backend import qtrain
+from qcompile.backend.compiler import qtrain
 from qcompile.state import STORE
 from tests.compiling import AVERAGE, MOMENTUM, all_equal, amax, compiled, gradients
 

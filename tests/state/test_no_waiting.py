@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from qcompile import inductor, range_state
+from qcompile import range_state
+from qcompile.backend import inductor
 from qcompile.kernels import record_launches
 from qcompile.ops import random
 from tests.compiling import STOCHASTIC, compiled

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from qcompile import halves, range_state
+from qcompile import range_state
+from qcompile.backend import halves
 from qcompile.kernels import record_launches
 from tests.compiling import AVERAGE, JUMPING, MOMENTUM, amax, compiled, linear_step, poke
 

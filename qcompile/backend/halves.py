@@ -18,8 +18,8 @@ from torch import Tensor, fx
 from passes.context import PassContext
 from passes.graph import aten, copy_graph
 from passes.pipeline import lower_half
+from qcompile.backend.inductor import compile_late
 from qcompile.errors import QtrainWarning
-from qcompile.inductor import compile_late
 from qcompile.state.binding import Binder, Binding, binding_of
 from qcompile.state.replays import REPLAYS
 from qcompile.state.replicas import REPLICAS

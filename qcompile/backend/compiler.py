@@ -27,10 +27,9 @@ from passes.pipeline import Pipeline, lower_half
 from passes.report import tell_what_stays_hp
 from passes.unfuse_attention import unfuse_attention
 from passes.verify import count_writes
-from qcompile import inductor
-from qcompile.enclosing import layers_around, prefixes
-from qcompile.errors import QtrainWarning, UnsupportedError, warn_once
-from qcompile.halves import (
+from qcompile.backend import inductor
+from qcompile.backend.enclosing import layers_around, prefixes
+from qcompile.backend.halves import (
     CompiledHalf,
     Interpreted,
     Seen,
@@ -41,10 +40,11 @@ from qcompile.halves import (
     copy_of,
     forward_with_state,
 )
+from qcompile.backend.options import Options
+from qcompile.errors import QtrainWarning, UnsupportedError, warn_once
 from qcompile.kernels.autotune import tune
 from qcompile.kernels.fallback import strictly
 from qcompile.kernels.select import fallback_reason, gemm_kernel, unsupported_device
-from qcompile.options import Options
 from qcompile.recipe import Recipe
 from qcompile.state.binding import Binder
 from qcompile.state.decisions import StoredDecisions

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from passes.pipeline import Step, joint_steps
-from qcompile import inductor
 from qcompile._checks import suggestion
+from qcompile.backend import inductor
 from qcompile.recipe import Recipe
 from qcompile.recipes import get_recipe
 

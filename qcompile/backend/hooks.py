@@ -19,9 +19,9 @@ from passes.dynamo_inputs import DynamoInputs
 from passes.graph import is_joint
 from passes.pipeline import Pipeline, Step, joint_steps, lower_half
 from passes.report import tell_what_stays_hp
-from qcompile import inductor
+from qcompile.backend import inductor
+from qcompile.backend.halves import CompiledHalf, StateInputs, agreeing, backward_with_state, boxed, forward_with_state
 from qcompile.errors import StateError
-from qcompile.halves import CompiledHalf, StateInputs, agreeing, backward_with_state, boxed, forward_with_state
 from qcompile.recipe import Ranges, Recipe
 from qcompile.recipes import get_recipe
 from qcompile.state.binding import Binder

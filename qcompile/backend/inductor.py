@@ -28,7 +28,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from passes.context import PassContext
 from passes.partition import min_cut_partition
 from passes.restore_decompositions import decompositions
-from qcompile import inductor_operations
+from qcompile.backend import inductor_operations
 from qcompile.cache_folders import check_cache_folders
 from qcompile.errors import UnsupportedError
 

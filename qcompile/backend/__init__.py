@@ -1,0 +1,28 @@
+"""What stands between torch.compile and the passes.
+
+compiler               the backend itself: a graph of Dynamo's, its recipe, and the passes over its joint graph
+options                what `torch.compile(..., options=...)` takes
+enclosing              where in the user's model the graph is
+halves                 the forward and the backward half when they are called, with the range state of their instance
+inductor               Inductor's and AOTAutograd's private entry points
+inductor_operations    our operations in Inductor's generated code
+hooks                  the passes inside other people's compilers
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from qcompile.backend.compiler import qtrain
+
+__all__ = ["qtrain"]
+
+
+def __getattr__(name: str) -> Any:
+    """Loaded when it is used: passes import modules of this package, and it imports them."""
+    if name != "qtrain":
+        raise AttributeError(f"module 'qcompile.backend' has no attribute {name!r}")
+    from qcompile.backend.compiler import qtrain
+
+    return qtrain
