@@ -33,7 +33,7 @@ RECIPES = (
     "int8", "int8+8", "int8+4", "int8_in_hindsight", "int8_in_hindsight+8", "int8_dai8", "int8_unified", "int4_interval",
     "int4_interval+4", "qat_lsq",
 )  # fmt: skip
-"""Those of the accuracy tables. "+8", "+4": with compress_saved. qat_lsq: learned W4A4, gradients in high precision."""
+"""Those of the accuracy tables. "+8", "+4", "+4all": with compress_saved. qat_lsq: learned W4A4, gradients in high precision."""
 FEW = ("int8", "int8_in_hindsight", "int4_interval")
 
 
@@ -244,8 +244,8 @@ ACCURACY = [
     _task("widths_gpt", "a byte-level GPT at several widths of codes", {**_GPT_SMALL, "recipes": ["bf16", *_WIDTHS]},
           {**_GPT_FULL, "recipes": ["bf16", *_WIDTHS]}, _gpt),
     _task("widths_resnet", "a ResNet-8 (full: ResNet-20) on Fashion-MNIST at several widths of codes",
-          {"model": "resnet8", **_SHORT, "recipes": ["fp32", *_WIDTHS]},
-          {"model": "resnet20", **_FULL, "recipes": ["fp32", *_WIDTHS]}, _cnn, _images),
+          {"model": "resnet8", **_SHORT, "recipes": ["fp32", *_WIDTHS, "int8+4all"]},
+          {"model": "resnet20", **_FULL, "recipes": ["fp32", *_WIDTHS, "int8+4all"]}, _cnn, _images),
     _task("rounding", "a byte-level GPT with gradients rounded to nearest and stochastically",
           {**_GPT_SMALL, "recipes": ["bf16", *_ROUNDINGS]}, {**_GPT_FULL, "recipes": ["bf16", *_ROUNDINGS]}, _gpt),
     _task("rounding_resnet", "the same in a ResNet-8 (full: ResNet-20) on Fashion-MNIST",

@@ -38,7 +38,7 @@ from torch import nn
 from tqdm import tqdm
 
 import qcompile
-from qcompile import GemmSpec, QuantSpec, Recipe
+from qcompile import GemmSpec, QuantSpec, Recipe, SavedSpec
 from qcompile.estimators.learned import Learned
 
 HP_RECIPES = ("fp32", "bf16")  # the baselines: plain Inductor, without and with autocast
@@ -55,7 +55,8 @@ for file in sorted((Path(__file__).parent / "recipes").glob("*.toml")):
 class Method:
     """A recipe by name, and bit widths in place of its own ("": its own). "fp32" and "bf16" are plain Inductor.
 
-    "int8+4" is `int8` that stores what else it saves for backward in 4 bits (`compress_saved`).
+    "int8+4" is `int8` that stores what else it saves for backward in 4 bits (`compress_saved`), "int8+4all" the operands of its
+    integer GEMMs too.
 
     Errors: ValueError for an unknown recipe, and for widths beside "8" or "w4a4g8"; for a baseline with widths.
     """
@@ -85,12 +86,15 @@ class Method:
 
 
 def recipe_named(name: str) -> Recipe:
-    """A recipe by name; "int8+4" is `int8` with `compress_saved=4`."""
-    plain, _, bits = name.partition("+")
-    if bits not in ("4", "8") and name != plain:
-        raise ValueError(f"recipe {name!r}; behind the '+' stand the bits of compress_saved, 4 or 8")
+    """A recipe by name; "int8+4" is `int8` with `compress_saved=4`, "int8+4all" with `SavedSpec(bits=4, operands=True)`."""
+    plain, plus, saved = name.partition("+")
     recipe = qcompile.get_recipe(plain)
-    return recipe.replace(compress_saved=int(bits), name=name) if bits else recipe
+    if not plus:
+        return recipe
+    specs = {"8": SavedSpec(bits=8), "4": SavedSpec(bits=4), "4all": SavedSpec(bits=4, operands=True)}
+    if saved not in specs:
+        raise ValueError(f"recipe {name!r}; behind the '+' stands what compress_saved does: {', '.join(specs)}")
+    return recipe.replace(compress_saved=specs[saved], name=name)
 
 
 _WIDTHS = re.compile(r"w([2-8])a([2-8])g([2-8])")

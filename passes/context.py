@@ -206,7 +206,7 @@ class PassContext:
     layouts: dict[str, StateLayout] = field(default_factory=dict)  # phase -> layout
     counts: dict[str, int] = field(default_factory=dict)  # step -> number of changes
     seconds: dict[str, float] = field(default_factory=dict)  # step -> time taken
-    crossings: list[Crossing] = field(default_factory=list)  # filled by compress_saved
+    crossings: list[Crossing] = field(default_factory=list)  # filled by compress_saved and coarsen_codes
     prefixes: tuple[str, ...] = ("",)  # of the compiled frame in the model, and in the module that was compiled: "blocks.3."
     layers: tuple[str, ...] = ()  # of the whole model, where it is known and the graph may be a part
     frame: str = ""  # what Dynamo calls the compiled frame, for reports

@@ -30,6 +30,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from passes.attach_range_state import attach_range_state
 from passes.canonicalize import canonicalize
+from passes.coarsen_codes import coarsen_codes
 from passes.compress_saved import compress_saved
 from passes.context import PassContext
 from passes.environment import dump, graph_number, skipped
@@ -147,6 +148,7 @@ def cut_steps() -> list[CutStep]:
         CutStep("save_codes", save_codes),
         CutStep("fold_masks", fold_masks),
         CutStep("compress_saved", compress_saved, "changes"),
+        CutStep("coarsen_codes", coarsen_codes, "changes"),
         CutStep("pack_masks", pack_masks),
         CutStep("pack_codes", pack_codes),
         CutStep("save_transposed", save_transposed),  # not codes that a mask has been folded into

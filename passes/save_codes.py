@@ -108,7 +108,8 @@ def _left_exact(cut: Cut, saved: dict[fx.Node, Saved], spec: SavedSpec) -> set[f
         codes, tensors = group - values, group & values
         restored = {_source(n.args[0], UNCHANGED) for n in codes if n.args[3] >= spec.bits}  # from these codes
         largest = max(size_of(n.meta["val"]) for n in codes)
-        before, after = 0, sum(size_of(n.meta["val"]) * n.args[3] // 8 for n in codes)
+        widest = spec.bits if spec.operands else 8  # that codes are stored in
+        before, after = 0, sum(size_of(n.meta["val"]) * min(n.args[3], widest) // 8 for n in codes)
         for n in tensors:
             size, itemsize = size_of(n.meta["val"]), n.meta["val"].dtype.itemsize
             if size * 16 < largest:

@@ -260,12 +260,16 @@ def operand_from_dict(data: object, where: str) -> QuantSpec | None:
 class SavedSpec:
     """How a tensor is stored between forward and backward that no integer GEMM reads.
 
-    bits   8 or 4 (two codes a byte): symmetric codes, rounded to nearest, or to the middle of a step where backward reads the sign.
-    group  how many consecutive elements share a scale (bf16), 16 to 4096, a power of two.
+    bits      8 or 4 (two codes a byte): symmetric codes, rounded to nearest, or to the middle of a step where backward reads the
+              sign.
+    group     how many consecutive elements share a scale (bf16), 16 to 4096, a power of two.
+    operands  with 4 bits: the activations that backward's integer GEMMs multiply with, too, on their own scales
+              (`passes.coarsen_codes`). Weight gradients are then those of 4-bit activations.
     """
 
     bits: int = 8
     group: int = 64
+    operands: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in (4, 8) or isinstance(self.bits, bool):
@@ -273,6 +277,9 @@ class SavedSpec:
         check_int("SavedSpec.group", self.group, "a power of two from 16 to 4096", low=16, high=4096)
         if self.group & (self.group - 1):
             refuse("SavedSpec.group", self.group, "a power of two from 16 to 4096")
+        if not isinstance(self.operands, bool) or (self.operands and self.bits != 4):
+            todo = "Codes of GEMMs have no more than 8 bits anyway."
+            refuse("SavedSpec.operands", self.operands, "True with bits=4, or False", todo)
 
     def stored(self, size: int) -> int:
         """Bytes of a tensor of `size` elements: its codes and scales."""
@@ -280,7 +287,7 @@ class SavedSpec:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only; `from_dict` reads it."""
-        return {"bits": self.bits, "group": self.group}
+        return {"bits": self.bits, "group": self.group, "operands": self.operands}
 
     @classmethod
     def of(cls, value: object, where: str = "compress_saved") -> SavedSpec | None:
@@ -288,7 +295,7 @@ class SavedSpec:
         if value is None or value == "hp" or isinstance(value, cls):
             return value if isinstance(value, cls) else None
         if isinstance(value, dict):
-            value = check_keys(where, value, ("bits", "group"))
+            value = check_keys(where, value, ("bits", "group", "operands"))
             return cls(**value)
         if isinstance(value, int) and not isinstance(value, bool) and value in (4, 8):
             return cls(bits=value)

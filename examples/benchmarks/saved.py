@@ -1,7 +1,7 @@
 """What a training step saves for backward, in bytes, by recipe: against Inductor under bf16 autocast.
 
     python examples/benchmarks/saved.py                                # GPT and MLP blocks of width 128, 2,048 tokens
-    python examples/benchmarks/saved.py --recipes int8,int8+8,int4+4   # "+8", "+4": with compress_saved
+    python examples/benchmarks/saved.py --recipes int8,int8+8,int4+4   # "+8", "+4", "+4all": with compress_saved
 
 Nothing is timed and no code is generated: the numbers depend on the graphs alone. Copies of weights are left out, as they do not
 grow with the tokens. The gradient's signal-to-noise ratio is the median over weights, against the bf16 step.
@@ -29,7 +29,10 @@ from benchmarks.mlp import Block
 from experiments import recipe_named
 from gpt import GPT, GPTConfig
 
-RECIPES = ("none+8", "none+4", "int8", "int8+8", "int8+4", "int8_tensorwise", "int8_tensorwise+8", "int4", "int4+4")
+RECIPES = (
+    "none+8", "none+4", "int8", "int8+8", "int8+4", "int8+4all",
+    "int8_tensorwise", "int8_tensorwise+8", "int8_tensorwise+4all", "int4", "int4+4",
+)  # fmt: skip
 
 
 def models(width: int, tokens: int, device: str) -> Iterator[tuple[str, Callable[[], nn.Module], tuple[Tensor, ...]]]:
