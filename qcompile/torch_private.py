@@ -11,17 +11,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import eval_frame
 from torch._functorch import partitioners
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.utils._python_dispatch import _disable_current_modes
 
 __all__ = [
     "backward_pass",
+    "compiled_function",
     "mkldnn_transpose",
     "operators_that_fuse",
     "real_tensors",
@@ -47,6 +50,22 @@ def backward_pass() -> int | None:
     """Which backward pass of autograd runs on this thread; None: none does."""
     task = torch._C._current_graph_task_id()
     return None if task == -1 else task
+
+
+def compiled_function() -> str:
+    """Which compiled function or model, the outermost, is being called on this thread: graphs around a graph break have one in
+    common. Its file and line, or its class; empty: not known."""
+    frame, found = sys._getframe(), None
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code.co_name == "compile_wrapper" and frame.f_code.co_filename == eval_frame.__file__:
+            found = frame.f_locals.get("fn")
+    code = getattr(found, "__code__", None)
+    if found is None or code is None:
+        return ""
+    if (owner := getattr(found, "__self__", None)) is not None:
+        return f"{type(owner).__module__}.{type(owner).__qualname__}"
+    return f"{code.co_filename}:{code.co_firstlineno}"
 
 
 @functools.lru_cache(maxsize=1)

@@ -1,6 +1,7 @@
 """Models that are put together in other ways than layers: autograd functions, globals, plain tensors, graph breaks between them."""
 
 import types
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -595,3 +596,41 @@ def test_ranges_for_deployment_stay_on_the_device_of_their_model():
     """A layer's scales beside its codes: integer GEMMs on a GPU take none from the CPU."""
     binding = types.SimpleNamespace(tensor=torch.zeros(8, device="meta"), index=torch.arange(3, device="meta"))
     assert _stored(binding).shape == (3,) and _stored(binding).device.type == "meta"
+
+
+def test_two_functions_that_evaluate_are_no_two_sides_of_a_break(interpreted):
+    """In a process that does not train, each reads the ranges of every use; which one reads the second alone cannot be known."""
+    model, x = OnBothSidesOfABreak(), torch.randn(12, WIDTH)
+    run = compiled(model, "int8_in_hindsight")
+    for _ in range(2):
+        sum(y.sum() for y in run(x)).backward()
+    range_state(model).freeze()
+    want = [y.detach() for y in run(x)]
+    weights, ranges = model.state_dict(), range_state(model).state_dict()
+
+    def validate(x):
+        large = other.proj(x)
+        torch._dynamo.graph_break()
+        return large, other.proj(1e-3 * x)
+
+    def test(x):
+        large = other.proj(x)
+        torch._dynamo.graph_break()
+        return large, other.proj(1e-3 * x)
+
+    def first(x):
+        return (other.proj(x),)
+
+    def alone(x):
+        return (other.proj(x),)
+
+    for functions in ((validate, test), (first, alone)):
+        torch._dynamo.reset()
+        other = OnBothSidesOfABreak()
+        other.load_state_dict(weights)
+        range_state(other).load_state_dict(ranges)
+        told = pytest.warns(QtrainWarning, match="proj: its range state is of 2 uses") if alone in functions else nullcontext()
+        with torch.no_grad(), told:
+            for function in functions:
+                got = compiled(function, "int8_in_hindsight")(x)
+                assert all(torch.equal(a, b) for a, b in zip(got, want, strict=False))

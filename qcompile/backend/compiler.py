@@ -49,6 +49,7 @@ from qcompile.recipe import Recipe
 from qcompile.state.binding import Binder
 from qcompile.state.decisions import StoredDecisions
 from qcompile.state.store import STORE, RangeStore
+from qcompile.torch_private import compiled_function
 
 __all__ = ["CompiledGraph", "compiled_graphs", "qtrain"]
 
@@ -175,6 +176,7 @@ class Compilation:
         autocast = {d: torch.get_autocast_dtype(d) for d in ("cpu", "cuda") if torch.is_autocast_enabled(d)}
         self.record = CompiledGraph(self.context, options.recipe, autocast=autocast)
         self.binder: Binder | None = None
+        self.function = compiled_function()
         self.writes: Counter[str] = Counter()  # of range state in the joint graph, by half
 
     def run(self) -> Callable[..., Any]:
@@ -270,7 +272,7 @@ class Compilation:
             run = compiled
             if state_inputs:
                 if self.binder is None:
-                    self.binder = Binder(self.context.layouts, self.context.device, self.store)
+                    self.binder = Binder(self.context.layouts, self.context.device, self.store, self.function)
                 training = not kwargs.get("is_inference", False)
                 run = forward_with_state(
                     compiled, dynamic, state_inputs, self.binder, training=training, replicated=self._shares_ranges()

@@ -53,7 +53,9 @@ class Binding:
     every graph of the instance.
     """
 
-    def __init__(self, store: RangeStore, layout: Any, owners: dict[str | None, object], device: torch.device) -> None:
+    def __init__(
+        self, store: RangeStore, layout: Any, owners: dict[str | None, object], device: torch.device, function: str = ""
+    ) -> None:
         requests = [
             Request(owners[e.owner], e.key, e.fields, e.initial, e.size, e.site, e.operand, e.aliases, e.place, _bits(e))
             for e in layout.entries
@@ -61,7 +63,7 @@ class Binding:
         self.store = store
         seeded = any("seed_low" in e.fields for e in layout.entries)
         identity = _fingerprint(owners.values()) if seeded else ""
-        arena, slots = store.claim(requests, device, layout.capacity, identity, layout.learns)
+        arena, slots = store.claim(requests, device, layout.capacity, identity, layout.learns, function)
         self.arena, self.slots, self.learns, self._numberings = arena, slots, layout.learns, store.numberings
         slot_of = {(e.owner, e.key): s for e, s in zip(layout.entries, slots, strict=True)}
         self.serial = next(_SERIALS)
@@ -166,10 +168,13 @@ def _fingerprint(owners: Iterable[object]) -> str:
 
 
 class Binder:
-    """Finds the bindings of one compiled graph. `layouts`: phase -> layout; `owners`: the placeholders that own entries."""
+    """Finds the bindings of one compiled graph. `layouts`: phase -> layout; `owners`: the placeholders that own entries.
 
-    def __init__(self, layouts: dict[str, Any], device: torch.device, store: RangeStore = STORE) -> None:
-        self.layouts, self.device, self.store = layouts, device, store
+    function  whose graph it is (`torch_private.compiled_function`)
+    """
+
+    def __init__(self, layouts: dict[str, Any], device: torch.device, store: RangeStore = STORE, function: str = "") -> None:
+        self.layouts, self.device, self.store, self.function = layouts, device, store, function
         self.owners: list[str] = list(
             dict.fromkeys(e.owner for layout in layouts.values() for e in layout.entries if e.owner is not None)
         )
@@ -188,7 +193,7 @@ class Binder:
         owners: dict[str | None, object] = {None: self}
         owners.update(zip(self.owners, parameters, strict=True))
         bindings = {
-            phase: Binding(self.store, layout, owners, self.device) for phase, layout in self.layouts.items()
+            phase: Binding(self.store, layout, owners, self.device, self.function) for phase, layout in self.layouts.items()
         }
         if len(self._cache) > 1024:  # parameters of models that are gone
             self._cache = {k: v for k, v in self._cache.items() if all(r() is not None for r in v.owners)}

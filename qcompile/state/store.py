@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from qcompile.errors import QtrainWarning, StateError
+from qcompile.errors import QtrainWarning, StateError, warn_once
 from qcompile.state.uses import Place, number_reads, number_uses
 
 __all__ = ["STORE", "Arena", "RangeStore", "Request", "Slot", "SlotKey", "initial_values"]
@@ -152,7 +152,8 @@ class _Owner:
     pending: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # key -> fields, loaded before any graph claimed them
     decisions: dict[str, Any] = field(default_factory=dict)  # key -> what the profit filter decided (qcompile.state.decisions)
     uses: dict[str, dict[Place, int]] = field(default_factory=dict)  # what is counted -> where it stands -> its number
-    reads: dict[str, dict[Place, int]] = field(default_factory=dict)  # likewise, of graphs that only read, before one that learns
+    reads: dict[tuple[str, str], dict[Place, int]] = field(default_factory=dict)
+    """Likewise, of graphs that only read, before one that learns; by what is counted and the compiled function."""
 
 
 class RangeStore:
@@ -223,14 +224,21 @@ class RangeStore:
     # ---- slots
 
     def claim(
-        self, requests: Sequence[Request], device: torch.device, capacity: int, identity: str = "", learns: bool = True
+        self,
+        requests: Sequence[Request],
+        device: torch.device,
+        capacity: int,
+        identity: str = "",
+        learns: bool = True,
+        function: str = "",
     ) -> tuple[Arena, list[Slot]]:
         """The slots of one half of a graph, all in one arena, in the order of the requests.
 
         Made where they are new, with the `identity` that random numbers follow from. `learns`: whether the graph updates them.
+        `function`: the compiled function whose graph it is.
         """
         with self._lock:
-            requests = self._with_numbers(requests, learns)
+            requests = self._with_numbers(requests, learns, function)
             known = [self._owner(r.owner).slots.get((r.key, r.fields, r.size, r.bits)) for r in requests]
             arena = self._arena_for(known, requests, device, capacity)
             slots = [self._settle(arena, s, r, identity) for s, r in zip(known, requests, strict=True)]
@@ -239,7 +247,7 @@ class RangeStore:
                 slot.claimed = self._claims
             return arena, slots
 
-    def _with_numbers(self, requests: Sequence[Request], learns: bool) -> list[Request]:
+    def _with_numbers(self, requests: Sequence[Request], learns: bool, function: str) -> list[Request]:
         """The requests with keys that hold over all graphs, not only within the one that asks."""
         graph: dict[tuple[int, str], dict[Place, int]] = {}
         for r in requests:
@@ -257,9 +265,7 @@ class RangeStore:
             if learns or known:
                 numbers = number_uses(known, uses, learns=learns)
             else:
-                met = record.reads.setdefault(counted, {})
-                numbers = number_reads(met, uses, _numbers_kept(record, counted))
-                met.update(numbers)
+                numbers = _reads(record, r, counted, uses, function)
             if learns and numbers.keys() - known.keys():
                 known.update(numbers)
                 self.epoch += 1
@@ -372,6 +378,30 @@ def _numbers_kept(record: _Owner, counted: str) -> set[int]:
     numbered = re.compile(rf"{re.escape(counted)}(?:#(\d+)(?:\..+)?)?")
     matches = (numbered.fullmatch(key) for key in [*record.pending, *(key for key, *_ in record.slots)])
     return {int(match[1] or 0) for match in matches if match is not None}
+
+
+def _reads(record: _Owner, request: Request, counted: str, uses: dict[Place, int], function: str) -> dict[Place, int]:
+    """The numbers of uses in a graph that only reads, before one that learns; `function` has the graph."""
+    met = record.reads.setdefault((counted, function), {})
+    others = _of_others(record, counted, function)
+    kept = _numbers_kept(record, counted)
+    numbers = number_reads(met, uses, kept, others)
+    new = {n for place, n in numbers.items() if place not in others and place not in met}
+    met.update(numbers)
+    if new & {*others.values()} and kept - {*others.values(), *met.values()}:
+        warn_once(
+            f"{request.site}: its range state is of {len(kept)} uses, and each of several compiled functions that evaluate it is "
+            f"taken to begin with the first use. If {function or 'one of them'} stands for another use, compile one function that "
+            "calls them in the order of training, so that each reads its own ranges",
+            about=("reads", request.site, function),
+        )
+    return numbers
+
+
+def _of_others(record: _Owner, counted: str, function: str) -> dict[Place, int]:
+    """What graphs of other compiled functions that only read were given."""
+    reads = [read for (what, whose), read in record.reads.items() if what == counted and whose != function]
+    return {place: number for read in reads for place, number in read.items()}
 
 
 def _key(counted: str, number: int, rest: str) -> str:

@@ -15,6 +15,7 @@ twice): two such calls look like two micro-batches, and share their ranges.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from types import MappingProxyType
 
 __all__ = ["Place", "number_reads", "number_uses"]
 
@@ -51,14 +52,19 @@ def number_uses(known: Mapping[Place, int], uses: Mapping[Place, int], *, learns
     return found
 
 
-def number_reads(met: Mapping[Place, int], uses: Mapping[Place, int], kept: Collection[int]) -> dict[Place, int]:
+def number_reads(
+    met: Mapping[Place, int], uses: Mapping[Place, int], kept: Collection[int], others: Mapping[Place, int] = MappingProxyType({})
+) -> dict[Place, int]:
     """The same for a graph that only reads, in a process that has not trained: there are no places to compare with, only state.
 
-    met   what other graphs that only read were given
-    kept  numbers of the uses that there is state of
+    met     what other graphs of the same compiled function were given, on the other side of a graph break
+    kept    numbers of the uses that there is state of
+    others  what graphs of other compiled functions were given
 
-    Uses are numbered as they run, as in training; a use that all others have left no state for reads what stands nearest.
+    Uses are numbered as they run, as in training; a use that all others have left no state for reads what stands nearest. Each
+    compiled function is counted from 0: two of them that evaluate one model are no two sides of a graph break.
     """
+    met = dict(met) | {o: number for o, number in others.items() if any(_alike(o, p) >= min(len(o), len(p)) for p in uses)}
     found = {place: met[place] for place in uses if place in met}
     for place, number in sorted(uses.items(), key=lambda use: use[1]):
         if place in found:
