@@ -33,6 +33,7 @@ from torch import fx
 from passes.context import PassContext, Reason
 from passes.find_sites import gemm_of
 from passes.gemm_costs import GemmCost, gemm_costs, measured_costs, quantized_copy
+from passes.graph import is_joint
 from qcompile.kernels import profit
 from qcompile.state.decisions import Decision
 
@@ -50,7 +51,7 @@ def keep_slow_gemms_hp(graph: fx.Graph, context: PassContext) -> int:
         return 0
     copied, other = quantized_copy(graph, context)
     costs = gemm_costs(copied, other)
-    decisions = _decided(costs, context)
+    decisions = _decided(costs, context, learns=is_joint(graph))
     kept = 0
     for node in graph.nodes:
         where = gemm_of(node)
@@ -72,13 +73,14 @@ def _milliseconds(seconds: float) -> str:
     return f"{1e3 * seconds:.3g} ms" if seconds < _LONGEST else "no time (it does not run)"
 
 
-def _decided(costs: Sequence[GemmCost], context: PassContext) -> dict[tuple[str, str], Decision]:
+def _decided(costs: Sequence[GemmCost], context: PassContext, *, learns: bool) -> dict[tuple[str, str], Decision]:
     """(site, role) -> the decision that there is, or is made now."""
     book = context.profit
     assert book is not None
-    places = {(c.site, c.role): _place(c, context) for c in costs}
-    known = {gemm: found for gemm, place in places.items() if (found := book.get(*place)) is not None}
-    new = [gemm for gemm in places if gemm not in known]
+    keys = {(c.site, c.role): _key(c, context) for c in costs}
+    book.tell_places({keys[c.site, c.role]: context.site(c.site).place for c in costs}, learns=learns)
+    known = {gemm: found for gemm, key in keys.items() if (found := book.get(*key)) is not None}
+    new = [gemm for gemm in keys if gemm not in known]
     if not new:
         return known
 
@@ -89,12 +91,12 @@ def _decided(costs: Sequence[GemmCost], context: PassContext) -> dict[tuple[str,
 
     made = book.agree([f"{site}.{role}" for site, role in new], decide)
     for gemm, decision in zip(new, made, strict=True):
-        book.put(*places[gemm], decision)
+        book.put(*keys[gemm], decision)
         known[gemm] = decision
     return known
 
 
-def _place(cost: GemmCost, context: PassContext) -> tuple[str | None, str]:
+def _key(cost: GemmCost, context: PassContext) -> tuple[str | None, str]:
     site = context.site(cost.site)
     return context.owner(site), site.state_key(cost.role)
 

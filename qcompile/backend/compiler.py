@@ -217,7 +217,7 @@ class Compilation:
         if self.options.profit_filter:
             own = {name: parameter for name, (_, parameter) in parameters.items()}
             shared = self.replicates and context.recipe.ranges == "replicated"
-            context.profit = StoredDecisions(self.store, own, shared=shared)
+            context.profit = StoredDecisions(self.store, own, shared=shared, function=self.function)
         Pipeline(self.options.steps, context, on_step=self.on_step).run(graph)
         self.writes = count_writes(graph)
         self.record.seconds["passes"] = self.record.seconds.get("passes", 0.0) + time.perf_counter() - start

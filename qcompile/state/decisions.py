@@ -1,7 +1,8 @@
 """What the profit filter has decided, GEMM by GEMM: kept with the range state, so that a resumed run decides alike.
 
 A decision belongs to the Parameter that owns the site's range state, under the GEMM's name, and outlives recompilation: the same
-GEMM at another batch size keeps its decision. It is saved and loaded by `range_state(model).state_dict()`, three values a GEMM:
+GEMM at another batch size keeps its decision. Two uses of a weight have a decision each, on both sides of a graph break too
+(`qcompile.state.uses`). It is saved and loaded by `range_state(model).state_dict()`, three values a GEMM:
 
     blocks.0.mlp.up.output.integer            1: an integer GEMM; 0: it stays in high precision
     blocks.0.mlp.up.output.integer_seconds    what was measured, with the quantizes that no other integer GEMM pays for
@@ -26,6 +27,7 @@ from torch import Tensor
 from qcompile.errors import StateError
 from qcompile.state.replicas import REPLICAS
 from qcompile.state.store import RangeStore
+from qcompile.state.uses import Place
 from qcompile.torch_private import real_tensors
 
 __all__ = ["Decision", "Decisions", "StoredDecisions"]
@@ -60,6 +62,9 @@ class Decisions:
     def __init__(self) -> None:
         self.made: dict[tuple[str | None, str], Decision] = {}
 
+    def tell_places(self, places: Mapping[tuple[str | None, str], Place], *, learns: bool) -> None:
+        """Where the sites of all GEMMs stand that will be asked for, by (owner, key). `learns`: the graph has a backward half."""
+
     def get(self, owner: str | None, key: str) -> Decision | None:
         """What was decided before; None: nothing."""
         return self.made.get((owner, key))
@@ -77,20 +82,32 @@ class StoredDecisions(Decisions):
 
     parameters  placeholder -> Parameter
     shared      whether data-parallel ranks decide together
+    function    the compiled function whose graph it is
     """
 
-    def __init__(self, store: RangeStore, parameters: Mapping[str, Any], *, shared: bool) -> None:
+    def __init__(self, store: RangeStore, parameters: Mapping[str, Any], *, shared: bool, function: str = "") -> None:
         super().__init__()
-        self.store, self.shared = store, shared
+        self.store, self.shared, self.function = store, shared, function
+        self._places: dict[str | None, dict[str, Place]] = {}
+        self._learns = True
         self._parameters = {name: weakref.ref(parameter) for name, parameter in parameters.items()}  # a report outlives its model
 
     def _parameter(self, owner: str | None) -> Any:
         reference = self._parameters.get(owner or "")
         return None if reference is None else reference()
 
+    def tell_places(self, places: Mapping[tuple[str | None, str], Place], *, learns: bool) -> None:
+        self._learns = learns
+        for (owner, key), place in places.items():
+            self._places.setdefault(owner, {})[key] = place
+
+    def _keys(self, owner: str | None, parameter: Any) -> dict[str, str]:
+        """Key within the graph -> key over all graphs that use the Parameter."""
+        return self.store.decision_keys(parameter, self._places.get(owner, {}), learns=self._learns, function=self.function)
+
     def get(self, owner: str | None, key: str) -> Decision | None:
         parameter = self._parameter(owner)
-        found = None if parameter is None else self.store.decisions_of(parameter).get(key)
+        found = None if parameter is None else self.store.decisions_of(parameter).get(self._keys(owner, parameter).get(key, key))
         if found is not None:
             self.made[owner, key] = found
         return found or super().get(owner, key)
@@ -98,14 +115,17 @@ class StoredDecisions(Decisions):
     def put(self, owner: str | None, key: str, decision: Decision) -> None:
         super().put(owner, key, decision)
         if (parameter := self._parameter(owner)) is not None:
-            self.store.decide(parameter, key, decision)
+            self.store.decide(parameter, self._keys(owner, parameter).get(key, key), decision)
 
     def adopt(self, parameters: Mapping[str, Any]) -> None:
         """The compiled graph runs for another instance too: what was decided holds for its Parameters."""
         for (owner, key), decision in self.made.items():
             parameter = parameters.get(owner or "")
-            if parameter is not None and key not in self.store.decisions_of(parameter):
-                self.store.decide(parameter, key, decision)
+            if parameter is None:
+                continue
+            place = self._keys(owner, parameter).get(key, key)
+            if place not in self.store.decisions_of(parameter):
+                self.store.decide(parameter, place, decision)
 
     def agree(self, names: Sequence[str], decide: Callable[[], list[Decision]]) -> list[Decision]:
         """The first rank's. Errors: `StateError` if its graph has other GEMMs."""

@@ -221,6 +221,35 @@ class RangeStore:
         with self._lock:
             self._owner(owner).decisions[key] = decision
 
+    def decision_keys(self, owner: object, places: Mapping[str, Place], *, learns: bool, function: str) -> dict[str, str]:
+        """Key within a graph -> key over all graphs, of GEMMs that a decision is asked for.
+
+        The numbers are those of range state, but for a graph that only reads, in a process that has not trained: what it decides
+        has no state to look for, so a use that stands where none stood in this compiled function has a number of its own.
+        """
+        graph: dict[str, dict[Place, int]] = {}
+        for key, place in places.items():
+            counted, number, _ = _parts(key)
+            if place:
+                graph.setdefault(counted, {})[place] = number
+        with self._lock:
+            record = self._owner(owner)
+            found = {}
+            for counted, uses in graph.items():
+                if learns or record.uses.get(counted):
+                    found[counted] = self._number(record, counted, uses, learns)
+                    continue
+                read = f"decisions on {counted}"
+                met = record.reads.setdefault((read, function), {})
+                others = _of_others(record, read, function)
+                found[counted] = number_reads(met, uses, range(len(met) + len(uses)), others)
+                met.update(found[counted])
+        keys = {}
+        for key, place in places.items():
+            counted, _, rest = _parts(key)
+            keys[key] = _key(counted, found[counted][place], rest) if place else key
+        return keys
+
     # ---- slots
 
     def claim(
@@ -260,18 +289,21 @@ class RangeStore:
                 found.append(r)
                 continue
             record = self._owner(r.owner)
-            known = record.uses.setdefault(counted, {})
+            known = record.uses.get(counted)
             uses = {p: n for p, n in graph[id(r.owner), counted].items() if p}
-            if learns or known:
-                numbers = number_uses(known, uses, learns=learns)
-            else:
-                numbers = _reads(record, r, counted, uses, function)
-            if learns and numbers.keys() - known.keys():
-                known.update(numbers)
-                self.epoch += 1
-                self.numberings += 1
+            learnt = learns or known
+            numbers = self._number(record, counted, uses, learns) if learnt else _reads(record, r, counted, uses, function)
             found.append(r._replace(key=_key(counted, numbers[r.place], rest)))
         return found
+
+    def _number(self, record: _Owner, counted: str, uses: Mapping[Place, int], learns: bool) -> dict[Place, int]:
+        known = record.uses.setdefault(counted, {})
+        numbers = number_uses(known, uses, learns=learns)
+        if learns and numbers.keys() - known.keys():
+            known.update(numbers)
+            self.epoch += 1
+            self.numberings += 1
+        return numbers
 
     def _arena_for(self, known: list[Slot | None], requests: list[Request], device: torch.device, capacity: int) -> Arena:
         """The arena that most of the slots are in already, if it has room for the others; else any with room."""

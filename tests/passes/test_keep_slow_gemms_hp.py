@@ -5,17 +5,19 @@ import random
 
 import pytest
 import torch
+from torch import nn
 
 from passes.gemm_costs import GemmCost, gemm_costs, quantized_copy
 from passes.graph import QUANTIZE, SCALED_CONV, SCALED_MM
 from passes.keep_slow_gemms_hp import least_time
 from passes.pipeline import Pipeline, joint_steps
-from qcompile import get_recipe
+from qcompile import compiled_graphs, get_recipe, range_state
 from qcompile.kernels import profit
 from qcompile.kernels.profit import Cast, Product, Quantize, Transpose
 from qcompile.state.decisions import Decision, Decisions
-from tests.compiling import AVERAGE
+from tests.compiling import AVERAGE, compiled
 from tests.passes.graphs import ROWWISE, TENSORWISE, assert_same_outputs, copied, joint_graph, mlp, mlp_inputs
+from tests.state.test_decisions import made_up
 
 ROWS = 6
 
@@ -243,3 +245,47 @@ def test_a_decision_is_saved_on_the_cpu_whatever_the_default_device():
     with torch.device("meta"):
         saved = decision.to_tensors()
     assert Decision.of(saved) == decision and {value.device.type for value in saved.values()} == {"cpu"}
+
+
+class OnBothSidesOfABreak(nn.Module):
+    """One layer on many rows and on a few."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj = nn.Linear(12, 16)
+
+    def forward(self, x):
+        many = self.proj(x)
+        torch._dynamo.graph_break()
+        return many.sum() + self.proj(x[:FEW]).sum()
+
+
+FEW = 4
+
+
+@pytest.mark.filterwarnings("ignore:profit filter:qcompile.QtrainWarning")
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # Dynamo looks, after a break
+@pytest.mark.parametrize("evaluated_first", [False, True])
+def test_each_use_of_a_layer_has_a_decision_of_its_own(interpreted, monkeypatch, evaluated_first):
+    monkeypatch.setattr(profit, "measure", made_up([(FEW, 16, 12)]))
+    model, x = OnBothSidesOfABreak(), torch.randn(ROWS, 12)
+    run = compiled(model, "int8", profit_filter=True)
+    if evaluated_first:
+        with torch.no_grad():
+            run(x)
+        kept = {name: d.integer for name, d in range_state(model).decisions().items()}
+        assert kept == {"proj.output": True, "proj#1.output": False}
+    run(x).backward()
+    decided = {name: d.integer for name, d in range_state(model).decisions().items()}
+    gemms = itertools.product(("", "#1"), ("output", "grad_weight"))
+    assert decided == {f"proj{use}.{role}": (use, role) != ("#1", "output") for use, role in gemms}
+    assert {g.integer_gemms for g in compiled_graphs()[-2:]} == {1, 2}
+
+    saved = range_state(model).state_dict()
+    torch.compiler.reset()
+    monkeypatch.setattr(profit, "measure", made_up([]))
+    other = OnBothSidesOfABreak()
+    range_state(other).load_state_dict(saved)
+    compiled(other, "int8", profit_filter=True)(x).backward()
+    assert {name: d.integer for name, d in range_state(other).decisions().items()} == decided
+    assert {g.integer_gemms for g in compiled_graphs()} == {1, 2}
