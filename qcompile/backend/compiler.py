@@ -45,6 +45,7 @@ from qcompile.errors import QtrainWarning, UnsupportedError, warn_once
 from qcompile.kernels.autotune import tune
 from qcompile.kernels.fallback import strictly
 from qcompile.kernels.select import fallback_reason, gemm_kernel, unsupported_device
+from qcompile.qat.quantizer import another_recipe
 from qcompile.recipe import Recipe
 from qcompile.state.binding import Binder
 from qcompile.state.decisions import StoredDecisions
@@ -214,6 +215,7 @@ class Compilation:
         parameters = self._own_parameters(graph)
         context.prefixes, context.layers = prefixes(parameters), tuple(layers_around(parameters))
         context.device = device_of(n.meta.get("val") for n in graph.find_nodes(op="placeholder"))
+        self._report_another_recipe([parameter for _, parameter in parameters.values()])
         if self.options.profit_filter:
             own = {name: parameter for name, (_, parameter) in parameters.items()}
             shared = self.replicates and context.recipe.ranges == "replicated"
@@ -238,6 +240,12 @@ class Compilation:
 
     def _report_what_stays_hp(self) -> None:
         tell_what_stays_hp(self.context)
+
+    def _report_another_recipe(self, parameters: list[nn.Parameter]) -> None:
+        if told := another_recipe(parameters, self.context.recipe):
+            if self.context.strict:
+                raise UnsupportedError(f"strict: {told}")
+            _warn(told)
 
     def _report_what_is_shared(self) -> None:
         entries = (entry for layout in self.context.layouts.values() for entry in layout.entries)

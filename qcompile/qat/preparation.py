@@ -28,7 +28,7 @@ from qcompile.errors import RecipeError, StateError
 from qcompile.estimators.learned import Learned
 from qcompile.qat.layers import LearnedLayer, can_learn, kind, learned_class, output_axis
 from qcompile.qat.oscillation import OscillationTracker
-from qcompile.qat.quantizer import LearnedQuantizer, observing
+from qcompile.qat.quantizer import Asked, LearnedQuantizer, observing
 from qcompile.recipe import Recipe
 from qcompile.recipes import get_recipe
 from qcompile.specs import PerChannel, PerRow, PerTensor, QuantSpec
@@ -101,10 +101,14 @@ def prepare(
     ends = {chosen[0][0], chosen[-1][0]}
     by_weight: dict[int, LearnedQuantizer] = {}  # a tied weight is one Parameter with one scale
     without_fast_path(model)
-    for name, layer, specs in chosen:
+    for name, layer, asked in chosen:
+        specs = asked
         if name in ends and first_last_bits is not None:
-            specs = {operand: replace(spec, bits=first_last_bits) for operand, spec in specs.items()}
+            specs = {operand: replace(spec, bits=first_last_bits) for operand, spec in asked.items()}
         _make_learned(name, layer, specs, by_weight, plan, freeze_oscillations)
+        for operand, spec in asked.items():
+            quantizer = getattr(layer, f"{operand}_quantizer")
+            quantizer.asked = quantizer.asked or Asked(recipe.name, kind(layer), spec)
     model.qtrain_qat = plan  # type: ignore[assignment]
     model.register_buffer(STEP, torch.zeros((), dtype=torch.int64))
     model.register_load_state_dict_post_hook(_resume)

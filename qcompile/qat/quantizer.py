@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import warnings
+import weakref
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from qcompile.errors import QtrainWarning, StateError
 from qcompile.estimators.learned import Learned
 from qcompile.ops.fake_quantize import FORMS, fake_quantize, fake_quantize_codes, levels, whole_zero_point
+from qcompile.recipe import Recipe
 from qcompile.specs import QuantSpec
 
-__all__ = ["LearnedQuantizer", "observing"]
+__all__ = ["Asked", "LearnedQuantizer", "another_recipe", "observing"]
 
 _FLOOR = 2.0**-100
 """Of scales in use: its reciprocal times any activation is finite."""
@@ -28,6 +30,14 @@ _FINE = 6
 """Bits from which LSQ's start value, made for 2 to 4, leaves most codes unused: there amax / high bounds it (our choice)."""
 
 
+class Asked(NamedTuple):
+    """What a recipe said when the model was prepared: the layer's kind, and the spec before any exception for the ends."""
+
+    recipe: str
+    kind: str
+    spec: QuantSpec
+
+
 class LearnedQuantizer(nn.Module):
     """Quantizes and dequantizes one operand with a learned scale.
 
@@ -37,6 +47,7 @@ class LearnedQuantizer(nn.Module):
     format     buffer int32 [2]: bits, index in `FORMS` (-1: not initialised); what makes a checkpoint complete
     """
 
+    asked: Asked | None = None
     scale: nn.Parameter
     offset: nn.Parameter | None
     sharpness: Tensor | None
@@ -57,6 +68,11 @@ class LearnedQuantizer(nn.Module):
         sharpness = spec.estimator.sharpness_at(0.0)
         self.register_buffer("sharpness", None if sharpness is None else torch.tensor(float(sharpness)))
         self.register_buffer("format", torch.tensor([spec.bits, _NO_FORM], dtype=torch.int32))
+        _ALL.add(self)
+
+    def __setstate__(self, state: Any) -> None:  # of copies and pickles
+        super().__setstate__(state)
+        _ALL.add(self)
 
     @property
     def estimator(self) -> Learned:
@@ -191,6 +207,31 @@ class LearnedQuantizer(nn.Module):
     def extra_repr(self) -> str:
         form = self.form_name if self.initialised else "not initialised"
         return f"{self.operand}, {self.bits} bits, {form}, {self.estimator!r}"
+
+
+_ALL: weakref.WeakSet[LearnedQuantizer] = weakref.WeakSet()
+
+
+def another_recipe(parameters: Iterable[nn.Parameter], recipe: Recipe) -> str | None:
+    """What a recipe wants otherwise than the one that these learned scales were made for; None: nothing.
+
+    parameters  of a graph that is compiled: those that are no scale of a learned quantizer do not matter
+    """
+    graph = {id(p) for p in parameters}
+    for quantizer in sorted((q for q in list(_ALL) if id(q.scale) in graph), key=lambda q: (q.site, q.operand)):
+        asked = quantizer.asked
+        pair = None if asked is None else recipe.resolve(quantizer.site, kind=asked.kind).gemm("output")
+        if asked is None or pair is None:  # a layer that the recipe leaves in high precision
+            continue
+        wanted = pair[quantizer.operand == "weight"]
+        if wanted != asked.spec:
+            return (
+                f"this model was prepared for recipe {asked.recipe!r} and is compiled with {recipe.name!r}, which quantizes "
+                f"{quantizer.site}.{quantizer.operand} otherwise ({wanted}; prepared: {asked.spec}). The learned scales are "
+                "used as they were prepared. Compile it with the recipe that it was prepared for, of which gradients may differ "
+                "(.replace(grad_output=...)), or give the other recipe a model that is not prepared for this one"
+            )
+    return None
 
 
 class _Observed:

@@ -411,6 +411,30 @@ def test_the_compiler_needs_a_prepared_model(interpreted):
         compiled(Net())(batch())
 
 
+@pytest.mark.parametrize("other", ["int8", "qat_ewgs", W8A8])
+def test_another_recipe_than_the_model_was_prepared_for_is_told(interpreted, other):
+    model, x = copy.deepcopy(prepared()), batch()
+    model(x)
+
+    def step(x):
+        return model(x).sum()
+
+    told = "prepared for recipe 'qat_lsq' and is compiled with '.*', which quantizes first.input otherwise"
+    with pytest.warns(QtrainWarning, match=told):
+        torch.compile(step, backend="qtrain", options={"recipe": other})(x).backward()
+    with pytest.raises(Exception, match=f"strict: this model was {told}"):
+        torch.compile(model, backend="qtrain", options={"recipe": other, "strict": True})(x)
+
+
+def test_other_gradients_and_stages_of_widths_are_no_other_recipe(interpreted):
+    model, x = prepared(widths=((0, 6), (1, 4))), batch()
+    model(x)
+    for recipe in (W4A4, W4A4.replace(grad_output=QuantSpec()), W4A4.replace(skip=("middle",)), "none"):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("error", message="this model was prepared")
+            compiled(model, recipe)(x).sum().backward()
+
+
 # ---- offsets
 
 
