@@ -85,6 +85,20 @@ class LearnedQuantizer(nn.Module):
         return self.form != _NO_FORM
 
     @property
+    def settled(self) -> bool:
+        """Whether that start holds: one that a process made for itself, to evaluate, is in no checkpoint and goes."""
+        return int(self.format[1]) != _NO_FORM
+
+    def unsettle(self) -> None:
+        """Keep the start until there is another."""
+        self.format[1] = _NO_FORM
+
+    def take_over_format(self) -> None:
+        """Start where the buffer says so: others may have written it."""
+        if self.settled:
+            self.bits, self.form = self.format.tolist()
+
+    @property
     def form_name(self) -> str:
         """One of `qcompile.ops.fake_quantize.FORMS`."""
         return FORMS[self.form]

@@ -1,6 +1,8 @@
 """Data parallelism: processes with different batches have equal scales from the start on."""
 
 import copy
+import time
+import warnings
 
 import pytest
 import torch
@@ -9,6 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import qcompile
+from qcompile.qat import preparation
 from tests.distributed.ranks import run_on
 from tests.qat.models import WIDTH, Net
 
@@ -66,3 +69,51 @@ def _train_sharded(rank, ranks):
 def test_sharded_weights_with_scales_left_out():
     for sharded, alone in run_on(2, _train_sharded, 2):
         torch.testing.assert_close(sharded, alone, rtol=1e-5, atol=1e-7)
+
+
+def _first_alone(rank, with_grad):
+    """Rank 0 calls the model before the others do: under no_grad it may be alone."""
+    preparation._PATIENCE = 0.5
+    torch.manual_seed(0)
+    model = qcompile.prepare(Net(), "qat_lsq")
+    run = DistributedDataParallel(model)
+    told = []
+    if rank == 0:
+        with warnings.catch_warnings(record=True) as caught, torch.set_grad_enabled(with_grad):
+            warnings.simplefilter("always")
+            for _ in range(2):
+                model(torch.randn(8, WIDTH) + 3)
+        told = [str(w.message) for w in caught]
+        assert with_grad or not any(q.settled for q in qcompile.learned_quantizers(model).values() if q.operand == "input")
+    elif with_grad:
+        time.sleep(2)
+        model(torch.randn(8, WIDTH))
+    if not with_grad:
+        distributed.barrier()  # the others wait here for the first one
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    torch.manual_seed(1 + rank)
+    for _ in range(2):
+        run(torch.randn(8, WIDTH)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.state_dict(), told
+
+
+@pytest.mark.parametrize("with_grad", [False, True])
+def test_the_first_process_alone(with_grad):
+    (state, told), (other, _) = run_on(2, _first_alone, with_grad)
+    assert all(torch.equal(state[k], other[k]) for k in state)
+    assert all(value[1] >= 0 for name, value in state.items() if name.endswith("format"))
+    wanted = "has waited for a minute for the others" if with_grad else "learned scales start from this batch alone"
+    assert len([message for message in told if wanted in message]) == 1
+
+
+def test_ddp_sends_the_start_of_one_process(monkeypatch):
+    """Rank 0 started its scales before there were others, and DDP has written its buffers to this process's."""
+    model, x = qcompile.prepare(Net(), "qat_lsq"), torch.randn(8, WIDTH)
+    started = copy.deepcopy(model)
+    started(x)
+    for mine, theirs in zip([*model.parameters(), *model.buffers()], [*started.parameters(), *started.buffers()], strict=True):
+        mine.data.copy_(theirs.data)
+    monkeypatch.setattr(preparation, "_start_inputs", lambda *args, **options: pytest.fail("it waits for the other process"))
+    assert torch.equal(model(x), started(x))
