@@ -1,5 +1,7 @@
 """The example that compares found recipes with uniform ones, at toy size and without code generation."""
 
+from contextlib import nullcontext
+
 import pytest
 import search_recipe
 import torch
@@ -51,3 +53,13 @@ def test_the_search_looks_at_a_model_that_has_trained(interpreted):
     logits = subject.model(x)
     assert loss(logits) != subject.loss[1](logits)
     assert not torch.equal(x, task.images.batch(seed=0, step=2, batch=16)[0])
+
+
+def test_a_uniform_recipe_that_takes_more_than_high_precision_is_no_budget(interpreted, tmp_path, capsys):
+    """int8_jetfire saves more bytes, as it multiplies blocks in high precision: nothing is searched for at as many."""
+    model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 64))
+    subject = search_recipe.Subject(model, [(torch.randn(64, 64),)], nullcontext)
+    files, costs = search_recipe.search(subject, ["int8", "int8_jetfire"], ["memory"], tmp_path)
+    assert [file.name for file in files] == ["memory-as-int8.toml"] == [file.name for file in tmp_path.iterdir()]
+    assert costs["int8_jetfire"].shares_of(costs["hp"])[0] > 1 > costs["int8"].shares_of(costs["hp"])[0]
+    assert "int8_jetfire takes 2." in capsys.readouterr().out
