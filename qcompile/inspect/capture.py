@@ -36,7 +36,7 @@ from qcompile.wrappers import clean_names
 if TYPE_CHECKING:
     import networkx
 
-__all__ = ["Capture", "capture", "default_loss"]
+__all__ = ["Capture", "capture", "capture_call", "default_loss"]
 
 _OURS = (GraphError, KernelError, RecipeError, StateError, UnsupportedError)
 
@@ -204,10 +204,23 @@ def capture(
     Errors: `TypeError` for what is no module, `RecipeError`, `ValueError` for another option that cannot be,
     `UnsupportedError` under `strict` or for a model that cannot be copied, and what the model raises.
     """
-    start = time.perf_counter()
     options = Options.checked({"recipe": recipe, "strict": strict, "passes": passes, "profit_filter": profit_filter})
+    return capture_call(model, inputs, kwargs, options, loss=loss, ranges=ranges)
+
+
+def capture_call(
+    model: nn.Module,
+    inputs: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    options: Options,
+    *,
+    loss: Callable[[Any], Tensor] | None = None,
+    ranges: Mapping[str, Tensor] | None = None,
+) -> Capture:
+    """`capture` for keyword arguments of any name: the model's may be called as `capture`'s own are."""
+    start = time.perf_counter()
     copied = copy_model(model)
-    inputs, kwargs = copy_inputs(inputs), copy_inputs(kwargs)
+    inputs, kwargs = copy_inputs(inputs), copy_inputs(dict(kwargs))
     names = _names(copied)
     alive = {storage_of(t) for t in [*copied.parameters(), *copied.buffers(), *tensors_in((inputs, kwargs))]}
     store = RangeStore()

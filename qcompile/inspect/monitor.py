@@ -29,8 +29,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from qcompile.backend.options import Options
 from qcompile.errors import StateError
-from qcompile.inspect.capture import Capture, capture
+from qcompile.inspect.capture import Capture, capture_call
 from qcompile.inspect.compare import compare_captured
 from qcompile.recipe import Recipe
 from qcompile.state.handle import range_state
@@ -128,7 +129,7 @@ class Monitor:
             ranges = range_state(self.model).state_dict()
             inputs, named = ((), self.probe) if isinstance(self.probe, Mapping) else (self.probe or (), {})
             with _autocast():
-                self._captured = capture(self.model, *inputs, recipe=self._recipe(), ranges=ranges, **named)
+                self._captured = capture_call(self.model, inputs, named, Options.checked({"recipe": self._recipe()}), ranges=ranges)
         self._captured.refresh(self.model)
         found = compare_captured(self._captured)
         rows = []

@@ -157,6 +157,26 @@ def test_a_probe_without_a_recipe_says_so():
         monitor.step()
 
 
+class Clashing(nn.Module):
+    """A model whose arguments are called as those of `capture`."""
+
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(16, 8)
+
+    def forward(self, recipe, loss=0.0, ranges=None, model=1.0):
+        return self.up(recipe) * model + loss + ranges
+
+
+def test_a_probe_whose_names_are_those_of_our_own_arguments(interpreted):
+    net, x = Clashing(), torch.randn(24, 16)
+    step = compiled(net, AVERAGE)
+    probe = {"recipe": x, "loss": torch.ones(()), "ranges": torch.ones(8), "model": 2.0}
+    step(**probe).square().mean().backward()
+    rows = qcompile.monitor(step, probe=probe, budget=None).sample(1, probe=True)
+    assert {r.name for r in rows if r.metric == "snr_db"} == {"up.output", "up.grad_weight"}
+
+
 def test_a_probe_of_keyword_arguments_under_the_autocast_of_training(interpreted):
     class Named(MLP):
         def forward(self, *, batch):
