@@ -1,15 +1,18 @@
 """The order of the passes, how to change it, what it prints, and what identifies it."""
 
+import contextlib
+
 import pytest
 import torch
-from torch import fx
+from torch import fx, nn
 
 from passes.context import PassContext
 from passes.graph import SCALED_MM, WRITE, aten
 from passes.pipeline import CutStep, Pipeline, Step, insert_after, insert_before, joint_steps, without
 from passes.restore_decompositions import restore_decompositions
-from qcompile.errors import GraphError, UnsupportedError
-from tests.compiling import AVERAGE, STOCHASTIC
+from qcompile import compiled_graphs
+from qcompile.errors import GraphError, QtrainWarning, UnsupportedError
+from tests.compiling import AVERAGE, STOCHASTIC, compiled
 from tests.passes.graphs import ROWWISE, TENSORWISE, assert_same_outputs, copied, joint_graph, mlp, mlp_inputs
 
 NAMES = [s.name for s in joint_steps()]
@@ -238,3 +241,31 @@ def test_of_a_decomposed_product_one_node_is_the_gemm():
     assert joint.context.counts["restore_decompositions"] > 0
     roles = [n.meta["qtrain_gemm"].role for n in joint.graph.nodes if "qtrain_gemm" in n.meta]
     assert sorted(roles) == ["grad_input", "grad_weight", "output"]
+
+
+REGIONS = ["0"] * 2 + ["1.up"] * 3 + ["2.up"] * 3  # the input needs no gradient
+
+
+class Region(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(16, 16)
+
+    @torch.compiler.nested_compile_region
+    def forward(self, x):
+        return self.up(x).sin()
+
+
+@pytest.mark.parametrize("left_out", [False, True])
+def test_the_environment_leaves_inline_regions_out(interpreted, monkeypatch, left_out):
+    """Regions that stay graphs of their own are read by no pass; the model trains all the same."""
+    told = contextlib.nullcontext()
+    if left_out:
+        monkeypatch.setenv("QTRAIN_SKIP", "inline_regions")
+        told = pytest.warns(QtrainWarning, match="4 of 6 GEMMs stay in high precision, .*graphs of its own")
+    model = nn.Sequential(nn.Linear(16, 16), Region(), Region())
+    with told:
+        compiled(model, "int8")(torch.randn(8, 16)).sum().backward()
+    (graph,) = compiled_graphs()
+    assert [site.name for site, gemm in graph.context.gemms() if gemm.reason is None] == (["0"] * 2 if left_out else REGIONS)
+    assert all(p.grad is not None for p in model.parameters())
