@@ -1,4 +1,4 @@
-"""The folders that compiled code is loaded from belong to the user alone.
+"""The folders that compiled code and measurements are loaded from belong to the user alone.
 
 Inductor keeps libraries, kernels and pickled graphs in a folder (by default one in the system's folder for temporary files, whose
 name anyone can guess), and Triton its kernels in another. Whoever can write there can have code run as this user. So before a graph
@@ -6,6 +6,8 @@ is compiled its folder is made with access for this user only, and one that othe
 folder, which it makes for all to read, is closed to others; what the environment names is left as it is.
 
 A group may write: on many systems every user has a group of his own, and teams share caches on purpose.
+
+What others could have written of our own measurements (`qcompile.kernels.measured`) is left aside; it is no code.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from pathlib import Path
 
 from qcompile.errors import SecurityError
 
-__all__ = ["check_cache_folders", "check_private"]
+__all__ = ["check_cache_folders", "check_private", "make_private", "open_to_others"]
 
 _trusted: set[Path] = set()
 
@@ -43,24 +45,33 @@ def check_private(folder: Path, variable: str, *, make: bool, close: bool = Fals
     """
     if folder in _trusted or not hasattr(os, "getuid"):  # Windows has other rights
         return
-    if make and not folder.exists():
+    if make:
+        make_private(folder)
+    if not folder.exists():
+        return
+    if problem := open_to_others(folder):
+        raise SecurityError(
+            f"the cache folder {folder} {problem}, so others could have code run as you. Remove it, or `chmod o-w` what is yours, "
+            f"or set {variable} to a folder of your own"
+        )
+    if close and stat.S_IMODE(folder.stat().st_mode) != 0o700:
+        folder.chmod(0o700)
+    _trusted.add(folder)
+
+
+def make_private(folder: Path) -> None:
+    """Make a folder with access for this user only, if it is not there."""
+    if not folder.exists():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(FileExistsError):  # another process was quicker: what it made is looked at like any other
             folder.mkdir(mode=0o700)
-    try:
-        owners, mode = {folder.lstat().st_uid, folder.stat().st_uid}, stat.S_IMODE(folder.stat().st_mode)  # of a link, too
-    except FileNotFoundError:
-        return
+
+
+def open_to_others(path: Path) -> str | None:
+    """Why others could have written a folder or a file that is there; None: they could not."""
+    if not hasattr(os, "getuid"):
+        return None
+    owners, mode = {path.lstat().st_uid, path.stat().st_uid}, stat.S_IMODE(path.stat().st_mode)  # of a link, too
     if strangers := owners - {os.getuid()}:
-        problem = f"belongs to user {strangers.pop()}, not to you ({os.getuid()})"
-    elif mode & stat.S_IWOTH:
-        problem = f"can be written to by every user (mode {mode:o})"
-    else:
-        if close and mode != 0o700:
-            folder.chmod(0o700)
-        _trusted.add(folder)
-        return
-    raise SecurityError(
-        f"the cache folder {folder} {problem}, so others could have code run as you. Remove it, or `chmod o-w` what is yours, or "
-        f"set {variable} to a folder of your own"
-    )
+        return f"belongs to user {strangers.pop()}, not to you ({os.getuid()})"
+    return f"can be written to by every user (mode {mode:o})" if mode & stat.S_IWOTH else None

@@ -1,6 +1,6 @@
 """What the autotuner measured, kept on disk for the next process: which kernel, in which configuration, for a bucket of sizes.
 
-One JSON file for each combination of device, versions and sources of the kernels, in a folder that only its user can read or write
+One JSON file for each combination of device, versions and sources of the kernels, in a private folder
 (`$QTRAIN_CACHE_DIR`, else `qtrain` under `$XDG_CACHE_HOME` or `~/.cache`; empty: nothing is kept):
 
     {"for": {"device": "NVIDIA H200", "torch": ..., "triton": ..., "kernels": ...},
@@ -18,13 +18,13 @@ import functools
 import hashlib
 import json
 import os
-import stat
 import threading
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from qcompile.cache_folders import make_private, open_to_others
 from qcompile.errors import warn_once
 from qcompile.kernels.triton import tuning
 from qcompile.kernels.triton.launch import _triton_version, family
@@ -85,7 +85,7 @@ def store(device: torch.device, bucket: Bucket, choice: Choice, ms: float) -> No
         text = json.dumps({"for": identity(device), "choices": entries}, indent=1)
         unfinished = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
         try:
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_private(path.parent)
             _check_private(path.parent)
             with open(os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
                 file.write(text)
@@ -125,11 +125,8 @@ def _path(device: torch.device) -> Path | None:
 
 def _check_private(path: Path) -> None:
     """Errors: `PermissionError` for what another user owns or may write to."""
-    if not hasattr(os, "getuid"):
-        return  # no such notion here
-    found = path.stat()
-    if found.st_uid != os.getuid() or found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise PermissionError(f"{path} is another user's, or others may write to it; QTRAIN_CACHE_DIR names another folder")
+    if problem := open_to_others(path):
+        raise PermissionError(f"{path} {problem}; QTRAIN_CACHE_DIR names another folder")
 
 
 def _bucket(sizes: str) -> Bucket:

@@ -122,9 +122,16 @@ def test_a_damaged_file_is_left_aside_with_one_warning_and_replaced(fault, home)
 def test_a_folder_that_others_may_write_to_is_not_used(home):
     home.mkdir(mode=0o777)
     home.chmod(0o777)
-    with pytest.warns(QtrainWarning, match="not kept for the next process: .* others may write to it; QTRAIN_CACHE_DIR"):
+    with pytest.warns(QtrainWarning, match="not kept for the next process: .* written to by every user .*; QTRAIN_CACHE_DIR"):
         measured.store(HERE, SIZES, ("triton", row()), 1.5)
     assert not list(home.iterdir())
+
+
+def test_a_group_may_share_the_folder_as_those_of_compiled_code(home):
+    home.mkdir()
+    home.chmod(0o775)
+    measured.store(HERE, SIZES, ("triton", row()), 1.5)
+    assert measured.load(HERE) == {SIZES: ("triton", row())}
 
 
 def test_where_nothing_can_be_written_training_goes_on(home):
