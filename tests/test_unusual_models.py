@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from passes.pipeline import joint_steps, without
 from qcompile import (
     QtrainWarning,
+    UnsupportedError,
     compare,
     compiled_graphs,
     explain,
@@ -547,6 +548,18 @@ def test_compiled_autograd_cannot_write_range_state(interpreted, recipe):
     got, model.weight.grad = model.weight.grad, None
     step(x)
     assert 25 < row_snr_db(want=model.weight.grad, got=got).median() < 60
+
+
+@pytest.mark.parametrize("compiler", ["aot_eager", "qtrain"])
+def test_compiled_autograd_of_another_compiler_says_so_too(interpreted, compiler):
+    model, x = nn.Linear(WIDTH, WIDTH), torch.randn(16, WIDTH)
+    loss = compiled(model, "int8")(x).square().mean()
+    with (
+        torch._dynamo.compiled_autograd._enable(torch.compile(backend=compiler)),
+        pytest.raises(Exception, match="compiled autograd traces a backward pass that is quantized already") as raised,
+    ):
+        loss.backward()
+    assert isinstance(getattr(raised.value, "inner_exception", raised.value), UnsupportedError)
 
 
 # ---- a power iteration

@@ -112,16 +112,7 @@ def qtrain(
     if reason := fallback_reason(devices):
         _tell_fallback(reason, asked.strict)
     compilation = Compilation(gm, example_inputs, asked)
-    try:
-        compiled = compilation.run()
-    except RuntimeError as error:
-        if "qtrain::write_state_" not in str(error):
-            raise
-        raise UnsupportedError(
-            "compiled autograd traces a backward pass that is quantized already, and its writes to range state cannot be traced: "
-            "call backward() outside of the compiled function (torch._dynamo.config.compiled_autograd = False), or take a recipe "
-            "that keeps nothing from step to step, such as get_recipe('int8').round_gradients('nearest')"
-        ) from error
+    compiled = compilation.run()
     with _COMPILED_LOCK:
         _COMPILED.append(compilation.record)
         del _COMPILED[:-256]

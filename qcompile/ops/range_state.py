@@ -25,7 +25,8 @@ import json
 import torch
 from torch import Tensor
 
-from qcompile.ops._library import define
+from qcompile.errors import UnsupportedError
+from qcompile.ops._library import LIBRARY, define
 
 __all__ = ["range_", "read_state", "seed_", "select_range", "unpack", "write_state_"]
 
@@ -75,6 +76,19 @@ write_state_ = define(
     _write_state_,
     fake=lambda state, index, values: state,
 )
+
+
+def _refuse_tracing(state: Tensor, index: Tensor, values: Tensor) -> Tensor:
+    """Functionalization meets a write only where a graph is traced that is compiled already: whatever compiler it is for."""
+    raise UnsupportedError(
+        "compiled autograd traces a backward pass that is quantized already, and its writes to range state cannot be traced: "
+        "call backward() outside of the compiled function (torch._dynamo.config.compiled_autograd = False), or take a recipe "
+        "that keeps nothing from step to step, such as get_recipe('int8').round_gradients('nearest')"
+    )
+
+
+LIBRARY.impl("write_state_", _refuse_tracing, "Functionalize")
+
 unpack = define(
     "unpack(Tensor values, int[] sizes) -> Tensor[]",
     _unpack,
