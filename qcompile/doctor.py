@@ -4,7 +4,7 @@
 
     versions   python, torch, triton, and whether that pair of torch and Triton was tested
     cpu        model, instruction sets, what each int8 product's self-test found, the one in use
-    gpus       name, compute capability, whether it has int8 tensor cores
+    gpus       name, compute capability (AMD: architecture), whether it has int8 tensor cores (AMD: matrix cores)
     compiler   the C++ compiler that Inductor would use, or null
     backend    whether `backend="qtrain"` needs no import of ours
     problems   list of {"problem", "remedy"}
@@ -41,6 +41,9 @@ CPU_FLAGS = (
     "asimddp",
     "i8mm",
 )
+
+AMD_INT8 = ("gfx908", "gfx90a", "gfx94", "gfx95", "gfx11", "gfx12")
+"""How AMD's architectures begin that multiply int8 matrices: CDNA's (MFMA) and RDNA's from the third on (WMMA)."""
 
 
 def report() -> dict[str, Any]:
@@ -134,11 +137,12 @@ def _gpus() -> list[dict[str, Any]]:
     gpus = []
     for index in range(torch.cuda.device_count()):
         capability = torch.cuda.get_device_capability(index)
+        arch = torch.cuda.get_device_properties(index).gcnArchName.split(":")[0] if torch.version.hip is not None else None
         gpus.append(
             {
                 "name": torch.cuda.get_device_name(index),
-                "capability": ".".join(map(str, capability)),
-                "int8_tensor_cores": torch.version.hip is None and capability >= INT8_TENSOR_CORES,
+                "capability": arch or ".".join(map(str, capability)),
+                "int8_tensor_cores": arch.startswith(AMD_INT8) if arch else capability >= INT8_TENSOR_CORES,
             }
         )
     return gpus
@@ -196,9 +200,15 @@ def _problems(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if found["gpus"] and versions["triton"] is None:
         yield "there is a GPU but no Triton, so it has no kernels", "install the Triton that pairs with torch"
     for gpu in found["gpus"]:
-        if not gpu["int8_tensor_cores"]:
+        if gpu["capability"].startswith("gfx"):
+            cores = "" if gpu["int8_tensor_cores"] else ", and has no int8 matrix cores that we know of"
             yield (
-                f"{gpu['name']} (capability {gpu['capability']}) has no int8 tensor cores that we use",
+                f"{gpu['name']} ({gpu['capability']}) is an AMD GPU, on none of which the kernels have run yet{cores}",
+                "compare losses and times with recipe 'none' first; the kernels were only compiled, for gfx942",
+            )
+        elif not gpu["int8_tensor_cores"]:
+            yield (
+                f"{gpu['name']} (capability {gpu['capability']}) has no int8 tensor cores",
                 "its sites stay in high precision; int8 needs an NVIDIA GPU of capability 7.5 or later",
             )
     for name in found["other_devices"]:
@@ -246,5 +256,6 @@ def _text(found: dict[str, Any]) -> str:
 
 
 def _gpu_text(gpu: dict[str, Any]) -> str:
-    cores = "int8 tensor cores" if gpu["int8_tensor_cores"] else "no int8 tensor cores"
-    return f"{gpu['name']}, compute capability {gpu['capability']}, {cores}"
+    amd = gpu["capability"].startswith("gfx")
+    cores = f"{'' if gpu['int8_tensor_cores'] else 'no '}int8 {'matrix' if amd else 'tensor'} cores"
+    return f"{gpu['name']}, {'' if amd else 'compute capability '}{gpu['capability']}, {cores}"

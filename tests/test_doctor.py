@@ -1,6 +1,7 @@
 """The doctor's report on machines that it is not running on, and the command line around it."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,6 +9,8 @@ import torch
 from qcompile import doctor
 from qcompile.__main__ import main as command_line
 from qcompile.kernels import cpu
+
+GPUS = doctor._gpus  # of which a healthy machine has none
 
 
 def problems(found):
@@ -83,6 +86,25 @@ def test_int8_tensor_cores_begin_with_turing(monkeypatch, capability, cores):
     found = doctor.report()
     assert [gpu["int8_tensor_cores"] for gpu in found["gpus"]] == [cores]
     assert ("some GPU" in problems(found)) == (not cores)
+
+
+@pytest.mark.parametrize("arch, cores", [("gfx942:sramecc+:xnack-", True), ("gfx1100", True), ("gfx1030", False)])
+def test_amd_gpus_have_int8_matrix_cores_and_were_never_tried(healthy, monkeypatch, arch, cores, capsys):
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 4))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda index: SimpleNamespace(gcnArchName=arch))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "some GPU")
+    healthy.setattr(doctor, "_gpus", GPUS)
+    found = doctor.report()
+    (gpu,) = found["gpus"]
+    assert gpu["int8_tensor_cores"] == cores and gpu["capability"] == arch.partition(":")[0]
+    told = problems(found)
+    assert "on none of which the kernels have run yet" in told and "stay in high precision" not in told
+    assert ("no int8 matrix cores" in told) == (not cores)
+    doctor.main()
+    assert f"some GPU, {gpu['capability']}, {'' if cores else 'no '}int8 matrix cores" in capsys.readouterr().out
 
 
 def test_a_rejected_product_is_named_with_what_its_self_test_found(healthy):
