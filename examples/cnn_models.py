@@ -209,7 +209,7 @@ def _imagenet_resnet(
     stem = nn.Sequential(first, nn.BatchNorm2d(widths[0]), nn.ReLU())
     if not small_stem:
         stem.append(nn.MaxPool2d(3, 2, padding=1))
-    return ResNet(block, blocks, widths, stem=stem, stem_width=widths[0], classes=classes)
+    return ResNet(block, blocks, widths[: len(blocks)], stem=stem, stem_width=widths[0], classes=classes)
 
 
 def resnet18(*, classes: int = 1000, channels: int = 3, width: float = 1.0, small_stem: bool = False) -> ResNet:
@@ -217,9 +217,16 @@ def resnet18(*, classes: int = 1000, channels: int = 3, width: float = 1.0, smal
     return _imagenet_resnet(BasicBlock, (2, 2, 2, 2), classes, channels, width, small_stem)
 
 
-def resnet50(*, classes: int = 1000, channels: int = 3, width: float = 1.0, small_stem: bool = False) -> ResNet:
-    """25.6 million parameters."""
-    return _imagenet_resnet(Bottleneck, (3, 4, 6, 3), classes, channels, width, small_stem)
+def resnet50(
+    *,
+    classes: int = 1000,
+    channels: int = 3,
+    width: float = 1.0,
+    small_stem: bool = False,
+    blocks: tuple[int, ...] = (3, 4, 6, 3),
+) -> ResNet:
+    """25.6 million parameters. blocks: of each stage, fewer for a network of the same kind that compiles sooner."""
+    return _imagenet_resnet(Bottleneck, blocks, classes, channels, width, small_stem)
 
 
 def mobilenet_v2(

@@ -3,6 +3,7 @@
     python examples/benchmarks/models.py llama --device cuda --save           # forward and backward, bf16 weights
     python examples/benchmarks/models.py gpt --layers 4,8,16 --width 1024     # with AdamW, fp32 weights under autocast
     python examples/benchmarks/models.py resnet50 --tokens 32,64              # tokens: images; forward and backward, autocast
+    python examples/benchmarks/models.py resnet50 --layers 14                 # one block a stage; 8: of two stages
 
 Lists of sizes are varied one at a time, the others staying at their first value: the cost as layers, width and tokens grow. The
 errors are those of the loss or output, and of the gradients of all matrices taken together, against fp32.
@@ -28,6 +29,7 @@ from cnn_models import resnet50
 from gpt import GPT, VOCAB, GPTConfig
 
 CONTEXT = 2048  # tokens of a sequence, if there are as many
+BLOCKS = {50: (3, 4, 6, 3), 14: (1, 1, 1, 1), 8: (1, 1)}  # layers of a ResNet of bottlenecks -> blocks of each stage
 
 
 class LlamaBlock(nn.Module):
@@ -103,7 +105,7 @@ SUBJECTS = {
         sizes={"width": "2048,1024", "layers": "8,4,16", "tokens": "16384,8192,32768"},
     ),
     "resnet50": Subject(
-        lambda width, layers: resnet50(classes=1000, width=width / 64),
+        lambda width, layers: resnet50(classes=1000, width=width / 64, blocks=BLOCKS[layers]),
         lambda tokens, width, random: (torch.randn(tokens, 3, 224, 224, generator=random),),
         bf16=False,
         steps=False,
@@ -169,6 +171,8 @@ def main(argv: list[str] | None = None) -> list[harness.Result]:
     results.add_argument(parser, "MODEL")
     args = parser.parse_args(argv)
     sizes = {name: getattr(args, name) or default for name, default in SUBJECTS[args.model].sizes.items()}
+    if args.model == "resnet50" and (unknown := {*sizes["layers"].split(",")} - {*map(str, BLOCKS)}):
+        parser.error(f"--layers: {', '.join(sorted(unknown))}: a resnet50 has {', '.join(map(str, BLOCKS))} layers")
     path = args.save and args.save.with_name(args.save.name.replace("MODEL", args.model))
     print(f"{results.machine(args.device)}, torch {torch.__version__}; medians of {args.rounds} rounds\n")
     found = []

@@ -117,10 +117,17 @@ def test_models_grow_one_size_at_a_time(model, sizes, gemms, capsys, quick, tmp_
 
 @pytest.mark.slow
 def test_a_resnet_50_is_measured_without_what_only_knows_linear_layers(capsys):
+    """One with fewer bottlenecks: stem, head, three convolutions a block and the shortcut of each stage."""
     baseline, ours = models.main(
-        "resnet50 --width 8 --tokens 2 --rounds 1 --device cpu --variants bf16,int8_tensorwise,torchao".split()
+        "resnet50 --layers 8 --width 8 --tokens 2 --rounds 1 --device cpu --variants bf16,int8_tensorwise,torchao".split()
     )
-    assert baseline.gemms == 0 and ours.gemms == 54 * 3 - 1
+    assert baseline.gemms == 0 and ours.gemms == 10 * 3 - 1
+    (layers,) = {size["layers"] for size in models.grown(models.SUBJECTS["resnet50"].sizes)}
+    whole = models.SUBJECTS["resnet50"].build(8, layers)
+    assert layers == 50 and sum(isinstance(m, nn.Conv2d | nn.Linear) for m in whole.modules()) == 54
+    with pytest.raises(SystemExit):
+        models.main(["resnet50", "--layers", "50,51"])
+    assert "--layers: 51: a resnet50 has 50, 14, 8 layers" in capsys.readouterr().err
 
 
 def test_sizes_grow_from_the_first():
