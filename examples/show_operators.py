@@ -80,7 +80,7 @@ def describe(model: nn.Module, inputs: tuple[Tensor, ...], recipe: Any) -> list[
     if not sites:
         return ["eager mode: Dynamo breaks the graph there" if found.graph_breaks else "no matrix product", "", "", ""]
     gemms = [gemm for site in sites for gemm in site.gemms.values()]
-    if reasons := [gemm.reason for gemm in gemms if gemm.reason is not None]:
+    if reasons := [gemm.reason.text for gemm in gemms if gemm.reason is not None]:
         quantized = "quantized operands, " if gemms[0].specs else ""
         return [f"{quantized}high precision: {_short(reasons[0])}", "", "", ""]
     used = {str(n.target).split(".")[1] for graph in found.graphs for n in graph.joint.graph.nodes if "qtrain_gemm" in n.meta}

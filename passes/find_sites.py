@@ -39,18 +39,22 @@ from qcompile.wrappers import without_private_wrappers
 
 __all__ = ["GemmNode", "enclosing_module", "find_sites", "gemm_of", "module_path"]
 
-FUSED_ATTENTION = "recipe: fused attention stays in high precision; with 'bmm' among ops it is taken apart and quantized"
+FUSED_ATTENTION = Reason(
+    "recipe: fused attention stays in high precision; with 'bmm' among ops it is taken apart and quantized", "recipe"
+)
 
-ENCODER_FAST_PATH = (
+ENCODER_FAST_PATH = Reason(
     "PyTorch's fast path for an encoder layer in eval mode is one fused kernel; torch.backends.mha.set_fastpath_enabled(False) "
     "takes its layers one by one"
 )
 
-GROUPED = "a grouped product (experts) is one fused kernel, which no pass takes apart"
+GROUPED = Reason("a grouped product (experts) is one fused kernel, which no pass takes apart")
 
-BODY = "inside an operator that calls graphs of its own (control flow), which no pass reads"
+BODY = Reason("inside an operator that calls graphs of its own (control flow), which no pass reads")
 
-DISTANCES = "cdist has squared norms in one matrix with its vectors: rounded together, distances would be lost"
+DISTANCES = Reason("cdist has squared norms in one matrix with its vectors: rounded together, distances would be lost")
+
+RECURRENT = Reason("a fused recurrent layer, which no pass takes apart")
 
 # Operations with GEMMs inside that no pass takes apart: reported, never silent. Overload packet -> reason.
 _FUSED = {
@@ -59,15 +63,15 @@ _FUSED = {
     "_scaled_dot_product_efficient_attention": FUSED_ATTENTION,
     "_scaled_dot_product_cudnn_attention": FUSED_ATTENTION,
     "_scaled_dot_product_fused_attention_overrideable": FUSED_ATTENTION,
-    "flex_attention": "flex_attention is one fused kernel, which no pass takes apart",
+    "flex_attention": Reason("flex_attention is one fused kernel, which no pass takes apart"),
     "_transformer_encoder_layer_fwd": ENCODER_FAST_PATH,
     "_native_multi_head_attention": ENCODER_FAST_PATH,
-    "mkldnn_rnn_layer": "a fused recurrent layer, which no pass takes apart",
-    "_cudnn_rnn": "a fused recurrent layer, which no pass takes apart",
-    "miopen_rnn": "a fused recurrent layer, which no pass takes apart",
+    "mkldnn_rnn_layer": RECURRENT,
+    "_cudnn_rnn": RECURRENT,
+    "miopen_rnn": RECURRENT,
     "_grouped_mm": GROUPED,
     "grouped_mm_fallback": GROUPED,  # of transformers, where it cannot call torch's
-    "_trilinear": "a product of three tensors; its decomposition is off",
+    "_trilinear": Reason("a product of three tensors; its decomposition is off"),
 }
 
 
@@ -141,7 +145,7 @@ def _assign_backward(backward: list[fx.Node], forward: list[_Forward], distances
         if sequence is not None and sequence in distances:
             gemms = distances[sequence].gemms
             role = "grad_weight" if "grad_input" in gemms else "grad_input"
-            gemms[role] = Gemm(role, node=node.name, shape=product_shape(node), reason=Reason(DISTANCES))
+            gemms[role] = Gemm(role, node=node.name, shape=product_shape(node), reason=DISTANCES)
         elif gradients := _gradients(node, forward if sequence is None else by_sequence.get(sequence, [])):
             _assign(node, gradients[0])
         else:
@@ -322,12 +326,12 @@ def _record_distances(node: fx.Node, context: PassContext, names: Counter[str]) 
     """The product inside `cdist`, which PyTorch writes out while it is traced: a site that stays in high precision."""
     module, _ = _module_of(node)
     site = Site(_unique(f"{module}:cdist" if module else "cdist", names, functional=True), "cdist", kind="bmm", module=module)
-    site.gemms["output"] = Gemm("output", node=node.name, shape=product_shape(node), reason=Reason(DISTANCES))
+    site.gemms["output"] = Gemm("output", node=node.name, shape=product_shape(node), reason=DISTANCES)
     context.sites.append(site)
     return site
 
 
-def _fused(node: fx.Node) -> str | None:
+def _fused(node: fx.Node) -> Reason | None:
     """Why no pass takes a node apart that has GEMMs inside; None if it has none."""
     owner = node.graph.owning_module
     if (reason := _FUSED.get(_packet(node))) or not isinstance(node.target, HigherOrderOperator) or owner is None:
@@ -338,7 +342,7 @@ def _fused(node: fx.Node) -> str | None:
     return BODY if any(n.target in GEMMS for n in inside) else None
 
 
-def _record_fused(node: fx.Node, reason: str, context: PassContext, names: Counter[str], weights: set[fx.Node]) -> None:
+def _record_fused(node: fx.Node, reason: Reason, context: PassContext, names: Counter[str], weights: set[fx.Node]) -> None:
     """A fused operation: its forward, and its backward under the same sequence number, as one site."""
     op = _packet(node).removeprefix("_")
     op = "scaled_dot_product_attention" if op.startswith("scaled_dot_product") else op
@@ -346,7 +350,7 @@ def _record_fused(node: fx.Node, reason: str, context: PassContext, names: Count
     seconds = node.all_input_nodes if reason is BODY else [node.args[1]] if reason is GROUPED else []
     kind = "linear" if any(n in weights for n in seconds) else "bmm"
     site = Site(_unique(f"{module}:{op}" if module else op, names, functional=True), op, kind=kind, module=module)
-    site.gemms["output"] = Gemm("output", node=node.name, reason=Reason(reason))
+    site.gemms["output"] = Gemm("output", node=node.name, reason=reason)
     sequence = node.meta.get("seq_nr")
     for other in node.graph.nodes:
         same = sequence is not None and other.meta.get("seq_nr") == sequence and other.op == "call_function"
@@ -358,7 +362,7 @@ def _record_fused(node: fx.Node, reason: str, context: PassContext, names: Count
             roles = ["grad_input" if "grad_input" not in site.gemms else "grad_weight"]
         else:
             continue
-        site.gemms.update({role: Gemm(role, node=other.name, reason=Reason(reason)) for role in roles})
+        site.gemms.update({role: Gemm(role, node=other.name, reason=reason) for role in roles})
     context.sites.append(site)
 
 
