@@ -338,7 +338,7 @@ SCRIPTS = [
             "--sequences 256,512,1024,2048 --batches 2,4,8,16 --rounds 20"),
     _script("saved", "memory", "what a step saves for backward", "benchmarks.saved", "", "--width 1024 --tokens 16384"),
     _script("saved_wide", "memory", "the same with wider blocks and more tokens, by recipe", "benchmarks.saved",
-            "--width 256 --tokens 8192 --recipes int8,int8_tensorwise,int8_in_hindsight", None),
+            "--width 256 --tokens 8192 --recipes int8,int8+4all,int8_tensorwise,int8_in_hindsight,int8_in_hindsight+4all", None),
     _script("compile_time", "compile time", "what the passes take", "benchmarks.compile_time", "--layers 2,6",
             "--layers 2,6,12,24", "--layers 2"),
     _script("state_cost", "speed", "what handling ranges costs the host", "benchmarks.state_cost", None,

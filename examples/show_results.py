@@ -280,8 +280,12 @@ def summary(*runs: Run) -> str:
         {"": "speed: 2 MLP blocks, width 2048, 2048 tokens, forward + backward"}
         | {f"`{r}`": times(by_name[r], by_name[BASE])[1].split(" ")[0] for r in recipes}
     ]
-    for name, what in (("MLP, gelu", "saved for backward: GELU MLP, width 256, 8192 tokens"), ("MLP, relu", "the same with ReLU")):
-        lines.append({"": what} | {f"`{r}`": f"{wide[name, r]:.2f}x" for r in recipes})
+    for name, saved, what in (
+        ("MLP, gelu", "", "saved for backward: GELU MLP, width 256, 8192 tokens"),
+        ("MLP, relu", "", "the same with ReLU"),
+        ("MLP, relu", "+4all", "the same in 4 bits: `compress_saved=SavedSpec(bits=4, operands=True)`"),
+    ):
+        lines.append({"": what} | {f"`{r}`": f"{wide[name, r + saved]:.2f}x" for r in recipes})
     seeds = len(gpt["seeds"])
     lines.append(
         {"": f"validation loss: GPT, {gpt['steps']} steps, {seeds} paired seeds (± standard error)"}
