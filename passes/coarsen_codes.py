@@ -43,7 +43,7 @@ def coarsen_codes(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int, c
     coarsened = 0
     for saved in list(cut.saved()):
         bits = _bits(saved.node)
-        if bits <= spec.bits or all(n.name in context.parameters for n in source_placeholders(saved.node)):
+        if bits <= spec.bits or _of_weight(saved.node, context):
             continue
         size = math.prod(s for s in saved.value.shape) if all(isinstance(s, int) for s in saved.value.shape) else None
         name = saved.node.name
@@ -59,6 +59,11 @@ def _bits(node: fx.Node) -> int:
     if node.target is QUANTIZE:
         return node.args[3] if node.args[2] is None else 0
     return node.meta["qtrain_bits"] if node.meta.get("qtrain_marked") else 0
+
+
+def _of_weight(codes: fx.Node, context: PassContext) -> bool:
+    """Whether codes are those of Parameters alone. Their scale and seed may come from range state, which says nothing."""
+    return codes.target is QUANTIZE and all(n.name in context.parameters for n in source_placeholders(codes.args[0]))
 
 
 def _coarsen(cut: Cut, saved: Saved, bits: int, fewer: int) -> None:

@@ -108,8 +108,7 @@ def _left_exact(cut: Cut, saved: dict[fx.Node, Saved], spec: SavedSpec) -> set[f
         codes, tensors = group - values, group & values
         restored = {_source(n.args[0], UNCHANGED) for n in codes if n.args[3] >= spec.bits}  # from these codes
         largest = max(size_of(n.meta["val"]) for n in codes)
-        widest = spec.bits if spec.operands else 8  # that codes are stored in
-        before, after = 0, sum(size_of(n.meta["val"]) * min(n.args[3], widest) // 8 for n in codes)
+        before, after = 0, sum(size_of(n.meta["val"]) * _bits_stored(n, spec) // 8 for n in codes)
         for n in tensors:
             size, itemsize = size_of(n.meta["val"]), n.meta["val"].dtype.itemsize
             if size * 16 < largest:
@@ -120,6 +119,12 @@ def _left_exact(cut: Cut, saved: dict[fx.Node, Saved], spec: SavedSpec) -> set[f
         if after >= before:
             found |= tensors
     return found
+
+
+def _bits_stored(codes: fx.Node, spec: SavedSpec) -> int:
+    """Of codes that cross the cut: what `coarsen_codes` leaves of them."""
+    zero_point, bits = codes.args[2:4]
+    return spec.bits if spec.operands and zero_point is None and bits > spec.bits else bits
 
 
 def _inexact_masks(cut: Cut, values: set[fx.Node]) -> list[fx.Node]:
