@@ -11,12 +11,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
-import threading
-import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,11 +23,12 @@ from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from qcompile._checks import check_int, check_share, refuse
-from qcompile.errors import QtrainWarning, RecipeError, StateError, warn_once
+from qcompile.errors import RecipeError, StateError
 from qcompile.estimators.learned import Learned
+from qcompile.qat.first_batch import forget_first_batch, start_inputs, wait_for_first_batch, without_first_batch
 from qcompile.qat.layers import LearnedLayer, can_learn, kind, learned_class, output_axis
 from qcompile.qat.oscillation import OscillationTracker
-from qcompile.qat.quantizer import Asked, LearnedQuantizer, observing
+from qcompile.qat.quantizer import Asked, LearnedQuantizer
 from qcompile.recipe import Recipe
 from qcompile.recipes import get_recipe
 from qcompile.specs import PerChannel, PerRow, PerTensor, QuantSpec
@@ -118,7 +116,7 @@ def prepare(
     if calibration is not None:
         calibrate(model, calibration, call=call)
     else:
-        _wait_for_first_batch(model)
+        wait_for_first_batch(model)
     return model
 
 
@@ -240,7 +238,7 @@ def scale_parameters(model: nn.Module) -> list[nn.Parameter]:
 def forget_preparation(model: nn.Module) -> None:
     """Take the step counter, the plan and the hooks off a model whose quantizers are about to go."""
     root = _unwrapped(model)
-    _forget_first_batch(root)
+    forget_first_batch(root)
     if "qtrain_qat" in root.__dict__:
         del root.qtrain_qat
         delattr(root, STEP)
@@ -270,8 +268,8 @@ def calibrate(model: nn.Module, batches: Any, *, call: Callable[[nn.Module, Any]
             "[batch] or a DataLoader. A batch is a tensor, a tuple whose first is the argument, or a mapping of keyword arguments."
         )
     runs = (lambda batch=batch: call(root, batch) for batch in ([batches] if isinstance(batches, Tensor) else batches))
-    with _without_first_batch(root):
-        _start_inputs(root, quantizers, runs)
+    with without_first_batch(root):
+        start_inputs(root, quantizers, runs)
 
 
 def _call_model(model: nn.Module, batch: Any) -> object:
@@ -283,125 +281,6 @@ def _call_model(model: nn.Module, batch: Any) -> object:
     if isinstance(batch, Mapping):
         return model(**{key: moved(value) for key, value in batch.items()})
     return model(moved(batch[0] if isinstance(batch, tuple | list) else batch))
-
-
-def _start_inputs(
-    model: nn.Module, quantizers: list[LearnedQuantizer], runs: Iterable[Callable[[], object]], *, together: bool = True
-) -> None:
-    kept = [(b, b.clone()) for b in model.buffers()]
-    devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
-    others = [q for q in learned_quantizers(model).values() if q not in quantizers]
-    try:
-        with observing(quantizers, others), torch.random.fork_rng(devices=list(devices)):
-            count = sum(1 for run in runs if (run(), True))
-            if count == 0:
-                raise StateError("calibrate: there was no batch; give an iterable of at least one.")
-    finally:
-        for buffer, value in kept:
-            buffer.copy_(value)
-    if together and _distributed():
-        with _told_if_alone():
-            _share_minimum(quantizers)
-    try:
-        for quantizer in quantizers:
-            quantizer.start_from_observed()
-    finally:
-        for quantizer in quantizers:
-            quantizer.observed = None
-    if together and _distributed():
-        with _told_if_alone():
-            _share_start(quantizers)
-
-
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
-
-
-_PATIENCE = 60.0  # seconds
-
-
-@contextlib.contextmanager
-def _told_if_alone() -> Iterator[None]:
-    """A warning where the other processes do not come: a collective says nothing until its time is up, half an hour by default."""
-    told = (
-        f"a prepared model starts its learned scales together with all {torch.distributed.get_world_size()} processes, and has "
-        f"waited for a minute for the others: did this one (rank {torch.distributed.get_rank()}) call the model alone? Let all of "
-        "them call it, or call it under torch.no_grad(), or call qcompile.calibrate(model, batches) on all before"
-    )
-    timer = threading.Timer(_PATIENCE, warnings.warn, (told, QtrainWarning))
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
-def _share_minimum(quantizers: list[LearnedQuantizer]) -> None:
-    """Whether an operand is ever negative is decided by all processes together."""
-    if quantizers:
-        seen = [q.observed.minimum if q.observed is not None else 0.0 for q in quantizers]
-        low = torch.tensor(seen, device=quantizers[0].scale.device)
-        torch.distributed.all_reduce(low, torch.distributed.ReduceOp.MIN)
-        for quantizer, value in zip(quantizers, low.tolist(), strict=True):
-            if quantizer.observed is not None:
-                quantizer.observed.minimum = value
-
-
-def _share_start(quantizers: list[LearnedQuantizer]) -> None:
-    for quantizer in quantizers:
-        for tensor in (*(p.data for p in quantizer.parameters()), quantizer.format):
-            torch.distributed.broadcast(tensor, 0)
-        quantizer.bits, quantizer.form = quantizer.format.tolist()
-
-
-@torch.compiler.disable
-def _first_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of a prepared model: starts what has no start yet, and goes.
-
-    Where there are several processes, one alone may evaluate: it cannot ask the others then, and what it starts from holds until
-    all of them train.
-    """
-    together = torch.is_grad_enabled() or not _distributed()
-    quantizers = learned_quantizers(model).values()
-    for quantizer in quantizers:
-        quantizer.take_over_format()  # a checkpoint may have been loaded, or DDP may have sent the first process's
-    waiting = [q for q in quantizers if not (q.settled if together else q.initialised)]
-    with _without_first_batch(model), torch.no_grad():
-        if waiting:
-            _start_inputs(model, waiting, [lambda: model(*args, **kwargs)], together=together)
-    if waiting and not together:
-        for quantizer in waiting:
-            quantizer.unsettle()
-        warn_once(
-            "a call without grad is the first one of a prepared model, in one of several processes: learned scales start from this "
-            "batch alone, and once more from the first batch that all processes train on. qcompile.calibrate(model, batches) on "
-            "every process starts them for good"
-        )
-    if not together or (waiting and not any(q.initialised for q in waiting)):  # an empty batch
-        _wait_for_first_batch(model)
-
-
-@contextlib.contextmanager
-def _without_first_batch(model: nn.Module) -> Iterator[None]:
-    """Take the hook that waits for a first batch off the model; put it back where this was none, so that the next one may be."""
-    _forget_first_batch(model)
-    try:
-        yield
-    except BaseException:
-        _wait_for_first_batch(model)
-        raise
-
-
-def _wait_for_first_batch(model: nn.Module) -> None:
-    if any(not q.settled for q in learned_quantizers(model).values()):
-        model.register_forward_pre_hook(_first_batch, with_kwargs=True)
-
-
-def _forget_first_batch(model: nn.Module) -> None:
-    for key in [k for k, hook in model._forward_pre_hooks.items() if hook is _first_batch]:
-        del model._forward_pre_hooks[key]
-        model._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 # ---- schedules

@@ -11,7 +11,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import qcompile
-from qcompile.qat import preparation
+from qcompile.qat import first_batch
 from tests.distributed.ranks import run_on
 from tests.qat.models import WIDTH, Net
 
@@ -73,7 +73,7 @@ def test_sharded_weights_with_scales_left_out():
 
 def _first_alone(rank, with_grad):
     """Rank 0 calls the model before the others do: under no_grad it may be alone."""
-    preparation._PATIENCE = 0.5
+    first_batch._PATIENCE = 0.5
     torch.manual_seed(0)
     model = qcompile.prepare(Net(), "qat_lsq")
     run = DistributedDataParallel(model)
@@ -115,5 +115,5 @@ def test_ddp_sends_the_start_of_one_process(monkeypatch):
     started(x)
     for mine, theirs in zip([*model.parameters(), *model.buffers()], [*started.parameters(), *started.buffers()], strict=True):
         mine.data.copy_(theirs.data)
-    monkeypatch.setattr(preparation, "_start_inputs", lambda *args, **options: pytest.fail("it waits for the other process"))
+    monkeypatch.setattr(first_batch, "start_inputs", lambda *args, **options: pytest.fail("it waits for the other process"))
     assert torch.equal(model(x), started(x))
