@@ -36,7 +36,7 @@ from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
 from passes import range_formulas as formulas
-from passes.context import Block, Entry, PassContext, StateLayout
+from passes.context import PassContext
 from passes.graph import (
     BACKWARD,
     FORWARD,
@@ -64,6 +64,7 @@ from passes.state_layout import SEED_FIELDS, add_inputs, entry_of, layout_of
 from qcompile.estimators.base import RangeEstimator, scale_and_zero_point
 from qcompile.estimators.statistics import coarser
 from qcompile.specs import QuantSpec
+from qcompile.state.layout import Block, Entry, StateLayout
 
 __all__ = ["attach_range_state"]
 

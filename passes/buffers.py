@@ -24,9 +24,8 @@ import itertools
 import torch
 from torch import Tensor, fx
 
-from passes.context import StateLayout
 from passes.graph import WRITE, aten, fake_mode
-from qcompile.state.store import initial_values
+from qcompile.state.layout import StateLayout, initial_values
 from qcompile.torch_private import real_tensors
 
 __all__ = ["bind_state", "state_of"]

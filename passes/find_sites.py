@@ -31,10 +31,11 @@ import torch
 from torch import fx
 from torch._ops import HigherOrderOperator
 
-from passes.context import Gemm, PassContext, Reason, Site
+from passes.context import PassContext
 from passes.gemms import BATCHED, CONVOLUTION, CONVOLUTIONS, GEMMS, geometry, operands, product_shape
 from passes.graph import BACKWARD, CONV_GRAD_INPUT, CONV_GRAD_WEIGHT, phase_of, size_hint
 from passes.operands import Operand, resolve_operand, unquantized
+from passes.sites import Gemm, Reason, Site
 from qcompile.wrappers import without_private_wrappers
 
 __all__ = ["GemmNode", "enclosing_module", "find_sites", "gemm_of", "module_path"]

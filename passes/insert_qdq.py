@@ -47,7 +47,7 @@ from dataclasses import dataclass, replace
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
-from passes.context import PassContext, Reason, Site
+from passes.context import PassContext
 from passes.find_sites import GemmNode
 from passes.gemms import BATCHED, CONVOLUTIONS, GEMMS, is_depthwise, kept_axis, operands, shared_axes
 from passes.graph import (
@@ -68,6 +68,7 @@ from passes.graph import (
     scope_of,
 )
 from passes.operands import Operand, resolve_operand
+from passes.sites import Reason, Site
 from qcompile.estimators.learned import Learned
 from qcompile.specs import PerBlock, PerChannel, PerRow, PerTensor, QuantSpec
 

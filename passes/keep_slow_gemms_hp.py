@@ -30,10 +30,11 @@ from collections.abc import Mapping, Sequence
 import networkx
 from torch import fx
 
-from passes.context import PassContext, Reason
+from passes.context import PassContext
 from passes.find_sites import gemm_of
 from passes.gemm_costs import GemmCost, gemm_costs, measured_costs, quantized_copy
 from passes.graph import is_joint
+from passes.sites import Reason
 from qcompile.kernels import profit
 from qcompile.state.decisions import Decision
 

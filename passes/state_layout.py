@@ -5,12 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from passes.context import Entry, PassContext, StateLayout
+from passes.context import PassContext
 from passes.graph import QUANTIZE, fake_mode, is_joint, primals, set_value
 from passes.insert_qdq import RangeUse
 from qcompile.errors import GraphError
 from qcompile.estimators.step import initial_state
 from qcompile.specs import PerRow
+from qcompile.state.layout import Entry, StateLayout
 
 __all__ = ["CAPACITY", "SEED_FIELDS", "add_inputs", "entry_of", "layout_of"]
 

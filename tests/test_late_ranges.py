@@ -6,7 +6,7 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import qcompile
-from passes.context import Entry, PassContext, StateLayout
+from passes.context import PassContext
 from passes.state_layout import SEED_FIELDS
 from qcompile import range_state
 from qcompile.backend import halves
@@ -15,8 +15,9 @@ from qcompile.estimators.step import initial_state
 from qcompile.recipes import get_recipe
 from qcompile.specs import QuantSpec
 from qcompile.state import binding, replicas
+from qcompile.state.layout import Entry, StateLayout, initial_values
 from qcompile.state.replicas import Replicas
-from qcompile.state.store import RangeStore, initial_values
+from qcompile.state.store import RangeStore
 from tests.compiling import AVERAGE, compiled
 from tests.device import seeded
 from tests.passes.graphs import joint_graph

@@ -21,7 +21,7 @@ from qcompile.qat.preparation import forget_preparation
 from qcompile.qat.quantizer import LearnedQuantizer
 from qcompile.recipe import Recipe
 from qcompile.recipes import get_recipe
-from qcompile.state.handle import range_state
+from qcompile.state.range_state import range_state
 from qcompile.torch_private import without_fast_path
 from qcompile.wrappers import unwrapped
 

@@ -25,7 +25,7 @@ from qcompile.qat.preparation import prepare
 from qcompile.qat.quantizer import LearnedQuantizer
 from qcompile.recipe import Recipe
 from qcompile.recipes import get_recipe
-from qcompile.state.handle import range_state
+from qcompile.state.range_state import range_state
 
 __all__ = ["continue_training", "load_converted"]
 

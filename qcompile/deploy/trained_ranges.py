@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from passes.context import Gemm, Site
 from passes.cut import root_of
 from passes.gemms import INTEGER
 from passes.graph import DEQUANTIZE, HADAMARD, QUANTIZE, ROUND_TO_POWERS, SELECT
+from passes.sites import Gemm, Site
 from qcompile._checks import suggestion
 from qcompile._patterns import matches
 from qcompile.errors import QtrainWarning, StateError, UnsupportedError
@@ -30,7 +30,7 @@ from qcompile.ops.fake_quantize import FORMS
 from qcompile.qat.layers import can_learn
 from qcompile.recipe import Recipe
 from qcompile.state.binding import Binding
-from qcompile.state.handle import range_state
+from qcompile.state.range_state import range_state
 from qcompile.wrappers import clean_names
 
 __all__ = ["TrainedLayer", "trained_layers"]

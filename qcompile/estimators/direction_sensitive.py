@@ -30,7 +30,7 @@ from qcompile.estimators.statistics import Elements
 from qcompile.wrappers import clean_names
 
 if TYPE_CHECKING:
-    from qcompile.state.handle import RangeState
+    from qcompile.state.range_state import RangeState
 
 __all__ = ["DirectionSensitive", "learning_rate_factors", "scale_learning_rates"]
 

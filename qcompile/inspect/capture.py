@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
-from passes.context import Entry, Site, StateLayout
 from passes.pipeline import Step
+from passes.sites import Site
 from qcompile.backend.options import Options
 from qcompile.errors import GraphError, KernelError, RecipeError, StateError, UnsupportedError
 from qcompile.inspect.captured_graph import CapturedGraph
@@ -29,7 +29,8 @@ from qcompile.inspect.isolation import copy_inputs, copy_model, fresh_call, undi
 from qcompile.inspect.recording import Recording
 from qcompile.inspect.saved_bytes import SavedBytes, storage_of, tensors_in
 from qcompile.recipe import Recipe
-from qcompile.state.handle import RangeState, range_state
+from qcompile.state.layout import Entry, StateLayout
+from qcompile.state.range_state import RangeState, range_state
 from qcompile.state.store import RangeStore
 from qcompile.wrappers import clean_names
 

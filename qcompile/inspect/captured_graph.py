@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, fx
 
 from passes.buffers import bind_state
-from passes.context import Entry, PassContext, Site, StateLayout, full_name
+from passes.context import PassContext
 from passes.graph import copy_graph, is_gradient
+from passes.sites import Site, full_name
 from qcompile.inspect.labels import LABEL, first_name, rename_by_label
 from qcompile.inspect.saved_bytes import SavedBytes, SavedTensor
 from qcompile.state.binding import Binding
+from qcompile.state.layout import Entry, StateLayout
 
 if TYPE_CHECKING:
     import networkx

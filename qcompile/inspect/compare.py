@@ -37,7 +37,7 @@ from qcompile.inspect.replay import Replay, joint_at, shared_random_numbers
 from qcompile.kernels import record_launches
 from qcompile.ops import dequantize_reference
 from qcompile.recipe import Recipe
-from qcompile.state.handle import range_state
+from qcompile.state.range_state import range_state
 
 __all__ = ["Comparison", "GemmNumerics", "OperandNumerics", "TensorNumerics", "compare", "compare_captured", "quantized_operands"]
 

@@ -34,7 +34,7 @@ from qcompile.errors import StateError
 from qcompile.inspect.capture import Capture, capture_call
 from qcompile.inspect.compare import compare_captured
 from qcompile.recipe import Recipe
-from qcompile.state.handle import range_state
+from qcompile.state.range_state import range_state
 
 __all__ = ["Monitor", "Row", "monitor", "read_csv"]
 

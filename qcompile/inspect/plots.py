@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from passes.context import OPERANDS
+from passes.sites import OPERANDS
 from qcompile.inspect.modules import rows_of
 
 if TYPE_CHECKING:

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from passes.context import Cause, Crossing
+from passes.context import Crossing
+from passes.sites import Cause
 from qcompile.inspect import report_page, report_text
 from qcompile.inspect.measuring import Scale
 from qcompile.inspect.saved_bytes import SavedBytes
@@ -28,7 +29,7 @@ class GemmReport:
     shape: tuple[int | str, ...]  # M, N, K; a symbolic size is text; empty where it is not known
     kernel: str | None
     reason: str | None
-    cause: Cause | None  # the kind of reason, for programs: `passes.context.Reason`
+    cause: Cause | None  # the kind of reason, for programs: `passes.sites.Reason`
     operands: dict[str, str]  # operand -> its format, of an integer GEMM
     seconds: float | None = None  # measured, without quantizing; of a GEMM in high precision: that GEMM
     hp_seconds: float | None = None  # measured, of the same GEMM in high precision

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from markupsafe import Markup
 
-from passes.context import OPERANDS
+from passes.sites import OPERANDS
 from qcompile.inspect.modules import module_of_site
 from qcompile.inspect.page import render
 from qcompile.inspect.report_text import size_text

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from tabulate import tabulate
 
-from passes.context import OPERANDS
+from passes.sites import OPERANDS
 
 if TYPE_CHECKING:
     from qcompile.inspect.report import GemmReport, Report, SiteReport

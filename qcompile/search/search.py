@@ -27,7 +27,7 @@ from qcompile.recipes import get_recipe
 from qcompile.search.choose import HP, Choice, GemmOptions, Infeasible, choose, total
 from qcompile.search.options import Candidate, gemm_options, integer_gemms, reference, sensitivities, together
 from qcompile.search.result import SearchResult, Totals, mixed_recipe
-from qcompile.state.handle import range_state
+from qcompile.state.range_state import range_state
 
 __all__ = ["KINDS", "Search", "search_recipe"]
 

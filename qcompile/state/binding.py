@@ -13,32 +13,16 @@ import itertools
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from qcompile.estimators.step import reductions
-from qcompile.specs import QuantSpec
+from qcompile.state.layout import Entry, StateLayout
 from qcompile.state.store import STORE, RangeStore, Request
-from qcompile.state.uses import Place
 
 __all__ = ["Binder", "Binding", "binding_of", "indices"]
-
-
-class Entry(Protocol):
-    """What the passes say about one entry of a layout."""
-
-    owner: str | None
-    key: str
-    fields: tuple[str, ...]
-    initial: tuple[float, ...]
-    size: int
-    site: str
-    operand: str
-    aliases: tuple[str, ...]
-    spec: QuantSpec | None
-    place: Place
 
 
 _SERIALS = itertools.count()
@@ -54,7 +38,7 @@ class Binding:
     """
 
     def __init__(
-        self, store: RangeStore, layout: Any, owners: dict[str | None, object], device: torch.device, function: str = ""
+        self, store: RangeStore, layout: StateLayout, owners: dict[str | None, object], device: torch.device, function: str = ""
     ) -> None:
         requests = [
             Request(owners[e.owner], e.key, e.fields, e.initial, e.size, e.site, e.operand, e.aliases, e.place, _bits(e))
@@ -121,7 +105,7 @@ class Binding:
         return answer is True
 
 
-def _places(layout: Any) -> Iterator[tuple[int, Any, str]]:
+def _places(layout: StateLayout) -> Iterator[tuple[int, Entry, str]]:
     """(place of its first element in the index, entry, field) of a layout."""
     place = 0
     for entry, name in layout.order():
@@ -173,7 +157,9 @@ class Binder:
     function  whose graph it is (`torch_private.compiled_function`)
     """
 
-    def __init__(self, layouts: dict[str, Any], device: torch.device, store: RangeStore = STORE, function: str = "") -> None:
+    def __init__(
+        self, layouts: dict[str, StateLayout], device: torch.device, store: RangeStore = STORE, function: str = ""
+    ) -> None:
         self.layouts, self.device, self.store, self.function = layouts, device, store, function
         self.owners: list[str] = list(
             dict.fromkeys(e.owner for layout in layouts.values() for e in layout.entries if e.owner is not None)

@@ -1,44 +1,34 @@
-"""Where range state lives: arenas and the table of who owns what.
+"""The table of range state: who owns what, and where in memory it is.
 
-An arena is one flat fp32 tensor on one device. A slot is a run of its elements that belongs to one owner (a Parameter, by
-identity) and one key ("layer#0.input"). Addresses never change: loading and resetting write in place, an arena never moves. So a
-compiled graph keeps the arena and an index of its slots, CUDA graphs stay valid, and state outlives recompilation.
-
-Compiled code writes in place while other threads compile; the table has a lock, owners are held weakly, and the slots of an owner
-that is gone are used again.
+An owner is a Parameter, by identity, or a compiled graph; what it owns are slots of arenas (`qcompile.state.arena`), by key
+("layer#0.input"). Compiled code writes in place while other threads compile: the table has a lock, owners are held weakly, and the
+slots of an owner that is gone are used again.
 """
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import re
 import threading
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from qcompile.errors import QtrainWarning, StateError, warn_once
-from qcompile.state.uses import Place, number_reads, number_uses
+from qcompile.errors import QtrainWarning, StateError
+from qcompile.state.arena import Arena, Slot
+from qcompile.state.uses import Place, Use, Uses, numbers_in
 
-__all__ = ["STORE", "Arena", "RangeStore", "Request", "Slot", "SlotKey", "initial_values"]
+__all__ = ["BITS", "STORE", "RangeStore", "Request", "check_bits"]
 
 BITS = "bits"
 """Beside the fields of an entry in a saved state: the width of the codes that its range is for. 8 where it is not there."""
 
-SEED = ("seed_low", "seed_high")
-"""The fields of a stream of random draws that say where it began: 16 bits each of 32. `steps` says how far it has come."""
-
-SlotKey = tuple[str, tuple[str, ...], int, int]
+_SlotKey = tuple[str, tuple[str, ...], int, int]
 """(key, fields, size, bits): two recipes that remember other things about one operand, or for other codes, keep them apart."""
-
-_NUMBERS = itertools.count(1)
 
 
 class Request(NamedTuple):
@@ -57,103 +47,16 @@ class Request(NamedTuple):
 
 
 @dataclass
-class Arena:
-    """A flat fp32 tensor and what of it is in use. Its first element is its number: a copy of the tensor can be told by it."""
-
-    tensor: Tensor
-    used: int = 1
-    free: dict[int, list[int]] = field(default_factory=dict)  # length -> offsets
-    number: int = field(default_factory=_NUMBERS.__next__)
-
-    def __post_init__(self) -> None:
-        self.tensor[0] = self.number
-
-    def take(self, length: int) -> int | None:
-        """Offset of a free run, or None if there is no room."""
-        if self.free.get(length):
-            return self.free[length].pop()
-        if self.used + length > self.tensor.numel():
-            return None
-        offset = self.used
-        self.used += length
-        return offset
-
-    def has_room(self, lengths: Iterable[int]) -> bool:
-        """Whether all of these can be taken."""
-        free = {length: len(offsets) for length, offsets in self.free.items()}
-        more = 0
-        for length in lengths:
-            if free.get(length, 0):
-                free[length] -= 1
-            else:
-                more += length
-        return self.used + more <= self.tensor.numel()
-
-    def give_back(self, offset: int, length: int) -> None:
-        self.free.setdefault(length, []).append(offset)
-
-
-@dataclass
-class Slot:
-    """One entry's elements: `fields[i]` occupies `size` elements from `offset + i * size`."""
-
-    arena: Arena
-    offset: int
-    key: str
-    fields: tuple[str, ...]
-    initial: tuple[float, ...]
-    size: int
-    site: str
-    operand: str
-    aliases: tuple[str, ...] = ()
-    live: bool = True  # False once the entry has moved to another arena
-    identity: str = ""  # of the instance that it belongs to, for random numbers: equal in a run that is repeated
-    bits: int = 8
-    claimed: int = 0  # when a graph last asked for it: of two recipes' slots for one operand the later one is in use
-
-    @property
-    def numel(self) -> int:
-        return len(self.fields) * self.size
-
-    def field_offset(self, name: str) -> int:
-        return self.offset + self.fields.index(name) * self.size
-
-    def read(self, name: str) -> Tensor:
-        """A copy of one field, fp32 [size]."""
-        start = self.field_offset(name)
-        return self.arena.tensor[start : start + self.size].clone()
-
-    def write(self, name: str, value: Tensor | float) -> None:
-        """`value`: a number, or a tensor of as many elements, of any shape, device and dtype."""
-        start = self.field_offset(name)
-        with torch.no_grad():
-            self.arena.tensor[start : start + self.size] = value.reshape(-1) if isinstance(value, Tensor) else value
-
-    @property
-    def draws(self) -> bool:
-        """Whether it is a stream of random draws, no range."""
-        return SEED[0] in self.fields
-
-    def saved(self, name: str) -> Tensor:
-        """A field as files have it, on the CPU: a stream's beginning is that of rank 0, so that any rank can start from it."""
-        value = self.read(name).to("cpu")
-        return _of_rank(name, value) if name in SEED else value
-
-    def load(self, name: str, value: Tensor) -> None:
-        """The reverse of `saved`."""
-        value = value.detach().to(torch.float32)
-        self.write(name, _of_rank(name, value) if name in SEED else value)
-
-
-@dataclass
 class _Owner:
     reference: weakref.ref[Any]
-    slots: dict[SlotKey, Slot] = field(default_factory=dict)
+    slots: dict[_SlotKey, Slot] = field(default_factory=dict)
     pending: dict[str, dict[str, Tensor]] = field(default_factory=dict)  # key -> fields, loaded before any graph claimed them
     decisions: dict[str, Any] = field(default_factory=dict)  # key -> what the profit filter decided (qcompile.state.decisions)
-    uses: dict[str, dict[Place, int]] = field(default_factory=dict)  # what is counted -> where it stands -> its number
-    reads: dict[tuple[str, str], dict[Place, int]] = field(default_factory=dict)
-    """Likewise, of graphs that only read, before one that learns; by what is counted and the compiled function."""
+    uses: Uses = field(default_factory=Uses)
+
+    def uses_kept(self, counted: str) -> set[int]:
+        """The numbers of the uses that there is state of, loaded or claimed."""
+        return numbers_in([*self.pending, *(key for key, *_ in self.slots)], counted)
 
 
 class RangeStore:
@@ -190,64 +93,54 @@ class RangeStore:
             for slot in record.slots.values():
                 slot.arena.give_back(slot.offset, slot.numel)
 
+    def _find(self, owner: object) -> _Owner | None:
+        record = self._owners.get(id(owner))
+        return record if record is not None and record.reference() is owner else None
+
     def slots_of(self, owner: object) -> list[Slot]:
         """The slots of one owner, in the order in which graphs claimed them."""
         with self._lock:
-            record = self._owners.get(id(owner))
-            return list(record.slots.values()) if record is not None and record.reference() is owner else []
+            record = self._find(owner)
+            return [] if record is None else list(record.slots.values())
+
+    # ---- state that was loaded for an owner and that no graph has claimed yet
 
     def pending_of(self, owner: object) -> dict[str, dict[str, Tensor]]:
-        """State that was loaded for an owner and that no graph has claimed yet: key -> field -> values."""
+        """Key -> field -> values."""
         with self._lock:
-            record = self._owners.get(id(owner))
-            return dict(record.pending) if record is not None and record.reference() is owner else {}
+            record = self._find(owner)
+            return {} if record is None else dict(record.pending)
 
     def set_pending(self, owner: object, key: str, fields: Mapping[str, Tensor]) -> None:
         with self._lock:
             record = self._owner(owner)
             record.pending[key] = {name: value.detach().clone() for name, value in fields.items()}
-            record.reads.clear()  # there is state now that they may be meant to find
+            record.uses.forget_reads()
             self.numberings += 1
+
+    def forget_pending(self, owner: object) -> None:
+        with self._lock:
+            if (record := self._find(owner)) is not None:
+                record.pending.clear()
 
     # ---- decisions of the profit filter
 
     def decisions_of(self, owner: object) -> dict[str, Any]:
         """Key -> decision, of one owner."""
         with self._lock:
-            record = self._owners.get(id(owner))
-            return dict(record.decisions) if record is not None and record.reference() is owner else {}
+            record = self._find(owner)
+            return {} if record is None else dict(record.decisions)
 
     def decide(self, owner: object, key: str, decision: Any) -> None:
         with self._lock:
             self._owner(owner).decisions[key] = decision
 
     def decision_keys(self, owner: object, places: Mapping[str, Place], *, learns: bool, function: str) -> dict[str, str]:
-        """Key within a graph -> key over all graphs, of GEMMs that a decision is asked for.
-
-        The numbers are those of range state, but for a graph that only reads, in a process that has not trained: what it decides
-        has no state to look for, so a use that stands where none stood in this compiled function has a number of its own.
-        """
-        graph: dict[str, dict[Place, int]] = {}
-        for key, place in places.items():
-            counted, number, _ = _parts(key)
-            if place:
-                graph.setdefault(counted, {})[place] = number
+        """Key within a graph -> key over all graphs, of GEMMs that a decision is asked for. Their numbers are range state's."""
+        asked = [Use(key, place) for key, place in places.items()]
         with self._lock:
-            record = self._owner(owner)
-            found = {}
-            for counted, uses in graph.items():
-                if learns or record.uses.get(counted):
-                    found[counted] = self._number(record, counted, uses, learns)
-                    continue
-                read = f"decisions on {counted}"
-                met = record.reads.setdefault((read, function), {})
-                others = _of_others(record, read, function)
-                found[counted] = number_reads(met, uses, range(len(met) + len(uses)), others)
-                met.update(found[counted])
-        keys = {}
-        for key, place in places.items():
-            counted, _, rest = _parts(key)
-            keys[key] = _key(counted, found[counted][place], rest) if place else key
+            keys, new = self._owner(owner).uses.keys(asked, learns=learns, function=function)
+            self._count(new)
         return keys
 
     # ---- slots
@@ -278,32 +171,21 @@ class RangeStore:
 
     def _with_numbers(self, requests: Sequence[Request], learns: bool, function: str) -> list[Request]:
         """The requests with keys that hold over all graphs, not only within the one that asks."""
-        graph: dict[tuple[int, str], dict[Place, int]] = {}
+        asked: dict[int, list[Request]] = {}
         for r in requests:
-            counted, number, _ = _parts(r.key)
-            graph.setdefault((id(r.owner), counted), {})[r.place] = number
-        found = []
-        for r in requests:
-            counted, number, rest = _parts(r.key)
-            if not r.place:
-                found.append(r)
-                continue
-            record = self._owner(r.owner)
-            known = record.uses.get(counted)
-            uses = {p: n for p, n in graph[id(r.owner), counted].items() if p}
-            learnt = learns or known
-            numbers = self._number(record, counted, uses, learns) if learnt else _reads(record, r, counted, uses, function)
-            found.append(r._replace(key=_key(counted, numbers[r.place], rest)))
-        return found
+            asked.setdefault(id(r.owner), []).append(r)
+        keys = {}
+        for owner, theirs in asked.items():
+            record = self._owner(theirs[0].owner)
+            uses = [Use(r.key, r.place, r.site) for r in theirs]
+            keys[owner], new = record.uses.keys(uses, learns=learns, function=function, kept=record.uses_kept)
+            self._count(new)
+        return [r._replace(key=keys[id(r.owner)][r.key]) for r in requests]
 
-    def _number(self, record: _Owner, counted: str, uses: Mapping[Place, int], learns: bool) -> dict[Place, int]:
-        known = record.uses.setdefault(counted, {})
-        numbers = number_uses(known, uses, learns=learns)
-        if learns and numbers.keys() - known.keys():
-            known.update(numbers)
-            self.epoch += 1
-            self.numberings += 1
-        return numbers
+    def _count(self, new: bool) -> None:
+        """`new`: a use of a Parameter got a number."""
+        self.epoch += new
+        self.numberings += new
 
     def _arena_for(self, known: list[Slot | None], requests: list[Request], device: torch.device, capacity: int) -> Arena:
         """The arena that most of the slots are in already, if it has room for the others; else any with room."""
@@ -327,8 +209,8 @@ class RangeStore:
         offset = arena.take(len(fields) * size)
         if offset is None:
             raise RuntimeError("an arena with enough room was chosen, and had none")
-        new = Slot(arena, offset, key, fields, initial, size, site, operand, aliases)
-        new.identity, new.bits = identity if slot is None else slot.identity, bits
+        new = Slot(arena, offset, key, fields, initial, size, site, operand, aliases, bits=bits)
+        new.identity = identity if slot is None else slot.identity
         if slot is not None:  # the model moved to another device: its memory moves with it
             for name in fields:
                 new.write(name, slot.read(name))
@@ -336,11 +218,11 @@ class RangeStore:
             slot.arena.give_back(slot.offset, slot.numel)
             self.epoch += 1
         elif key in record.pending:
-            self.reset_slot(new)
+            new.reset()
             self._load_pending(new, record.pending.pop(key))
             self.epoch += 1
         else:
-            self.reset_slot(new)
+            new.reset()
         record.slots[key, fields, size, bits] = new
         return new
 
@@ -358,21 +240,6 @@ class RangeStore:
             return
         for name, value in fields.items():
             slot.load(name, value)
-
-    def forget_pending(self, owner: object) -> None:
-        """Drop what was loaded for an owner and that no graph has claimed."""
-        with self._lock:
-            record = self._owners.get(id(owner))
-            if record is not None and record.reference() is owner:
-                record.pending.clear()
-
-    def reset_slot(self, slot: Slot) -> None:
-        """Back to the values before the first update; a random stream starts anew from torch's seed."""
-        for name, value in zip(slot.fields, slot.initial, strict=True):
-            slot.write(name, value)
-        if slot.draws:
-            for name, value in _random_seed(slot.identity, slot.key).items():
-                slot.load(name, torch.tensor([value], dtype=torch.float32, device="cpu"))
 
     def tensors(self) -> list[Tensor]:
         """The arenas themselves."""
@@ -396,96 +263,9 @@ def check_bits(name: str, fields: Mapping[str, Tensor], bits: int) -> None:
         )
 
 
-_NUMBERED = re.compile(r"(\w+)#(\d+)\.(.+)")
-
-
-def _parts(key: str) -> tuple[str, int, str]:
-    """(what is counted, the number, the rest) of "layer#1.input"; other keys are counted as a whole, from 0."""
-    match = _NUMBERED.fullmatch(key)
-    return (match[1], int(match[2]), match[3]) if match else (key, 0, "")
-
-
-def _numbers_kept(record: _Owner, counted: str) -> set[int]:
-    """The numbers of the uses that there is state of, loaded or claimed."""
-    numbered = re.compile(rf"{re.escape(counted)}(?:#(\d+)(?:\..+)?)?")
-    matches = (numbered.fullmatch(key) for key in [*record.pending, *(key for key, *_ in record.slots)])
-    return {int(match[1] or 0) for match in matches if match is not None}
-
-
-def _reads(record: _Owner, request: Request, counted: str, uses: dict[Place, int], function: str) -> dict[Place, int]:
-    """The numbers of uses in a graph that only reads, before one that learns; `function` has the graph."""
-    met = record.reads.setdefault((counted, function), {})
-    others = _of_others(record, counted, function)
-    kept = _numbers_kept(record, counted)
-    numbers = number_reads(met, uses, kept, others)
-    new = {n for place, n in numbers.items() if place not in others and place not in met}
-    met.update(numbers)
-    if new & {*others.values()} and kept - {*others.values(), *met.values()}:
-        warn_once(
-            f"{request.site}: its range state is of {len(kept)} uses, and each of several compiled functions that evaluate it is "
-            f"taken to begin with the first use. If {function or 'one of them'} stands for another use, compile one function that "
-            "calls them in the order of training, so that each reads its own ranges",
-            about=("reads", request.site, function),
-        )
-    return numbers
-
-
-def _of_others(record: _Owner, counted: str, function: str) -> dict[Place, int]:
-    """What graphs of other compiled functions that only read were given."""
-    reads = [read for (what, whose), read in record.reads.items() if what == counted and whose != function]
-    return {place: number for read in reads for place, number in read.items()}
-
-
-def _key(counted: str, number: int, rest: str) -> str:
-    if rest:
-        return f"{counted}#{number}.{rest}"
-    return counted if number == 0 else f"{counted}#{number}"
-
-
-def _random_seed(*identity: str) -> dict[str, float]:
-    """32 bits that follow from torch's generator without advancing it: the user's random numbers do not depend on the recipe.
-
-    `identity` tells apart streams that are made at one state of the generator.
-    """
-    digest = hashlib.sha256(torch.get_rng_state().numpy().tobytes())
-    digest.update(repr(identity).encode())
-    return {name: float(part) for name, part in zip(SEED, _halves(digest.digest()), strict=True)}
-
-
-def _of_rank(name: str, seed: Tensor) -> Tensor:
-    """Half a seed of rank 0 -> this rank's, and back: a constant of the rank's, none on rank 0, is combined with it by xor.
-
-    So ranks that start from one seed, or load one file, draw other numbers.
-    """
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    rank = torch.distributed.get_rank() if distributed else 0
-    if rank == 0:
-        return seed
-    part = _halves(hashlib.sha256(f"rank {rank}".encode()).digest())[SEED.index(name)]
-    return (seed.to(torch.int64) ^ part).to(torch.float32)
-
-
-def _halves(digest: bytes) -> tuple[int, int]:
-    return int.from_bytes(digest[:2], "little"), int.from_bytes(digest[2:4], "little")
-
-
 def _shapes(fields: Mapping[str, Tensor | int]) -> str:
     sizes = {name: value if isinstance(value, int) else value.numel() for name, value in fields.items()}
     return ", ".join(f"{name}[{size}]" for name, size in sizes.items())
-
-
-def initial_values(layout: Any, identity: str = "") -> Tensor:
-    """The state of one half of a graph before its first step, fp32, in the order of the layout (`passes.context.StateLayout`).
-
-    identity  of the graph, for its random numbers: see `_random_seed`; a rank's are its own
-    """
-    values = []
-    for entry, name in layout.order():
-        start = entry.initial[entry.fields.index(name)]
-        if name in SEED:
-            start = float(_of_rank(name, torch.tensor(_random_seed(identity, entry.key)[name], device="cpu")))
-        values += [start] * entry.size
-    return torch.tensor(values, dtype=torch.float32)
 
 
 STORE = RangeStore()

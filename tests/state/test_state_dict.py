@@ -459,8 +459,8 @@ def test_a_shared_range_answers_to_its_aliases(interpreted):
 
 def test_state_follows_the_parameter_to_another_arena():
     """As when a model moves to another device: values move along, old bindings notice, nothing is shared."""
-    from passes.context import Entry, StateLayout
     from qcompile.state import Binder, RangeStore
+    from qcompile.state.layout import Entry, StateLayout
 
     def layout(capacity):
         made = StateLayout("forward", capacity=capacity)

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import networkx as nx
 import torch
 
-from passes.context import Gemm, Site
+from passes.sites import Gemm, Site
 from qcompile.inspect.captured_graph import CapturedGraph
 from qcompile.inspect.drawing.svg import COLOURS, Canvas, shortened, text_width
 from qcompile.inspect.listing import short_type

@@ -7,6 +7,7 @@ field `amax` of the operand `input` of the site `blocks.0.mlp.up`. What belongs 
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -18,16 +19,14 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from qcompile._checks import suggestion
 from qcompile.errors import QtrainWarning, StateError
+from qcompile.state.arena import Slot
 from qcompile.state.decisions import Decision
 from qcompile.state.fsdp import gather_once, gathered_parameters
-from qcompile.state.store import BITS, STORE, RangeStore, Slot, check_bits
+from qcompile.state.names import by_alias, entry_name, owner_and_key
+from qcompile.state.store import BITS, STORE, RangeStore, check_bits
 from qcompile.wrappers import clean_names
 
 __all__ = ["LoadResult", "RangeState", "range_state"]
-
-_LAYER = "layer#"
-_KNOWN = ("input", "weight", "grad_output", "output", "grad_input", "grad_weight")
-"""What an entry of a layer may belong to: an operand (its range) or a GEMM (the profit filter's decision)."""
 
 
 class LoadResult(NamedTuple):
@@ -35,6 +34,18 @@ class LoadResult(NamedTuple):
 
     missing_keys: list[str]
     unexpected_keys: list[str]
+
+
+@dataclasses.dataclass
+class _Match:
+    """What of a saved state belongs where, and what does not fit."""
+
+    slots: list[tuple[Slot, dict[str, Tensor]]] = dataclasses.field(default_factory=list)
+    pending: list[tuple[nn.Parameter, str, dict[str, Tensor]]] = dataclasses.field(default_factory=list)  # owner, key, fields
+    decisions: list[tuple[str, nn.Parameter, str, Decision]] = dataclasses.field(default_factory=list)  # name, owner, key, decision
+    missing: list[str] = dataclasses.field(default_factory=list)
+    lacking: list[str] = dataclasses.field(default_factory=list)  # of the missing ones those that a strict load refuses
+    unexpected: list[str] = dataclasses.field(default_factory=list)
 
 
 class RangeState:
@@ -68,7 +79,7 @@ class RangeState:
     def _every_slot(self) -> Iterator[tuple[str, Slot]]:
         for names, parameter in self._parameters():
             for slot in self.store.slots_of(parameter):
-                yield _slot_name(slot.key, names, slot.site), slot
+                yield entry_name(slot.key, names, slot.site), slot
 
     def names(self) -> list[str]:
         """The entries that graphs have claimed, as `site.operand`."""
@@ -80,7 +91,7 @@ class RangeState:
         Errors: `KeyError` with the nearest name.
         """
         slots = dict(self._slots())
-        slot = slots.get(name) or _by_alias(slots).get(name)
+        slot = slots.get(name) or by_alias(slots).get(name)
         if slot is None:
             raise KeyError(f"no range state is called {name!r}. {suggestion(name, list(slots))}")
         return {f: slot.read(f) for f in slot.fields}
@@ -118,7 +129,7 @@ class RangeState:
                 saved[f"{name}.{BITS}"] = torch.tensor([float(slot.bits)], device="cpu")
         for names, parameter in self._parameters():
             for key, fields in self.store.pending_of(parameter).items():
-                name = _slot_name(key, names, "")
+                name = entry_name(key, names, "")
                 saved.update({f"{name}.{field}": value.to("cpu") for field, value in fields.items()})
         for name, decision in self.decisions().items():
             saved.update({f"{name}.{field}": value for field, value in decision.to_tensors().items()})
@@ -127,7 +138,7 @@ class RangeState:
     def decisions(self) -> dict[str, Decision]:
         """What the profit filter has decided, by `site.GEMM`; empty without it."""
         return {
-            _slot_name(key, names, ""): decision
+            entry_name(key, names, ""): decision
             for names, parameter in self._parameters()
             for key, decision in self.store.decisions_of(parameter).items()
         }
@@ -141,43 +152,46 @@ class RangeState:
         Under FSDP2, before the first step: gathers the Parameters once, so all ranks must call it.
         """
         gather_once(self.model)
-        entries = self._grouped(state)
+        found = self._match(state)
+        if strict and (found.lacking or found.unexpected):
+            raise StateError(_mismatch(self.model, found.lacking, found.unexpected))
+        for slot, fields in found.slots:
+            for field, value in fields.items():
+                slot.load(field, value)
+        for parameter, key, fields in found.pending:
+            self.store.set_pending(parameter, key, fields)
+        _warn_of_other_decisions(self.decisions(), found.decisions)
+        for _, parameter, key, decision in found.decisions:
+            self.store.decide(parameter, key, decision)
+        self.store.epoch += 1
+        return LoadResult(found.missing, found.unexpected)
+
+    def _match(self, state: Mapping[str, Tensor]) -> _Match:
+        """What of a saved state belongs where. Changes nothing. Errors: `StateError`."""
         slots = dict(self._slots())
-        by_alias = _by_alias(slots)
-        waiting = self._unclaimed_names()
-        writes: list[tuple[Slot, dict[str, Tensor]]] = []
-        keep: list[tuple[nn.Parameter, str, dict[str, Tensor]]] = []
-        unexpected: list[str] = []
-        decided: list[tuple[str, nn.Parameter, str, Decision]] = []
-        for name, fields in entries.items():
-            slot = slots.get(name) or by_alias.get(name)
-            if Decision.is_one(fields) and (place := _place(name, waiting)) is not None:
-                decided.append((name, *place, Decision.of(fields)))
+        aliases = by_alias(slots)
+        parameters = {name: parameter for names, parameter in self._parameters() for name in names}
+        found = _Match()
+        for name, fields in _by_entry(state).items():
+            slot, place = slots.get(name) or aliases.get(name), owner_and_key(name, parameters)
+            if Decision.is_one(fields) and place is not None:
+                found.decisions.append((name, *place, Decision.of(fields)))
             elif slot is not None:
                 check_bits(name, fields, slot.bits)
                 fields = {field: value for field, value in fields.items() if field != BITS}
                 _check_fields(name, fields, slot)
-                writes.append((slot, fields))
-            elif (place := _place(name, waiting)) is not None:
-                keep.append((*place, fields))
+                found.slots.append((slot, fields))
+            elif place is not None:
+                found.pending.append((*place, fields))
             else:
-                unexpected += [f"{name}.{field}" for field in fields]
-        given = {id(slot): fields for slot, fields in writes}
-        missing = [f"{n}.{f}" for n, s in slots.items() for f in s.fields if f not in given.get(id(s), ())]
-        # What owns a stream of draws follows from how the model was cut into graphs: one that is missing goes on as it is.
-        lacking = [f"{n}.{f}" for n, s in slots.items() for f in s.fields if not s.draws and f not in given.get(id(s), ())]
-        if strict and (lacking or unexpected):
-            raise StateError(_mismatch(self.model, lacking, unexpected))
-        for slot, fields in writes:
-            for field, value in fields.items():
-                slot.load(field, value)
-        for parameter, key, fields in keep:
-            self.store.set_pending(parameter, key, fields)
-        _warn_of_other_decisions(self.decisions(), decided)
-        for _, parameter, key, decision in decided:
-            self.store.decide(parameter, key, decision)
-        self.store.epoch += 1
-        return LoadResult(missing, unexpected)
+                found.unexpected += [f"{name}.{field}" for field in fields]
+        given = {id(slot): fields for slot, fields in found.slots}
+        for name, slot in slots.items():
+            missing = [f"{name}.{field}" for field in slot.fields if field not in given.get(id(slot), ())]
+            found.missing += missing
+            # Which Parameter owns a stream of draws follows from how the model was cut into graphs: one that is missing goes on.
+            found.lacking += [] if slot.draws else missing
+        return found
 
     def load_distributed(self, checkpoint_id: str | os.PathLike[str], key: str = "ranges", strict: bool = True) -> LoadResult:
         """Load what `torch.distributed.checkpoint.save({key: range_state(model), ...}, checkpoint_id=...)` has saved.
@@ -202,23 +216,6 @@ class RangeState:
             warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one process is no mistake
             checkpoint.load({key: values}, checkpoint_id=checkpoint_id, no_dist=alone)
         return self.load_state_dict(values, strict)
-
-    def _grouped(self, state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        if not isinstance(state, Mapping):
-            raise StateError(f"load_state_dict: got a {type(state).__name__}; give it what RangeState.state_dict() returned")
-        entries: dict[str, dict[str, Tensor]] = {}
-        for full, value in state.items():
-            name, _, field = str(full).rpartition(".")
-            if not isinstance(value, Tensor) or not value.is_floating_point() or not name:
-                given = f"{value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__
-                raise StateError(
-                    f"load_state_dict: {full!r} is a {given}; allowed: floating-point tensors called 'site.operand.field'"
-                )
-            entries.setdefault(name, {})[field] = value
-        return entries
-
-    def _unclaimed_names(self) -> dict[str, tuple[nn.Parameter, list[str]]]:
-        return {name: (parameter, names) for names, parameter in self._parameters() for name in names}
 
     # ---- switches
 
@@ -249,7 +246,7 @@ class RangeState:
     def reset(self) -> None:
         """Forget all ranges, loaded and frozen ones too: the next step is a first step, with dynamic ranges."""
         for _, slot in self._every_slot():
-            self.store.reset_slot(slot)
+            slot.reset()
         for _, parameter in self._parameters():
             self.store.forget_pending(parameter)
         self.store.epoch += 1
@@ -275,38 +272,23 @@ def _as_graphs_see_it(parameter: nn.Parameter) -> Any:
     return parameter
 
 
-def _slot_name(key: str, names: list[str], site: str) -> str:
-    """`module.operand` for the entry of a layer's own weight; `parameter:key` for everything else."""
-    if not key.startswith(_LAYER):
-        return f"{names[0]}:{key}"
-    use, _, operand = key.removeprefix(_LAYER).partition(".")
-    modules = [n.rpartition(".")[0] for n in names]
-    base = site.split("#")[0]
-    module = next((m for m in modules if m == base or m.endswith(f".{base}")), modules[0])
-    return f"{module}{'#' + use if use != '0' else ''}.{operand}".removeprefix(".")
+def _by_entry(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Entry -> field -> value."""
+    if not isinstance(state, Mapping):
+        raise StateError(f"load_state_dict: got a {type(state).__name__}; give it what RangeState.state_dict() returned")
+    entries: dict[str, dict[str, Tensor]] = {}
+    for full, value in state.items():
+        name, _, field = str(full).rpartition(".")
+        if not isinstance(value, Tensor) or not value.is_floating_point() or not name:
+            given = f"{value.dtype} tensor" if isinstance(value, Tensor) else type(value).__name__
+            raise StateError(
+                f"load_state_dict: {full!r} is a {given}; allowed: floating-point tensors called 'site.operand.field'"
+            )
+        entries.setdefault(name, {})[field] = value
+    return entries
 
-
-def _by_alias(slots: Mapping[str, Slot]) -> dict[str, Slot]:
-    """Full alias -> slot. A slot's own aliases are relative to the compiled frame, as its site is."""
-    found = {}
-    for name, slot in slots.items():
-        own = f"{slot.site}.{slot.operand}"
-        if name.endswith(own):
-            found.update({name.removesuffix(own) + alias: slot for alias in slot.aliases})
-    return found
-
-
-def _place(name: str, parameters: dict[str, tuple[nn.Parameter, list[str]]]) -> tuple[nn.Parameter, str] | None:
-    """Whose state a name means, for entries that no graph has claimed: the reverse of `_slot_name`."""
-    owner, colon, key = name.partition(":")
-    if colon:
-        return (parameters[owner][0], key) if owner in parameters else None
-    module, _, operand = name.rpartition(".")
-    module, _, use = module.partition("#")
-    if operand.partition("@")[0] not in _KNOWN or not (use or "0").isdigit():
-        return None  # no graph would ever ask for it
-    weight = f"{module}.weight".removeprefix(".")
-    return (parameters[weight][0], f"{_LAYER}{use or 0}.{operand}") if weight in parameters else None
+def _unclaimed_names(self) -> dict[str, tuple[nn.Parameter, list[str]]]:
+    return {name: (parameter, names) for names, parameter in self._parameters() for name in names}
 
 
 def _warn_of_other_decisions(made: Mapping[str, Decision], loaded: list[tuple[str, nn.Parameter, str, Decision]]) -> None:
