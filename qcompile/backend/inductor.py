@@ -1,6 +1,6 @@
 """The one place where Inductor's and AOTAutograd's private entry points are used. Checked on torch 2.11 and 2.13.
 
-(An operation that generated code is to have of ours is `inductor_operations`'.)
+(An operation that generated code is to have of ours is `inductor_operations`'; when its kernels are compiled, `early_kernels`'.)
 
     watch_plain             Inductor itself under observation, for `recipe="none"` in inspection
     compile_frozen          Inductor alone on an inference module, with its weights as constants
@@ -28,7 +28,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from passes.context import PassContext
 from passes.partition import min_cut_partition
 from passes.restore_decompositions import decompositions
-from qcompile.backend import inductor_operations
+from qcompile.backend import early_kernels, inductor_operations
 from qcompile.cache_folders import check_cache_folders
 from qcompile.errors import UnsupportedError
 
@@ -47,6 +47,7 @@ __all__ = [
 ]
 
 inductor_operations.register()
+early_kernels.register()
 
 InnerCompile = Callable[..., Callable[..., Any]]
 InnerHook = Callable[[InnerCompile, fx.GraphModule, list[Any], dict[str, Any]], Callable[..., Any]]
@@ -231,9 +232,13 @@ def compile_with_inductor(
     def cacheable(
         compile_inner: InnerCompile, half: fx.GraphModule, inputs: list[Any], kwargs: dict[str, Any]
     ) -> Callable[..., Any]:
+        def early(*args: Any, **kwargs: Any) -> Callable[..., Any]:
+            with early_kernels.early_kernels():
+                return compile_inner(*args, **kwargs)
+
         if "get_decomp_fn" in kwargs:  # torch 2.13 hands the table on, which has no stable key: its cache would be passed over
             kwargs["get_decomp_fn"] = decompositions
-        return inner(compile_inner, half, inputs, kwargs)
+        return inner(early, half, inputs, kwargs)
 
     # AOTAutograd's cache would skip the joint pass and our wrapper, and cannot store the wrapper: off for this compile only.
     with functorch_config.patch(enable_autograd_cache=False):

@@ -1,0 +1,49 @@
+"""The C++ compiler works while Inductor still generates code.
+
+Inductor gives its C++ kernels to a pool of compiler processes when the code of a whole graph is written, and then waits for them.
+(Triton kernels it gives away one by one.) Within `early_kernels()` each kernel goes to that pool as soon as its source is there.
+When the generated module asks for it, Inductor's own cache, by source, has it or has it under way: sources, kernels and the errors
+of a compiler that fails are the same.
+
+Checked on torch 2.11 and 2.13. Where a kernel's definition looks different from theirs, nothing is early.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import Any
+
+from torch._inductor.async_compile import AsyncCompile
+from torch._inductor.codegen.wrapper import PythonWrapperCodegen
+
+__all__ = ["early_kernels", "register"]
+
+_WANTED: ContextVar[bool] = ContextVar("qtrain_early_kernels", default=False)
+_CALL = "async_compile.cpp_pybinding("
+_define_kernel = PythonWrapperCodegen.define_kernel
+
+
+@contextlib.contextmanager
+def early_kernels() -> Iterator[None]:
+    """While this holds, the C++ kernels that this thread generates go to the compiler one by one."""
+    token = _WANTED.set(True)
+    try:
+        yield
+    finally:
+        _WANTED.reset(token)
+
+
+def register() -> None:
+    """Let Inductor tell us of the kernels that it defines. Outside of `early_kernels()` nothing is different."""
+    PythonWrapperCodegen.define_kernel = _define_and_submit  # type: ignore[method-assign]
+
+
+def _define_and_submit(self: PythonWrapperCodegen, kernel_name: str, kernel_body: str, *args: Any, **kwargs: Any) -> Any:
+    if _WANTED.get() and kernel_body.startswith(_CALL):
+        # What is wrong with it, such as no compiler at all, Inductor will find and say when it loads the module.
+        with contextlib.suppress(Exception):
+            # The line of the generated module, which will be run once more with the same pool behind it.
+            eval(kernel_body, {"async_compile": AsyncCompile()})
+    return _define_kernel(self, kernel_name, kernel_body, *args, **kwargs)
