@@ -21,6 +21,8 @@ def no_compile_cache():
     with torch.compiler.config.patch(force_disable_caches=True):
         if "torch._dynamo" in sys.modules:
             torch._dynamo.reset()
+        if "qcompile.backend.compiler" in sys.modules:  # Dynamo resets the backends that it knows, and not one that a test wrapped
+            sys.modules["qcompile.backend.compiler"].qtrain.reset()
         yield
 
 

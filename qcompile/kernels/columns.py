@@ -4,7 +4,7 @@ Codes are gathered as int8 with the channels innermost, so a row is a few long r
 nothing. The padding is the code of zero.
 
 On a CPU the columns of a whole batch would be fresh memory in every step, whose page faults take longer than the product. There
-the work is cut into `parts`: some images, or some rows of one large image, whose columns lie in memory that is kept between calls
+the work is done by `tiles`: some images, or some rows of one large image, whose columns lie in memory that is kept between calls
 (`qcompile.kernels.cpu.scratch`).
 
 B batches, P places (output positions), C channels, T taps (positions of the kernel); `zero` broadcasts to [B, *spatial, C].
@@ -15,12 +15,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-__all__ = ["Columns", "Cut", "Part", "Summed", "parts"]
+__all__ = ["Columns", "Gather", "Summed", "Tile", "Tiling", "tiles"]
 
 
 class Summed(Protocol):
@@ -40,10 +40,10 @@ class Summed(Protocol):
 
 
 @dataclass(frozen=True)
-class Cut:
-    """How to work on a part of the columns at a time.
+class Tiling:
+    """How to work on some of the columns at a time.
 
-    at_most  bytes of columns of a part
+    at_most  bytes of columns of a tile
     memory   (name, elements) -> int8 [elements] to overwrite, the same at each call
     summed   for gradients of weights, whose sum runs over the places
     """
@@ -54,7 +54,7 @@ class Cut:
 
 
 @dataclass(frozen=True)
-class Part:
+class Tile:
     """A range of images, and a range of rows of their output positions."""
 
     images: slice
@@ -65,69 +65,63 @@ class Part:
         return [self.rows.stop - self.rows.start, *places[1:]]
 
 
-def parts(batch: int, places: Sequence[int], bytes_a_place: int, at_most: int | None) -> list[Part]:
-    """The fewest parts of at most `at_most` bytes each: groups of images, or groups of rows of one image."""
+def tiles(batch: int, places: Sequence[int], bytes_a_place: int, at_most: int | None) -> list[Tile]:
+    """The fewest tiles of at most `at_most` bytes each: groups of images, or groups of rows of one image."""
     row = max(1, math.prod(places[1:]) * bytes_a_place)
     rows = max(1, places[0] if at_most is None else min(places[0], at_most // row))
     images = max(1, batch if at_most is None else at_most // max(1, row * places[0]))
     return [
-        Part(slice(image, min(batch, image + images)), slice(first, min(places[0], first + rows)))
+        Tile(slice(image, min(batch, image + images)), slice(first, min(places[0], first + rows)))
         for image in range(0, batch, images)
         for first in range(0, places[0], rows)
     ]
 
 
-class Columns:
-    """The columns of codes [B, *spatial, groups * C], part by part and for the channels of one group: matrices with a row for each
-    place and T * C columns. Place p reads `codes[begin + p * step + t * dilation]` at tap t."""
+class Gather(NamedTuple):
+    """What the columns are made of, by axis: place p reads `codes[begin + p * step + t * dilation]` at tap t."""
 
-    def __init__(
-        self,
-        codes: Tensor,
-        begin: Sequence[int],
-        step: Sequence[int],
-        dilation: Sequence[int],
-        taps: Sequence[int],
-        places: Sequence[int],
-        zero: Tensor | None,
-        groups: int,
-        cut: Cut | None,
-    ) -> None:
-        self.codes, self.zero = codes, zero
-        self.where = (begin, step, dilation, taps, places)
-        self.memory = cut.memory if cut is not None else lambda name, elements: codes.new_empty(elements)
-        copies = math.prod(taps) > 1 or any(s != 1 for s in step) or groups > 1
-        at_most = cut.at_most if cut is not None and copies else None
-        self.width = math.prod(taps) * (codes.shape[-1] // groups)
-        self.parts = parts(codes.shape[0], places, self.width, at_most)
+    begin: Sequence[int]
+    step: Sequence[int]
+    dilation: Sequence[int]
+    taps: Sequence[int]
+    places: Sequence[int]
+
+    @property
+    def copies(self) -> bool:
+        """Whether the columns are more than a view of the codes."""
+        return math.prod(self.taps) > 1 or any(s != 1 for s in self.step)
+
+
+class Columns:
+    """The columns of codes [B, *spatial, groups * C], tile by tile and for the channels of one group: matrices with a row for each
+    place and T * C columns."""
+
+    def __init__(self, codes: Tensor, zero: Tensor | None, gather: Gather, groups: int, tiling: Tiling | None) -> None:
+        self.codes, self.zero, self.gather = codes, zero, gather
+        self.memory = tiling.memory if tiling is not None else lambda name, elements: codes.new_empty(elements)
+        at_most = tiling.at_most if tiling is not None and (gather.copies or groups > 1) else None
+        self.width = math.prod(gather.taps) * (codes.shape[-1] // groups)
+        self.tiles = tiles(codes.shape[0], gather.places, self.width, at_most)
 
     @property
     def whole(self) -> bool:
-        return len(self.parts) == 1
+        return len(self.tiles) == 1
 
-    def of(self, channels: slice) -> Iterator[tuple[Part, Tensor]]:
-        """(part, its columns), one at a time: the next one may overwrite it."""
+    def of(self, channels: slice) -> Iterator[tuple[Tile, Tensor]]:
+        """(tile, its columns), one at a time: the next one may overwrite it."""
         zero = self.zero
         if zero is not None and zero.ndim > 0 and zero.shape[-1] > 1:
             zero = zero[..., channels]
-        windows = _windows(self.codes[..., channels], *self.where, zero, self.memory)
-        for part in self.parts:
-            seen = windows[part.images, part.rows]
+        windows = _windows(self.codes[..., channels], zero, self.gather, self.memory)
+        for tile in self.tiles:
+            seen = windows[tile.images, tile.rows]
             columns = seen if seen.is_contiguous() else self.memory("columns", seen.numel()).view(seen.shape).copy_(seen)
-            yield part, columns.view(math.prod(seen.shape[: len(self.where[4]) + 1]), self.width)
+            yield tile, columns.view(math.prod(seen.shape[: len(self.gather.places) + 1]), self.width)
 
 
-def _windows(
-    codes: Tensor,
-    begin: Sequence[int],
-    step: Sequence[int],
-    dilation: Sequence[int],
-    taps: Sequence[int],
-    places: Sequence[int],
-    zero: Tensor | None,
-    memory: Callable[[str, int], Tensor],
-) -> Tensor:
-    """The columns of all parts as a view [B, *places, *taps, C] of the codes, or of a padded copy of them in `memory`."""
+def _windows(codes: Tensor, zero: Tensor | None, gather: Gather, memory: Callable[[str, int], Tensor]) -> Tensor:
+    """The columns of all tiles as a view [B, *places, *taps, C] of the codes, or of a padded copy of them in `memory`."""
+    begin, step, dilation, taps, places = gather
     batch, *spatial, channels = codes.shape
     shape = (batch, *places, *taps, channels)
     if 0 in shape:

@@ -18,14 +18,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, overload
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from qcompile.geometry import Geometry
 from qcompile.kernels import note_launch
-from qcompile.kernels.columns import Columns, Cut
+from qcompile.kernels.columns import Columns, Gather, Tile, Tiling
+from qcompile.kernels.quantized import Quantized
 
 __all__ = ["Product", "correlate", "operators", "spread", "weight_grad"]
 
@@ -49,102 +50,91 @@ class Product(Protocol):
 
 def correlate(
     product: Product,
-    x: Tensor,
-    w: Tensor,
-    x_scale: Tensor,
-    w_scale: Tensor,
-    x_zero: Tensor | None,
-    w_zero: Tensor | None,
+    x: Quantized,
+    w: Quantized,
     bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    geometry: Geometry,
     places: Sequence[int],
     out_dtype: torch.dtype,
-    cut: Cut | None = None,
+    tiling: Tiling | None = None,
 ) -> Tensor:
     """x [B, groups * C, *spatial] against w [O, C, *kernel] -> [B, O, *places], channels last.
 
-    x_scale, x_zero  0-d or [B, 1, ...]
-    w_scale, w_zero  0-d or [O, 1, ...]
+    The ranges of x are 0-d or [B, 1, ...], those of w 0-d or [O, 1, ...].
     """
-    outputs, taps = w.shape[0], w.shape[2:]
-    begin = [-p for p in padding]
-    columns = Columns(x.movedim(1, -1), begin, stride, dilation, taps, places, _innermost(x_zero), groups, cut)
-    out = None if groups == 1 and columns.whole else x.new_empty((x.shape[0], *places, outputs), dtype=out_dtype)
-    for from_channels, to_channels in _groups(groups, x.shape[1], outputs):
-        matrix = _taps_by_columns(w[to_channels])
-        b_scale, b_zero = _per_column(w_scale, to_channels), _per_column(w_zero, to_channels)
+    batch, channels = x.codes.shape[:2]
+    outputs, groups = w.codes.shape[0], geometry.groups
+    gather = Gather([-p for p in geometry.padding], geometry.stride, geometry.dilation, w.codes.shape[2:], places)
+    columns = _columns(x, gather, groups, tiling)
+    out = None if groups == 1 and columns.whole else x.codes.new_empty((batch, *places, outputs), dtype=out_dtype)
+    for from_channels, to_channels in _groups(groups, channels, outputs):
+        matrix = _taps_by_columns(w.codes[to_channels])
+        b_scale, b_zero = _per_column(w, to_channels)
         bias_part = None if bias is None else bias[to_channels]
-        for part, codes in columns.of(from_channels):
-            a_scale, a_zero = _per_row(x_scale, part.images, len(codes)), _per_row(x_zero, part.images, len(codes))
+        for tile, codes in columns.of(from_channels):
+            a_scale, a_zero = _per_row(x, tile, len(codes))
             result = product(codes, matrix, a_scale, b_scale, a_zero, b_zero, bias_part, out_dtype)
-            result = result.view(-1, *part.of(places), matrix.shape[1])
+            result = result.view(-1, *tile.of(places), matrix.shape[1])
             if out is None:
                 return result.movedim(-1, 1)
-            out[part.images, part.rows, ..., to_channels] = result
+            out[tile.images, tile.rows, ..., to_channels] = result
     assert out is not None, "an undivided one has been returned"
     return out.movedim(-1, 1)
 
 
 def spread(
     product: Product,
-    g: Tensor,
-    w: Tensor,
-    g_scale: Tensor,
-    w_scale: Tensor,
-    g_zero: Tensor | None,
-    w_zero: Tensor | None,
+    g: Quantized,
+    w: Quantized,
     bias: Tensor | None,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    geometry: Geometry,
     places: Sequence[int],
     out_dtype: torch.dtype,
-    cut: Cut | None = None,
+    tiling: Tiling | None = None,
 ) -> Tensor:
     """g [B, O, *spatial] through w [O, C, *kernel] -> [B, groups * C, *places], channels last: `correlate` turned around.
 
-    g_scale, g_zero  0-d or [B, 1, ...]
-    w_scale, w_zero  0-d or [1, C, 1, ...]
+    The ranges of g are 0-d or [B, 1, ...], those of w 0-d or [1, C, 1, ...].
     """
-    batch, outputs = g.shape[:2]
-    inner = w.shape[1]
+    batch, outputs = g.codes.shape[:2]
+    inner, kernel, groups = w.codes.shape[1], w.codes.shape[2:], geometry.groups
     axes = [
-        [_Phase(r, *axis) for r in range(min(axis[0], axis[4]))]
-        for axis in zip(stride, padding, dilation, w.shape[2:], places, strict=True)
+        [_Phase(r, *axis) for r in range(min(axis[0], axis[4]))] for axis in zip(*geometry.steps, kernel, places, strict=True)
     ]
-    phases = [(phase, _columns_of_phase(phase, g, _innermost(g_zero), groups, cut)) for phase in itertools.product(*axes)]
-    undivided = groups == 1 and all(s == 1 for s in stride) and len(phases) == 1 and phases[0][1].whole
-    out = None if undivided else g.new_empty((batch, *places, groups * inner), dtype=out_dtype)
-    b_scale, b_zero = _per_column(w_scale, slice(None)), _per_column(w_zero, slice(None))
+    phases = [(phase, _columns(g, _gather_of(phase), groups, tiling)) for phase in itertools.product(*axes)]
+    undivided = groups == 1 and all(s == 1 for s in geometry.stride) and len(phases) == 1 and phases[0][1].whole
+    out = None if undivided else g.codes.new_empty((batch, *places, groups * inner), dtype=out_dtype)
+    b_scale, b_zero = _per_column(w, slice(None))
     for from_channels, to_channels in _groups(groups, outputs, groups * inner):
-        by_tap = w[from_channels].permute(*range(2, w.ndim), 0, 1)  # [*kernel, O, C]
+        by_tap = w.codes[from_channels].permute(*range(2, w.codes.ndim), 0, 1)  # [*kernel, O, C]
         bias_part = None if bias is None else bias[to_channels]
         for phase, columns in phases:
-            taken = by_tap
-            for axis, p in enumerate(phase):
-                if list(p.taps) != list(range(taken.shape[axis])):
-                    taken = taken.index_select(axis, torch.tensor(p.taps, dtype=torch.int64, device=w.device))
-            matrix = taken.reshape(math.prod(len(p.taps) for p in phase) * (outputs // groups), inner)
-            for part, codes in columns.of(from_channels):
-                a_scale, a_zero = _per_row(g_scale, part.images, len(codes)), _per_row(g_zero, part.images, len(codes))
+            matrix = _taps_of(phase, by_tap).reshape(math.prod(len(p.taps) for p in phase) * (outputs // groups), inner)
+            for tile, codes in columns.of(from_channels):
+                a_scale, a_zero = _per_row(g, tile, len(codes))
                 result = product(codes, matrix, a_scale, b_scale, a_zero, b_zero, bias_part, out_dtype)
-                result = result.view(-1, *part.of([p.places for p in phase]), inner)
+                result = result.view(-1, *tile.of([p.places for p in phase]), inner)
                 if out is None:
                     return result.movedim(-1, 1)
                 first, *others = phase
-                where = (part.images, first.where(part.rows), *(p.where(slice(0, p.places)) for p in others), to_channels)
+                where = (tile.images, first.where(tile.rows), *(p.where(slice(0, p.places)) for p in others), to_channels)
                 out[where] = result
-    return g.new_empty((batch, *places, groups * inner), dtype=out_dtype).movedim(-1, 1) if out is None else out.movedim(-1, 1)
+    if out is None:  # no phase has a place
+        out = g.codes.new_empty((batch, *places, groups * inner), dtype=out_dtype)
+    return out.movedim(-1, 1)
 
 
-def _columns_of_phase(phase: Sequence[_Phase], g: Tensor, zero: Tensor | None, groups: int, cut: Cut | None) -> Columns:
-    begin, dilation = [p.begin for p in phase], [p.dilation for p in phase]
+def _gather_of(phase: Sequence[_Phase]) -> Gather:
     taps, places = [len(p.taps) for p in phase], [p.places for p in phase]
-    return Columns(g.movedim(1, -1), begin, [1] * len(phase), dilation, taps, places, zero, groups, cut)
+    return Gather([p.begin for p in phase], [1] * len(phase), [p.dilation for p in phase], taps, places)
+
+
+def _taps_of(phase: Sequence[_Phase], by_tap: Tensor) -> Tensor:
+    """The taps of a phase among those of the kernel, which lie on the first axes."""
+    for axis, p in enumerate(phase):
+        if list(p.taps) != list(range(by_tap.shape[axis])):
+            by_tap = by_tap.index_select(axis, torch.tensor(p.taps, dtype=torch.int64, device=by_tap.device))
+    return by_tap
 
 
 class _Phase:
@@ -170,50 +160,45 @@ class _Phase:
 
 def weight_grad(
     product: Product,
-    small: Tensor,
-    big: Tensor,
-    small_scale: Tensor,
-    big_scale: Tensor,
-    small_zero: Tensor | None,
-    big_zero: Tensor | None,
+    small: Quantized,
+    big: Quantized,
     kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
+    geometry: Geometry,
     out_dtype: torch.dtype,
-    cut: Cut | None = None,
+    tiling: Tiling | None = None,
 ) -> tuple[Tensor, bool]:
     """small [B, A, *P], big [B, groups * C, *spatial] -> [A, C, *kernel], channels last; and whether its sum was cut.
 
     `small` has a value for each place of the kernel over `big`: it is a convolution's grad_output and `big` its input; of a
-    transposed convolution it is the input, and `big` is grad_output. Scales and zero points: 0-d, or [1, A, 1, ...] and
-    [1, groups * C, 1, ...].
+    transposed convolution it is the input, and `big` is grad_output. Ranges: 0-d, or [1, A, 1, ...] and [1, groups * C, 1, ...].
     """
-    outputs, places, inner = small.shape[1], small.shape[2:], big.shape[1] // groups
-    begin, taps = [-p for p in padding], math.prod(kernel)
-    left = small.movedim(1, -1)
-    columns = Columns(big.movedim(1, -1), begin, stride, dilation, kernel, places, _innermost(big_zero), groups, cut)
-    is_cut = cut is not None and len(columns.parts) > 1
+    outputs, places, groups = small.codes.shape[1], small.codes.shape[2:], geometry.groups
+    inner, taps = big.codes.shape[1] // groups, math.prod(kernel)
+    left = small.codes.movedim(1, -1)
+    gather = Gather([-p for p in geometry.padding], geometry.stride, geometry.dilation, kernel, places)
+    columns = _columns(big, gather, groups, tiling)
+    is_cut = tiling is not None and len(columns.tiles) > 1
     found = []
-    for to_channels, from_channels in _groups(groups, outputs, big.shape[1]):
-        a_scale, a_zero = _per_channel(small_scale, to_channels), _per_channel(small_zero, to_channels)
-        b_scale, b_zero = _per_column(big_scale, from_channels, taps), _per_column(big_zero, from_channels, taps)
+    for to_channels, from_channels in _groups(groups, outputs, big.codes.shape[1]):
+        (a_scale, a_zero), (b_scale, b_zero) = _per_channel(small, to_channels), _per_column(big, from_channels, taps)
         pieces = (
-            (left[part.images, part.rows, ..., to_channels].reshape(-1, outputs // groups).t(), codes)
-            for part, codes in columns.of(from_channels)
+            (left[tile.images, tile.rows, ..., to_channels].reshape(-1, outputs // groups).t(), codes)
+            for tile, codes in columns.of(from_channels)
         )
         if is_cut:
-            assert cut is not None
-            result = cut.summed(pieces, a_scale, b_scale, a_zero, b_zero, out_dtype)
+            assert tiling is not None
+            result = tiling.summed(pieces, a_scale, b_scale, a_zero, b_zero, out_dtype)
         else:
-            rows, codes = next(pieces, (small.new_empty((outputs // groups, 0)), small.new_empty((0, taps * inner))))
+            nothing = left.new_empty((outputs // groups, 0)), left.new_empty((0, taps * inner))
+            rows, codes = next(pieces, nothing)
             result = product(rows, codes, a_scale, b_scale, a_zero, b_zero, None, out_dtype)
         found.append(result.view(outputs // groups, *kernel, inner))
     return (found[0] if groups == 1 else torch.cat(found)).movedim(-1, 1), is_cut
 
 
-def operators(product: Product, kernel_name: Callable[..., str], cut: Cut | None = None) -> dict[str, Callable[..., Tensor]]:
+def operators(
+    product: Product, kernel_name: Callable[..., str], tiling: Tiling | None = None
+) -> dict[str, Callable[..., Tensor]]:
     """The implementations of `qtrain::scaled_conv` and its gradients, for checked operands, by the operators' names.
 
     kernel_name  (device, m, n, k, integer=) -> the name to note a launch under when it has run; "none": nothing is launched.
@@ -231,8 +216,8 @@ def operators(product: Product, kernel_name: Callable[..., str], cut: Cut | None
         geometry = Geometry(*spelled)
         places = geometry.output_size(input.shape[2:], weight.shape[2:])
         run = correlate if geometry.correlates("output") else spread
-        operands = (input, weight, in_scale, w_scale, in_zero, w_zero, bias)
-        result = run(product, *operands, *geometry.steps, geometry.groups, places, out_dtype, cut)
+        operands = Quantized(input, in_scale, in_zero), Quantized(weight, w_scale, w_zero)
+        result = run(product, *operands, bias, geometry, places, out_dtype, tiling)
         sizes = (input.shape, weight.shape, (input.shape[0], 0, *places))
         note(result, "conv", "output", geometry, sizes, _any_given(in_zero, w_zero))
         return result
@@ -241,8 +226,8 @@ def operators(product: Product, kernel_name: Callable[..., str], cut: Cut | None
         g_scale, w_scale, g_zero, w_zero, input_size, *spelled, out_dtype = rest
         geometry = Geometry(*spelled)
         run = correlate if geometry.correlates("grad_input") else spread
-        operands = (grad_output, weight, g_scale, w_scale, g_zero, w_zero, None)
-        result = run(product, *operands, *geometry.steps, geometry.groups, input_size[2:], out_dtype, cut)
+        operands = Quantized(grad_output, g_scale, g_zero), Quantized(weight, w_scale, w_zero)
+        result = run(product, *operands, None, geometry, input_size[2:], out_dtype, tiling)
         sizes = (input_size, weight.shape, grad_output.shape)
         note(result, "conv_grad_input", "grad_input", geometry, sizes, _any_given(g_zero, w_zero))
         return result
@@ -250,10 +235,10 @@ def operators(product: Product, kernel_name: Callable[..., str], cut: Cut | None
     def scaled_conv_grad_weight(grad_output: Tensor, input: Tensor, *rest: Any) -> Tensor:
         g_scale, in_scale, g_zero, in_zero, weight_size, *spelled, out_dtype = rest
         geometry = Geometry(*spelled)
-        operands = (grad_output, input, g_scale, in_scale, g_zero, in_zero)
+        small, big = Quantized(grad_output, g_scale, g_zero), Quantized(input, in_scale, in_zero)
         if geometry.transposed:
-            operands = (input, grad_output, in_scale, g_scale, in_zero, g_zero)
-        result, is_cut = weight_grad(product, *operands, weight_size[2:], *geometry.steps, geometry.groups, out_dtype, cut)
+            small, big = big, small
+        result, is_cut = weight_grad(product, small, big, weight_size[2:], geometry, out_dtype, tiling)
         sizes = (input.shape, weight_size, grad_output.shape)
         note(result, "conv_grad_weight", "grad_weight", geometry, sizes, is_cut or _any_given(g_zero, in_zero))
         return result
@@ -279,45 +264,27 @@ def _taps_by_columns(w: Tensor) -> Tensor:
     return w.permute(*range(2, w.ndim), 1, 0).reshape(taps * inner, outputs)
 
 
-def _innermost(zero: Tensor | None) -> Tensor | None:
-    return zero if zero is None or zero.ndim == 0 else zero.movedim(1, -1)
+def _columns(x: Quantized, gather: Gather, groups: int, tiling: Tiling | None) -> Columns:
+    """Of codes [B, C, *spatial], whose zero point is what their padding holds."""
+    zero = x.zero if x.zero is None or x.zero.ndim == 0 else x.zero.movedim(1, -1)
+    return Columns(x.codes.movedim(1, -1), zero, gather, groups, tiling)
 
 
-@overload
-def _per_row(values: Tensor, images: slice, rows: int) -> Tensor: ...
-@overload
-def _per_row(values: None, images: slice, rows: int) -> None: ...
-@overload
-def _per_row(values: Tensor | None, images: slice, rows: int) -> Tensor | None: ...
-def _per_row(values: Tensor | None, images: slice, rows: int) -> Tensor | None:
-    """0-d or [B, 1, ...] as 0-d or [rows, 1], for as many rows of each of the images."""
-    if values is None or values.numel() == 1:
-        return None if values is None else values.reshape(())
-    chosen = values[images].reshape(-1, 1)
-    return chosen.expand(len(chosen), rows // max(len(chosen), 1)).reshape(rows, 1)
+def _per_row(x: Quantized, tile: Tile, rows: int) -> tuple[Tensor, Tensor | None]:
+    """Ranges [B, 1, ...] as [rows, 1], for as many rows of each of the tile's images."""
+
+    def lay_out(values: Tensor) -> Tensor:
+        chosen = values[tile.images].reshape(-1, 1)
+        return chosen.expand(len(chosen), rows // max(len(chosen), 1)).reshape(rows, 1)
+
+    return x.ranges(lay_out)
 
 
-@overload
-def _per_column(values: Tensor, channels: slice, taps: int = 1) -> Tensor: ...
-@overload
-def _per_column(values: None, channels: slice, taps: int = 1) -> None: ...
-@overload
-def _per_column(values: Tensor | None, channels: slice, taps: int = 1) -> Tensor | None: ...
-def _per_column(values: Tensor | None, channels: slice, taps: int = 1) -> Tensor | None:
-    """0-d, or the values of some channels as [1, T * C], once for each tap."""
-    if values is None or values.numel() == 1:
-        return None if values is None else values.reshape(())
-    return values.reshape(1, -1)[:, channels].repeat(1, taps)
+def _per_column(x: Quantized, channels: slice, taps: int = 1) -> tuple[Tensor, Tensor | None]:
+    """The ranges of some channels as [1, T * C], once for each tap."""
+    return x.ranges(lambda values: values.reshape(1, -1)[:, channels].repeat(1, taps))
 
 
-@overload
-def _per_channel(values: Tensor, channels: slice) -> Tensor: ...
-@overload
-def _per_channel(values: None, channels: slice) -> None: ...
-@overload
-def _per_channel(values: Tensor | None, channels: slice) -> Tensor | None: ...
-def _per_channel(values: Tensor | None, channels: slice) -> Tensor | None:
-    """0-d, or the values of some channels as [C, 1]."""
-    if values is None or values.numel() == 1:
-        return None if values is None else values.reshape(())
-    return values.reshape(-1, 1)[channels]
+def _per_channel(x: Quantized, channels: slice) -> tuple[Tensor, Tensor | None]:
+    """The ranges of some channels as [C, 1]."""
+    return x.ranges(lambda values: values.reshape(-1, 1)[channels])

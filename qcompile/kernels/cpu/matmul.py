@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qcompile.kernels import batched, note_launch
-from qcompile.kernels.columns import Cut
+from qcompile.kernels.columns import Tiling
 from qcompile.kernels.convolution import operators
 from qcompile.kernels.cpu.choice import choices, give_up, kernel_name, prefers_int_mm
 from qcompile.kernels.cpu.products import CANDIDATES, INT32_MAX, MAX_K, onednn, onednn_product, onednn_weight
@@ -258,7 +258,7 @@ def convolutions(columns_at_once: int = COLUMNS_AT_ONCE) -> dict[str, Callable[.
     return operators(
         _gathered_product,
         lambda device, *sizes, integer: kernel_name(*sizes, zero_points=integer),
-        Cut(columns_at_once, scratch, _summed),
+        Tiling(columns_at_once, scratch, _summed),
     )
 
 

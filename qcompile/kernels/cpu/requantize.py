@@ -13,6 +13,7 @@ from qcompile.kernels import note_launch
 from qcompile.kernels.cpu.choice import kernel_name
 from qcompile.kernels.cpu.matmul import epilogue, integer_sum, without_zero_points
 from qcompile.kernels.cpu.products import CANDIDATES, onednn_product, onednn_weight
+from qcompile.kernels.quantized import Quantized
 
 __all__ = ["BLOCK_ELEMENTS", "scaled_mm_requantize"]
 
@@ -48,13 +49,15 @@ def scaled_mm_requantize(
     qmax = 2 ** (bits - 1) - 1
     qmin = -qmax if zero_point is None else -qmax - 1
     top, bottom = float(high), None if low is None else float(low)
+    right = Quantized(b, b_scale, b_zero)
     weight = onednn_weight(b) if name == "onednn" else None
     lows, highs, outside = [], [], 0
     rows = max(16, BLOCK_ELEMENTS // n)
     for start in range(0, m, rows):
         part = slice(start, start + rows)
-        left = a[part], _rows(a_scale, part), _rows(a_zero, part)
-        x = _values(*left, b, b_scale, b_zero, weight, name, _bias(bias, part), out_dtype)
+        left = Quantized(a[part], _rows(a_scale, part), None if a_zero is None else _rows(a_zero, part))
+        bias_part = bias if bias is None or bias.ndim < 2 else _rows(bias, part)
+        x = _values(left, right, weight, name, bias_part, out_dtype)
         if relu:
             x.clamp_min_(0)  # keeps NaN
         if gate is not None:
@@ -81,28 +84,18 @@ def scaled_mm_requantize(
 
 
 def _values(
-    a: Tensor,
-    a_scale: Tensor | None,
-    a_zero: Tensor | None,
-    b: Tensor,
-    b_scale: Tensor,
-    b_zero: Tensor | None,
-    weight: Tensor | None,
-    name: str,
-    bias: Tensor | None,
-    out_dtype: torch.dtype,
+    a: Quantized, b: Quantized, weight: Tensor | None, name: str, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
     """A block of rows of `scaled_mm`; `weight` is b for oneDNN, if `name` is."""
-    assert a_scale is not None
     if name == "none":
-        acc = a.new_zeros((a.shape[0], b.shape[1]), dtype=torch.float32)
+        acc = a.codes.new_zeros((a.codes.shape[0], b.codes.shape[1]), dtype=torch.float32)
     elif weight is not None:
-        acc = onednn_product(a, b, weight)
+        acc = onednn_product(a.codes, b.codes, weight)
     else:
-        acc = integer_sum(a, b, CANDIDATES[name])
-        if a_zero is not None or b_zero is not None:
-            acc = without_zero_points(acc, a, b, a_zero, b_zero)
-    return epilogue(acc, a_scale, b_scale, bias, out_dtype)
+        acc = integer_sum(a.codes, b.codes, CANDIDATES[name])
+        if a.zero is not None or b.zero is not None:
+            acc = without_zero_points(acc, a.codes, b.codes, a.zero, b.zero)
+    return epilogue(acc, a.scale, b.scale, bias, out_dtype)
 
 
 def _where_above(x: Tensor, key: Tensor, threshold: float) -> Tensor:
@@ -110,9 +103,5 @@ def _where_above(x: Tensor, key: Tensor, threshold: float) -> Tensor:
     return torch.ops.aten.threshold_backward.default(x, key, threshold)
 
 
-def _rows(values: Tensor | None, part: slice) -> Tensor | None:
-    return values if values is None or values.ndim < 2 or values.shape[0] == 1 else values[part]
-
-
-def _bias(bias: Tensor | None, part: slice) -> Tensor | None:
-    return bias if bias is None or bias.ndim < 2 else _rows(bias, part)
+def _rows(values: Tensor, part: slice) -> Tensor:
+    return values if values.ndim < 2 or values.shape[0] == 1 else values[part]
