@@ -211,10 +211,14 @@ def _statistic(
 def _replace_dynamic(graph: fx.Graph, node: fx.Node, use: RangeUse, stats: dict[str, fx.Node]) -> None:
     scope = meta_of(node, without=("qtrain_range",))
     with after(graph, max([node, *stats.values()])):
+        extremes = _extremes(stats)
         stats = _measure(graph, node, use.spec, stats, {}, scope)
         low, high = inline(graph, formulas.first_range, use.spec, tuple(stats), *stats.values(), scope=scope)
         scale, zero = _scale(graph, use.spec, low, high, scope)
-    _set_range(node, scale, zero, dequantize_scale=scale)
+        # The scale of extremes is not finite where they are not; a quantile, of a sample too, may miss them.
+        is_extremes = high in extremes and (low in extremes or _mirrored(low, high))
+        checked_scale = scale if is_extremes else inline(graph, formulas.scale_or_nan, scale, *extremes, scope=scope)
+    _set_range(node, scale, zero, dequantize_scale=checked_scale)
 
 
 def _replace_static(

@@ -50,7 +50,7 @@ class Percentile(RangeEstimator):
         return {"low": -part.quantile(-part.values, 1 - tail), "high": part.quantile(part.values, 1 - tail)}
 
     def range(self, stats: Stats, state: State) -> tuple[Tensor, Tensor]:
-        unfinite = stats["amax"] * 0  # NaN where the tensor is not finite
+        unfinite = stats["amax"] - stats["amax"]  # zero; NaN where the tensor is not finite (Inductor folds a product with zero)
         high = stats["high"] + unfinite
         return (stats["low"] + unfinite if "low" in stats else -high), high
 
