@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from passes.context import PassContext, device_of
 from passes.dynamo_inputs import DynamoInputs
@@ -49,6 +50,7 @@ from qcompile.qat.quantizer import another_recipe
 from qcompile.recipe import Recipe
 from qcompile.state.binding import Binder
 from qcompile.state.decisions import StoredDecisions
+from qcompile.state.parameters import as_graphs_see_them
 from qcompile.state.store import STORE, RangeStore
 from qcompile.torch_private import compiled_function
 
@@ -58,13 +60,14 @@ __all__ = ["CompiledGraph", "compiled_graphs", "qtrain"]
 @dataclass
 class CompiledGraph:
     """What one compilation did: for reports. `context` has the sites; `seconds` the time of passes and of the whole; `autocast` the
-    dtype, by type of device, of the autocast around it."""
+    dtype, by type of device, of the autocast around it; `parameters` those that it was compiled for, if they are still there."""
 
     context: PassContext
     recipe: Recipe
     seconds: dict[str, float] = field(default_factory=dict)
     halves: list[str] = field(default_factory=list)
     autocast: dict[str, torch.dtype] = field(default_factory=dict)
+    parameters: WeakIdKeyDictionary = field(default_factory=WeakIdKeyDictionary)  # as a set: tensors compare elementwise
 
     @property
     def integer_gemms(self) -> int:
@@ -75,10 +78,17 @@ _COMPILED: list[CompiledGraph] = []
 _COMPILED_LOCK = threading.Lock()
 
 
-def compiled_graphs() -> list[CompiledGraph]:
-    """The compilations of this process since the last `torch.compiler.reset()`, oldest first (the last 256)."""
+def compiled_graphs(model: nn.Module | None = None) -> list[CompiledGraph]:
+    """The compilations of this process since the last `torch.compiler.reset()`, oldest first (the last 256).
+
+    model  only those that were compiled for a Parameter of it. Dynamo runs a graph for other, equal models too.
+    """
     with _COMPILED_LOCK:
-        return list(_COMPILED)
+        graphs = list(_COMPILED)
+    if model is None:
+        return graphs
+    own = as_graphs_see_them(model).values()
+    return [graph for graph in graphs if any(parameter in graph.parameters for parameter in own)]
 
 
 def qtrain(
@@ -206,6 +216,7 @@ class Compilation:
         parameters = self._own_parameters(graph)
         context.prefixes, context.layers = prefixes(parameters), tuple(layers_around(parameters))
         context.device = device_of(n.meta.get("val") for n in graph.find_nodes(op="placeholder"))
+        self.record.parameters.update({parameter: None for _, parameter in parameters.values()})
         self._report_another_recipe([parameter for _, parameter in parameters.values()])
         if self.options.profit_filter:
             own = {name: parameter for name, (_, parameter) in parameters.items()}

@@ -128,8 +128,9 @@ class Monitor:
         if self._captured is None:
             ranges = range_state(self.model).state_dict()
             inputs, named = ((), self.probe) if isinstance(self.probe, Mapping) else (self.probe or (), {})
-            with _autocast():
-                self._captured = capture_call(self.model, inputs, named, Options.checked({"recipe": self._recipe()}), ranges=ranges)
+            recipe, autocast = self._as_compiled()
+            with _autocast(autocast):
+                self._captured = capture_call(self.model, inputs, named, Options.checked({"recipe": recipe}), ranges=ranges)
         self._captured.refresh(self.model)
         found = compare_captured(self._captured)
         rows = []
@@ -142,15 +143,23 @@ class Monitor:
                 rows.append(Row(step, gemm.name, "total_db", gemm.total.snr_db))
         return rows + [Row(step, f"gradient {t.name}", "total_db", t.total.snr_db) for t in found.gradients]
 
-    def _recipe(self) -> str | Recipe | Mapping[str, Any]:
-        if self.recipe is not None:
-            return self.recipe
+    def _as_compiled(self) -> tuple[str | Recipe | Mapping[str, Any], Mapping[str, torch.dtype]]:
+        """The recipe, unless one was given, and the autocast (type of device -> dtype) of the model's last compilation."""
         from qcompile.backend.compiler import compiled_graphs
 
-        known = compiled_graphs()
+        known = compiled_graphs(self.model) or compiled_graphs()  # Dynamo may run a graph that it compiled for an equal model
+        if self.recipe is not None:
+            return self.recipe, known[-1].autocast if known else {}
         if not known:
             raise StateError("monitor: no model was compiled yet, so the probe's recipe is not known; pass recipe=...")
-        return known[-1].recipe
+        recipes = [graph.recipe for graph in known]
+        if not compiled_graphs(self.model) and any(recipe != recipes[0] for recipe in recipes):
+            names = ", ".join(dict.fromkeys(recipe.name for recipe in recipes))
+            raise StateError(
+                f"monitor: this model runs graphs that were compiled for others, under several recipes ({names}), so the probe's "
+                "recipe is not known; pass recipe=..."
+            )
+        return recipes[-1], known[-1].autocast
 
     def plot(self, path: str | Path | None = None, *, metric: str = "amax", names: Sequence[str] = ()) -> Any:
         """Curves of one metric over the steps, as a matplotlib figure; saved where a path is given."""
@@ -175,10 +184,10 @@ def monitor(
     to           where samples go, beside `.history`: a path that ends in .csv; a folder for TensorBoard, or a
                  writer with `add_scalar`; a function (step, rows); or a list of these
     probe        inputs of the model (a tensor, a tuple, or a mapping of keyword arguments), one batch to measure errors on; run
-                 under the autocast of the last compilation
+                 under the autocast of the model's last compilation
     probe_every  steps between two probes; default: 10 * every. A probe costs a capture once, and then some
                  steps that run operator by operator
-    recipe       of the probe; default: the one that was compiled last
+    recipe       of the probe; default: the one that the model was compiled with last
     budget       the share of the run's time that samples may take (0.02: 2 %): while they have taken more, a
                  sample that is due waits. None: no sample waits
 
@@ -198,12 +207,9 @@ def monitor(
 
 
 @contextlib.contextmanager
-def _autocast() -> Iterator[None]:
-    from qcompile.backend.compiler import compiled_graphs
-
-    known = compiled_graphs()
+def _autocast(dtypes: Mapping[str, torch.dtype]) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
-        for device, dtype in (known[-1].autocast if known else {}).items():
+        for device, dtype in dtypes.items():
             stack.enter_context(torch.autocast(device, dtype))
         yield
 

@@ -15,14 +15,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from qcompile._checks import suggestion
 from qcompile.errors import QtrainWarning, StateError
 from qcompile.state.arena import Slot
 from qcompile.state.decisions import Decision
-from qcompile.state.fsdp import gather_once, gathered_parameters
 from qcompile.state.names import by_alias, entry_name, owner_and_key
+from qcompile.state.parameters import as_graphs_see_them, gather_once
 from qcompile.state.store import BITS, STORE, RangeStore, check_bits
 from qcompile.wrappers import clean_names
 
@@ -56,17 +55,14 @@ class RangeState:
 
     # ---- names
 
-    def _parameters(self) -> Iterator[tuple[list[str], nn.Parameter]]:
+    def _parameters(self) -> Iterator[tuple[list[str], Any]]:
         """(every name, Parameter as graphs see it); a tied Parameter has several names."""
         names: dict[int, list[str]] = {}
-        parameters: dict[int, nn.Parameter] = {}
         clean = clean_names(self.model)
         for name, parameter in self.model.named_parameters(remove_duplicate=False):
             names.setdefault(id(parameter), []).append(clean(name))
-            parameters[id(parameter)] = parameter
-        gathered = gathered_parameters(self.model)
-        for key, parameter in parameters.items():
-            yield names[key], _as_graphs_see_it(gathered.get(key, parameter))
+        for key, parameter in as_graphs_see_them(self.model).items():
+            yield names[key], parameter
 
     def _slots(self) -> Iterator[tuple[str, Slot]]:
         """Names and slots; where graphs under several recipes have asked for state of one operand, that of the latest."""
@@ -260,16 +256,6 @@ def range_state(model: nn.Module) -> RangeState:
     if not isinstance(model, nn.Module):
         raise StateError(f"range_state: got a {type(model).__name__}; give it the (compiled) nn.Module")
     return RangeState(model)
-
-
-def _as_graphs_see_it(parameter: nn.Parameter) -> Any:
-    """Of a DTensor (tensor parallelism) this rank's tensor: AOTAutograd hands compiled code that, the same object each time."""
-    if is_traceable_wrapper_subclass(parameter):
-        names, _ = parameter.__tensor_flatten__()
-        tensors = [part for part in (getattr(parameter, name) for name in names) if isinstance(part, Tensor)]  # beside a mesh
-        if len(tensors) == 1:
-            return _as_graphs_see_it(tensors[0])
-    return parameter
 
 
 def _by_entry(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

@@ -9,6 +9,7 @@ from torch import nn
 
 import qcompile
 from qcompile import InHindsightMax, PerChannel, QuantSpec
+from qcompile.errors import StateError
 from qcompile.inspect.monitor import read_csv
 from tests.compiling import AVERAGE, amax, compiled
 from tests.inspect.models import MLP
@@ -202,3 +203,28 @@ def test_of_a_windows_low_ends_the_lowest_is_reported(interpreted):
     lows = qcompile.range_state(model).snapshot()["up.weight"]["low_1"]
     rows = {(r.name, r.metric): r.value for r in qcompile.monitor(step).sample(1)}
     assert lows.numel() > 1 and rows["up.weight", "low_1"] == lows.min().item() < lows.max().item()
+
+
+def test_a_probe_measures_under_the_recipe_of_its_own_model(interpreted):
+    """And not under that of the model that was compiled last: a teacher, a discriminator."""
+    own, other = (nn.Sequential(nn.Linear(64, 64)) for _ in range(2))
+    x = torch.randn(16, 64)
+
+    def snr():
+        watch = qcompile.monitor(own, every=1, probe=x, probe_every=1)
+        watch.step()
+        return {row.name: row.value for row in watch.history if row.metric == "snr_db"}
+
+    compiled(own, "int8_tensorwise")(x).sum().backward()
+    alone = snr()
+    compiled(other, "int4")(x).sum().backward()
+    assert snr() == alone and min(alone.values()) > 30
+    assert [graph.recipe.name for graph in qcompile.compiled_graphs(own)] == ["int8_tensorwise"]
+
+
+def test_a_probe_of_a_model_that_runs_anothers_graphs_asks_for_the_recipe(interpreted):
+    for recipe in ("int8_tensorwise", "int4"):
+        compiled(nn.Linear(64, 64), recipe)(torch.randn(16, 64)).sum().backward()
+    watch = qcompile.monitor(nn.Linear(64, 64), every=1, probe=torch.randn(16, 64), probe_every=1)
+    with pytest.raises(StateError, match="several recipes .int8_tensorwise, int4.*pass recipe="):
+        watch.step()

@@ -1,8 +1,10 @@
-"""The Parameters that compiled graphs see under FSDP2 (`torch.distributed.fsdp.fully_shard`).
+"""The Parameters that compiled graphs see, where they are others than the optimizer's: range state is bound to them.
 
-A sharded module has two Parameters for each of its tensors: the sharded one, which the optimizer and `named_parameters()` see,
-and the gathered one, which the forward pass sees and range state is bound to. The gathered one is made at the first all-gather and
-stays the same object from then on.
+Of a DTensor (tensor parallelism) AOTAutograd hands compiled code this rank's tensor, the same object each time.
+
+Under FSDP2 (`torch.distributed.fsdp.fully_shard`) a sharded module has two Parameters for each of its tensors: the sharded one,
+which the optimizer and `named_parameters()` see, and the gathered one, which the forward pass sees. The gathered one is made at the
+first all-gather and stays the same object from then on.
 
 Private API, used here only, checked on torch 2.11 and 2.13: `FSDPModule._get_fsdp_state()`, its parameter groups, and
 `FSDPParam._unsharded_param`.
@@ -13,12 +15,28 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-__all__ = ["gather_once", "gathered_parameters"]
+__all__ = ["as_graphs_see_them", "gather_once"]
 
 
-def gathered_parameters(model: nn.Module) -> dict[int, nn.Parameter]:
+def as_graphs_see_them(model: nn.Module) -> dict[int, Any]:
+    """id of each Parameter of the model -> what compiled graphs are called with."""
+    gathered = _gathered_parameters(model)
+    return {id(p): _local(gathered.get(id(p), p)) for p in model.parameters()}
+
+
+def _local(parameter: Any) -> Any:
+    if is_traceable_wrapper_subclass(parameter):
+        names, _ = parameter.__tensor_flatten__()
+        tensors = [part for part in (getattr(parameter, name) for name in names) if isinstance(part, Tensor)]  # beside a mesh
+        if len(tensors) == 1:
+            return _local(tensors[0])
+    return parameter
+
+
+def _gathered_parameters(model: nn.Module) -> dict[int, nn.Parameter]:
     """id of a sharded Parameter -> the gathered one, for those that have been gathered once; empty without FSDP2."""
     return {
         id(p.sharded_param): p._unsharded_param
