@@ -53,6 +53,7 @@ from passes.matching import Row, rewrite
 from passes.pack_codes import pack_codes
 from passes.pack_masks import pack_masks
 from passes.read_packed_codes import read_packed_codes
+from passes.reduce_rows_first import reduce_rows_first
 from passes.restore_convolution_backward import restore_convolution_backward
 from passes.restore_decompositions import restore_decompositions
 from passes.save_codes import save_codes
@@ -330,6 +331,7 @@ def half_steps(*, steady: bool, requantize: bool = False) -> list[Step]:
         Step("lower", lower),
         Step("scale_rows_first", scale_rows_first),
         Step("fuse_scales", fuse_scales),
+        Step("reduce_rows_first", reduce_rows_first),
     ]
 
 
