@@ -304,7 +304,7 @@ _ONE = "--shapes 8192x4096x4096"
 SCRIPTS = [
     # A kernel that has run on no GPU yet comes first and by itself: if it hangs, nothing hangs with it.
     _script("gluon", "kernels", "the Gluon GEMM against bf16's", "benchmarks.kernels", None,
-            "--sets te --only triton_gluon", "--shapes 4096x4096x4096 --only triton_gluon", needs=_gpu, limit=600),
+            "--sets te --only triton_gluon", "--shapes 4096x4096x4096 --only triton_gluon", needs=_gpu, limit=180),
     _script("kernels", "kernels", "every other kernel alone", "benchmarks.kernels", None, "", _ONE, needs=_gpu),
     _script("linear", "speed", "linear layers against bf16, with and without the profit filter", "benchmarks.linear",
             "--shapes 64x512x512,512x256x256,512x1024x1024,2048x512x2048,1024x2048x512,2048x1024x1024,2048x2048x2048 "

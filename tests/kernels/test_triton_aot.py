@@ -18,6 +18,7 @@ pytest.importorskip("triton")
 from qcompile.kernels.triton import tuning
 from tests.kernels import aot
 
+pytestmark = pytest.mark.cpu  # each process that runs some of these would compile everything
 ROOT = Path(__file__).parents[2]
 GEMMS = ("scaled_mm", "scaled_bmm", "scaled_mm packed", "scaled_mm_tma", "scaled_mm_gluon", "requantize", "conv", "conv_weight")
 NVIDIA = [family for family in aot.TARGETS if family.startswith("sm_")]
