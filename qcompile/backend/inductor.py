@@ -309,7 +309,8 @@ def draw_as_generated_code_does(half: fx.GraphModule, compile_inner: InnerCompil
         copies[node] = graph.node_copy(node, copy_of)
     read = [n for n in random if any(user not in copies for user in n.users)]
     graph.output(tuple(copies[n] for n in read))
-    with _as_no_half():
+    # No CUDA graph: its memory would be written again by the first replay of the half, while backward still waits for what is here.
+    with _as_no_half(), inductor_config.patch({"triton.cudagraphs": False}):
         compiled = compile_inner(fx.GraphModule({}, graph), [n.meta["val"] for n in inputs], is_inference=True)
     half.add_submodule("random_numbers", _Boxed(compiled))
     start = max(inputs).next if inputs else next(iter(half.graph.nodes))

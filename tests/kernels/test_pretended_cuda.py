@@ -165,3 +165,29 @@ def test_a_warning_that_a_gpu_brings_is_no_error(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
     compile_fx._warn_tf32_disabled.__wrapped__()
+
+
+def test_random_numbers_of_a_step_that_runs_by_operator_are_no_cuda_graph():
+    """Of a half that is compiled for replay: what a graph of its own drew would be written again while backward waits for it."""
+    from torch import fx
+    from torch._inductor import config
+
+    from qcompile.backend import inductor
+
+    prims, replayed = torch.ops.prims, []
+    graph = fx.Graph()
+    seeds = graph.call_function(prims.inductor_seeds.default, (1, torch.device("cpu")))
+    seed = graph.call_function(prims.inductor_lookup_seed.default, (seeds, 0))
+    draws = graph.call_function(prims.inductor_random.default, ([4], seed, "rand"))
+    graph.output((draws,))
+    half = fx.GraphModule({}, graph)
+
+    def compile_inner(made, inputs, **options):
+        replayed.append(config.triton.cudagraphs)
+        return lambda args: [torch.zeros(4)]
+
+    with config.patch({"triton.cudagraphs": True}):
+        inductor.draw_as_generated_code_does(half, compile_inner)
+        assert config.triton.cudagraphs
+    half.recompile()
+    assert replayed == [False] and torch.equal(half()[0], torch.zeros(4))
