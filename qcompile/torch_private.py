@@ -29,6 +29,7 @@ __all__ = [
     "mkldnn_transpose",
     "operators_that_fuse",
     "real_tensors",
+    "tell_cuda_graphs_of_backward",
     "without_fast_path",
 ]
 
@@ -51,6 +52,17 @@ def backward_pass() -> int | None:
     """Which backward pass of autograd runs on this thread; None: none does."""
     task = torch._C._current_graph_task_id()
     return None if task == -1 else task
+
+
+def tell_cuda_graphs_of_backward(device: torch.device) -> None:
+    """A half that Inductor would replay as a CUDA graph runs otherwise: as far as its graphs are concerned, backward has come.
+
+    They would go on waiting for it, and put the graph of every further forward pass behind the last one's, in memory of its own.
+    """
+    trees = sys.modules.get("torch._inductor.cudagraph_trees")
+    manager = None if trees is None or device.type != "cuda" else trees.get_manager(device.index, create_if_none_exists=False)
+    if manager is not None:
+        manager.set_to_running_backward()
 
 
 def compiled_function() -> str:

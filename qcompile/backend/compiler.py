@@ -274,7 +274,8 @@ class Compilation:
         dynamic = None
         if until_valid is not None and state_inputs:
             inductor.draw_as_generated_code_does(until_valid, compile_inner)
-            dynamic = Interpreted(until_valid, self.context, inductor.output_strides(compiled))
+            strides = inductor.output_strides(compiled)
+            dynamic = Interpreted(until_valid, self.context, strides, replayed=inductor.makes_cuda_graphs())
         if backward:
             run = backward_with_state(compiled, dynamic, state_inputs)
             run = agreeing(run) if self._shares_ranges() else run

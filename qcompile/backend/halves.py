@@ -23,6 +23,7 @@ from qcompile.errors import QtrainWarning
 from qcompile.state.binding import Binder, Binding, binding_of
 from qcompile.state.replays import REPLAYS
 from qcompile.state.replicas import REPLICAS
+from qcompile.torch_private import tell_cuda_graphs_of_backward
 
 __all__ = [
     "CompiledHalf",
@@ -153,6 +154,8 @@ def backward_with_state(compiled: CompiledHalf, dynamic: Interpreted | None, inp
             args[state] = binding.tensor
         if dynamic is None or (binding is not None and binding.steady()):
             return compiled(args)
+        if dynamic.replayed:
+            tell_cuda_graphs_of_backward(args[index].device)
         return dynamic(args, binding)
 
     return boxed(run)
@@ -194,11 +197,13 @@ never: those of a channel that is always zero, of a layer that is not used yet."
 class Interpreted:
     """A half for calls in which some range has no memory yet: run operator by operator, so that nothing is compiled twice.
 
-    Its outputs get the strides of the compiled half, for which the other half was compiled.
+    Its outputs get the strides of the compiled half, for which the other half was compiled. `replayed`: that one is a CUDA graph.
     """
 
-    def __init__(self, half: fx.GraphModule, context: PassContext, strides: list[tuple[int, ...] | None] | None) -> None:
-        self.half, self.context, self.strides = half, context, strides
+    def __init__(
+        self, half: fx.GraphModule, context: PassContext, strides: list[tuple[int, ...] | None] | None, *, replayed: bool = False
+    ) -> None:
+        self.half, self.context, self.strides, self.replayed = half, context, strides, replayed
         self.ready = False
         self.calls: weakref.WeakKeyDictionary[Binding, int] = weakref.WeakKeyDictionary()
         self.told = False  # that a call without grad ran this way

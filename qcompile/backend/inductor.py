@@ -40,6 +40,7 @@ __all__ = [
     "compile_with_inductor",
     "hook_options",
     "draw_as_generated_code_does",
+    "makes_cuda_graphs",
     "mode_options",
     "output_strides",
     "tunes_gemms",
@@ -369,6 +370,11 @@ def mode_options(mode: str | None) -> dict[str, Any]:
 def tunes_gemms() -> bool:
     """Whether GEMMs are to be measured: `mode="max-autotune"`, or Inductor's options for it, of the compilation under way."""
     return bool(inductor_config.max_autotune or inductor_config.max_autotune_gemm)
+
+
+def makes_cuda_graphs() -> bool:
+    """Whether compiled halves are replayed as CUDA graphs (`mode="reduce-overhead"`), by the options of this compilation."""
+    return bool(inductor_config.triton.cudagraphs and inductor_config.triton.cudagraph_trees)
 
 
 def output_strides(compiled: Any) -> list[tuple[int, ...] | None] | None:

@@ -191,3 +191,32 @@ def test_random_numbers_of_a_step_that_runs_by_operator_are_no_cuda_graph():
         assert config.triton.cudagraphs
     half.recompile()
     assert replayed == [False] and torch.equal(half()[0], torch.zeros(4))
+
+
+@pytest.mark.parametrize("mode", ["reduce-overhead", "default"])
+def test_a_backward_half_that_runs_by_operator_is_no_backward_that_cuda_graphs_wait_for(interpreted, mode, monkeypatch):
+    """A gradient that is zero leaves no range, so that its half is not the compiled one: Inductor's graphs of the forward passes
+    would each be put behind the one before, for ever."""
+    from qcompile.backend import halves
+    from tests.compiling import AVERAGE, compiled
+
+    told = []
+    monkeypatch.setattr(halves, "tell_cuda_graphs_of_backward", lambda device: told.append(device.type))
+    layer = torch.nn.Linear(16, 8)
+    run = compiled(layer, AVERAGE, mode=mode)
+    for size, count in ((0.0, 1), (0.0, 2), (1.0, 3), (1.0, 3)):  # a range is there from the fourth step on
+        (size * run(torch.randn(12, 16))).sum().backward()
+        assert len(told) == (count if mode == "reduce-overhead" else 0)
+
+
+def test_cuda_graphs_are_told_of_a_backward_pass(monkeypatch):
+    from types import SimpleNamespace
+
+    from qcompile.torch_private import tell_cuda_graphs_of_backward
+
+    told, managers = [], {1: SimpleNamespace(set_to_running_backward=lambda: told.append(1))}
+    trees = SimpleNamespace(get_manager=lambda index, create_if_none_exists: managers.get(index))
+    monkeypatch.setitem(sys.modules, "torch._inductor.cudagraph_trees", trees)
+    for device in ("cpu", "cuda:0", "cuda:1"):
+        tell_cuda_graphs_of_backward(torch.device(device))
+    assert told == [1]
