@@ -20,15 +20,14 @@ if TYPE_CHECKING:
     from passes.context import PassContext
     from passes.forward import finish_forward, forward_graph
     from passes.partition import qtrain_partition
-    from passes.pipeline import (
+    from passes.pipeline import Pipeline, lower_half
+    from passes.steps import (
         PassInfo,
-        Pipeline,
         Step,
         insert_after,
         insert_before,
         joint_steps,
         list_passes,
-        lower_half,
         pattern_step,
         without,
     )
@@ -37,15 +36,14 @@ _HOME = {
     "passes.buffers": ("bind_state", "state_of"),
     "passes.context": ("PassContext",),
     "passes.forward": ("finish_forward", "forward_graph"),
-    "passes.pipeline": (
+    "passes.pipeline": ("Pipeline", "lower_half"),
+    "passes.steps": (
         "PassInfo",
-        "Pipeline",
         "Step",
         "insert_after",
         "insert_before",
         "joint_steps",
         "list_passes",
-        "lower_half",
         "pattern_step",
         "without",
     ),

@@ -1,18 +1,21 @@
-"""What the environment asks of the passes: leave some out, or write graphs to files.
+"""What the environment asks of the passes: leave some out, write graphs to files, or say how much each changed.
 
-QTRAIN_SKIP=a,b leaves passes out by name; QTRAIN_DUMP=dir writes each graph before and after each pass:
-`dir/graph_0/05_fuse_matmul.after.txt`, and `08_lower.forward.before.txt` after the cut, where there are two halves.
+QTRAIN_SKIP=a,b leaves passes out by name. QTRAIN_DUMP=dir writes each graph before and after each pass:
+`dir/graph_0/07_fuse_matmul.after.txt`, and `25_lower.forward.before.txt` after the cut, where there are two halves; the number is
+the pass's place among those of joint graphs, cuts and halves. QTRAIN_LOG=1 prints the numbers of changes to stderr.
 """
 
 from __future__ import annotations
 
 import itertools
 import os
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import fx
 
-__all__ = ["dump", "graph_number", "skipped"]
+__all__ = ["dump", "graph_number", "log", "skipped"]
 
 _numbers = itertools.count()
 
@@ -40,3 +43,9 @@ def dump(graph: fx.Graph, position: int, name: str, when: str) -> None:
     where = Path(folder) / f"graph_{graph_number(graph)}"
     where.mkdir(parents=True, exist_ok=True)
     (where / f"{position:02d}_{name}.{when}.txt").write_text(str(graph))
+
+
+def log(where: str, changes: Mapping[str, int]) -> None:
+    """Print pass -> number of changes if QTRAIN_LOG asks for it; stdout belongs to the program."""
+    if os.environ.get("QTRAIN_LOG", "0") not in ("", "0"):
+        print(f"qtrain, {where}:", " | ".join(f"{name} {count}" for name, count in changes.items()), file=sys.stderr)

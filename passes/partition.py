@@ -31,8 +31,9 @@ from passes.buffers import bind_state
 from passes.context import PassContext
 from passes.dynamo_inputs import DynamoInputs
 from passes.graph import BACKWARD, FORWARD, fake_result, set_value
-from passes.pipeline import Pipeline, Step, joint_steps, lower_half, run_cut_steps
+from passes.pipeline import Pipeline, lower_half, run_cut_steps
 from passes.report import tell_what_stays_hp
+from passes.steps import Step, joint_steps
 from passes.verify import count_writes
 from qcompile.recipe import Recipe
 from qcompile.recipes import get_recipe

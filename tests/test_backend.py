@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import qcompile
 from passes.graph import DEQUANTIZE, QUANTIZE, SCALED_MM
-from passes.pipeline import Step, insert_after, joint_steps, without
+from passes.steps import Step, insert_after, joint_steps, without
 from qcompile import (
     GemmSpec,
     InHindsight,

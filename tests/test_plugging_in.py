@@ -12,7 +12,7 @@ from torch._functorch.aot_autograd import aot_export_joint_simple
 
 import passes
 import qcompile
-from passes.pipeline import cut_steps, half_steps
+from passes.steps import cut_steps, half_steps
 from qcompile import PerRow, QtrainWarning, QuantSpec, Recipe, compiled_graphs, get_recipe, range_state
 from qcompile.__main__ import main
 from qcompile.errors import GraphError, RecipeError, UnsupportedError
@@ -21,8 +21,8 @@ from tests.compiling import AVERAGE, STOCHASTIC, all_equal, compiled, gradients,
 from tests.distributed.ranks import run_on
 
 JOINT, CUT, HALF = ([s.name for s in steps] for steps in (passes.joint_steps(), cut_steps(), half_steps(steady=False)))
-NAMES = [*JOINT, *CUT, *HALF]  # as a run with "int8" has them
 LISTED = ["inline_regions", "unfuse_attention", *JOINT, *CUT, "fuse_requantize", *HALF]
+PLACES = {name: place for place, name in enumerate(LISTED[2:])}
 
 
 def model_and_input():
@@ -63,8 +63,8 @@ def test_dumps_of_every_pass(interpreted, monkeypatch, tmp_path):
     wanted = [(name, when) for name in JOINT for when in ("before", "after")]
     phases = [f"{half}.{when}" for half in ("forward", "backward") for when in ("before", "after")]
     wanted += [(name, phase) for name in (*CUT, *HALF) for phase in phases]
-    assert sorted(f.name for f in folder.iterdir()) == sorted(f"{NAMES.index(n):02d}_{n}.{w}.txt" for n, w in wanted)
-    lowered = (folder / f"{NAMES.index('lower'):02d}_lower.backward.after.txt").read_text()
+    assert sorted(f.name for f in folder.iterdir()) == sorted(f"{PLACES[n]:02d}_{n}.{w}.txt" for n, w in wanted)
+    lowered = (folder / f"{PLACES['lower']:02d}_lower.backward.after.txt").read_text()
     assert "qtrain.dequantize" not in lowered and lowered.count("qtrain.scaled_mm") + lowered.count("qtrain.codes_mm") == 3
 
 

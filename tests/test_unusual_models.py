@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
-from passes.pipeline import joint_steps, without
+from passes.steps import joint_steps, without
 from qcompile import (
     QtrainWarning,
     UnsupportedError,

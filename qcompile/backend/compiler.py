@@ -211,6 +211,8 @@ class Compilation:
         context.sites.clear()
         context.layouts.clear()
         context.crossings.clear()
+        context.counts.clear()
+        context.seconds.clear()
         context.parameters = self._parameters(graph)
         context.constants, context.leaves = self.inputs.weights(graph)
         parameters = self._own_parameters(graph)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -212,7 +212,7 @@ class Interpreted:
     def __call__(self, args: list[Any], binding: Binding | None = None) -> tuple[Any, ...]:
         """binding  whose ranges are missing"""
         if not self.ready:
-            lower_half(self.half.graph, self.context, steady=False)
+            lower_half(self.half.graph, replace(self.context, counts={}, seconds={}), steady=False)
             # What is given has the strides that Inductor chose for the other half, not those that this graph was traced with.
             for view in self.half.graph.find_nodes(op="call_function", target=aten.view.default):
                 view.target = aten.reshape.default

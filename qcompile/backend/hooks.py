@@ -17,8 +17,9 @@ from torch import fx
 from passes.context import PassContext
 from passes.dynamo_inputs import DynamoInputs
 from passes.graph import is_joint
-from passes.pipeline import Pipeline, Step, joint_steps, lower_half
+from passes.pipeline import Pipeline, lower_half
 from passes.report import tell_what_stays_hp
+from passes.steps import Step, joint_steps
 from qcompile.backend import inductor
 from qcompile.backend.halves import CompiledHalf, StateInputs, agreeing, backward_with_state, boxed, forward_with_state
 from qcompile.errors import StateError

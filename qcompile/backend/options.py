@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from passes.pipeline import Step, joint_steps
+from passes.steps import Step, joint_steps
 from qcompile._checks import suggestion
 from qcompile.backend import inductor
 from qcompile.recipe import Recipe

@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from tabulate import tabulate
 
-    from passes.pipeline import list_passes
+    from passes.steps import list_passes
     from qcompile._checks import suggestion
 
     passes, name = list_passes(), arguments.name

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
 
-from passes.pipeline import Step
 from passes.sites import Site
+from passes.steps import Step
 from qcompile.backend.options import Options
 from qcompile.errors import GraphError, KernelError, RecipeError, StateError, UnsupportedError
 from qcompile.inspect.captured_graph import CapturedGraph

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from passes.pipeline import Step
 from passes.sites import Gemm, Site
+from passes.steps import Step
 from qcompile.inspect.capture import Capture, capture
 from qcompile.inspect.captured_graph import Call, CapturedGraph
 from qcompile.inspect.drawing import overview_svg

@@ -14,8 +14,9 @@ from torch._functorch.aot_autograd import aot_export_joint_simple
 from torch._inductor.decomposition import select_decomp_table
 
 from passes.context import PassContext
-from passes.pipeline import Pipeline, Step, joint_steps
+from passes.pipeline import Pipeline
 from passes.restore_decompositions import decompositions
+from passes.steps import Step, joint_steps
 from qcompile.recipe import Recipe
 from qcompile.specs import QuantSpec
 from tests.compiling import nearest

@@ -5,7 +5,8 @@ import torch
 
 from passes.canonicalize import canonicalize
 from passes.graph import CAST, PERMUTE, TRANSPOSES, VIEWS, aten, call
-from passes.pipeline import Pipeline, joint_steps
+from passes.pipeline import Pipeline
+from passes.steps import joint_steps
 from tests.passes.graphs import TENSORWISE, assert_same_outputs, joint_graph, linear, linear_inputs, mlp, mlp_inputs
 
 

@@ -17,7 +17,8 @@ from torch._subclasses import FakeTensorMode
 
 from passes.context import PassContext
 from passes.identity import describe
-from passes.pipeline import Pipeline, Step, insert_after, joint_steps
+from passes.pipeline import Pipeline
+from passes.steps import Step, insert_after, joint_steps
 from qcompile import register_kernel
 from qcompile.estimators import base
 from qcompile.kernels import registry

@@ -10,7 +10,8 @@ from torch import nn
 from passes.gemm_costs import GemmCost, gemm_costs, quantized_copy
 from passes.graph import QUANTIZE, SCALED_CONV, SCALED_MM
 from passes.keep_slow_gemms_hp import least_time
-from passes.pipeline import Pipeline, joint_steps
+from passes.pipeline import Pipeline
+from passes.steps import joint_steps
 from qcompile import compiled_graphs, get_recipe, range_state
 from qcompile.kernels import profit
 from qcompile.kernels.profit import Cast, Product, Quantize, Transpose

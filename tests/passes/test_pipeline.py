@@ -1,16 +1,19 @@
 """The order of the passes, how to change it, what it prints, and what identifies it."""
 
 import contextlib
+import re
 
 import pytest
 import torch
 from torch import fx, nn
 
+from passes import environment, pipeline
 from passes.context import PassContext
 from passes.graph import SCALED_MM, WRITE, aten
-from passes.pipeline import CutStep, Pipeline, Step, insert_after, insert_before, joint_steps, without
+from passes.pipeline import Pipeline
 from passes.restore_decompositions import restore_decompositions
-from qcompile import compiled_graphs
+from passes.steps import CutStep, Step, cut_steps, half_steps, insert_after, insert_before, joint_steps, without
+from qcompile import compiled_graphs, get_recipe
 from qcompile.errors import GraphError, QtrainWarning, UnsupportedError
 from tests.compiling import AVERAGE, STOCHASTIC, compiled
 from tests.passes.graphs import ROWWISE, TENSORWISE, assert_same_outputs, copied, joint_graph, mlp, mlp_inputs
@@ -126,15 +129,66 @@ def test_dumping_by_environment(monkeypatch, tmp_path):
     assert last.read_text().count("qtrain.scaled_mm") == 6
 
 
-def test_logging_by_environment(monkeypatch, capsys):
-    joint = traced()
-    Pipeline(joint_steps(), joint.context).run(joint.graph)
-    assert capsys.readouterr().out == ""
-    monkeypatch.setenv("QTRAIN_LOG", "1")
-    joint = traced()
-    Pipeline(joint_steps(), joint.context).run(joint.graph)
-    out = capsys.readouterr().out
-    assert "find_sites 6" in out and "fuse_matmul 6" in out and all(name in out for name in NAMES)
+@pytest.mark.parametrize("asked", [None, "0", "1"])
+def test_logging_by_environment(interpreted, monkeypatch, capsys, asked):
+    """All passes of a step, by the graph that they run on; never on stdout, which may be somebody's JSON."""
+    if asked is not None:
+        monkeypatch.setenv("QTRAIN_LOG", asked)
+    compiled(nn.Linear(16, 16), "int8")(torch.randn(8, 16)).sum().backward()
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if line.startswith("qtrain, ")]
+    assert out == ""
+    if asked != "1":
+        assert lines == []
+        return
+    where = [line.removeprefix("qtrain, ").partition(":")[0] for line in lines]
+    assert where == ["joint graph", "halves", "forward half", "backward half"]
+    assert "find_sites 2" in lines[0] and all(name in lines[0] for name in NAMES)
+    assert all(step.name in lines[1] for step in cut_steps()) and all("| lower " in line for line in lines[2:])
+
+
+def test_dumps_are_numbered_as_documented(interpreted, monkeypatch, tmp_path):
+    """By the place among all passes, whichever of them run."""
+    examples = re.findall(r"(\d\d_\w+)\.(?:forward\.before|after)\.txt", environment.__doc__)
+    assert len(examples) == 2
+    monkeypatch.setenv("QTRAIN_DUMP", str(tmp_path))
+    monkeypatch.setenv("QTRAIN_SKIP", "share_quantized,pack_masks,fuse_scales")
+    compiled(nn.Linear(16, 16), "int8")(torch.randn(8, 16)).sum().backward()
+    (folder,) = tmp_path.iterdir()
+    names = {path.name.partition(".")[0] for path in folder.iterdir()}
+    assert set(examples) <= names and "05_share_quantized" not in names
+    order = [s.name for s in (*joint_steps(), *cut_steps(), *half_steps(steady=True, requantize=True))]
+    assert all(order[int(name[:2])] == name[3:] for name in names)
+
+
+def broken_cut(forward, backward, num_fwd_outputs, context):
+    raise IndexError("of the pass itself")
+
+
+def losing_cut(forward, backward, num_fwd_outputs, context):
+    for node in forward.find_nodes(op="call_function", target=WRITE):
+        forward.erase_node(node)
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [(broken_cut, "mine failed: IndexError: of the pass itself"), (losing_cut, r"after mine: 1 write\(s\) of forward range state")],
+)
+def test_errors_name_the_cut_step(interpreted, monkeypatch, step, message):
+    monkeypatch.setattr(pipeline, "cut_steps", lambda: [CutStep("mine", step)])
+    with pytest.raises(Exception, match=message):
+        compiled(nn.Linear(16, 16), "int8_in_hindsight")(torch.randn(8, 16)).sum().backward()
+
+
+def test_counts_are_of_one_graph(interpreted):
+    """Also where a copy of each half is lowered for the first step, which has no ranges."""
+    counts = []
+    for recipe in ("int8_tensorwise", "int8_in_hindsight"):
+        run = compiled(nn.Linear(16, 16), get_recipe(recipe))
+        for _ in range(2):
+            run(torch.randn(8, 16)).sum().backward()
+        counts.append({name: compiled_graphs()[-1].context.counts[name] for name in ("find_sites", "fuse_matmul", "lower")})
+    assert counts[0] == counts[1] and counts[0]["find_sites"] == 2
 
 
 def test_the_fingerprint_is_what_the_pipeline_does():

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from passes.graph import WRITE, aten, call
-from passes.pipeline import Pipeline, Step
+from passes.pipeline import Pipeline
+from passes.steps import Step
 from passes.verify import count_writes, verify
 from qcompile.errors import GraphError
 from tests.compiling import AVERAGE

@@ -191,7 +191,7 @@ def test_no_filter_means_no_decisions_and_strict_is_no_error(interpreted, clock)
 def test_wrong_options(interpreted):
     with pytest.raises(Exception, match="profit_filter: got 1; allowed: True or False"):
         step(compiled(model(), "int8", profit_filter=1))
-    from passes.pipeline import joint_steps, without
+    from passes.steps import joint_steps, without
 
     with pytest.raises(Exception, match="leave out keep_slow_gemms_hp"):
         step(compiled(model(), "int8", profit_filter=True, passes=without(joint_steps(), "keep_slow_gemms_hp")))
