@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qcompile.errors import KernelError
 from qcompile.estimators.statistics import clipped_share
 from qcompile.kernels import cpu
 from qcompile.ops._checks import check_dtype, check_shared, same_size
@@ -64,6 +65,8 @@ def _check(*args: Any) -> None:
     check_scaled_mm(*args[:8])
     gate, scale, zero_point, bits, low, high = args[9:15]
     shape = (args[0].shape[0], args[1].shape[1])
+    if 0 in [size for size in shape if isinstance(size, int)]:
+        raise KernelError(f"{op}: the result is {list(shape)}, which has no range; allowed: M and N above 0.")
     for name, value, dtype in (
         ("scale", scale, torch.float32),
         ("zero_point", zero_point, torch.int32),
@@ -76,7 +79,7 @@ def _check(*args: Any) -> None:
     if gate is not None:
         check_dtype(op, "gate", gate, torch.int8)
         if gate.ndim != 2 or not all(map(same_size, gate.shape, shape)):
-            raise ValueError(f"{op}: gate has shape {list(gate.shape)}; allowed: {list(shape)}, as the result.")
+            raise KernelError(f"{op}: gate has shape {list(gate.shape)}; allowed: {list(shape)}, as the result.")
     if not 2 <= bits <= 8:
         raise ValueError(f"{op}: bits is {bits}; allowed: 2 to 8 (a code is one int8).")
 
@@ -107,7 +110,7 @@ scaled_mm_requantize = define(
     scale, zero_point     of the result, one for all: fp32, int32 or None; 0-d or [1, 1]
     low, high             fp32 like `scale`: the range used, for the share clipped
 
-M and N above 0. Errors: `KernelError`; `ValueError` for bits and the gate's shape.
+M and N above 0. Errors: `KernelError`; `ValueError` for bits.
 """
 LIBRARY.impl("scaled_mm_requantize", checked(_check, cpu.scaled_mm_requantize), "CPU")
 LIBRARY.impl("scaled_mm_requantize", checked(_check, _on_cuda), "CUDA")

@@ -5,9 +5,9 @@ import itertools
 import pytest
 import torch
 
-from qcompile.errors import KernelError
+from qcompile.errors import KernelError, QtrainWarning
 from qcompile.kernels import cpu, record_launches
-from qcompile.kernels.cpu import requantize
+from qcompile.kernels.cpu import choice, requantize
 from qcompile.ops import scaled_mm_requantize, scaled_mm_requantize_reference
 
 M, K, N = 37, 45, 29
@@ -86,5 +86,32 @@ def test_wrong_operands_are_refused():
         scaled_mm_requantize(*operands(), *rest[:3], torch.ones(1, N), *rest[4:])
     with pytest.raises(ValueError, match="bits is 9"):
         scaled_mm_requantize(*operands(), *rest[:5], 9, *rest[6:])
-    with pytest.raises(ValueError, match="gate has shape"):
+    with pytest.raises(KernelError, match="gate has shape"):
         scaled_mm_requantize(*operands(), *rest[:2], torch.zeros(M, K, dtype=torch.int8), *rest[3:])
+
+
+@pytest.mark.parametrize("shape", [(0, N), (M, 0)])
+def test_an_empty_result_is_refused(shape):
+    a, b = torch.zeros(shape[0], K, dtype=torch.int8), torch.zeros(K, shape[1], dtype=torch.int8)
+    scale = torch.tensor(0.1)
+    with pytest.raises(KernelError, match="no range; allowed: M and N above 0"):
+        scaled_mm_requantize(a, b, scale, scale, None, None, None, torch.float32, True, None, scale, None, 8, None, scale, False)
+
+
+@pytest.mark.cpu
+def test_a_kernel_that_fails_is_replaced(monkeypatch):
+    """With one warning, and the launch is that of the kernel that ran."""
+    rest = (torch.float32, True, None, torch.tensor(0.1), None, 8, None, torch.tensor(1.0), False)
+    values, (first, second, *_) = requantize._values, choice.choices(M, N, K, zero_points=False)
+
+    def fails(a, b, weight, name, *others):
+        if name == first:
+            raise RuntimeError("could not execute a primitive")
+        return values(a, b, weight, name, *others)
+
+    monkeypatch.setattr(choice, "_failed", set())
+    monkeypatch.setattr(requantize, "_values", fails)
+    with pytest.warns(QtrainWarning, match=f"{first}.*could not execute a primitive.*{second}"), record_launches() as launches:
+        assert_equal_to_parts(*operands(), *rest)
+    assert [x.kernel for x in launches if "requantize" in x.kernel] == [f"{second}+requantize"]
+    assert first not in choice.choices(M, N, K, zero_points=False)

@@ -6,13 +6,16 @@ rounding is the reference's: `qcompile.ops.scaled_mm_requantize`.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from qcompile.kernels import note_launch
-from qcompile.kernels.cpu.choice import kernel_name
+from qcompile.kernels.cpu.choice import choices, give_up
 from qcompile.kernels.cpu.matmul import epilogue, integer_sum, without_zero_points
 from qcompile.kernels.cpu.products import CANDIDATES, onednn_product, onednn_weight
+from qcompile.kernels.fallback import first_that_runs
 from qcompile.kernels.quantized import Quantized
 
 __all__ = ["BLOCK_ELEMENTS", "scaled_mm_requantize"]
@@ -40,28 +43,53 @@ def scaled_mm_requantize(
     mark: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`qtrain::scaled_mm_requantize` of checked operands."""
+    left, right = Quantized(a, a_scale, a_zero), Quantized(b, b_scale, b_zero)
+    to = _Requantization(relu, gate, scale, zero_point, bits, low, high, mark)
     (m, k), n = a.shape, b.shape[1]
-    name = kernel_name(m, n, k, zero_points=a_zero is not None or b_zero is not None)
-    note_launch(f"{name}+requantize", m, n, k)
-    codes = a.new_empty((m, n))
-    marked = a.new_empty((m, n) if mark else (0,))
-    inverse, offset = float(torch.reciprocal(scale)), None if zero_point is None else float(zero_point)
-    qmax = 2 ** (bits - 1) - 1
-    qmin = -qmax if zero_point is None else -qmax - 1
-    top, bottom = float(high), None if low is None else float(low)
-    right = Quantized(b, b_scale, b_zero)
-    weight = onednn_weight(b) if name == "onednn" else None
+    names = choices(m, n, k, zero_points=a_zero is not None or b_zero is not None)
+    ran, out = first_that_runs(
+        names, lambda name: _by_blocks(name, left, right, bias, out_dtype, to), f"a GEMM of {m} x {n} x {k}"
+    )
+    give_up(names[: names.index(ran)])
+    note_launch(f"{ran}+requantize", m, n, k)
+    return out
+
+
+class _Requantization(NamedTuple):
+    """What becomes of the values; `qcompile.ops.scaled_mm_requantize` says what each is."""
+
+    relu: bool
+    gate: Tensor | None
+    scale: Tensor
+    zero_point: Tensor | None
+    bits: int
+    low: Tensor | None
+    high: Tensor
+    mark: bool
+
+
+def _by_blocks(
+    name: str, a: Quantized, b: Quantized, bias: Tensor | None, out_dtype: torch.dtype, to: _Requantization
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator's results, on the kernel of that name."""
+    (m, _), n = a.codes.shape, b.codes.shape[1]
+    codes = a.codes.new_empty((m, n))
+    marked = a.codes.new_empty((m, n) if to.mark else (0,))
+    inverse, offset = float(torch.reciprocal(to.scale)), None if to.zero_point is None else float(to.zero_point)
+    qmax = 2 ** (to.bits - 1) - 1
+    qmin = -qmax if to.zero_point is None else -qmax - 1
+    top, bottom = float(to.high), None if to.low is None else float(to.low)
+    weight = onednn_weight(b.codes) if name == "onednn" else None
     lows, highs, outside = [], [], 0
     rows = max(16, BLOCK_ELEMENTS // n)
     for start in range(0, m, rows):
         part = slice(start, start + rows)
-        left = Quantized(a[part], _rows(a_scale, part), None if a_zero is None else _rows(a_zero, part))
-        bias_part = bias if bias is None or bias.ndim < 2 else _rows(bias, part)
-        x = _values(left, right, weight, name, bias_part, out_dtype)
-        if relu:
+        some = Quantized(a.codes[part], _rows(a.scale, part), None if a.zero is None else _rows(a.zero, part))
+        x = _values(some, b, weight, name, bias if bias is None or bias.ndim < 2 else _rows(bias, part), out_dtype)
+        if to.relu:
             x.clamp_min_(0)  # keeps NaN
-        if gate is not None:
-            x = _where_above(x, gate[part].to(x.dtype), -0.5)
+        if to.gate is not None:
+            x = _where_above(x, to.gate[part].to(x.dtype), -0.5)
         wide = x if x.dtype is torch.float32 else x.to(torch.float32)
         smallest, largest = torch.aminmax(wide)
         lows.append(smallest)
@@ -75,7 +103,7 @@ def scaled_mm_requantize(
         if offset is not None:
             value.add_(offset)
         codes[part].copy_(value.clamp_(qmin, qmax))
-        if mark:
+        if to.mark:
             marked[part].copy_(_where_above(value.add_(1), wide, 0.0).sub_(1))
     smallest, largest = torch.stack(lows).amin(), torch.stack(highs).amax()
     amax = torch.maximum(smallest.abs(), largest.abs())
