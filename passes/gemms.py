@@ -10,7 +10,6 @@ them: all but one axis of a matrix or of a convolution's tensor, all but two (ba
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -134,15 +133,3 @@ def _weight_size(node: fx.Node) -> Sequence[Any]:
     if node.target is CONV_GRAD_WEIGHT:
         return node.meta["val"].shape
     return operands(node)[1].meta["val"].shape
-
-
-def count_side_by_side(node: fx.Node) -> object:
-    """How many products of `product_shape` there are: matrices of a batch, groups of a convolution."""
-    if node.target in BATCHED:
-        return operands(node)[0].meta["val"].shape[0]
-    return geometry(node).groups if node.target in CONVOLUTIONS else 1
-
-
-def multiplications(node: fx.Node) -> object:
-    """How many products of numbers the GEMM computes."""
-    return math.prod((*product_shape(node), count_side_by_side(node)))  # type: ignore[arg-type]

@@ -77,7 +77,6 @@ def quantize_case(
         "q_ptr": "*i8",
         "qt_ptr": "*i8" if transposed else None,
         "amax_ptr": "*i32" if statistics else None,
-        "saturated_ptr": None,
         "outside_ptr": "*i64" if statistics else None,
         "bound_ptr": "*fp32" if statistics else None,
         "seed_ptr": "*i64" if seed else None,

@@ -5,7 +5,6 @@
     codes      = clamp(round_half_even(v) + zero_point, qmin, qmax)
     codes_t    = codes.t()
     amax       = max |x|                            not finite if any x is not
-    saturated  = how many x with round_half_even(x * inv) + zero_point outside [qmin, qmax]
     outside    = how many x with |x| > bound       what an estimator calls clipped: in units of x, not in codes
 
 An int8 tensor core wants both operands with the summed axis contiguous, so `grad_weight` needs X^T and G^T,
@@ -55,7 +54,6 @@ class Quantized(NamedTuple):
     codes: Tensor | None  # int8 [M, N], contiguous
     codes_t: Tensor | None  # int8 [N, M], contiguous
     amax: Tensor | None  # fp32, 0-d, in units of x
-    saturated: Tensor | None  # int64, 0-d
     outside: Tensor | None = None  # int64, 0-d
 
 
@@ -74,14 +72,11 @@ def quantize_reference(
 ) -> Quantized:
     """Plain torch, every output (`outside` with a bound). The codes of NaNs are unspecified."""
     codes = codes_reference(x, scale, zero_point, bits, seed, salt).contiguous()
-    qmin, qmax = code_range(bits, symmetric=zero_point is None)
-    unclamped = (x.float() * (1.0 / scale)).round() + (0 if zero_point is None else zero_point.float())
     magnitudes = x.float().abs().flatten()
     return Quantized(
         codes=codes,
         codes_t=codes.t().contiguous(),
         amax=torch.cat([magnitudes, magnitudes.new_zeros(1)]).max(),  # torch's max keeps NaN
-        saturated=((unclamped < qmin) | (unclamped > qmax)).sum(),
         outside=None if bound is None else (x.float().abs() > bound).sum(),
     )
 
@@ -97,7 +92,6 @@ def quantize_kernel(
     q_ptr,  # int8 [M, N] or None
     qt_ptr,  # int8 [N, M] or None
     amax_ptr,  # int32 bit pattern of an fp32, or None
-    saturated_ptr,  # int64 or None
     outside_ptr,  # int64 or None
     bound_ptr,  # fp32, >= 0; with outside_ptr
     seed_ptr,  # int64 or None
@@ -141,15 +135,6 @@ def quantize_kernel(
     else:
         zero = load_shared(zero_ptr, ZERO, rm, rn, M, N, 0)
         low, high = (QMIN - zero).to(tl.float32), (QMAX - zero).to(tl.float32)
-    if saturated_ptr is not None:
-        if zero_ptr is None:
-            # qmax is odd, so the tie at qmax + 1/2 rounds away from the range. False for NaN, and for the
-            # zeros outside x.
-            outside = tl.abs(v) >= QMAX + 0.5
-        else:
-            nearest = (v + MAGIC) - MAGIC  # beyond 2**22 no longer an integer, but still far outside; false for NaN
-            outside = ((nearest < low) | (nearest > high)) & mask
-        tl.atomic_add(saturated_ptr, tl.sum(tl.sum(outside.to(tl.int32), axis=1), axis=0).to(tl.int64), sem="relaxed")
     if seed_ptr is not None:
         key = draw_key(tl.load(seed_ptr), salt)
         element = row[:, None] + (column * M)[None, :] if TRANSPOSED else (row * N)[:, None] + column[None, :]
@@ -180,7 +165,6 @@ def quantize(
     codes: bool = True,
     codes_t: bool = False,
     amax: bool = False,
-    saturated: bool = False,
     bound: Tensor | None = None,
 ) -> Quantized:
     """x (fp32, bf16, fp16) [M, N], any strides -> the outputs that are asked for.
@@ -195,26 +179,56 @@ def quantize(
     Errors: `KernelError`; `ValueError` for bits.
     """
     _check(x, scale, zero_point, bits, seed, bound)
-    if x.stride(0) == 1 and x.stride(1) != 1:
-        # Column-major: x.t() reads with unit stride, and the two outputs change places. Only draws see the
-        # difference.
-        zero_t = None if zero_point is None else _transpose(zero_point)
-        outputs = _launch(
-            x.t(),
-            _transpose(scale),
-            zero_t,
-            bits,
-            seed,
-            salt,
-            codes_t,
-            codes,
-            amax,
-            saturated,
+    # Column-major: x.t() reads with unit stride, and the two outputs change places. Only draws see the difference.
+    transposed = x.stride(0) == 1 and x.stride(1) != 1
+    if transposed:
+        x, scale, zero_point = x.t(), _transpose(scale), None if zero_point is None else _transpose(zero_point)
+        codes, codes_t = codes_t, codes
+    m, n = x.shape
+    shared = (Layout.TENSOR, Layout.ROW, Layout.COLUMN)
+    scale_layout = layout_of("quantize", "scale", scale, m, n, *shared)
+    zero_layout = Layout.TENSOR if zero_point is None else layout_of("quantize", "zero_point", zero_point, m, n, *shared)
+    outputs = Quantized(
+        codes=x.new_empty((m, n), dtype=torch.int8) if codes else None,
+        codes_t=x.new_empty((n, m), dtype=torch.int8) if codes_t else None,
+        amax=x.new_zeros((), dtype=torch.float32) if amax else None,
+        outside=None if bound is None else x.new_zeros((), dtype=torch.int64),
+    )
+    given = outputs._replace(codes=outputs.codes_t, codes_t=outputs.codes) if transposed else outputs
+    if m == 0 or n == 0:
+        return given
+    config = tuning.tile_config(m, n)
+    qmin, qmax = code_range(bits, symmetric=zero_point is None)
+    with device_guard(x):
+        quantize_kernel[(cdiv(m, config.block_m) * cdiv(n, config.block_n),)](
+            x,
+            scale.contiguous(),
+            None if zero_point is None else zero_point.contiguous(),
+            outputs.codes,
+            outputs.codes_t,
+            None if outputs.amax is None else outputs.amax.view(torch.int32),
+            outputs.outside,
             bound,
-            transposed=True,
+            seed,
+            (salt & 0xFFFFFFFF ^ 0x80000000) - 0x80000000,  # as a signed 32-bit integer
+            m,
+            n,
+            x.stride(0),
+            x.stride(1),
+            n,
+            m,
+            QMIN=qmin,
+            QMAX=qmax,
+            SCALE=int(scale_layout),
+            ZERO=int(zero_layout),
+            TRANSPOSED=transposed,
+            BLOCK_M=config.block_m,
+            BLOCK_N=config.block_n,
+            ASM=takes_ptx(x.device),
+            num_warps=config.num_warps,
+            **EXACT,
         )
-        return outputs._replace(codes=outputs.codes_t, codes_t=outputs.codes)
-    return _launch(x, scale, zero_point, bits, seed, salt, codes, codes_t, amax, saturated, bound, transposed=False)
+    return given
 
 
 def _transpose(shared: Tensor) -> Tensor:
@@ -242,66 +256,3 @@ def _check(
     for name, tensor in (("scale", scale), ("zero_point", zero_point), ("seed", seed), ("bound", bound)):
         if tensor is not None and tensor.device != x.device:
             raise KernelError(f"quantize: {name} is on {tensor.device} and x on {x.device}; move it.")
-
-
-def _launch(
-    x: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    bits: int,
-    seed: Tensor | None,
-    salt: int,
-    codes: bool,
-    codes_t: bool,
-    amax: bool,
-    saturated: bool,
-    bound: Tensor | None,
-    *,
-    transposed: bool,
-) -> Quantized:
-    m, n = x.shape
-    shared = (Layout.TENSOR, Layout.ROW, Layout.COLUMN)
-    scale_layout = layout_of("quantize", "scale", scale, m, n, *shared)
-    zero_layout = Layout.TENSOR if zero_point is None else layout_of("quantize", "zero_point", zero_point, m, n, *shared)
-    outputs = Quantized(
-        codes=x.new_empty((m, n), dtype=torch.int8) if codes else None,
-        codes_t=x.new_empty((n, m), dtype=torch.int8) if codes_t else None,
-        amax=x.new_zeros((), dtype=torch.float32) if amax else None,
-        saturated=x.new_zeros((), dtype=torch.int64) if saturated else None,
-        outside=None if bound is None else x.new_zeros((), dtype=torch.int64),
-    )
-    if m == 0 or n == 0:
-        return outputs
-    config = tuning.tile_config(m, n)
-    qmax = 2 ** (bits - 1) - 1
-    with device_guard(x):
-        quantize_kernel[(cdiv(m, config.block_m) * cdiv(n, config.block_n),)](
-            x,
-            scale.contiguous(),
-            None if zero_point is None else zero_point.contiguous(),
-            outputs.codes,
-            outputs.codes_t,
-            None if outputs.amax is None else outputs.amax.view(torch.int32),
-            outputs.saturated,
-            outputs.outside,
-            bound,
-            seed,
-            (salt & 0xFFFFFFFF ^ 0x80000000) - 0x80000000,  # as a signed 32-bit integer
-            m,
-            n,
-            x.stride(0),
-            x.stride(1),
-            n,
-            m,
-            QMIN=-qmax if zero_point is None else -qmax - 1,
-            QMAX=qmax,
-            SCALE=int(scale_layout),
-            ZERO=int(zero_layout),
-            TRANSPOSED=transposed,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            ASM=takes_ptx(x.device),
-            num_warps=config.num_warps,
-            **EXACT,
-        )
-    return outputs

@@ -181,7 +181,7 @@ def scaled_mm_requantize(
     qmax = 2 ** (bits - 1) - 1
     # The shape of the values that are not written, for the layouts of what is applied to them.
     values = a.new_empty(1, dtype=out_dtype).expand(m, n)
-    epilogue = Epilogue(values, None, a_scale, b_scale, a_zero, b_zero, None, None, bias)
+    epilogue = Epilogue(values, None, a_scale, b_scale, a_zero, b_zero, bias)
     arguments = epilogue.with_sums(a, b_t, Packing(False, False, 1, k)).arguments()
     arguments = {name: value for name, value in arguments.items() if name not in ("out_ptr", "partial_ptr", "stride_o")}
     with device_guard(a):

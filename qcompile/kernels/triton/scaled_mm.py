@@ -199,8 +199,6 @@ def scaled_mm(
     bias: Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
     *,
-    a_sum: Tensor | None = None,
-    b_sum: Tensor | None = None,
     k: int | None = None,
     a_bits: int = 8,
     b_bits: int = 8,
@@ -213,7 +211,6 @@ def scaled_mm(
         b_scale, b_zero  likewise, or [1, N]
         bias             any float dtype, broadcastable to [M, N], or None
         out_dtype        fp32, bf16 or fp16; int32: the bare sum, no scales, no bias, K up to `tuning.max_k`
-        a_sum, b_sum     int32, M and N values: sums of the codes over K, if the caller has them
         k, a_bits,       packed operands: the number of codes along K, and 4, 3 or 2 bits for one that is packed; both packed:
         b_bits           with equally many codes a byte; K up to `tuning.max_k`
         kernel           "triton" takes every operand; "triton_tma" and "triton_gluon" (compute capability 9.0) no packed ones, and
@@ -234,7 +231,7 @@ def scaled_mm(
             config = tuning.for_packed(config, fields)
 
     launch = _LAUNCHERS[kernel]
-    last = Epilogue(out, None, a_scale, b_scale, a_zero, b_zero, a_sum, b_sum, bias)
+    last = Epilogue(out, None, a_scale, b_scale, a_zero, b_zero, bias)
     longest = tuning.max_k((a_zero is not None) + (b_zero is not None))
     if k <= longest:
         launch(a, b_t, last, config, Packing(a_bits < 5, b_bits < 5, fields, k))
@@ -252,7 +249,7 @@ def scaled_mm(
             epilogue = Epilogue(sums, partial, a_zero=a_zero, b_zero=b_zero)
             partial = sums
         else:
-            epilogue = last._replace(partial=partial, a_sum=None, b_sum=None)
+            epilogue = last._replace(partial=partial)
         launch(*parts, epilogue, config, Packing(False, False, 1, parts[0].shape[1]))
     return out
 
@@ -329,14 +326,14 @@ class Epilogue(NamedTuple):
     b_scale: Tensor | None = None
     a_zero: Tensor | None = None
     b_zero: Tensor | None = None
+    bias: Tensor | None = None
     a_sum: Tensor | None = None
     b_sum: Tensor | None = None
-    bias: Tensor | None = None
 
     def with_sums(self, a: Tensor, b_t: Tensor, packing: Packing) -> Epilogue:
         """With the sums over K that zero points ask for."""
-        a_sum = None if self.b_zero is None else _row_sums(a, self.a_sum, packing.fields if packing.a else 1)
-        b_sum = None if self.a_zero is None else _row_sums(b_t, self.b_sum, packing.fields if packing.b else 1)
+        a_sum = None if self.b_zero is None else _row_sums(a, packing.fields if packing.a else 1)
+        b_sum = None if self.a_zero is None else _row_sums(b_t, packing.fields if packing.b else 1)
         return self._replace(a_sum=a_sum, b_sum=b_sum)
 
     def arguments(self) -> dict[str, Any]:
@@ -474,9 +471,7 @@ def tiles_of(config: tuning.MatmulConfig) -> dict[str, int]:
     }
 
 
-def _row_sums(codes: Tensor, known: Tensor | None, fields: int) -> Tensor:
-    if known is not None:
-        return known.contiguous()
+def _row_sums(codes: Tensor, fields: int) -> Tensor:
     if fields > 1:  # what pads the last byte is 0
         codes = unpack_codes_reference(codes, 8 // fields, 1, codes.shape[1] * fields)
     return codes.sum(1, dtype=torch.int32)

@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Quantized"]
+__all__ = ["Operand"]
 
 
-class Quantized(NamedTuple):
+class Operand(NamedTuple):
     """`scale * (codes - zero)`: codes int8, scale fp32 and zero point int32 (None: 0), which broadcast to the codes."""
 
     codes: Tensor
