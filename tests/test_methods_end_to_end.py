@@ -372,6 +372,47 @@ def test_learning_rates_answer_the_deviation(interpreted):
         torch.testing.assert_close(p.detach(), old - rate * p.grad)
 
 
+def test_an_empty_group_of_the_optimizer_stays_empty():
+    model = nn.Sequential(nn.Linear(4, 4))
+    optimizer = torch.optim.SGD([{"params": []}, {"params": list(model.parameters())}], lr=1.0)
+    qcompile.scale_learning_rates(optimizer, model, {"0": 1.0})
+    assert [len(group["params"]) for group in optimizer.param_groups] == [0, 2]
+    before = model[0].weight.detach().clone()
+    model[0].weight.grad = torch.ones(4, 4)
+    optimizer.step()
+    torch.testing.assert_close(model[0].weight.detach(), before - 1, msg="stepped once")
+
+
+def test_groups_that_are_there_keep_parameters_and_settings_of_their_own():
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+    first, second = list(model[:2].parameters()), list(model[2].parameters())
+    groups = [{"params": first, "lr": 0.4, "weight_decay": 0.1}, {"params": second, "lr": 0.2, "weight_decay": 0.0}]
+    optimizer = torch.optim.SGD(groups)
+    mine, other = optimizer.param_groups
+    halving = torch.optim.lr_scheduler.StepLR(optimizer, step_size=1, gamma=0.5)
+
+    def settings():
+        return {id(p): (group["lr"], group["weight_decay"]) for group in optimizer.param_groups for p in group["params"]}
+
+    for scale in (1.0, 0.5):  # the first splits, the second finds the groups split
+        rates = qcompile.scale_learning_rates(optimizer, model, {"0": 0.5, "1": 0.25, "2": 0.75})
+        assert optimizer.param_groups[0] is mine and optimizer.param_groups[1] is other and len(optimizer.param_groups) == 3
+        assert [*map(id, mine["params"])] == [*map(id, model[0].parameters())] and [*map(id, other["params"])] == [*map(id, second)]
+        expected = {"0": scale * 0.2, "1": scale * 0.1, "2": scale * 0.15}
+        assert rates == pytest.approx({f"{layer}.{kind}": rate for layer, rate in expected.items() for kind in ("weight", "bias")})
+        of = settings()
+        for layer, rate in expected.items():
+            decay = 0.0 if layer == "2" else 0.1
+            assert [of[id(p)] for p in model[int(layer)].parameters()] == [(pytest.approx(rate), decay)] * 2
+        qcompile.scale_learning_rates(optimizer, model, dict.fromkeys("012", 1.0))  # as the docstring says, before the schedule
+        optimizer.step()
+        halving.step()
+    made_afterwards = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.1 if step else 1.0)
+    optimizer.step()
+    made_afterwards.step()
+    assert {round(rate, 9) for rate, _ in settings().values()} == {0.04, 0.02}, "of the rates that the groups began with"
+
+
 def test_the_estimator_in_the_documentation_runs():
     page = (Path(__file__).parents[1] / "docs" / "methods.md").read_text()
     code = next(part.split("```")[0] for part in page.split("```python")[1:] if "class ShareOutside" in part)

@@ -122,28 +122,30 @@ def scale_learning_rates(
         optimizer.step()
 
     The optimizer's groups are split so that each layer of `factors` (module names as in `model.named_modules()`) has groups of its
-    own; a group remembers the factor that is in its rate (key "qtrain_factor"), so that rates do not shrink step by step. The
-    split changes the optimizer's `state_dict`, and a schedule of torch knows the groups that it was made with: split once, with
-    factors of 1, before loading the one and making the other, and undo the factors (1 again) before the schedule's step.
-    Returns Parameter's name -> learning rate.
+    own; a group remembers the factor that is in its rate (key "qtrain_factor"), so that rates do not shrink step by step. A group
+    that is there already stays the same object in the same place and keeps the first of its layers, as a schedule may hold it; its
+    other layers get new groups, behind all that are there. The split changes the optimizer's `state_dict`, and a schedule of torch
+    knows the groups that it was made with: split once, with factors of 1, before loading the one and making the other, and undo the
+    factors (1 again) before the schedule's step. Returns Parameter's name -> learning rate.
     """
     clean = clean_names(model)
     names = {p: clean(n) for n, p in model.named_parameters()}
     layers_of_model = {name.rpartition(".")[0] for name in names.values()}
     if unknown := [module for module in factors if module not in layers_of_model]:
         raise ValueError(f"scale_learning_rates: the model has no Parameters in {', '.join(map(repr, unknown))}")
-    split: list[dict[str, Any]] = []
+    added: list[dict[str, Any]] = []
     for group in optimizer.param_groups:
         layers: dict[str | None, list[Tensor]] = {}
         for p in group["params"]:
             layer = names[p].rpartition(".")[0] if p in names else None  # another model's
             layers.setdefault(layer if layer in factors else None, []).append(p)
         base = group["lr"] / group.get("qtrain_factor", 1.0)
+        parts: list[dict[str, Any]] = []
         for module, params in layers.items():
             factor = 1.0 if module is None else factors[module]
-            split.append({**group, "params": params, "lr": base * factor, "qtrain_factor": factor})
-    # Groups that are there already are changed and not replaced: a schedule may hold them.
-    for old, new in zip(optimizer.param_groups, split, strict=False):
-        old.update(new)
-    optimizer.param_groups.extend(split[len(optimizer.param_groups) :])
-    return {names[p]: group["lr"] for group in split for p in group["params"] if p in names}
+            parts.append({**group, "params": params, "lr": base * factor, "qtrain_factor": factor})
+        if parts:  # none of a group without Parameters
+            group.update(parts[0])
+            added += parts[1:]
+    optimizer.param_groups.extend(added)
+    return {names[p]: group["lr"] for group in optimizer.param_groups for p in group["params"] if p in names}
