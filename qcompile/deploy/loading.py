@@ -29,11 +29,15 @@ from qcompile.state.range_state import range_state
 
 __all__ = ["continue_training", "load_converted"]
 
+_RANGE = ("input_format", "input_scale", "input_offset")
+"""The fields of an integer layer's input; where it is not quantized there are none."""
+
 
 def load_converted(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     """An unprepared model (its weights do not matter) becomes the converted one whose `state_dict` this is; changes and returns it.
 
-    Errors: `StateError` for a state that `convert` did not make or of another model; what `load_state_dict` raises.
+    Errors: `StateError`, before anything is changed, for a state that `convert` did not make, and for integer layers that the model
+    has not, or has in other shapes; what `load_state_dict` raises for all else.
     """
     layers: dict[str, nn.Module] = {}
     for key in state:
@@ -47,9 +51,10 @@ def load_converted(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
             layer = None  # type: ignore[assignment]
         if layer is None or not can_learn(layer):
             raise StateError(f"load_converted: the state has an integer layer {name!r}, the model no such linear or convolution.")
-        ranges = {field: state.get(f"{prefix}{field}") for field in ("input_format", "input_scale", "input_offset")}
+        _check_fits(name, layer, state)
+        ranges = {field: state.get(f"{prefix}{field}") for field in _RANGE}
         made = IntegerLayer(layer, state[f"{prefix}weight_scale"].clone(), state[f"{prefix}weight_format"].clone(), ranges)
-        if made.bias is not None and f"{prefix}bias" in state:
+        if made.bias is not None:
             made.bias = state[f"{prefix}bias"].clone()
         layers[name] = made
     if not layers:
@@ -57,6 +62,30 @@ def load_converted(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
     model = with_layers(model, layers)
     model.load_state_dict(dict(state))
     return model.eval().requires_grad_(False)
+
+
+@torch.no_grad()
+def _check_fits(name: str, layer: Any, state: Mapping[str, Tensor]) -> None:
+    """Errors: `StateError` if the state lacks a field of this integer layer, or has its weight or bias in other shapes."""
+    prefix = f"{name}." if name else ""
+    needed = ["weight_format", "weight_scale"]
+    if any(f"{prefix}{field}" in state for field in _RANGE):
+        needed += ["input_format", "input_scale"]
+    if missing := [field for field in needed if f"{prefix}{field}" not in state]:
+        raise StateError(f"load_converted: the integer layer {name!r} has no {' and no '.join(missing)} in the state.")
+    bias = state.get(f"{prefix}bias")
+    _check_shape(name, "weight", state[f"{prefix}weight_format"].tolist()[2:], list(layer.weight.shape))
+    _check_shape(name, "bias", None if bias is None else list(bias.shape), None if layer.bias is None else list(layer.bias.shape))
+
+
+def _check_shape(name: str, what: str, stored: list[int] | None, own: list[int] | None) -> None:
+    """Errors: `StateError` unless both are equal; None: there is no such tensor."""
+    if stored != own:
+        in_state, in_model = ("none" if shape is None else shape for shape in (stored, own))
+        raise StateError(
+            f"load_converted: the {what} of {name!r} is {in_state} in the state and {in_model} in the model. Make the model as it "
+            "was before convert."
+        )
 
 
 @torch.no_grad()
@@ -72,7 +101,8 @@ def continue_training(
 
     state    of `qcompile.convert(model)`
     options  of `qcompile.prepare`, for learned scales
-    Errors: `StateError` for a state that `convert` did not make, or of another model.
+    Errors: those of `load_converted`; `StateError` for weights that are computed and cannot be set, and for learned scales that
+    the recipe has not; `TypeError` for options without learned scales.
     """
     recipe = get_recipe(recipe)
     deployed = load_converted(copy.deepcopy(model), state)
@@ -104,9 +134,10 @@ def continue_training(
 
 
 def _set_weight(name: str, layer: nn.Module, value: Tensor) -> None:
-    """Errors: `StateError` for a weight that is computed, and cannot be set."""
+    """Errors: `StateError` for a weight of another shape, and for one that is computed and cannot be set."""
     own = layer._parameters.get("weight")
     if own is not None:
+        _check_shape(name, "weight", list(value.shape), list(own.shape))
         own.copy_(value)
         return
     try:

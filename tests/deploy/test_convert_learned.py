@@ -1,6 +1,7 @@
 """convert: integer weights that compute what the trained model computes, in files of the size that the widths say."""
 
 import io
+from functools import partial
 
 import pytest
 import torch
@@ -153,3 +154,43 @@ def test_a_state_that_does_not_fit():
     broken = dict(state) | {"fc.weight_codes": state["fc.weight_codes"][:-1]}
     with pytest.raises(RuntimeError, match="do not hold"):
         qcompile.load_converted(Stages(), broken)
+
+
+def two_layers(hidden=8, out=4, bias=True):
+    return nn.Sequential(nn.Linear(16, hidden, bias=bias), nn.Linear(hidden, out))
+
+
+@pytest.fixture
+def state():
+    """Of two linear layers, 16 -> 8 -> 4, with quantized inputs."""
+    return dict(qcompile.convert(qcompile.prepare(two_layers(), W4A4, calibration=[torch.randn(6, 16)])).state_dict())
+
+
+@pytest.mark.parametrize("load", [qcompile.load_converted, partial(qcompile.continue_training, recipe="int8_in_hindsight")])
+@pytest.mark.parametrize(
+    "other, message",
+    [
+        ({"hidden": 16}, r"the weight of '0' is \[8, 16\] in the state and \[16, 16\] in the model"),
+        ({"out": 1}, r"the weight of '1' is \[4, 8\] in the state and \[1, 8\] in the model"),
+        ({"out": 12}, r"the weight of '1' is \[4, 8\] in the state and \[12, 8\]"),
+        ({"bias": False}, r"the bias of '0' is \[8\] in the state and none in the model"),
+    ],
+)
+def test_a_state_of_another_model_is_refused(load, other, message, state):
+    with pytest.raises(StateError, match=message):
+        load(two_layers(**other), state)
+
+
+@pytest.mark.parametrize("field", ["weight_format", "weight_scale", "input_format", "input_scale"])
+def test_a_state_with_a_field_left_out_is_refused(field, state):
+    del state[f"1.{field}"]
+    with pytest.raises(StateError, match=f"'1' has no {field}"):
+        qcompile.load_converted(two_layers(), state)
+
+
+def test_a_state_whose_bias_is_not_the_layers_is_refused(state):
+    with pytest.raises(StateError, match=r"the bias of '1' is \[1\] in the state and \[4\] in the model"):
+        qcompile.load_converted(two_layers(), state | {"1.bias": torch.zeros(1)})
+    del state["1.bias"]
+    with pytest.raises(StateError, match=r"the bias of '1' is none in the state and \[4\] in the model"):
+        qcompile.load_converted(two_layers(), state)
