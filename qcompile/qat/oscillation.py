@@ -3,7 +3,7 @@
 Near the middle between two codes the straight-through gradient pushes a weight back and forth forever. After Nagel et al.,
 "Overcoming Oscillations in Quantization-Aware Training" (2022), reconstructed: an oscillation is a change of a code against the
 direction of its last change; its frequency is an exponential average; a weight above the threshold is frozen at the rounded
-average of its codes.
+average of its codes, and keeps that code.
 """
 
 from __future__ import annotations
@@ -57,13 +57,15 @@ class OscillationTracker(nn.Module):
             self.average.copy_(codes.float())
             self.seen.fill_(True)
             return
+        codes = torch.where(self.frozen, self.codes, codes)  # wherever the optimizer took them
         change = torch.sign(codes.to(torch.int16) - self.codes.to(torch.int16)).to(torch.int8)
         against = (change != 0) & (change == -self.direction)
         self.frequency.lerp_(against.float(), self.momentum)
         self.average.lerp_(codes.float(), self.momentum)
         self.direction.copy_(torch.where(change == 0, self.direction, change))
-        self.frozen |= self.frequency > self.threshold
-        self.codes.copy_(torch.where(self.frozen, torch.round(self.average).to(torch.int8), codes))
+        newly = (self.frequency > self.threshold) & ~self.frozen
+        self.codes.copy_(torch.where(newly, torch.round(self.average).to(torch.int8), codes))
+        self.frozen |= newly
         weight.copy_(torch.where(self.frozen, self.codes.float() * scale, weight))
 
     def restart(self) -> None:
