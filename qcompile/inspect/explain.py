@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from passes.sites import Gemm, Site
@@ -24,6 +23,7 @@ from qcompile.inspect.captured_graph import Call, CapturedGraph
 from qcompile.inspect.drawing import overview_svg
 from qcompile.inspect.measuring import Measured, measure
 from qcompile.inspect.modules import module_of_site
+from qcompile.inspect.numerics import snr_db
 from qcompile.inspect.report import Entry, GemmReport, Report, SiteReport
 from qcompile.recipe import Recipe
 from qcompile.specs import Granularity, QuantSpec
@@ -65,14 +65,8 @@ def explain(
         without = found.recipe.replace(compress_saved=None)
         exact = capture(model, *inputs, recipe=without, loss=loss, passes=passes, profit_filter=profit_filter, **kwargs)
         report.crossings = [crossing for graph in found.graphs for crossing in graph.context.crossings]
-        report.gradient_snr_db = {n: _snr_db(g, exact.gradients[n]) for n, g in found.gradients.items() if n in exact.gradients}
+        report.gradient_snr_db = {n: snr_db(g, exact.gradients[n]) for n, g in found.gradients.items() if n in exact.gradients}
     return report
-
-
-def _snr_db(got: Tensor, want: Tensor) -> float:
-    """Signal-to-noise ratio in dB, of all elements; infinite where they are equal."""
-    noise = (got.double() - want.double()).square().sum()
-    return float(10 * torch.log10(want.double().square().sum() / noise))
 
 
 def _report(found: Capture, hp: Capture, times: list[dict[tuple[str, str], Measured]]) -> Report:

@@ -1,7 +1,7 @@
 """Measures of error: how far a tensor is from its reference, and what a quantization did to a tensor.
 
 All sums are taken in fp64. `nan` means that a measure has no value: a reference of zeros alone, or something
-that is not finite on either side.
+that is not finite on either side. Two equal tensors have an infinite ratio of signal to noise, of zeros too.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from qcompile.ops.quantize import code_range
 
-__all__ = ["LARGE", "Agreement", "Rounding", "agreement", "rounding"]
+__all__ = ["LARGE", "Agreement", "Rounding", "agreement", "rounding", "snr_db"]
 
 LARGE = 0.01
 """The share of entries, largest magnitude first, that counts as large. Our choice."""
@@ -42,6 +42,8 @@ def agreement(value: Tensor, reference: Tensor) -> Agreement:
         raise ValueError(f"agreement: shapes {tuple(value.shape)} and {tuple(reference.shape)}; they must be equal")
     got, want = value.detach().double(), reference.detach().double()
     error = got - want
+    if not error.isfinite().all():
+        return Agreement(snr_db=math.nan, row_snr_db=math.nan, cosine=math.nan, large_error=math.nan)
     norms = want.norm() * got.norm()
     return Agreement(
         snr_db=_snr(want.square().sum(), error.square().sum()),
@@ -51,23 +53,27 @@ def agreement(value: Tensor, reference: Tensor) -> Agreement:
     )
 
 
-def _decibel(ratio: float) -> float:
-    return 10 * math.log10(ratio) if ratio > 0 else -math.inf
+def snr_db(got: Tensor, want: Tensor) -> float:
+    """10 log10(sum want^2 / sum (got - want)^2) of two tensors of one shape; infinite and `nan` as in the module's docstring."""
+    got, want = got.detach().double(), want.detach().double()
+    return _snr(want.square().sum(), (got - want).square().sum())
 
 
 def _snr(signal: Tensor, noise: Tensor) -> float:
     signal_power, noise_power = float(signal), float(noise)
-    if signal_power == 0 or not math.isfinite(signal_power) or not math.isfinite(noise_power):
+    if not math.isfinite(signal_power) or not math.isfinite(noise_power):
         return math.nan
-    return math.inf if noise_power == 0 else _decibel(signal_power / noise_power)
+    if noise_power == 0:
+        return math.inf
+    return 10 * math.log10(signal_power / noise_power) if signal_power > 0 else math.nan
 
 
 def _row_snr(want: Tensor, error: Tensor) -> float:
-    if want.ndim < 2:
+    if want.ndim < 2 or not error.any():
         return _snr(want.square().sum(), error.square().sum())
     signal, noise = want.square().sum(-1).flatten(), error.square().sum(-1).flatten()
     ratios = (signal / noise)[signal > 0]  # infinite for an exact row
-    return _decibel(float(ratios.quantile(0.5, interpolation="lower"))) if 0 < len(ratios) <= 2**24 else math.nan
+    return 10 * math.log10(float(ratios.quantile(0.5, interpolation="lower"))) if 0 < len(ratios) <= 2**24 else math.nan
 
 
 def _large_error(want: Tensor, error: Tensor) -> float:

@@ -1,11 +1,12 @@
 """The measures against their formulas."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 
-from qcompile.inspect.numerics import agreement, rounding
+from qcompile.inspect.numerics import agreement, rounding, snr_db
 
 
 def test_the_measures_of_a_known_error():
@@ -24,8 +25,28 @@ def test_equal_zero_and_infinite_tensors():
     assert agreement(x, x).snr_db == agreement(x, x).row_snr_db == math.inf
     assert math.isnan(agreement(x, torch.zeros(4, 5)).snr_db)
     assert math.isnan(agreement(x / 0.0, x).snr_db)
+    zeros = agreement(torch.zeros(4, 5), torch.zeros(4, 5))
+    assert zeros.snr_db == zeros.row_snr_db == math.inf, "equal"
     with pytest.raises(ValueError, match=r"shapes \(4, 5\) and \(5, 4\)"):
         agreement(x, x.T)
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
+@pytest.mark.parametrize("rows", [slice(0, 1), slice(None)])
+def test_no_measure_has_a_value_where_something_is_not_finite(bad, rows):
+    x = torch.randn(400, 5)
+    other = x.clone()
+    other[rows] = bad
+    for value, reference in ((other, x), (x, other), (other, other)):
+        assert all(map(math.isnan, dataclasses.astuple(agreement(value, reference)))), (value, reference)
+        assert math.isnan(snr_db(value, reference))
+
+
+def test_snr_db():
+    x = torch.randn(4, 5)
+    assert snr_db(1.01 * x, x) == agreement(1.01 * x, x).snr_db == pytest.approx(40, abs=1e-4)
+    assert snr_db(x, x) == snr_db(0 * x, 0 * x) == math.inf
+    assert math.isnan(snr_db(x, 0 * x))
 
 
 def test_what_a_quantization_did():

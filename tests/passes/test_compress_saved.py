@@ -345,6 +345,12 @@ def test_explain_has_bytes_and_gradient_snr():
     assert 10 < data["gradient_snr_db"]["0.weight"] < 40 and "lowest" in str(report)
 
 
+def test_explain_says_that_gradients_of_zeros_are_equal():
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.GELU(), nn.Linear(64, 64)), torch.randn(64, 64)
+    report = explain(model, x, recipe=get_recipe("int8").replace(compress_saved=4), loss=lambda y: 0 * y.sum())
+    assert report.gradient_snr_db == dict.fromkeys(dict(model.named_parameters()), float("inf"))
+
+
 # ---- the field
 
 
