@@ -89,7 +89,7 @@ class Monitor:
             self._started = time.perf_counter()
         self.count += 1
         self._range_due |= self.count % self.every == 0
-        self._probe_due |= self.probe is not None and self.count % self.probe_every == 0
+        self._probe_due |= self.probe is not None and self.probe_every > 0 and self.count % self.probe_every == 0
         if (self._range_due or self._probe_due) and self._affordable():
             self.sample(self.count if step is None else step, probe=self._probe_due)
 
@@ -185,8 +185,8 @@ def monitor(
                  writer with `add_scalar`; a function (step, rows); or a list of these
     probe        inputs of the model (a tensor, a tuple, or a mapping of keyword arguments), one batch to measure errors on; run
                  under the autocast of the model's last compilation
-    probe_every  steps between two probes; default: 10 * every. A probe costs a capture once, and then some
-                 steps that run operator by operator
+    probe_every  steps between two probes; 0: none but those of `sample(step, probe=True)`; default: 10 * every. A probe costs a
+                 capture once, and then some steps that run operator by operator
     recipe       of the probe; default: the one that the model was compiled with last
     budget       the share of the run's time that samples may take (0.02: 2 %): while they have taken more, a
                  sample that is due waits. None: no sample waits
@@ -196,14 +196,14 @@ def monitor(
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"monitor: got a {type(model).__name__}; give it the (compiled) nn.Module")
-    for name, value in {"every": every, "probe_every": probe_every or 0}.items():
+    for name, value in {"every": every, "probe_every": 0 if probe_every is None else probe_every}.items():
         if not isinstance(value, int) or value < 0:
             raise ValueError(f"monitor: {name} is {value!r}; allowed: a number of steps, 0 or more")
     if budget is not None and not (isinstance(budget, int | float) and 0 < budget <= 1):
         raise ValueError(f"monitor: budget is {budget!r}; allowed: a share of the time, above 0 and up to 1, or None")
     sinks = [_sink(s) for s in (to if isinstance(to, list | tuple) else [to]) if s is not None]
     inputs = probe if probe is None or isinstance(probe, tuple | Mapping) else (probe,)
-    return Monitor(model, every, sinks, inputs, probe_every or 10 * every, recipe, budget)
+    return Monitor(model, every, sinks, inputs, 10 * every if probe_every is None else probe_every, recipe, budget)
 
 
 @contextlib.contextmanager

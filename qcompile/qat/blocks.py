@@ -21,12 +21,14 @@ Blocks = tuple[tuple[str, ...], ...]
 def find_blocks(model: nn.Module, count: int | None = None) -> Blocks:
     """Stages or transformer layers, cut into `count` blocks of about equally many modules.
 
-    count  None: as many as there are stages or layers, at most 4
+    count  two or more; None: as many as there are stages or layers, at most 4
 
     Looked for: `nn.Sequential` children beside each other, two or more (the stages of a residual network); otherwise the longest
     ModuleList or Sequential of modules of one class (the layers of a transformer).
-    Errors: `ValueError` where there is neither, or fewer than `count`.
+    Errors: `ValueError` for a count below 2, and where there is neither, or fewer than `count`.
     """
+    if count is not None and count < 2:
+        raise ValueError(f"blocks: got {count!r}; allowed: two or more blocks, or None for as many as there are, at most 4.")
     runs: list[tuple[str, ...]] = []
     for path, module in model.named_modules():
         prefix = f"{path}." if path else ""
@@ -41,7 +43,7 @@ def find_blocks(model: nn.Module, count: int | None = None) -> Blocks:
     layers = {name: _layers(module) for name, module in model.named_modules()}
     runs = [run for run in runs if max(layers[name] for name in run) < 0.75 * layers[""]] or runs
     best = max(runs, key=lambda run: sum(layers[name] for name in run), default=())
-    count = count or min(len(best), 4)
+    count = min(len(best), 4) if count is None else count
     if count < 2 or len(best) < count:
         raise ValueError(
             f"blocks: {len(best)} stages or layers were found in {type(model).__name__}, and {max(count, 2)} blocks are needed; "

@@ -62,6 +62,17 @@ def test_a_probe_measures_the_present_weights_and_ranges(interpreted):
     assert ("gradient up.weight", "total_db") in now
 
 
+def test_probes_are_off_where_there_are_no_steps_between_them(interpreted):
+    model, x = MLP(), torch.randn(24, 16)
+    step = compiled(model, AVERAGE)
+    monitor = qcompile.monitor(step, every=1, probe=x, probe_every=0, recipe=AVERAGE, budget=None)
+    train(model, step, x)
+    for _ in range(20):
+        monitor.step()
+    assert {r.metric for r in monitor.history} == {"amax", "clipped"} and monitor.history[-1].step == 20
+    assert qcompile.monitor(step, every=3).probe_every == 30
+
+
 def test_a_sample_waits_until_the_budget_allows_it(interpreted, monkeypatch):
     model, x = MLP(), torch.randn(24, 16)
     step = compiled(model, AVERAGE)
@@ -139,6 +150,8 @@ def test_the_plot(interpreted, tmp_path):
     "options, error, message",
     [
         ({"every": -1}, ValueError, "every is -1"),
+        ({"every": None}, ValueError, "every is None"),
+        ({"probe_every": -1}, ValueError, "probe_every is -1"),
         ({"budget": 0.0}, ValueError, "budget is 0.0"),
         ({"budget": "5 %"}, ValueError, "budget is '5 %'"),
         ({"to": 3}, TypeError, "to is a int"),

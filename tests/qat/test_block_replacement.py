@@ -229,6 +229,8 @@ def test_blocks_may_be_named():
         (("layer1", "layer9"), "'layer9' is no module"),
         (("layer1",), "two or more"),
         (7, "3 stages or layers"),
+        (0, "got 0; allowed: two or more"),
+        (1, "got 1; allowed: two or more"),
     ],
 )
 def test_bad_blocks(blocks, message):
