@@ -1,7 +1,7 @@
 """`python -m qcompile COMMAND`. A command is a row of `COMMANDS`; its module is imported when it is asked for.
 
 Exit status: 0 success; 1 the command's own "no" (see its help); 2 wrong arguments, a file that cannot be read, a value that
-somebody refuses; 3 anything else that failed, and a traceback says where; 130 interrupted.
+somebody refuses, a package that is not installed; 3 anything else that failed, and a traceback says where; 130 interrupted.
 """
 
 from __future__ import annotations

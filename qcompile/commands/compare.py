@@ -6,6 +6,7 @@ import argparse
 import json
 from pathlib import Path
 
+from qcompile._packages import require
 from qcompile.commands import target
 from qcompile.progress import progress
 
@@ -31,6 +32,8 @@ def run(arguments: argparse.Namespace) -> int:
     from qcompile.inspect.compare import compare_captured
     from qcompile.state import range_state
 
+    if arguments.heatmap:
+        require("--heatmap", "matplotlib", extra="demo")
     made = target.load(arguments)
     with progress(2, "compiling") as bar:
         with made.autocast():

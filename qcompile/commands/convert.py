@@ -18,6 +18,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from qcompile._packages import require
 from qcompile.commands import target
 from qcompile.deploy.integer_layer import IntegerLayer
 from qcompile.wrappers import without_private_wrappers
@@ -130,9 +131,7 @@ def _onnx(deployed: nn.Module, made: target.Target, path: Path, arguments: argpa
     export_onnx(deployed, made.args, path, made.kwargs, opset=arguments.opset)
 
     def again(*args: Any, **kwargs: Any) -> Any:
-        from qcompile.deploy.packages import require
-
-        require("--check", "onnxruntime")
+        require("--check", "onnxruntime", extra="deploy")
         import onnxruntime
 
         session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])

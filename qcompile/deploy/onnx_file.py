@@ -34,7 +34,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from qcompile.deploy.packages import require
+from qcompile._packages import require
 from qcompile.deploy.program import exportable
 from qcompile.deploy.standard_layer import StandardLayer, standard_layers
 from qcompile.errors import UnsupportedError
@@ -78,7 +78,7 @@ def export_onnx(
         raise ValueError(f"export_onnx(opset): got {opset!r}; allowed: {OPSETS[0]} to {OPSETS[-1]}")
     if convolutions not in ("integer", "qdq"):
         raise ValueError(f"export_onnx(convolutions): got {convolutions!r}; allowed: 'integer', 'qdq'")
-    require("export_onnx", "onnx", "onnxscript")
+    require("export_onnx", "onnx", "onnxscript", extra="deploy")
     model, _ = exportable(deployed, args, kwargs, dynamic_shapes, "export_onnx")
     for layer in standard_layers(model).values():
         _prepare(layer, convolutions)
@@ -109,7 +109,7 @@ def onnx_operators(path: str | Path) -> Counter[str]:
 
     Errors: `MissingPackageError` without onnx and onnxruntime; `UnsupportedError` for an operator that onnxruntime cannot run.
     """
-    require("onnx_operators", "onnx", "onnxruntime")
+    require("onnx_operators", "onnx", "onnxruntime", extra="deploy")
     import onnx
     import onnxruntime
 

@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qcompile._packages import require
 from qcompile.deploy.integer_layer import IntegerLayer, with_layers
-from qcompile.deploy.packages import require
 from qcompile.deploy.standard_layer import StandardLayer
 from qcompile.errors import StateError, UnsupportedError
 
@@ -41,7 +41,7 @@ def to_torchao(deployed: nn.Module, *, partial: bool = False) -> nn.Module:
     Errors: `MissingPackageError` without torchao; `StateError` for a model without integer layers; `UnsupportedError` for a layer
     that torchao has no tensor for, by name (see `partial`).
     """
-    require("to_torchao", "torchao", extra=None)
+    require("to_torchao", "torchao")
     deployed = getattr(deployed, "_orig_mod", deployed)
     model = copy.deepcopy(deployed)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, IntegerLayer)}

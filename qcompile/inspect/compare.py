@@ -142,6 +142,7 @@ class Comparison:
         """SNR by layer (rows) and GEMM (columns), as a matplotlib figure; saved where a path is given.
 
         total  show the errors that the whole step has left in a GEMM, not its own
+        Errors: `MissingPackageError` without matplotlib.
         """
         from qcompile.inspect.plots import heatmap
 

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from qcompile._packages import require
 from qcompile.backend.options import Options
 from qcompile.errors import StateError
 from qcompile.inspect.capture import Capture, capture_call
@@ -162,7 +163,10 @@ class Monitor:
         return recipes[-1], known[-1].autocast
 
     def plot(self, path: str | Path | None = None, *, metric: str = "amax", names: Sequence[str] = ()) -> Any:
-        """Curves of one metric over the steps, as a matplotlib figure; saved where a path is given."""
+        """Curves of one metric over the steps, as a matplotlib figure; saved where a path is given.
+
+        Errors: `ValueError` where there is no such curve; `MissingPackageError` without matplotlib.
+        """
         from qcompile.inspect.plots import plot_history
 
         return plot_history([row._asdict() for row in self.history], path, metric=metric, names=names)
@@ -192,7 +196,7 @@ def monitor(
                  sample that is due waits. None: no sample waits
 
     Errors: `ValueError` for numbers out of range and a .csv in a folder that is not there; `TypeError` for a sink that is none
-    of these; `ModuleNotFoundError` for a folder without TensorBoard being installed.
+    of these; `MissingPackageError` for a folder without TensorBoard being installed.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"monitor: got a {type(model).__name__}; give it the (compiled) nn.Module")
@@ -240,13 +244,9 @@ def _csv(path: Path) -> Sink:
 
 
 def _writer(folder: str) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise ModuleNotFoundError(
-            f"monitor: {folder!r} would be a TensorBoard folder, and TensorBoard is not installed: pip install tensorboard, "
-            "or give a path that ends in .csv"
-        ) from error
+    require(f"monitor: to={folder!r}, a TensorBoard folder (a CSV file's path ends in .csv),", "tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
     return SummaryWriter(folder)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from passes.sites import OPERANDS
+from qcompile._packages import require
 from qcompile.inspect.modules import rows_of
 
 if TYPE_CHECKING:
@@ -20,15 +21,15 @@ _SHORT = {"output": "out", "grad_input": "dx", "grad_weight": "dw"}
 
 
 def _pyplot() -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('pictures need matplotlib: pip install "qtrain[demo]"') from error
+    """Errors: `MissingPackageError` without matplotlib."""
+    require("a picture", "matplotlib", extra="demo")
+    from matplotlib.figure import Figure
+
     return Figure
 
 
 def heatmap(comparison: Comparison, path: str | Path | None = None, *, total: bool = False) -> Any:
-    """SNR in dB: a row for each layer, a column for each GEMM in a layer."""
+    """SNR in dB: a row for each layer, a column for each GEMM in a layer. Errors: `MissingPackageError` without matplotlib."""
     figure_class = _pyplot()
     layers = rows_of(dict.fromkeys(g.site for g in comparison.gemms))
     places = {s: ("others", s) if r.name == s else (r.name or "model", r.leaf(s)) for r in layers for s in r.sites}
@@ -70,7 +71,8 @@ def plot_history(
     """Curves over steps of one metric, from a monitor's rows (or those of its CSV file): a curve for each name.
 
     names  which ones; default: all. Beyond twenty the legend is left out.
-    Errors: `ValueError` where there is no such curve, with the metrics or the names that there are.
+    Errors: `ValueError` where there is no such curve, with the metrics or the names that there are; `MissingPackageError` without
+    matplotlib.
     """
     figure_class = _pyplot()
     curves: dict[str, list[tuple[int, float]]] = {}

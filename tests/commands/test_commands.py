@@ -113,6 +113,14 @@ def test_a_heatmap_is_refused_before_any_work_if_its_ending_is_no_pictures(capsy
         assert f"{name}'; allowed endings: .png, .svg" in capsys.readouterr().err
 
 
+def test_a_heatmap_without_matplotlib_is_refused_before_any_work(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("qcompile.commands.target.load", lambda arguments: pytest.fail("worked"))
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert command_line(["compare", f"{__name__}:make", "--heatmap", str(tmp_path / "snr.png")]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and lines[0].startswith("compare: --heatmap needs matplotlib"), lines
+
+
 def test_compare_refuses_to_compare_nothing(capsys):
     assert command_line(["compare", f"{__name__}:make", "--recipe", "none"]) == 2
     assert "quantizes nothing" in capsys.readouterr().err

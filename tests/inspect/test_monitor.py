@@ -1,6 +1,7 @@
 """A monitor reports what range state holds and what compare measures, within its budget."""
 
 import csv
+import sys
 import time
 
 import pytest
@@ -9,7 +10,7 @@ from torch import nn
 
 import qcompile
 from qcompile import InHindsightMax, PerChannel, QuantSpec
-from qcompile.errors import StateError
+from qcompile.errors import MissingPackageError, StateError
 from qcompile.inspect.monitor import read_csv
 from tests.compiling import AVERAGE, amax, compiled
 from tests.inspect.models import MLP
@@ -169,6 +170,15 @@ def test_a_probe_without_a_recipe_says_so():
     monitor = qcompile.monitor(nn.Linear(4, 4), every=1, probe=torch.randn(2, 4), probe_every=1)
     with pytest.raises(qcompile.StateError, match="pass recipe="):
         monitor.step()
+
+
+def test_without_the_packages_for_pictures_and_tensorboard(monkeypatch, tmp_path):
+    for package in ("matplotlib", "tensorboard"):
+        monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingPackageError, match=r"'matplotlib' cannot be imported.*pip install 'qtrain\[demo\]'"):
+        qcompile.monitor(MLP()).plot()
+    with pytest.raises(MissingPackageError, match=r"a CSV file.s path ends in .csv.*pip install tensorboard"):
+        qcompile.monitor(MLP(), to=tmp_path / "runs")
 
 
 class Clashing(nn.Module):

@@ -1,4 +1,4 @@
-"""Packages that only deployment needs."""
+"""Packages that some features need, and qtrain itself does not."""
 
 from __future__ import annotations
 
@@ -9,8 +9,11 @@ from qcompile.errors import MissingPackageError
 __all__ = ["require"]
 
 
-def require(what: str, *packages: str, extra: str | None = "deploy") -> None:
-    """Import them. Errors: `MissingPackageError`, which says who needs it and what to install."""
+def require(what: str, *packages: str, extra: str | None = None) -> None:
+    """Import them; `extra` of qtrain installs them, or None: each by its own name.
+
+    Errors: `MissingPackageError`, which says who needs it and what to install.
+    """
     for package in packages:
         try:
             importlib.import_module(package)
