@@ -2,13 +2,14 @@
 
 `report()` looks, and raises nothing where something is missing; `main()` prints. A report is a dict for JSON:
 
-    versions   python, torch, triton, and whether that pair of torch and Triton was tested
-    cpu        model, instruction sets, what each int8 product's self-test found, the one in use
-    gpus       name, compute capability (AMD: architecture), whether it has int8 tensor cores (AMD: matrix cores)
-    compiler   the C++ compiler that Inductor would use, or null
-    backend    whether `backend="qtrain"` needs no import of ours
-    problems   list of {"problem", "remedy"}
-    int8       whether any integer matrix product runs here
+    versions       python, torch, triton, and whether that pair of torch and Triton was tested
+    cpu            model, instruction sets, what each int8 product's self-test found, the one in use
+    gpus           name, compute capability (AMD: architecture), whether it has int8 tensor cores (AMD: matrix cores)
+    other_devices  names of accelerators that torch sees and qtrain has no kernels for: mps, xpu
+    compiler       the C++ compiler that Inductor would use, or null
+    backend        whether `backend="qtrain"` needs no import of ours
+    problems       list of {"problem", "remedy"}
+    int8           whether any integer matrix product runs here
 """
 
 from __future__ import annotations

@@ -32,6 +32,11 @@ def healthy(monkeypatch):
     return monkeypatch
 
 
+def test_the_docstring_names_every_key(healthy):
+    named = [line.split()[0] for line in doctor.__doc__.splitlines() if line.startswith("    ")]
+    assert sorted(named) == sorted(doctor.report())
+
+
 def test_a_healthy_machine_has_no_problem(healthy):
     found = doctor.report()
     assert found["problems"] == [] and found["int8"]

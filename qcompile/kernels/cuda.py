@@ -5,14 +5,14 @@
     triton_gluon the same with a step of the tensor cores in flight; not measured unless asked for: it has not run on a GPU yet
     int_mm       torch._int_mm (cuBLASLt, hipBLASLt): int32 out, the rest in passes of its own; 7.5 or newer
 
-Both read a [M, K] and b as b_t [N, K] with contiguous rows. Another layout is copied first: on compute
+All read a [M, K] and b as b_t [N, K], rows contiguous. Another layout is copied first: on compute
 capability 9.0 cuBLASLt has no tensor-core kernel for a row-major b (about 8 times slower), and one copy of
 1-byte codes is far cheaper.
 
 The default is `triton` where it can run. Under `mode="max-autotune"` `int_mm` and every configuration of the
 Triton tables are measured, and the fastest is taken for the bucket of sizes (`qcompile.kernels.autotune`).
-`QTRAIN_CUDA_GEMM=triton|triton_tma|triton_gluon|int_mm` overrides the choice. The integer sum is exact in both up to K = 131,071
-(less with zero points, `max_k`); longer sums are added up in fp32, part by part.
+`QTRAIN_CUDA_GEMM=triton|triton_tma|triton_gluon|int_mm` overrides the choice. The integer sum is exact in all of them up to
+K = 131,071 (less with zero points, `max_k`); longer sums are added up in fp32, part by part.
 """
 
 from __future__ import annotations
