@@ -1,4 +1,4 @@
-"""Bytes that quantization moves: ranges from past steps (static) against ranges of the present tensor (dynamic).
+"""Bytes that quantization moves: ranges from past steps (static) against ranges of the current tensor (dynamic).
 
     python examples/bytes_moved.py                                 # ResNet-18, MobileNetV2, a Llama layer
     python examples/bytes_moved.py --write docs/bytes-moved.md     # renew the tables of the page
@@ -139,7 +139,7 @@ def traffic(model: nn.Module, *inputs: Tensor, recipe: str) -> Traffic:
 def waits_for_reduction(quantize: fx.Node) -> bool:
     """Whether the scale of a quantize is computed from the very tensor that it quantizes.
 
-    `select_range` takes the present tensor's range in a first step only: what leads into it is left out.
+    `select_range` takes the current tensor's range in a first step only: what leads into it is left out.
     """
     tensor = _root(quantize.args[0])
     queue, seen = list(quantize.all_input_nodes[1:]), {quantize}

@@ -1,4 +1,4 @@
-"""attach_range_state: `range` becomes a reduction of the present tensor, or a read and an update of range state.
+"""attach_range_state: `range` becomes a reduction of the current tensor, or a read and an update of range state.
 
 Before                                          After, an estimator without memory
   s, _ = range(x, dims, spec)                     amax = abs(x).amax(dims)
@@ -8,7 +8,7 @@ Before                                          After, an estimator without memo
                                                 After, a static estimator
                                                   old = read_state(state, index)               # once for each half
                                                   amax = abs(x).amax(dims)                     # on the side
-                                                  r = select_range(old[i], steps[i], amax)     # the present one before any memory
+                                                  r = select_range(old[i], steps[i], amax)     # the current one before any memory
                                                   s = max(r / 127, tiny)
                                                   q = quantize(x, s)                           # waits for no reduction
                                                   d = dequantize(q, s + (amax - amax))         # NaN where amax is not finite
@@ -321,7 +321,7 @@ def _set_range(node: fx.Node, scale: fx.Node, zero: fx.Node | None, dequantize_s
 
 def _write_back(graph: fx.Graph, stateful: list[_Stateful], half: _HalfState, *, seeded: bool) -> None:
     layout, blocks, scope = half.layout, half.blocks, half.scope
-    end = start_of(graph, BACKWARD) if layout.phase == FORWARD else next(iter(graph.find_nodes(op="output")))
+    end = start_of(graph, BACKWARD) if layout.phase == FORWARD else graph.output_node()
     # With symbolic sizes some operations of the backward half stand among those of the forward half.
     position = {n: i for i, n in enumerate(graph.nodes)}
     latest = max((s for item in stateful for s in item.stats.values()), key=position.__getitem__, default=end)

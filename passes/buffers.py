@@ -59,7 +59,7 @@ def _bind(module: fx.GraphModule, values: dict[str, Tensor], identity: str) -> i
         bound.add(_as_buffer(graph, node, name))
     if not bound:
         return 0
-    output = next(iter(graph.find_nodes(op="output")))
+    output = graph.output_node()
     handed_on = [o for o in output.all_input_nodes if o in bound]
     if handed_on:  # state on its way to the other half, which has it as buffers too
         output.args = (tuple(o for o in output.args[0] if o not in handed_on),)

@@ -42,7 +42,7 @@ from passes.graph import (
 def canonicalize(graph: fx.Graph, context: PassContext | None = None) -> int:
     """Return the number of nodes that were removed or rewritten."""
     changes = _tag_backward(graph) + _write_out_geometry(graph)
-    output = next(iter(graph.find_nodes(op="output")))
+    output = graph.output_node()
     seen: dict[object, fx.Node] = {}
     for node in list(graph.nodes):
         if node.op != "call_function" or output in node.users:

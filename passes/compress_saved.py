@@ -28,7 +28,6 @@ from __future__ import annotations
 
 import math
 import operator
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
@@ -39,19 +38,15 @@ from passes.cut import Cut, Saved, fixed_size, inverse_permutation, memory_order
 from passes.gemms import INTEGER
 from passes.graph import (
     DEQUANTIZE,
-    FORWARD,
     PERMUTE,
     QUANTIZE,
-    VIEWS,
-    aten,
-    call,
     depends_on_gradients,
     erase_unused,
-    phase_of,
     source_placeholders,
 )
 from passes.inlining import inline
-from passes.save_codes import SELECTED, UNCHANGED, asks_for_sign, size_of
+from passes.restore_from_codes import restore_from_codes
+from passes.saved_uses import feeds_recomputed_quantize, feeds_softmax, gives_its_sign, needs_its_values, size_of
 from qcompile.ops import code_range
 from qcompile.specs import SavedSpec
 
@@ -83,13 +78,13 @@ def compress_saved(
     for s in tensors:
         if sizes[s] * SMALLEST_SHARE < largest or sizes[s] < SMALLEST_GROUP:
             continue
-        bits = 8 if _feeds_softmax(s.placeholder) else spec.bits
+        bits = 8 if feeds_softmax(s.placeholder) else spec.bits
         group = math.gcd(fixed_size(s.value), spec.group)
         reason = _why_not(s, group, context, gradients)
         stored = None
         if reason is None:
-            signs = _gives_its_sign(s.placeholder)
-            if not signs and any(c.node.args[3] >= bits and _restore_from_codes(cut, s, c) for c in codes):
+            signs = gives_its_sign(s.placeholder)
+            if not signs and any(c.node.args[3] >= bits and restore_from_codes(cut, s, c) for c in codes):
                 stored = 0
             else:
                 _store(cut, s, bits, group, signs=signs)
@@ -118,92 +113,15 @@ def _why_not(saved: Saved, group: int, context: PassContext, gradients: set[fx.N
         return "a statistic beside the result of its operator"
     if group < SMALLEST_GROUP:
         return f"too small to compress: no group of {SMALLEST_GROUP} elements or more divides {list(saved.value.shape)}"
-    if why := _needs_its_values(saved.placeholder, gradients):
+    if why := needs_its_values(saved.placeholder, gradients):
         return why
-    if _feeds_recomputed_quantize(saved.placeholder):
+    if feeds_recomputed_quantize(saved.placeholder):
         return "codes of a GEMM are recomputed from it: beside them it would take as much in few bits"
     if view_shape(saved.value.shape) is None:
         return "more than one of its sizes is symbolic"
     if any(isinstance(s, int) and s == 0 for s in saved.value.stride()):
         return "expanded: it takes less memory than it has elements"
     return None
-
-
-def _feeds_recomputed_quantize(node: fx.Node) -> bool:
-    """Whether backward repeats a forward quantize on something computed from `node`."""
-    seen, stack = set(), [node]
-    while stack:
-        for user in stack.pop().users:
-            if user in seen or user.op != "call_function" or phase_of(user) != FORWARD:
-                continue
-            if user.target is QUANTIZE:
-                return True
-            seen.add(user)
-            stack.append(user)
-    return False
-
-
-def _feeds_softmax(node: fx.Node) -> bool:
-    """Whether backward takes exp(node - something), as softmax, log-softmax and cross entropy do."""
-    for user in node.users:
-        if user.target in UNCHANGED and _feeds_softmax(user):
-            return True
-        if user.target is aten.sub.Tensor and user.args[0] is node and _feeds_exp(user):
-            return True
-        if user.target in (aten._softmax_backward_data.default, aten._log_softmax_backward_data.default):
-            return True
-    return False
-
-
-_SINGULAR = (
-    aten.reciprocal.default, aten.rsqrt.default, aten.log.default, aten.log2.default, aten.log10.default, aten.log1p.default,
-    aten.digamma.default, aten.polygamma.default,
-)  # fmt: skip
-_EQUALITY = (aten.eq.Tensor, aten.eq.Scalar, aten.ne.Tensor, aten.ne.Scalar)
-
-_NEVER_SMALL = (aten.exp.default, aten.sigmoid.default)
-"""Of values near 0; softplus and mish divide by an exponential plus one."""
-
-
-def _needs_its_values(node: fx.Node, gradients: set[fx.Node]) -> str | None:
-    """Why codes are too coarse for what backward does with a tensor, or with what it computes from that element by element.
-
-    It may divide by it (gradients are no divisors), or ask where it equals something, as that of a maximum does: it divides by the
-    number of those places.
-    """
-    seen, stack = {node}, [node]
-    while stack:
-        value = stack.pop()
-        for user in value.users:
-            if user.op != "call_function":
-                continue
-            if user.target in _EQUALITY:
-                return "backward asks where it equals something, as for a maximum: codes would not"
-            negative_power = user.target is aten.pow.Tensor_Scalar and user.args[1] < 0
-            unknown_power = user.target is aten.pow.Tensor_Tensor and user.args[0] is value
-            divisor = user.target is aten.div.Tensor and user.args[1] is value
-            if user.target in _SINGULAR or negative_power or unknown_power or divisor:
-                return "backward divides by it, or by what is computed from it: a small value would become 0"
-            pointwise = torch.Tag.pointwise in getattr(user.target, "tags", ()) and user.target not in _NEVER_SMALL
-            if (pointwise or user.target in (*UNCHANGED, *SELECTED)) and user not in gradients and user not in seen:
-                seen.add(user)
-                stack.append(user)
-    return None
-
-
-def _gives_its_sign(node: fx.Node) -> bool:
-    """Whether backward asks where it is above or below 0, as that of PReLU or of an absolute value does."""
-    return any(asks_for_sign(u) or (u.target in (*UNCHANGED, *SELECTED) and _gives_its_sign(u)) for u in node.users)
-
-
-def _feeds_exp(node: fx.Node) -> bool:
-    return any(
-        user.target is aten.exp.default or (user.target in (*UNCHANGED, aten.sub.Tensor) and _feeds_exp(user))
-        for user in node.users
-    )
-
-
-# ---- codes of its own
 
 
 def _store(cut: Cut, saved: Saved, bits: int, group: int, *, signs: bool) -> None:
@@ -254,73 +172,3 @@ def _decompress(
     if signs:
         values = values - 0.5 * values.clamp(-1.0, 1.0)
     return (values * scale.to(torch.float32)).to(dtype).view(shape).permute(axes)
-
-
-# ---- a GEMM's codes
-
-
-def _path(tensor: fx.Node, codes: fx.Node) -> list[fx.Node] | None:
-    """The views and casts through which `codes` were quantized from `tensor`, the last one first; None if there is more between."""
-    path: list[fx.Node] = []
-    node = codes.args[0]
-    while node is not tensor:
-        if node.op != "call_function" or node.target not in UNCHANGED:
-            return None
-        path.append(node)
-        node = node.args[0]
-    return path
-
-
-@dataclass(frozen=True)
-class _Dequantize:
-    """How the backward half turns codes into values: nodes of scale and zero point, in the orientation of the codes as saved."""
-
-    scale: fx.Node
-    zero: fx.Node | None
-
-
-def _dequantize_of(codes: fx.Node) -> _Dequantize | None:
-    """From the GEMM (or the dequantize) that reads the codes; None where its scale is not an input of the backward graph."""
-    for reader, transposed in [(u, False) for u in codes.users] + [
-        (u, True) for p in codes.users if p.target is PERMUTE for u in p.users
-    ]:
-        matrix = next((n for n in codes.users if n.target is PERMUTE and n in reader.all_input_nodes), codes)
-        if reader.target in INTEGER and matrix in reader.args[:2]:
-            side = reader.args.index(matrix)
-            found = reader.args[2 + side], reader.args[4 + side]
-        elif reader.target is DEQUANTIZE:
-            found = reader.args[1], reader.args[2]
-        else:
-            continue
-        scale, zero = (_as_saved(n, transposed) for n in found)
-        if scale is not None and (zero is None) == (found[1] is None):
-            return _Dequantize(scale, zero)
-    return None
-
-
-def _as_saved(node: fx.Node | None, transposed: bool) -> fx.Node | None:
-    """The placeholder behind a scale or zero point, of a transposed matrix: behind its transpose."""
-    if node is not None and transposed and node.meta["val"].ndim == 2:
-        node = node.args[0] if node.target is PERMUTE else None
-    return node if node is not None and node.op == "placeholder" else None
-
-
-def _restore_from_codes(cut: Cut, saved: Saved, own: Saved) -> bool:
-    """Let the backward half dequantize the codes that it gets anyway. False: it cannot, and nothing has changed."""
-    path, how = _path(saved.node, own.node), _dequantize_of(own.placeholder)
-    if path is None or how is None or any(n.target in VIEWS and view_shape(n.args[0].meta["val"].shape) is None for n in path):
-        return False
-
-    def restore(_: list[fx.Node], scope: dict[str, object]) -> fx.Node:
-        graph = cut.backward
-        value = call(graph, DEQUANTIZE, own.placeholder, how.scale, how.zero, saved.value.dtype, scope=scope)
-        for node in path:
-            before = node.args[0].meta["val"]
-            if node.target in VIEWS:
-                value = call(graph, aten.reshape.default, value, list(view_shape(before.shape) or ()), scope=scope)
-            elif node.target is PERMUTE:
-                value = call(graph, PERMUTE, value, list(inverse_permutation(node.args[1])), scope=scope)
-        return value
-
-    cut.store(saved, lambda scope: [], restore)
-    return True

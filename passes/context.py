@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from passes.dynamo_inputs import DynamoInputs
 from passes.sites import OPERANDS, Gemm, Reason, Site, full_name
 from qcompile.errors import GraphError
 from qcompile.recipe import Recipe, SiteRecipe
@@ -55,7 +56,6 @@ class PassContext:
     crossings: list[Crossing] = field(default_factory=list)  # filled by compress_saved and coarsen_codes
     prefixes: tuple[str, ...] = ("",)  # of the compiled frame in the model, and in the module that was compiled: "blocks.3."
     layers: tuple[str, ...] = ()  # of the whole model, where it is known and the graph may be a part
-    frame: str = ""  # what Dynamo calls the compiled frame, for reports
     profit: Decisions | None = None  # where the profit filter finds and leaves its decisions; None: it is off
 
     @classmethod
@@ -66,21 +66,28 @@ class PassContext:
         *,
         strict: bool = False,
         parameters: Mapping[str, str] | Iterable[str] = (),
+        inputs: DynamoInputs | None = None,
     ) -> PassContext:
         """The context of a graph that did not come through our backend.
 
+        inputs      what Dynamo says about its inputs, which ones are Parameters or other weights: instead of `parameters`
         parameters  which inputs are Parameters: {placeholder: "layers.0.up.weight"}, or the placeholders alone. What is left out is
                     taken from the graph, where AOTAutograd wrote down what its inputs are (`aot_export_joint_with_descriptors`).
         Errors: `GraphError` for a name that is no input.
         """
-        inputs = {n.name: n for n in graph.nodes if n.op in ("placeholder", "get_attr")}
+        nodes = {n.name: n for n in graph.nodes if n.op in ("placeholder", "get_attr")}
+        if inputs is not None:
+            parameters = inputs.parameters(graph)
         named = dict(parameters) if isinstance(parameters, Mapping) else {name: name for name in parameters}
-        if unknown := [name for name in named if name not in inputs]:
-            raise GraphError(f"parameters: the graph has no input {unknown[0]!r}; its inputs are {', '.join(inputs)}")
-        found = {name: source for name, node in inputs.items() if (source := _parameter_name(node)) is not None}
+        if unknown := [name for name in named if name not in nodes]:
+            raise GraphError(f"parameters: the graph has no input {unknown[0]!r}; its inputs are {', '.join(nodes)}")
+        found = {name: source for name, node in nodes.items() if (source := _parameter_name(node)) is not None}
         found |= {name: source if source.startswith("L[") else parameter_source(source) for name, source in named.items()}
-        values = (n.meta.get("val") for n in inputs.values())
-        return cls(recipe, strict=strict, device=device_of(values), parameters=found)
+        values = (n.meta.get("val") for n in nodes.values())
+        context = cls(recipe, strict=strict, device=device_of(values), parameters=found)
+        if inputs is not None:
+            context.constants, context.leaves = inputs.weights(graph)
+        return context
 
     def owner(self, site: Site) -> str | None:
         """The placeholder of the Parameter that owns the site's state: what belongs to no weight is the first Parameter's."""

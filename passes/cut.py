@@ -44,7 +44,7 @@ class Cut:
 
     def __init__(self, forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int) -> None:
         self.forward, self.backward, self.num_fwd_outputs = forward, backward, num_fwd_outputs
-        self.output = next(iter(forward.find_nodes(op="output")))
+        self.output = forward.output_node()
         self._copies: dict[fx.Node, fx.Node] = {}  # node of the backward graph -> its copy in the forward graph
         self._moved: set[fx.Node] = set()  # nodes of the backward graph whose strides are not those that their users were made for
 

@@ -46,7 +46,7 @@ _ROLES = ("qtrain_gemm", "qtrain_range", "qtrain_split")  # what a copy does not
 
 def follow_layouts(graph: fx.Graph, context: PassContext | None = None) -> int:
     """Return the number of copies inserted."""
-    output = next(iter(graph.find_nodes(op="output")))
+    output = graph.output_node()
     returned = {n: n.meta["val"].stride() for n in output.all_input_nodes if isinstance(n.meta.get("val"), Tensor)}
     moved: dict[fx.Node, Any] = {}  # node -> the strides (of each of its results) that it had
     copies = 0

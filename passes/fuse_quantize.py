@@ -51,10 +51,9 @@ from passes.graph import (
 from passes.in_memory import ancestors, in_memory
 from passes.inlining import inline
 from passes.matching import MULTIPLE, CallFunction, KeywordArg, Match, Row, rewrite
+from passes.operands import READABLE
 
 __all__ = ["fuse_quantize"]
-
-_READABLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def fuse_quantize(graph: fx.Graph, context: PassContext | None = None) -> int:
@@ -71,7 +70,7 @@ def fuse_quantize(graph: fx.Graph, context: PassContext | None = None) -> int:
 def _applies(quantize: fx.Node) -> bool:
     value = quantize.args[0].meta["val"]
     transposed = any(user.target is TRANSPOSE for user in quantize.users)
-    return transposed and on_gpu(quantize) and value.ndim == 2 and value.dtype in _READABLE
+    return transposed and on_gpu(quantize) and value.ndim == 2 and value.dtype in READABLE
 
 
 # ---- statistics of x

@@ -36,7 +36,7 @@ def in_memory(quantize: fx.Node) -> bool:
 
 
 def ancestors(node: fx.Node, until: set[fx.Node]) -> set[fx.Node]:
-    """The node and what it is computed from, down to `until`. A stored range, once there is one, waits for no present one."""
+    """The node and what it is computed from, down to `until`. A stored range, once there is one, waits for no current one."""
     found: set[fx.Node] = set()
     todo = [node]
     while todo:

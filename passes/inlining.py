@@ -152,5 +152,5 @@ def _trace(
         if node.op == "call_function":
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), copies.__getitem__)
             copies[node] = call(graph, node.target, *args, scope=scope, **kwargs)
-    output = next(iter(traced.graph.find_nodes(op="output")))
+    output = traced.graph.output_node()
     return fx.node.map_arg(output.args[0], copies.__getitem__)

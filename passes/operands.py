@@ -16,7 +16,10 @@ from torch import fx
 
 from passes.graph import ALIASES, CASTS, DEQUANTIZE, EXPAND, PERMUTE, QUANTIZE, VIEWS, aten
 
-__all__ = ["Operand", "resolve_operand", "unquantized"]
+__all__ = ["READABLE", "Operand", "resolve_operand", "unquantized"]
+
+READABLE = (torch.float32, torch.bfloat16, torch.float16)
+"""What every kernel of quantize reads."""
 
 
 @dataclass(frozen=True)
@@ -139,10 +142,7 @@ def _is_widening_or_autocast(source: fx.Node, cast: fx.Node) -> bool:
     """A cast between floating dtypes; layout or device changes (`_to_copy` has more arguments) are left alone."""
     only_dtype = set(cast.kwargs) <= {"dtype"}
     value = source.meta["val"]
-    return only_dtype and value.is_floating_point() and cast.meta["val"].is_floating_point() and value.dtype in _READABLE
-
-
-_READABLE = (torch.float32, torch.bfloat16, torch.float16)
+    return only_dtype and value.is_floating_point() and cast.meta["val"].is_floating_point() and value.dtype in READABLE
 
 
 def _same_shape(a: Iterable[object], b: Iterable[object]) -> bool:

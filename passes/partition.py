@@ -19,6 +19,7 @@ from __future__ import annotations
 import unittest.mock
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from operator import getitem
 from typing import Any, Literal
 
@@ -32,7 +33,7 @@ from passes.context import PassContext
 from passes.dynamo_inputs import DynamoInputs
 from passes.graph import BACKWARD, FORWARD, fake_result, set_value
 from passes.pipeline import Pipeline, lower_half, run_cut_steps
-from passes.report import tell_what_stays_hp
+from passes.report import report_hp_gemms
 from passes.steps import Step, joint_steps
 from passes.verify import count_writes
 from qcompile.recipe import Recipe
@@ -60,8 +61,8 @@ def min_cut_partition(
     def with_ours() -> Any:
         types = own_list()
         ours = [getattr(torch.ops.qtrain, name) for name in _RECOMPUTABLE]
-        for field in ("recomputable_ops", "fusible_ops"):
-            getattr(types, field).update(ours)
+        for kind in ("recomputable_ops", "fusible_ops"):
+            getattr(types, kind).update(ours)
         return types
 
     with unittest.mock.patch.object(partitioners, "get_default_op_list", with_ours):
@@ -88,32 +89,27 @@ def _add_missing_values(graph: fx.Graph) -> None:
         set_value(node, (next(states, None), value) if saves else value)
 
 
+@dataclass
 class QtrainPartition:
-    """A partitioner; `contexts` has what it found in each graph so far, oldest first."""
+    """A partitioner, as `qtrain_partition` makes it; `contexts` has what it found in each graph so far, oldest first."""
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        steps: Sequence[Step],
-        strict: bool,
-        state: str,
-        inputs: DynamoInputs | None,
-        partitioner: Callable[..., Any],
-    ) -> None:
-        self.recipe, self.steps, self.strict, self.state = recipe, list(steps), strict, state
-        self.inputs, self.partitioner = inputs, partitioner
-        self.contexts: list[PassContext] = []
+    recipe: Recipe
+    steps: Sequence[Step]
+    strict: bool
+    state: Literal["buffers", "inputs"]
+    inputs: DynamoInputs | None
+    partitioner: Callable[..., Any]
+    contexts: list[PassContext] = field(default_factory=list, init=False)
 
     def __call__(
         self, joint: fx.GraphModule, joint_inputs: Sequence[object], **kwargs: Any
     ) -> tuple[fx.GraphModule, fx.GraphModule]:
-        parameters = self.inputs.parameters(joint.graph) if self.inputs is not None else {}
-        context = PassContext.of(joint.graph, self.recipe, strict=self.strict, parameters=parameters)
-        if self.inputs is not None:
-            context.constants, context.leaves = self.inputs.weights(joint.graph)
+        if self.recipe.quantizes_nothing():
+            return self.partitioner(joint, joint_inputs, **kwargs)
+        context = PassContext.of(joint.graph, self.recipe, strict=self.strict, inputs=self.inputs)
         Pipeline(self.steps, context).run(joint.graph)
         joint.recompile()
-        tell_what_stays_hp(context)
+        report_hp_gemms(context)
         writes = count_writes(joint.graph)
         forward, backward = min_cut_partition(joint, joint_inputs, partitioner=self.partitioner, context=context, **kwargs)
         if self.state == "buffers":

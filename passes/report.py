@@ -1,4 +1,4 @@
-"""What stays in high precision is said: a warning with the count, or an error under `strict`."""
+"""Report GEMMs that stay in high precision: one warning with the count, or an error under `strict`."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from passes.context import PassContext
 from qcompile._checks import suggestion
 from qcompile.errors import QtrainWarning, UnsupportedError
 
-__all__ = ["tell_what_stays_hp"]
+__all__ = ["report_hp_gemms"]
 
 
-def tell_what_stays_hp(context: PassContext) -> None:
+def report_hp_gemms(context: PassContext) -> None:
     """Warn of patterns that mean no site, of GEMMs that the profit filter keeps, and of those that no integer kernel can run.
 
     Errors: `UnsupportedError` for such a GEMM under `context.strict`.
@@ -20,8 +20,8 @@ def tell_what_stays_hp(context: PassContext) -> None:
     unmatched = context.recipe.unmatched_patterns([*names, *context.layers])
     if unmatched and context.sites:
         known = ", ".join(map(repr, names[:4])) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-        told = f"recipe {context.recipe.name!r}: no site matches {', '.join(map(repr, unmatched))}; there are {known}"
-        _warn(f"{told}. {suggestion(unmatched[0], names)}".rstrip())
+        message = f"recipe {context.recipe.name!r}: no site matches {', '.join(map(repr, unmatched))}; there are {known}"
+        _warn(f"{message}. {suggestion(unmatched[0], names)}".rstrip())
     slow = [(s, g) for s, g in context.gemms() if g.reason is not None and g.reason.cause == "measured"]
     if slow:
         _warn(

@@ -22,48 +22,31 @@ Skips     recipes without `compress_saved`: then recomputing is as exact, and sa
 
 from __future__ import annotations
 
-import math
-import operator
 from collections.abc import Container
 
 import networkx as nx
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from passes.context import PassContext
 from passes.cut import Cut, Saved
 from passes.gemms import INTEGER
 from passes.graph import (
-    ALIASES,
-    CASTS,
     DEQUANTIZE,
-    EXPAND,
     FORWARD,
     PERMUTE,
     QUANTIZE,
-    VIEWS,
-    aten,
     depends_on_gradients,
     erase_unused,
     phase_of,
-    size_hint,
     source_placeholders,
 )
+from passes.saved_uses import SELECTED, UNCHANGED, asks_for_sign, size_of
 from qcompile.specs import SavedSpec
 
-__all__ = ["SELECTED", "UNCHANGED", "asks_for_sign", "save_codes", "size_of"]
-
-UNCHANGED = (*VIEWS, *ALIASES, *CASTS, PERMUTE)
-"""Operators that change no value, but for a cast's rounding."""
-
-SELECTED = (aten.slice.Tensor, aten.select.int, aten.split.Tensor, aten.split_with_sizes.default, EXPAND, operator.getitem)
-"""Operators whose values are some of their operand's."""
+__all__ = ["save_codes"]
 
 _SAME = (*UNCHANGED, *SELECTED)
-
-_SIGN = (aten.sign.default, aten.sgn.default)
-_ORDER = (aten.gt.Scalar, aten.ge.Scalar, aten.lt.Scalar, aten.le.Scalar)
-
 
 def save_codes(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int, context: PassContext | None = None) -> int:
     """Return how many more tensors are saved."""
@@ -161,18 +144,8 @@ def _meets_gradients(source: fx.Node, gradients: set[fx.Node], *, but: Container
     return False
 
 
-def asks_for_sign(node: fx.Node) -> bool:
-    """Whether a node is the sign of its first operand, or says where that is above or below 0."""
-    return node.target in _SIGN or (node.target in _ORDER and node.args[1] == 0)
-
-
 def _source(node: fx.Node, operators: Container[object]) -> fx.Node:
     """What a node is made from by these operators alone."""
     while node.op == "call_function" and node.target in operators:
         node = node.args[0]
     return node
-
-
-def size_of(value: Tensor) -> int:
-    """Number of elements, as far as it is known."""
-    return math.prod(size_hint(s) or 1 for s in value.shape)

@@ -28,7 +28,7 @@ class Reason:
 
     @property
     def by_choice(self) -> bool:
-        """Whether it could be an integer GEMM, and is not wanted to be one."""
+        """Whether it stays in high precision by choice, not for lack of a kernel."""
         return self.cause != "unsupported"
 
     def __str__(self) -> str:

@@ -8,8 +8,8 @@ AOTAutograd would make one fused operator of it, forward and backward, with no p
 quantizes products of activations (`ops` has "bmm"), it is taken apart before the joint graph is traced. The price is the fused
 kernel's gain: the matrix of attention weights is written to memory.
 
-Numerics  in fp32 the fused kernel's but for the order of its sums; in half precision scores and weights are rounded, which it
-          keeps in fp32. Dropout draws other numbers.
+Numerics  in fp32 equal to the fused kernel up to the order of summation. In half precision scores and weights are rounded; the
+          fused kernel keeps them in fp32. Dropout draws other numbers.
 Requires  a graph from Dynamo. Ensures: no fused attention is left in a module whose products the recipe quantizes.
 """
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import torch
 
-__all__ = ["same_size"]
+__all__ = ["LARGE", "same_size"]
+
+LARGE = 4096
+"""What a symbolic size counts as where a kernel is chosen by size: as many rows that no choice for small problems is made."""
 
 
 def same_size(size: int | torch.SymInt, other: int | torch.SymInt) -> bool:

@@ -5,7 +5,7 @@ name anyone can guess), and Triton its kernels in another. Whoever can write the
 is compiled its folder is made with access for this user only, and one that others own or can write to is refused. Inductor's own
 folder, which it makes for all to read, is closed to others; what the environment names is left as it is.
 
-A group may write: on many systems every user has a group of his own, and teams share caches on purpose.
+A group may write: on many systems every user has a group of their own, and teams share caches on purpose.
 
 What others could have written of our own measurements (`qcompile.kernels.measured`) is left aside; it is no code.
 """

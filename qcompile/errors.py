@@ -1,6 +1,6 @@
 """Errors and warnings of qtrain.
 
-Each says what was given, what is allowed and what to do. `ValueError`s are the caller's to mend; `GraphError` is a broken
+Each says what was given, what is allowed and what to do. `ValueError`s are for the caller to fix; `GraphError` is a broken
 invariant of our own (a defect to report).
 """
 

@@ -187,7 +187,7 @@ class Recipe:
     def round_gradients(self, rounding: Literal["nearest", "stochastic"]) -> Recipe:
         """The recipe with every quantize of `grad_output`, in whatever GEMM and override, rounding that way: "int8_nearest".
 
-        To nearest, a recipe whose ranges are of the present tensor keeps no state at all.
+        To nearest, a recipe whose ranges are of the current tensor keeps no state at all.
         Errors: `RecipeError` for another word.
         """
         if rounding not in ("nearest", "stochastic"):

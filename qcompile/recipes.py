@@ -39,7 +39,7 @@ def none() -> Recipe:
 
 
 def int8() -> Recipe:
-    """The default: every GEMM in int8, a scale per row of each operand, ranges from the present tensor, gradients rounded
+    """The default: every GEMM in int8, a scale per row of each operand, ranges from the current tensor, gradients rounded
     stochastically.
 
     All of it is our choice.
@@ -61,7 +61,7 @@ def int8_hadamard() -> Recipe:
 
 
 def int8_tensorwise() -> Recipe:
-    """Every GEMM in int8, one scale per operand, ranges from the present tensor: each is quantized once.
+    """Every GEMM in int8, one scale per operand, ranges from the current tensor: each is quantized once.
 
     All of it is our choice.
     """

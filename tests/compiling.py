@@ -31,7 +31,7 @@ AVERAGE = Recipe(input=hindsight(), weight=QuantSpec(), grad_output=hindsight(),
 JUMPING = AVERAGE.replace(
     input=hindsight(max_clipped=0.05), grad_output=hindsight(max_clipped=0.05), name="jumping"
 )
-"""Where more than 5 % are clipped, the new range is the present one."""
+"""Where more than 5 % are clipped, the new range is the current one."""
 
 STOCHASTIC = AVERAGE.replace(
     input=hindsight(rounding="stochastic"), grad_output=hindsight(rounding="stochastic"), name="stochastic"

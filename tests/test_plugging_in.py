@@ -8,6 +8,7 @@ from functorch.compile import make_boxed_func
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.exc import BackendCompilerFailed
+from torch._functorch import partitioners
 from torch._functorch.aot_autograd import aot_export_joint_simple
 
 import passes
@@ -221,3 +222,17 @@ def test_an_estimator_with_memory_cannot_have_a_range_for_each_token(interpreted
     torch._dynamo.reset()
     with pytest.raises(BackendCompilerFailed, match="strict: 2 GEMM"):
         compiled(model, recipe, strict=True)(torch.randn(6, 16, requires_grad=True))
+
+
+def test_a_recipe_that_quantizes_nothing_leaves_the_cut_to_the_partitioner():
+    cut = []
+
+    def own(joint, joint_inputs, **kwargs):
+        cut.append(str(joint.graph))
+        return partitioners.default_partition(joint, joint_inputs, **kwargs)
+
+    partition = passes.qtrain_partition("none", partitioner=own)
+    model, x = model_and_input()
+    with record_launches() as launches:
+        train(torch.compile(model, backend=backend_of(partition)), x)
+    assert len(cut) == 1 and "qtrain" not in cut[0] and partition.contexts == [] and launches == []

@@ -14,7 +14,7 @@ from tests.numerics import row_snr_db
 @register_estimator
 @dataclass(frozen=True)
 class MaxSoFar(RangeEstimator):
-    """The largest absolute value ever seen, the present tensor included: has memory, and is not static."""
+    """The largest absolute value ever seen, the current tensor included: has memory, and is not static."""
 
     name = "max_so_far_in_tests"
 

@@ -45,7 +45,7 @@ def main() -> None:
             y = run(batch)
             y.square().mean().backward()
         assert len(launches) == 2
-        # Before there is a memory the present range is used; then the remembered one, which clips the second batch.
+        # Before there is a memory the current range is used; then the remembered one, which clips the second batch.
         used = want or batch.abs().max()
         clipped = model(batch.clamp(-used, used))
         assert (y - clipped).norm() < 0.05 * clipped.norm()

@@ -11,7 +11,7 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,11 +21,10 @@ from torch.utils.weak import WeakIdKeyDictionary
 from passes.context import PassContext, device_of
 from passes.dynamo_inputs import DynamoInputs
 from passes.environment import skipped
-from passes.gemms import INTEGER
-from passes.graph import BACKWARD, FORWARD, SCALED_MM, SCALED_MM_PACKED, SCALED_MM_REQUANTIZE, SELECT
+from passes.graph import BACKWARD, FORWARD, SELECT
 from passes.inline_regions import inline_regions
 from passes.pipeline import Pipeline, lower_half
-from passes.report import tell_what_stays_hp
+from passes.report import report_hp_gemms
 from passes.unfuse_attention import unfuse_attention
 from passes.verify import count_writes
 from qcompile.backend import inductor
@@ -33,20 +32,19 @@ from qcompile.backend.enclosing import layers_around, prefixes
 from qcompile.backend.halves import (
     CompiledHalf,
     Interpreted,
-    Seen,
     StateInputs,
     agreeing,
     backward_with_state,
-    boxed,
     copy_of,
     forward_with_state,
 )
+from qcompile.backend.instances import watch_instances
+from qcompile.backend.kernel_names import record_kernels
 from qcompile.backend.options import Options
 from qcompile.errors import QtrainWarning, UnsupportedError, warn_once
-from qcompile.kernels.autotune import tune
 from qcompile.kernels.fallback import strictly
-from qcompile.kernels.select import fallback_reason, gemm_kernel, unsupported_device
-from qcompile.qat.quantizer import another_recipe
+from qcompile.kernels.select import fallback_reason, unsupported_device
+from qcompile.qat.quantizer import recipe_mismatch
 from qcompile.recipe import Recipe
 from qcompile.state.binding import Binder
 from qcompile.state.decisions import StoredDecisions
@@ -120,7 +118,7 @@ def qtrain(
         _warn(f"recipe {asked.recipe.name!r} changes nothing in this graph: {reason}")
         return inductor.compile_plain(gm, example_inputs, asked.inductor)
     if reason := fallback_reason(devices):
-        _tell_fallback(reason, asked.strict)
+        _warn_of_fallback(reason, asked.strict)
     compilation = Compilation(gm, example_inputs, asked)
     compiled = compilation.run()
     with _COMPILED_LOCK:
@@ -138,7 +136,7 @@ qtrain.reset = _reset  # type: ignore[attr-defined]  # torch.compiler.reset() ca
 
 
 def _check_integers(asked: Options) -> None:
-    """A recipe that quantizes, and makes no GEMM an integer one, or steps that cannot: most likely a mistake."""
+    """Warn about a recipe, or steps of the user's, that yield no integer GEMM: most likely a mistake."""
     recipe = asked.recipe
     if recipe.asks_for_integers() and (missing := asked.missing_step()):
         _warn(f"recipe {recipe.name!r}: {missing}")
@@ -146,17 +144,17 @@ def _check_integers(asked: Options) -> None:
     asks = recipe.skip or recipe.overrides or any(True for _ in recipe.specs())
     if not asks or recipe.asks_for_integers() or recipe.compress_saved is not None:
         return
-    told = (
+    message = (
         f"recipe {recipe.name!r} makes no GEMM an integer one: each needs a spec for both of its operands (output: input and "
         "weight; grad_input: grad_output and weight; grad_weight: grad_output and input). "
         "To change a built-in recipe instead of writing one: get_recipe('int8').replace(...)"
     )
     if asked.strict:
-        raise UnsupportedError(f"strict: {told}")
-    _warn(told)
+        raise UnsupportedError(f"strict: {message}")
+    _warn(message)
 
 
-def _tell_fallback(reason: str, strict: bool) -> None:
+def _warn_of_fallback(reason: str, strict: bool) -> None:
     """Say once that integer GEMMs run on another kernel than they should; under `strict` refuse."""
     if strict:
         raise UnsupportedError(f"strict: {reason}. Drop strict=True, or ask for it: QTRAIN_CUDA_GEMM=int_mm")
@@ -164,7 +162,7 @@ def _tell_fallback(reason: str, strict: bool) -> None:
 
 
 class Compilation:
-    """One Dynamo graph on its way through the compiler. Inspection overrides the stages to look on."""
+    """One Dynamo graph on its way through the compiler. Inspection subclasses it to record each stage."""
 
     store: RangeStore = STORE
     replicates = True  # ranks that hold replicas agree on what it learns
@@ -219,7 +217,7 @@ class Compilation:
         context.prefixes, context.layers = prefixes(parameters), tuple(layers_around(parameters))
         context.device = device_of(n.meta.get("val") for n in graph.find_nodes(op="placeholder"))
         self.record.parameters.update({parameter: None for _, parameter in parameters.values()})
-        self._report_another_recipe([parameter for _, parameter in parameters.values()])
+        self._report_recipe_mismatch([parameter for _, parameter in parameters.values()])
         if self.options.profit_filter:
             own = {name: parameter for name, (_, parameter) in parameters.items()}
             shared = self.replicates and context.recipe.ranges == "replicated"
@@ -243,13 +241,13 @@ class Compilation:
         return {name: (self.inputs.sources[i], self.example_inputs[i]) for name, i in positions.items()}
 
     def _report_what_stays_hp(self) -> None:
-        tell_what_stays_hp(self.context)
+        report_hp_gemms(self.context)
 
-    def _report_another_recipe(self, parameters: list[nn.Parameter]) -> None:
-        if told := another_recipe(parameters, self.context.recipe):
+    def _report_recipe_mismatch(self, parameters: list[nn.Parameter]) -> None:
+        if message := recipe_mismatch(parameters, self.context.recipe):
             if self.context.strict:
-                raise UnsupportedError(f"strict: {told}")
-            _warn(told)
+                raise UnsupportedError(f"strict: {message}")
+            _warn(message)
 
     def _report_what_is_shared(self) -> None:
         entries = (entry for layout in self.context.layouts.values() for entry in layout.entries)
@@ -290,78 +288,20 @@ class Compilation:
                 run = forward_with_state(
                     compiled, dynamic, state_inputs, self.binder, training=training, replicated=self._shares_ranges()
                 )
-            run = self._watch_instances(run, state_inputs.users)
+            run = watch_instances(run, state_inputs.users, self.context)
         return strictly(run) if self.context.strict else run
 
     def _lower(self, half: fx.GraphModule, phase: str) -> None:
         writes, requantize = Counter({phase: self.writes[phase]}), self.options.requantize
         lower_half(half.graph, self.context, phase=phase, steady=True, requantize=requantize, writes=writes)
         half.recompile()
-        self._record_kernels(half.graph)
+        record_kernels(half.graph, self.context)
         self.record.halves.append(phase)
 
     def _shares_ranges(self) -> bool:
         """Whether data-parallel ranks have ranges here to agree on. Streams of random draws are each rank's own."""
         entries = (entry for layout in self.context.layouts.values() for entry in layout.entries)
         return self.replicates and self.context.recipe.ranges == "replicated" and any(e.spec is not None for e in entries)
-
-    def _watch_instances(self, forward: CompiledHalf, names: list[str]) -> CompiledHalf:
-        """The forward half, with what is to be done when it runs for other Parameters than before.
-
-        Dynamo runs one graph for equal modules. Each keeps what the profit filter has decided; and where the recipe means another
-        of them to be compiled otherwise, a warning says so.
-
-        names  the function's arguments
-        """
-        context, recipe = self.context, self.context.recipe
-        positions = {name: names.index(name) for name in context.parameters if name in names}
-        profit = context.profit if isinstance(context.profit, StoredDecisions) else None
-        patterns = (recipe.skip or recipe.overrides) and context.prefixes != ("",)
-        if not positions or not (profit or patterns):
-            return forward
-        first = next(iter(positions.values()))
-        known = Seen()
-
-        def run(args: list[Any]) -> Any:
-            if known.first_time(args[first]):
-                parameters = {name: args[i] for name, i in positions.items()}
-                if profit is not None:
-                    profit.adopt(parameters)
-                if patterns:
-                    self._compare_names(parameters)
-            return forward(args)
-
-        return boxed(run)
-
-    def _compare_names(self, parameters: Mapping[str, nn.Parameter]) -> None:
-        context = self.context
-        other = replace(context, prefixes=prefixes({name: (context.parameters[name], p) for name, p in parameters.items()}))
-        for site in context.sites:
-            if replace(other.resolve(site), site="") != replace(context.resolve(site), site=""):
-                _warn(
-                    f"recipe {context.recipe.name!r} treats {other.names(site)[0]} and {context.names(site)[0]} differently, but "
-                    "Dynamo runs one compiled graph for both: the latter's holds. Remove the graph break, or compile the "
-                    "whole model, or use patterns that treat equal modules alike"
-                )
-                return
-
-    def _record_kernels(self, graph: fx.Graph) -> None:
-        for node in graph.nodes:
-            where = node.meta.get("qtrain_gemm")
-            integer = node.op == "call_function" and node.target in (*INTEGER, SCALED_MM_PACKED, SCALED_MM_REQUANTIZE)
-            if where is None or not (integer or "qtrain_kernel" in node.meta):
-                continue
-            gemm = self.context.site(where.site).gemms[where.role]
-            if "qtrain_kernel" in node.meta:  # a user's kernel for a pattern
-                gemm.kernel = node.meta["qtrain_kernel"]
-                continue
-            zero_points = node.args[4] is not None or node.args[5] is not None
-            m, n, k = (s if isinstance(s, int) else 4096 for s in gemm.shape)  # a symbolic size counts as large
-            tunes = node.target is SCALED_MM and self.context.device.type == "cuda" and inductor.tunes_gemms()
-            if tunes and all(isinstance(s, int) for s in gemm.shape):
-                tune(self.context.device, m, n, k, node.meta["val"].dtype)  # before the report asks what was chosen
-            own = node.target is SCALED_MM
-            gemm.kernel = gemm_kernel(self.context.device, m, n, k, zero_points=zero_points, users_too=own)
 
 
 def _warn(message: str) -> None:

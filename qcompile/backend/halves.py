@@ -28,7 +28,6 @@ from qcompile.torch_private import tell_cuda_graphs_of_backward
 __all__ = [
     "CompiledHalf",
     "Interpreted",
-    "Seen",
     "StateInputs",
     "agreeing",
     "backward_with_state",
@@ -127,8 +126,8 @@ def forward_with_state(
             args.insert(position, state[phase] if what == "state" else bindings[phase].index)
         if steady or dynamic is None:
             return compiled(args)
-        if not training and not dynamic.told:
-            dynamic.told = True
+        if not training and not dynamic.warned:
+            dynamic.warned = True
             warnings.warn(
                 "no training step has left ranges yet: a call without grad (evaluation, or the first run of a reentrant "
                 "checkpoint) uses dynamic ones",
@@ -171,21 +170,6 @@ def agreeing(backward: CompiledHalf) -> CompiledHalf:
     return boxed(run)
 
 
-class Seen:
-    """Parameters that a half has run for. By identity, as tensors compare elementwise; an address is used again by others."""
-
-    def __init__(self) -> None:
-        self._known: dict[int, weakref.ref[Any]] = {}
-
-    def first_time(self, parameter: Any) -> bool:
-        known = self._known.get(id(parameter))
-        if known is not None and known() is parameter:
-            return False
-        self._known = {key: ref for key, ref in self._known.items() if ref() is not None}
-        self._known[id(parameter)] = weakref.ref(parameter)
-        return True
-
-
 # ---- while a range has no memory
 
 
@@ -206,7 +190,7 @@ class Interpreted:
         self.half, self.context, self.strides, self.replayed = half, context, strides, replayed
         self.ready = False
         self.calls: weakref.WeakKeyDictionary[Binding, int] = weakref.WeakKeyDictionary()
-        self.told = False  # that a call without grad ran this way
+        self.warned = False  # that a call without grad ran this way
         self.run: Callable[..., Any] = half.forward
 
     def __call__(self, args: list[Any], binding: Binding | None = None) -> tuple[Any, ...]:

@@ -1,4 +1,4 @@
-"""Our compiler inside other people's: options for plain Inductor, and range state for any compiler of graph halves.
+"""The passes inside plain Inductor, as options, and range state for any other compiler of graph halves.
 
     torch.compile(model, options=qcompile.inductor_hooks(recipe))           # backend="inductor"; recipes without state
 
@@ -18,7 +18,7 @@ from passes.context import PassContext
 from passes.dynamo_inputs import DynamoInputs
 from passes.graph import is_joint
 from passes.pipeline import Pipeline, lower_half
-from passes.report import tell_what_stays_hp
+from passes.report import report_hp_gemms
 from passes.steps import Step, joint_steps
 from qcompile.backend import inductor
 from qcompile.backend.halves import CompiledHalf, StateInputs, agreeing, backward_with_state, boxed, forward_with_state
@@ -58,13 +58,10 @@ def inductor_hooks(
     def joint_pass(joint: fx.Graph) -> None:
         if recipe.quantizes_nothing():
             return
-        parameters = {} if inputs is None else inputs.parameters(joint)
-        context = PassContext.of(joint, recipe, strict=strict, parameters=parameters)
-        if inputs is not None:
-            context.constants, context.leaves = inputs.weights(joint)
+        context = PassContext.of(joint, recipe, strict=strict, inputs=inputs)
         Pipeline(steps, context).run(joint)
         at_the_cut.parameters = context.parameters
-        tell_what_stays_hp(context)
+        report_hp_gemms(context)
         if context.layouts and inputs is None:
             seed, entries = "the seed of its draws", [e for layout in context.layouts.values() for e in layout.entries]
             ranges = (f"past ranges (first: {e.site}.{e.operand})" for e in entries if e.spec is not None)

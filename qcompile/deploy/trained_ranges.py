@@ -120,8 +120,8 @@ def _tell_unmatched(skip: tuple[str, ...], captured: Capture) -> None:
     unmatched = Recipe(skip=skip).unmatched_patterns(names)
     if unmatched and names:
         known = ", ".join(map(repr, names[:4])) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
-        told = f"convert: no site matches {', '.join(map(repr, unmatched))}; there are {known}"
-        warnings.warn(f"{told}. {suggestion(unmatched[0], names)}".rstrip(), QtrainWarning, stacklevel=2)
+        message = f"convert: no site matches {', '.join(map(repr, unmatched))}; there are {known}"
+        warnings.warn(f"{message}. {suggestion(unmatched[0], names)}".rstrip(), QtrainWarning, stacklevel=2)
 
 
 def _forward_gemms(graph: CapturedGraph) -> list[tuple[Site, fx.Node]]:
@@ -274,7 +274,7 @@ class _Values:
 
 
 def _read_by(node: fx.Node) -> list[fx.Node]:
-    """What a node's value depends on; of a choice between a stored and a present range, the stored one."""
+    """What a node's value depends on; of a choice between a stored and a current range, the stored one."""
     return [n for n in node.args[:2] if isinstance(n, fx.Node)] if node.target is SELECT else node.all_input_nodes
 
 

@@ -1,4 +1,4 @@
-"""Range estimators: what turns statistics of past and present tensors into a range. One method a file.
+"""Range estimators: what turns statistics of past and current tensors into a range. One method a file.
 
 `base` says what an estimator is, `statistics` what can be measured, `step` how the parts make a step; `search` looks for clipping
 factors.

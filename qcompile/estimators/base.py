@@ -1,6 +1,6 @@
 """What a range estimator is, and how a range becomes a scale.
 
-A range estimator turns statistics of the present tensor, and the memory of past ones, into a range (low,
+A range estimator turns statistics of the current tensor, and the memory of past ones, into a range (low,
 high) in units of the tensor. It only says *formulas*: the compiler computes the statistics, keeps the memory
 and decides when to update it. A statistic that is zero or not finite never reaches the memory, so estimators
 need no guard of their own.
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from qcompile.estimators.statistics import Elements
 
 Stats = Mapping[str, Tensor]
-"""Statistics of the present tensor, fp32: those of `STATISTICS` that were asked for, and what `measure` added;
+"""Statistics of the current tensor, fp32: those of `STATISTICS` that were asked for, and what `measure` added;
 in `update` also "clipped", the share (0..1) of elements that lay outside the range used. Shape: the
 granularity's, or broadcasts to it."""
 
@@ -92,7 +92,7 @@ class RangeEstimator:
 
     @property
     def restart_above(self) -> float | None:
-        """Share (0..1) of clipped elements above which the memory is rebuilt from the present tensor, by
+        """Share (0..1) of clipped elements above which the memory is rebuilt from the current tensor, by
         `first_update`; None: never. After a jump (the loss scale was doubled) an average would clip for many
         steps."""
         return None
@@ -127,13 +127,13 @@ class RangeEstimator:
     # ---- what it says
 
     def first_range(self, stats: Stats) -> tuple[Tensor, Tensor]:
-        """(low, high) of the present tensor itself: what the compiler uses as long as `steps` is 0."""
+        """(low, high) of the current tensor itself: what the compiler uses as long as `steps` is 0."""
         if "amax" in stats:
             return -stats["amax"], stats["amax"]
         return stats["min"], stats["max"]
 
     def range(self, stats: Stats, state: State) -> tuple[Tensor, Tensor]:
-        """(low, high) to quantize the present tensor with; a static estimator gets no statistics, {}."""
+        """(low, high) to quantize the current tensor with; a static estimator gets no statistics, {}."""
         raise NotImplementedError(f"{type(self).__name__}.range: say which range to use")
 
     def update(self, stats: Stats, state: State) -> dict[str, Tensor]:

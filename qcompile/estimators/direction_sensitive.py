@@ -8,7 +8,7 @@ by published notes. With g a layer's gradient and g_hat its quantized values und
     learning rate of the layer *= max(exp(-a * d), b),  a = 20, b = 0.1    deviation counteractive scaling
 
 These are the paper's. Ours, where nothing was found: how c is searched (`qcompile.estimators.search`, on a sample), that a new c
-counts every `period` steps, and that between searches c keeps its ratio to the present max|g|, so that a change of the loss scale
+counts every `period` steps, and that between searches c keeps its ratio to the current max|g|, so that a change of the loss scale
 changes nothing.
 """
 

@@ -1,7 +1,7 @@
-"""In-hindsight min-max: quantize with the range that past tensors left; measure the present one on the side.
+"""In-hindsight min-max: quantize with the range that past tensors left; measure the current one on the side.
 
 Source: Fournarakis and Nagel, "In-Hindsight Quantization Range Estimation for Quantized Training", arXiv
-2105.04246. With T the present tensor and eta the momentum, the range used at step t is
+2105.04246. With T the current tensor and eta the momentum, the range used at step t is
 
     low[t]  = (1 - eta) * min(T[t-1]) + eta * low[t-1]
     high[t] = (1 - eta) * max(T[t-1]) + eta * high[t-1]
@@ -10,7 +10,7 @@ The formula is known to us in its symmetric form, amax[t] = (1 - eta) * max|T[t-
 later paper restates it (LUQ, arXiv 2112.10769, eq. 18); the min/max pair is our reconstruction, and so are
 the dynamic first step (low[0] = min(T[0]), high[0] = max(T[0])) and the momentum of 0.9.
 
-`RunningMinMax` is the method that the paper compares with: the present tensor takes part in its own range, so
+`RunningMinMax` is the method that the paper compares with: the current tensor takes part in its own range, so
 a reduction comes before the quantize.
 
     low[t] = (1 - eta) * min(T[t]) + eta * low[t-1],   high likewise
@@ -34,7 +34,7 @@ from qcompile.estimators.base import RangeEstimator, State, Stats, register_esti
 
 
 def _present(stats: Stats) -> dict[str, Tensor]:
-    """The present tensor's range, under the names of the fields that remember one."""
+    """The current tensor's range, under the names of the fields that remember one."""
     return {"amax": stats["amax"]} if "amax" in stats else {"low": stats["min"], "high": stats["max"]}
 
 
@@ -67,8 +67,8 @@ class InHindsight(_Average):
 
     momentum     share of the old range that is kept, 0..1; 0 takes the previous tensor's range as it is.
     max_clipped  our choice: where more than this share of the elements (0..1) lay outside the range used, the
-                 new range is the present tensor's own.
-    max_excess   our choice: the new range reaches no further than this many times the present tensor, >= 1. An
+                 new range is the current tensor's own.
+    max_excess   our choice: the new range reaches no further than this many times the current tensor, >= 1. An
                  average forgets one garbage batch (a gradient of 1e27) only after hundreds of steps in which every
                  code is 0; under the default of 64 the next tensor has at least two levels of 8 bits.
 
@@ -111,7 +111,7 @@ class InHindsight(_Average):
 @register_estimator
 @dataclass(frozen=True)
 class RunningMinMax(_Average):
-    """Exponential average of ranges, the present one included.
+    """Exponential average of ranges, the current one included.
 
     momentum  share of the old range that is kept, 0..1; 0 is `MinMax`.
     """

@@ -2,7 +2,7 @@
 
 Source: Kim et al., "Toward INT4 Fixed-Point Training via Exploring Quantization Error for Gradients" (ECCV 2024), arXiv
 2407.12637, and the authors' project page and release, from which the formulas and constants are. With b bits, g_max = max|G| of
-the present gradient, and gamma one number a layer:
+the current gradient, and gamma one number a layer:
 
     range    [-gamma * g_max, gamma * g_max]
     R        = mean(|G| > gamma * g_max)

@@ -1,4 +1,4 @@
-"""Ranges of the present tensor that clip what is rare: by percentile, or by the least squared error.
+"""Ranges of the current tensor that clip what is rare: by percentile, or by the least squared error.
 
 Both are common calibration rules of quantization; the constants and the search are our choice. Dynamic and without memory; both
 look at a sample of the tensor, the least error besides at its minimum and maximum.

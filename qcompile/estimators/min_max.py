@@ -1,4 +1,4 @@
-"""Current min-max: the range of the present tensor itself."""
+"""Current min-max: the range of the current tensor itself."""
 
 from __future__ import annotations
 

@@ -180,7 +180,7 @@ def _spread(size: int, count: int, device: torch.device) -> Tensor:
 
 
 def first_scale_and_zero_point(x: Tensor, dims: Sequence[int], spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Scale (fp32) and zero point (int32) by which the present tensor is quantized where there is no memory."""
+    """Scale (fp32) and zero point (int32) by which the current tensor is quantized where there is no memory."""
     from qcompile.estimators.step import first_range, measured
 
     stats = measured(spec, x, dims, statistics(x, dims, spec.estimator.statistics_for(spec.symmetric)), None)

@@ -23,7 +23,7 @@ __all__ = [
     "first_range",
     "initial_state",
     "measured",
-    "present_statistics",
+    "current_statistics",
     "reductions",
     "stored_range",
     "updated",
@@ -42,7 +42,7 @@ def reductions(estimator: RangeEstimator, symmetric: bool) -> dict[str, str]:
     return dict(own) | dict.fromkeys(BOOKKEEPING, "max") if own else {}
 
 
-def present_statistics(spec: QuantSpec, x: Tensor, dims: Sequence[int]) -> dict[str, Tensor]:
+def current_statistics(spec: QuantSpec, x: Tensor, dims: Sequence[int]) -> dict[str, Tensor]:
     """What `statistics_for` asks for."""
     return statistics(x, dims, spec.estimator.statistics_for(spec.symmetric))
 
@@ -130,7 +130,7 @@ class EagerRange:
         """(scale, zero point or None) that `x` is quantized with; then learns from it."""
         spec, estimator = self.spec, self.spec.estimator
         dims = tuple(range(x.ndim)) if self.dims is None else tuple(self.dims)
-        stats = present_statistics(spec, x, dims)
+        stats = current_statistics(spec, x, dims)
         like = next(iter(stats.values()))
         if not self.state:
             first = initial_state(estimator, spec.symmetric)

@@ -107,9 +107,9 @@ class Capture:
         return SavedBytes.of(entry for graph in self.graphs for entry in graph.saved_bytes(seen).entries)
 
     def refresh(self, model: nn.Module) -> None:
-        """Let the graphs run with the present weights and ranges of a model: the one that was captured, further trained.
+        """Let the graphs run with the current weights and ranges of a model: the one that was captured, further trained.
 
-        The gradients of the outputs are those of the default loss at the present outputs. They stay what they
+        The gradients of the outputs are those of the default loss at the current outputs. They stay what they
         were where `capture` was given a loss, and where there are several graphs.
         """
         model = getattr(model, "_orig_mod", model)

@@ -250,7 +250,7 @@ class CapturedGraph:
 
 def graph_outputs(graph: fx.Graph) -> tuple[Any, ...]:
     """What the graph returns, in order."""
-    return tuple(next(iter(graph.find_nodes(op="output"))).args[0])
+    return tuple(graph.output_node().args[0])
 
 
 def _weights_alone(graph: fx.Graph, parameters: Mapping[str, str]) -> dict[fx.Node, str]:

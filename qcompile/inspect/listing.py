@@ -49,7 +49,7 @@ def short_type(dtype: torch.dtype) -> str:
 
 
 def _has_both_halves(graph: fx.Graph) -> bool:
-    outputs = next(iter(graph.find_nodes(op="output"))).all_input_nodes
+    outputs = graph.output_node().all_input_nodes
     return is_joint(graph) and any(phase_of(n) != BACKWARD for n in outputs)
 
 

@@ -1,4 +1,4 @@
-"""What each GEMM takes, and its scales: the joint graph runs operator by operator, under a clock."""
+"""Times each GEMM, and the computation of its scales, by running the joint graph operator by operator."""
 
 from __future__ import annotations
 

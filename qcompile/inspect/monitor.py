@@ -12,7 +12,7 @@ A sample is a list of rows (step, name, metric, value):
     "blocks.0.mlp.up.input"   amax (or low, high), clipped             from range state: static recipes keep some
     "blocks.0.mlp.up.output"  snr_db, clipped, underflow, total_db     from the probe: any recipe
 
-The probe is one fixed batch. Its step is captured once and run again with the present weights and ranges, so
+The probe is one fixed batch. Its step is captured once and run again with the current weights and ranges, so
 that errors at different times can be compared; the training itself is not touched. Nothing is hooked into
 the model: where `step` is not called, nothing is spent.
 """

@@ -26,7 +26,7 @@ from torch import Tensor
 from qcompile.geometry import Geometry
 from qcompile.kernels import note_launch
 from qcompile.kernels.columns import Columns, Gather, Tile, Tiling
-from qcompile.kernels.operand import Operand
+from qcompile.kernels.quantized_tensor import QuantizedTensor
 
 __all__ = ["Product", "correlate", "operators", "spread", "weight_grad"]
 
@@ -50,8 +50,8 @@ class Product(Protocol):
 
 def correlate(
     product: Product,
-    x: Operand,
-    w: Operand,
+    x: QuantizedTensor,
+    w: QuantizedTensor,
     bias: Tensor | None,
     geometry: Geometry,
     places: Sequence[int],
@@ -84,8 +84,8 @@ def correlate(
 
 def spread(
     product: Product,
-    g: Operand,
-    w: Operand,
+    g: QuantizedTensor,
+    w: QuantizedTensor,
     bias: Tensor | None,
     geometry: Geometry,
     places: Sequence[int],
@@ -160,8 +160,8 @@ class _Phase:
 
 def weight_grad(
     product: Product,
-    small: Operand,
-    big: Operand,
+    small: QuantizedTensor,
+    big: QuantizedTensor,
     kernel: Sequence[int],
     geometry: Geometry,
     out_dtype: torch.dtype,
@@ -216,7 +216,7 @@ def operators(
         geometry = Geometry(*spelled)
         places = geometry.output_size(input.shape[2:], weight.shape[2:])
         run = correlate if geometry.correlates("output") else spread
-        operands = Operand(input, in_scale, in_zero), Operand(weight, w_scale, w_zero)
+        operands = QuantizedTensor(input, in_scale, in_zero), QuantizedTensor(weight, w_scale, w_zero)
         result = run(product, *operands, bias, geometry, places, out_dtype, tiling)
         sizes = (input.shape, weight.shape, (input.shape[0], 0, *places))
         note(result, "conv", "output", geometry, sizes, _any_given(in_zero, w_zero))
@@ -226,7 +226,7 @@ def operators(
         g_scale, w_scale, g_zero, w_zero, input_size, *spelled, out_dtype = rest
         geometry = Geometry(*spelled)
         run = correlate if geometry.correlates("grad_input") else spread
-        operands = Operand(grad_output, g_scale, g_zero), Operand(weight, w_scale, w_zero)
+        operands = QuantizedTensor(grad_output, g_scale, g_zero), QuantizedTensor(weight, w_scale, w_zero)
         result = run(product, *operands, None, geometry, input_size[2:], out_dtype, tiling)
         sizes = (input_size, weight.shape, grad_output.shape)
         note(result, "conv_grad_input", "grad_input", geometry, sizes, _any_given(g_zero, w_zero))
@@ -235,7 +235,7 @@ def operators(
     def scaled_conv_grad_weight(grad_output: Tensor, input: Tensor, *rest: Any) -> Tensor:
         g_scale, in_scale, g_zero, in_zero, weight_size, *spelled, out_dtype = rest
         geometry = Geometry(*spelled)
-        small, big = Operand(grad_output, g_scale, g_zero), Operand(input, in_scale, in_zero)
+        small, big = QuantizedTensor(grad_output, g_scale, g_zero), QuantizedTensor(input, in_scale, in_zero)
         if geometry.transposed:
             small, big = big, small
         result, is_cut = weight_grad(product, small, big, weight_size[2:], geometry, out_dtype, tiling)
@@ -264,13 +264,13 @@ def _taps_by_columns(w: Tensor) -> Tensor:
     return w.permute(*range(2, w.ndim), 1, 0).reshape(taps * inner, outputs)
 
 
-def _columns(x: Operand, gather: Gather, groups: int, tiling: Tiling | None) -> Columns:
+def _columns(x: QuantizedTensor, gather: Gather, groups: int, tiling: Tiling | None) -> Columns:
     """Of codes [B, C, *spatial], whose zero point is what their padding holds."""
     zero = x.zero if x.zero is None or x.zero.ndim == 0 else x.zero.movedim(1, -1)
     return Columns(x.codes.movedim(1, -1), zero, gather, groups, tiling)
 
 
-def _per_row(x: Operand, tile: Tile, rows: int) -> tuple[Tensor, Tensor | None]:
+def _per_row(x: QuantizedTensor, tile: Tile, rows: int) -> tuple[Tensor, Tensor | None]:
     """Ranges [B, 1, ...] as [rows, 1], for as many rows of each of the tile's images."""
 
     def lay_out(values: Tensor) -> Tensor:
@@ -280,11 +280,11 @@ def _per_row(x: Operand, tile: Tile, rows: int) -> tuple[Tensor, Tensor | None]:
     return x.ranges(lay_out)
 
 
-def _per_column(x: Operand, channels: slice, taps: int = 1) -> tuple[Tensor, Tensor | None]:
+def _per_column(x: QuantizedTensor, channels: slice, taps: int = 1) -> tuple[Tensor, Tensor | None]:
     """The ranges of some channels as [1, T * C], once for each tap."""
     return x.ranges(lambda values: values.reshape(1, -1)[:, channels].repeat(1, taps))
 
 
-def _per_channel(x: Operand, channels: slice) -> tuple[Tensor, Tensor | None]:
+def _per_channel(x: QuantizedTensor, channels: slice) -> tuple[Tensor, Tensor | None]:
     """The ranges of some channels as [C, 1]."""
     return x.ranges(lambda values: values.reshape(-1, 1)[channels])

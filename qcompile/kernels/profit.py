@@ -27,7 +27,7 @@ from qcompile import ops
 from qcompile.errors import first_line, warn_once
 from qcompile.estimators.base import scale_and_zero_point
 from qcompile.estimators.statistics import clipped_share
-from qcompile.estimators.step import first_range, initial_state, measured, present_statistics, stored_range
+from qcompile.estimators.step import current_statistics, first_range, initial_state, measured, stored_range
 from qcompile.kernels.cpu import kernel_name, writes_out_epilogue
 from qcompile.kernels.registry import registered_kernels
 from qcompile.specs import QuantSpec
@@ -270,7 +270,7 @@ def _codes(
     state = dict(zip(fields, tensors, strict=False))
     key = tensors[len(fields)] if len(tensors) > len(fields) else None
     x = before(x)
-    stats = measured(spec, x, dims, present_statistics(spec, x, dims), state or None)
+    stats = measured(spec, x, dims, current_statistics(spec, x, dims), state or None)
     low, high = stored_range(spec, stats, state) if state else first_range(spec, stats)
     scale, zero = scale_and_zero_point(low, high, spec)
     if spec.grid == "powers_of_two":

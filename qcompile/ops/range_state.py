@@ -7,7 +7,7 @@ that one compiled graph can serve many instances of a module.
     qtrain::write_state_(state, index, values)                       # in place, returns state
     parts  = qtrain::unpack(values, sizes)                           # one tensor for each entry
     amax   = qtrain::select_range(stored, valid, present)            # where(valid > 0, stored, present)
-    scale, zero_point = qtrain::range(x, dims, spec, site)           # what the range passes replace; alone: the present range
+    scale, zero_point = qtrain::range(x, dims, spec, site)           # what the range passes replace; alone: the current range
     seed = qtrain::seed(x)                                           # what the range passes replace; alone: 0
 
 `read_state` is not `aten.index`: joint-graph passes must neither fold it, nor take it for a no-op, nor move it after a write.
@@ -15,7 +15,7 @@ The tag `nondeterministic_seeded` keeps constant folding away; the operator is u
 `unpack` copies, and is an operator and not a row of slices: Inductor would bake each slice's offset into the kernel that reads
 it, and twelve equal layers would need twelve kernels to be compiled instead of one.
 `select_range` is an operator of its own because a static recipe compiles it in two ways: as its first operand when every stored
-range is valid (no reduction of the present tensor is waited for), and as `where` until then.
+range is valid (no reduction of the current tensor is waited for), and as `where` until then.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def _unpack(values: Tensor, sizes: list[int]) -> list[Tensor]:
 
 
 def range_reference(x: Tensor, dims: list[int], spec: str, site: str) -> tuple[Tensor, Tensor]:
-    """Scale (fp32) and zero point (int32) of the present tensor under a spec given as JSON.
+    """Scale (fp32) and zero point (int32) of the current tensor under a spec given as JSON.
 
     `dims` are the axes that share a scale; when they are all axes the results are 0-d, otherwise they keep `x.ndim` axes.
     """

@@ -1,7 +1,8 @@
 """Cutting a model into blocks that run one after the other, and running parts of it.
 
-A block is one module or several consecutive ones. What runs before the first block belongs to it, what runs after the last
-one to that. A `Segments` puts a switch on every module of every block: the module runs, or the result of another run is returned.
+A block is one module or several consecutive ones. Operations before the first block belong to the first block, operations after
+the last block to the last. A `Segments` puts a switch on every module of every block: the module runs, or the result of another run
+is returned.
 """
 
 from __future__ import annotations

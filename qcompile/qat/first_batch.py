@@ -43,7 +43,7 @@ def start_inputs(
         for buffer, value in kept:
             buffer.copy_(value)
     if together and _distributed():
-        with _told_if_alone():
+        with _warn_if_alone():
             _share_minimum(quantizers)
     try:
         for quantizer in quantizers:
@@ -52,7 +52,7 @@ def start_inputs(
         for quantizer in quantizers:
             quantizer.observed = None
     if together and _distributed():
-        with _told_if_alone():
+        with _warn_if_alone():
             _share_start(quantizers)
 
 
@@ -64,14 +64,14 @@ _PATIENCE = 60.0  # seconds
 
 
 @contextlib.contextmanager
-def _told_if_alone() -> Iterator[None]:
-    """A warning where the other processes do not come: a collective says nothing until its time is up, half an hour by default."""
-    told = (
+def _warn_if_alone() -> Iterator[None]:
+    """Warn if the other processes do not join: a collective is silent until it times out, half an hour by default."""
+    message = (
         f"a prepared model starts its learned scales together with all {torch.distributed.get_world_size()} processes, and has "
         f"waited for a minute for the others: did this one (rank {torch.distributed.get_rank()}) call the model alone? Let all of "
         "them call it, or call it under torch.no_grad(), or call qcompile.calibrate(model, batches) on all before"
     )
-    timer = threading.Timer(_PATIENCE, warnings.warn, (told, QtrainWarning))
+    timer = threading.Timer(_PATIENCE, warnings.warn, (message, QtrainWarning))
     timer.daemon = True
     timer.start()
     try:
@@ -100,7 +100,7 @@ def _share_start(quantizers: list[LearnedQuantizer]) -> None:
 
 @torch.compiler.disable
 def _first_batch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Forward pre-hook of a prepared model: starts what has no start yet, and goes.
+    """Forward pre-hook of a prepared model: initialises quantizers that have no scale, then removes itself.
 
     Where there are several processes, one alone may evaluate: it cannot ask the others then, and what it starts from holds until
     all of them train.

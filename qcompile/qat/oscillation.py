@@ -22,7 +22,7 @@ class OscillationTracker(nn.Module):
     """Memory of one weight's codes; buffers of the weight's shape, saved with the model.
 
     threshold  oscillations a step, 0..1, above which a weight is frozen
-    momentum   weight of the present step in the averages
+    momentum   weight of the current step in the averages
     """
 
     codes: Tensor

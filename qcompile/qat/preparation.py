@@ -28,7 +28,7 @@ from qcompile.estimators.learned import Learned
 from qcompile.qat.first_batch import forget_first_batch, start_inputs, wait_for_first_batch, without_first_batch
 from qcompile.qat.layers import LearnedLayer, can_learn, kind, learned_class, output_axis
 from qcompile.qat.oscillation import OscillationTracker
-from qcompile.qat.quantizer import Asked, LearnedQuantizer
+from qcompile.qat.quantizer import LearnedQuantizer, PreparedFor
 from qcompile.recipe import Recipe
 from qcompile.recipes import get_recipe
 from qcompile.specs import PerChannel, PerRow, PerTensor, QuantSpec
@@ -51,7 +51,7 @@ class _Plan:
     step: int = 0  # mirrors the buffer, so that no step waits for the device
 
     def width(self, target: int) -> int:
-        """Bits at the present step of what ends at `target` bits."""
+        """Bits at the current step of what ends at `target` bits."""
         now = [bits for start, bits in self.widths if start <= self.step]
         return max(target, now[-1]) if now else target
 
@@ -108,7 +108,7 @@ def prepare(
         _make_learned(name, layer, specs, by_weight, plan, freeze_oscillations)
         for operand, spec in asked.items():
             quantizer = getattr(layer, f"{operand}_quantizer")
-            quantizer.asked = quantizer.asked or Asked(recipe.name, kind(layer), spec)
+            quantizer.asked = quantizer.asked or PreparedFor(recipe.name, kind(layer), spec)
     model.qtrain_qat = plan  # type: ignore[assignment]
     model.register_buffer(STEP, torch.zeros((), dtype=torch.int64))
     model.register_load_state_dict_post_hook(_resume)

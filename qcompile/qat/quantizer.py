@@ -17,7 +17,7 @@ from qcompile.ops.fake_quantize import FORMS, fake_quantize, fake_quantize_codes
 from qcompile.recipe import Recipe
 from qcompile.specs import QuantSpec
 
-__all__ = ["Asked", "LearnedQuantizer", "another_recipe", "observing"]
+__all__ = ["PreparedFor", "LearnedQuantizer", "recipe_mismatch", "observing"]
 
 _FLOOR = 2.0**-100
 """Of scales in use: its reciprocal times any activation is finite."""
@@ -30,7 +30,7 @@ _FINE = 6
 """Bits from which LSQ's start value, made for 2 to 4, leaves most codes unused: there amax / high bounds it (our choice)."""
 
 
-class Asked(NamedTuple):
+class PreparedFor(NamedTuple):
     """What a recipe said when the model was prepared: the layer's kind, and the spec before any exception for the ends."""
 
     recipe: str
@@ -47,7 +47,7 @@ class LearnedQuantizer(nn.Module):
     format     buffer int32 [2]: bits, index in `FORMS` (-1: not initialised); what makes a checkpoint complete
     """
 
-    asked: Asked | None = None
+    asked: PreparedFor | None = None
     scale: nn.Parameter
     offset: nn.Parameter | None
     sharpness: Tensor | None
@@ -226,7 +226,7 @@ class LearnedQuantizer(nn.Module):
 _ALL: weakref.WeakSet[LearnedQuantizer] = weakref.WeakSet()
 
 
-def another_recipe(parameters: Iterable[nn.Parameter], recipe: Recipe) -> str | None:
+def recipe_mismatch(parameters: Iterable[nn.Parameter], recipe: Recipe) -> str | None:
     """What a recipe wants otherwise than the one that these learned scales were made for; None: nothing.
 
     parameters  of a graph that is compiled: those that are no scale of a learned quantizer do not matter

@@ -92,7 +92,7 @@ def choose(gemms: Sequence[GemmOptions], limits: Mapping[str, float]) -> Choice:
             raise Infeasible(f"the candidates do not reach the limit on {' and '.join(over)}")
         _undo(gemms, choice, lambda: all(excess(w) <= 0 for w in bounded))
         if total(gemms, choice, "loss") > limits.get("loss", float("inf")):
-            raise Infeasible(f"within the other limits the loss is {total(gemms, choice, 'loss'):.4f} at least")
+            raise Infeasible(f"within the other limits the best choice found has a loss of {total(gemms, choice, 'loss'):.4f}")
     elif "loss" in limits:
         _spend(gemms, choice, weight, lambda: dict.fromkeys(shared, float("inf")), limits["loss"])
     return tuple(choice)

@@ -95,7 +95,7 @@ def _tangents(graph: CapturedGraph, module: fx.GraphModule, loss: Loss | None) -
     if not graph.tangents:  # of a part that computes nothing with a gradient
         return ()
     forward = fx.GraphModule(module, copy_graph(module.graph))
-    output = next(iter(forward.graph.find_nodes(op="output")))
+    output = forward.graph.output_node()
     output.args = (tuple(output.args[0])[: graph.n_outputs],)
     erase_unused(forward.graph)
     graph.reset_state([forward])

@@ -18,7 +18,7 @@ SEED = ("seed_low", "seed_high")
 
 
 def random_seed(*identity: str) -> dict[str, float]:
-    """Field of `SEED` -> 16 bits, of the present state of torch's generator. `identity` tells apart streams made in one state."""
+    """Field of `SEED` -> 16 bits, of the current state of torch's generator. `identity` tells apart streams made in one state."""
     digest = hashlib.sha256(torch.get_rng_state().numpy().tobytes())
     digest.update(repr(identity).encode())
     return {name: float(part) for name, part in zip(SEED, _halves(digest.digest()), strict=True)}

@@ -1,4 +1,4 @@
-"""attach_range_state: reductions of the present tensor, and reads and updates of range state."""
+"""attach_range_state: reductions of the current tensor, and reads and updates of range state."""
 
 import operator
 from dataclasses import dataclass
@@ -128,7 +128,7 @@ def test_scales_are_saved_and_not_recomputed():
 
 
 def test_codes_of_a_static_range_wait_for_no_reduction():
-    """Behind `select_range`, which is compiled away, the present tensor has no part in the scale of a quantize."""
+    """Behind `select_range`, which is compiled away, the current tensor has no part in the scale of a quantize."""
     joint = attached(AVERAGE, function=mlp, inputs=mlp_inputs(), parameters=(1, 2, 3))
     static = [n for n in joint.find(QUANTIZE) if n.args[0].name not in ("primals_2", "primals_4")]
     assert len(static) == 4
@@ -143,9 +143,9 @@ def test_codes_of_a_static_range_wait_for_no_reduction():
 
 
 def test_steps_by_hand():
-    """First the present range, then the average of the past."""
+    """First the current range, then the average of the past."""
     joint = attached(AVERAGE)
-    reference = before_attaching(AVERAGE)  # alone, `range` is the present range
+    reference = before_attaching(AVERAGE)  # alone, `range` is the current range
     reference.inputs = joint.inputs
     assert_same_outputs(reference.run(), joint.run())
     first = joint.inputs[0].abs().max().item()

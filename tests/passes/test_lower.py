@@ -73,7 +73,7 @@ def test_a_steady_graph_reads_what_is_stored():
     steady, either = lowered(joint, steady=True), lowered(joint, steady=False)
     want = either.run()
     assert_same_outputs(want, steady.run())
-    for graph in (steady, either):  # no range: only one of them takes the present one
+    for graph in (steady, either):  # no range: only one of them takes the current one
         graph.state["primals_qtrain_forward_state"].zero_()
     present = either.run()[0]
     torch.testing.assert_close(present, want[0], rtol=0.1, atol=0.1)

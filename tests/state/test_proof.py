@@ -1,6 +1,6 @@
 """That ranges of the past are used, and learnt by the estimator's formula: against steps worked out by hand.
 
-Closeness to high precision proves nothing here: a graph that ignored its state and took the present range would be closer.
+Closeness to high precision proves nothing here: a graph that ignored its state and took the current range would be closer.
 """
 
 import pytest

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from qcompile._sizes import LARGE
 from qcompile.kernels import batched, note_launch
 from qcompile.kernels.columns import Tiling
 from qcompile.kernels.convolution import operators
@@ -129,7 +130,7 @@ def writes_out_epilogue(
     (m, k), n = a.shape, b.shape[1]
     if not isinstance(k, int) or not 0 < k <= MAX_K or 0 in [size for size in (m, n) if isinstance(size, int)]:
         return False
-    rows, columns = (size if isinstance(size, int) else 4096 for size in (m, n))
+    rows, columns = (size if isinstance(size, int) else LARGE for size in (m, n))
     return prefers_int_mm() and find_kernel("cpu", rows, columns, k, zero_points=False) is None
 
 

@@ -16,7 +16,7 @@ from qcompile.kernels.cpu.choice import choices, give_up
 from qcompile.kernels.cpu.matmul import epilogue, integer_sum, without_zero_points
 from qcompile.kernels.cpu.products import CANDIDATES, onednn_product, onednn_weight
 from qcompile.kernels.fallback import first_that_runs
-from qcompile.kernels.operand import Operand
+from qcompile.kernels.quantized_tensor import QuantizedTensor
 
 __all__ = ["BLOCK_ELEMENTS", "scaled_mm_requantize"]
 
@@ -43,7 +43,7 @@ def scaled_mm_requantize(
     mark: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`qtrain::scaled_mm_requantize` of checked operands."""
-    left, right = Operand(a, a_scale, a_zero), Operand(b, b_scale, b_zero)
+    left, right = QuantizedTensor(a, a_scale, a_zero), QuantizedTensor(b, b_scale, b_zero)
     to = _Requantization(relu, gate, scale, zero_point, bits, low, high, mark)
     (m, k), n = a.shape, b.shape[1]
     names = choices(m, n, k, zero_points=a_zero is not None or b_zero is not None)
@@ -69,7 +69,7 @@ class _Requantization(NamedTuple):
 
 
 def _by_blocks(
-    name: str, a: Operand, b: Operand, bias: Tensor | None, out_dtype: torch.dtype, to: _Requantization
+    name: str, a: QuantizedTensor, b: QuantizedTensor, bias: Tensor | None, out_dtype: torch.dtype, to: _Requantization
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator's results, on the kernel of that name."""
     (m, _), n = a.codes.shape, b.codes.shape[1]
@@ -84,7 +84,7 @@ def _by_blocks(
     rows = max(16, BLOCK_ELEMENTS // n)
     for start in range(0, m, rows):
         part = slice(start, start + rows)
-        some = Operand(a.codes[part], _rows(a.scale, part), None if a.zero is None else _rows(a.zero, part))
+        some = QuantizedTensor(a.codes[part], _rows(a.scale, part), None if a.zero is None else _rows(a.zero, part))
         x = _values(some, b, weight, name, bias if bias is None or bias.ndim < 2 else _rows(bias, part), out_dtype)
         if to.relu:
             x.clamp_min_(0)  # keeps NaN
@@ -112,7 +112,7 @@ def _by_blocks(
 
 
 def _values(
-    a: Operand, b: Operand, weight: Tensor | None, name: str, bias: Tensor | None, out_dtype: torch.dtype
+    a: QuantizedTensor, b: QuantizedTensor, weight: Tensor | None, name: str, bias: Tensor | None, out_dtype: torch.dtype
 ) -> Tensor:
     """A block of rows of `scaled_mm`; `weight` is b for oneDNN, if `name` is."""
     if name == "none":

@@ -1,4 +1,4 @@
-"""An operand of an integer GEMM: codes with what they mean."""
+"""Codes and what they mean: an operand of an integer GEMM."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["Operand"]
+__all__ = ["QuantizedTensor"]
 
 
-class Operand(NamedTuple):
+class QuantizedTensor(NamedTuple):
     """`scale * (codes - zero)`: codes int8, scale fp32 and zero point int32 (None: 0), which broadcast to the codes."""
 
     codes: Tensor

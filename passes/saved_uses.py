@@ -1,0 +1,113 @@
+"""What the backward half does with a tensor that it was given: what of it must be exact."""
+
+from __future__ import annotations
+
+import math
+import operator
+
+import torch
+from torch import Tensor, fx
+
+from passes.graph import ALIASES, CASTS, EXPAND, FORWARD, PERMUTE, QUANTIZE, VIEWS, aten, phase_of, size_hint
+
+__all__ = [
+    "SELECTED",
+    "UNCHANGED",
+    "asks_for_sign",
+    "feeds_recomputed_quantize",
+    "feeds_softmax",
+    "gives_its_sign",
+    "needs_its_values",
+    "size_of",
+]
+
+UNCHANGED = (*VIEWS, *ALIASES, *CASTS, PERMUTE)
+"""Operators that change no value, but for a cast's rounding."""
+
+SELECTED = (aten.slice.Tensor, aten.select.int, aten.split.Tensor, aten.split_with_sizes.default, EXPAND, operator.getitem)
+"""Operators whose values are some of their operand's."""
+
+_SIGN = (aten.sign.default, aten.sgn.default)
+_ORDER = (aten.gt.Scalar, aten.ge.Scalar, aten.lt.Scalar, aten.le.Scalar)
+_SINGULAR = (
+    aten.reciprocal.default, aten.rsqrt.default, aten.log.default, aten.log2.default, aten.log10.default, aten.log1p.default,
+    aten.digamma.default, aten.polygamma.default,
+)  # fmt: skip
+_EQUALITY = (aten.eq.Tensor, aten.eq.Scalar, aten.ne.Tensor, aten.ne.Scalar)
+
+_NEVER_SMALL = (aten.exp.default, aten.sigmoid.default)
+"""Of values near 0; softplus and mish divide by an exponential plus one."""
+
+
+def asks_for_sign(node: fx.Node) -> bool:
+    """Whether a node is the sign of its first operand, or says where that is above or below 0."""
+    return node.target in _SIGN or (node.target in _ORDER and node.args[1] == 0)
+
+
+def gives_its_sign(node: fx.Node) -> bool:
+    """Whether backward asks where it is above or below 0, as that of PReLU or of an absolute value does."""
+    return any(asks_for_sign(u) or (u.target in (*UNCHANGED, *SELECTED) and gives_its_sign(u)) for u in node.users)
+
+
+def needs_its_values(node: fx.Node, gradients: set[fx.Node]) -> str | None:
+    """Why codes are too coarse for what backward does with a tensor, or with what it computes from that element by element.
+
+    It may divide by it (gradients are no divisors), or ask where it equals something, as that of a maximum does: it divides by the
+    number of those places.
+    """
+    seen, stack = {node}, [node]
+    while stack:
+        value = stack.pop()
+        for user in value.users:
+            if user.op != "call_function":
+                continue
+            if user.target in _EQUALITY:
+                return "backward asks where it equals something, as for a maximum: codes would not"
+            negative_power = user.target is aten.pow.Tensor_Scalar and user.args[1] < 0
+            unknown_power = user.target is aten.pow.Tensor_Tensor and user.args[0] is value
+            divisor = user.target is aten.div.Tensor and user.args[1] is value
+            if user.target in _SINGULAR or negative_power or unknown_power or divisor:
+                return "backward divides by it, or by what is computed from it: a small value would become 0"
+            pointwise = torch.Tag.pointwise in getattr(user.target, "tags", ()) and user.target not in _NEVER_SMALL
+            if (pointwise or user.target in (*UNCHANGED, *SELECTED)) and user not in gradients and user not in seen:
+                seen.add(user)
+                stack.append(user)
+    return None
+
+
+def feeds_recomputed_quantize(node: fx.Node) -> bool:
+    """Whether backward repeats a forward quantize on something computed from `node`."""
+    seen, stack = set(), [node]
+    while stack:
+        for user in stack.pop().users:
+            if user in seen or user.op != "call_function" or phase_of(user) != FORWARD:
+                continue
+            if user.target is QUANTIZE:
+                return True
+            seen.add(user)
+            stack.append(user)
+    return False
+
+
+def feeds_softmax(node: fx.Node) -> bool:
+    """Whether backward takes exp(node - something), as softmax, log-softmax and cross entropy do."""
+    for user in node.users:
+        if user.target in UNCHANGED and feeds_softmax(user):
+            return True
+        if user.target is aten.sub.Tensor and user.args[0] is node and _feeds_exp(user):
+            return True
+        if user.target in (aten._softmax_backward_data.default, aten._log_softmax_backward_data.default):
+            return True
+    return False
+
+
+def _feeds_exp(node: fx.Node) -> bool:
+    return any(
+        user.target is aten.exp.default or (user.target in (*UNCHANGED, aten.sub.Tensor) and _feeds_exp(user))
+        for user in node.users
+    )
+
+
+def size_of(value: Tensor) -> int:
+    """Number of elements, as far as it is known."""
+    return math.prod(size_hint(s) or 1 for s in value.shape)

@@ -1,0 +1,62 @@
+"""Other instances that a compiled graph runs for: Dynamo runs one graph for all equal modules."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
+
+from passes.context import PassContext
+from qcompile.backend.enclosing import prefixes
+from qcompile.backend.halves import CompiledHalf, boxed
+from qcompile.errors import QtrainWarning
+from qcompile.state.decisions import StoredDecisions
+
+__all__ = ["watch_instances"]
+
+
+def watch_instances(forward: CompiledHalf, names: list[str], context: PassContext) -> CompiledHalf:
+    """The forward half, with what is to be done when it runs for other Parameters than before.
+
+    Dynamo runs one graph for equal modules. Each keeps what the profit filter has decided; and where the recipe means another
+    of them to be compiled otherwise, a warning says so.
+
+    names  the function's arguments
+    """
+    recipe = context.recipe
+    positions = {name: names.index(name) for name in context.parameters if name in names}
+    profit = context.profit if isinstance(context.profit, StoredDecisions) else None
+    patterns = (recipe.skip or recipe.overrides) and context.prefixes != ("",)
+    if not positions or not (profit or patterns):
+        return forward
+    first = next(iter(positions.values()))
+    known = WeakIdKeyDictionary()  # as a set: tensors compare elementwise, and addresses are used again
+
+    def run(args: list[Any]) -> Any:
+        if args[first] not in known:
+            known[args[first]] = None
+            parameters = {name: args[i] for name, i in positions.items()}
+            if profit is not None:
+                profit.adopt(parameters)
+            if patterns:
+                _compare_names(context, parameters)
+        return forward(args)
+
+    return boxed(run)
+
+
+def _compare_names(context: PassContext, parameters: Mapping[str, nn.Parameter]) -> None:
+    other = replace(context, prefixes=prefixes({name: (context.parameters[name], p) for name, p in parameters.items()}))
+    for site in context.sites:
+        if replace(other.resolve(site), site="") != replace(context.resolve(site), site=""):
+            message = (
+                f"recipe {context.recipe.name!r} treats {other.names(site)[0]} and {context.names(site)[0]} differently, but "
+                "Dynamo runs one compiled graph for both: the latter's holds. Remove the graph break, or compile the "
+                "whole model, or use patterns that treat equal modules alike"
+            )
+            warnings.warn(message, QtrainWarning, stacklevel=3)
+            return
