@@ -13,7 +13,7 @@ from passes.graph import SCALED_MM, WRITE, aten
 from passes.pipeline import Pipeline
 from passes.restore_decompositions import restore_decompositions
 from passes.steps import CutStep, Step, cut_steps, half_steps, insert_after, insert_before, joint_steps, without
-from qcompile import compiled_graphs, get_recipe
+from qcompile import SavedSpec, compiled_graphs, get_recipe, range_state
 from qcompile.errors import GraphError, QtrainWarning, UnsupportedError
 from tests.compiling import AVERAGE, STOCHASTIC, compiled
 from tests.passes.graphs import ROWWISE, TENSORWISE, assert_same_outputs, copied, joint_graph, mlp, mlp_inputs
@@ -41,6 +41,27 @@ def test_exact_steps_change_no_bit(recipe):
             checked.append(step.name)
         joint.give_state()
     assert {"canonicalize", "find_sites", "share_quantized"} <= set(checked)
+
+
+def test_exact_steps_after_the_cut_change_no_bit(interpreted, monkeypatch):
+    """Gradients and ranges of three steps without each of them; `lower` too: operators mean what they are lowered to."""
+    recipe = get_recipe("int8_in_hindsight").round_gradients("stochastic").replace(compress_saved=SavedSpec(bits=4, operands=True))
+
+    def trained(left_out):
+        monkeypatch.setenv("QTRAIN_SKIP", left_out)
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 32), nn.GELU(), nn.LayerNorm(32), nn.Linear(32, 16))
+        run = compiled(model, recipe)
+        for _ in range(3):
+            run(torch.randn(24, 32)).square().mean().backward()
+        return {name: p.grad for name, p in model.named_parameters()} | range_state(model).state_dict()
+
+    want = trained("")
+    for step in (*cut_steps(), *half_steps(steady=True)):
+        if step.numerics == "exact":
+            got = trained(step.name)
+            assert [name for name in want if not torch.equal(got[name], want[name])] == [], step.name
 
 
 @pytest.mark.parametrize("recipe", [TENSORWISE, ROWWISE, AVERAGE, STOCHASTIC], ids=lambda r: r.name)
