@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from torch import Tensor
 from qcompile.geometry import Geometry
 from qcompile.kernels import note_launch
 from qcompile.kernels.fallback import ours_or_plain
+from qcompile.kernels.quantized_tensor import QuantizedTensor
 from qcompile.kernels.triton.tuning import max_k
 
 __all__ = ["operators"]
@@ -34,77 +35,96 @@ def operators(gathered: Operators, uses_triton: Callable[[torch.device], bool]) 
     uses_triton  whether a device's GEMM is Triton's
     """
 
-    def scaled_conv(input: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-        in_scale, w_scale, in_zero, w_zero, bias, *spelled, out_dtype = rest
-        geometry = Geometry(*spelled)
-        if not (uses_triton(input.device) and _takes(geometry, weight.shape, in_zero, w_zero, "output")):
-            return gathered["scaled_conv"](input, weight, *rest)
-        places = geometry.output_size(input.shape[2:], weight.shape[2:])
-        shape = geometry.product("output", input.shape, weight.shape, (input.shape[0], 0, *places))
+    def either(op: str, plan: Callable[..., _Work | None]) -> Callable[..., Tensor]:
+        def run(first: Tensor, second: Tensor, *rest: Any) -> Tensor:
+            def plain() -> Tensor:
+                return gathered[op](first, second, *rest)
 
-        def ours() -> Tensor:
-            out = _conv(input, weight, in_scale, w_scale, in_zero, bias, geometry, "output", places, out_dtype)
-            _note("conv", shape, geometry)
-            return out
+            work = plan(first, second, *rest) if uses_triton(first.device) else None
+            if work is None:
+                return plain()
+            m, n, k = work.shape
+            return ours_or_plain("triton conv", first.device, work.run_and_note, plain, f"a convolution's GEMM of {m} x {n} x {k}")
 
-        return _or_gathered(input.device, ours, lambda: gathered["scaled_conv"](input, weight, *rest), shape)
+        return run
 
-    def scaled_conv_grad_input(grad_output: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-        g_scale, w_scale, g_zero, w_zero, input_size, *spelled, out_dtype = rest
-        geometry = Geometry(*spelled)
-        if not (uses_triton(weight.device) and _takes(geometry, weight.shape, g_zero, w_zero, "grad_input")):
-            return gathered["scaled_conv_grad_input"](grad_output, weight, *rest)
-        shape, places = geometry.product("grad_input", input_size, weight.shape, grad_output.shape), input_size[2:]
+    plans = {"scaled_conv": _output, "scaled_conv_grad_input": _grad_input, "scaled_conv_grad_weight": _grad_weight}
+    return {op: either(op, plan) for op, plan in plans.items()}
 
-        def ours() -> Tensor:
-            out = _conv(grad_output, weight, g_scale, w_scale, g_zero, None, geometry, "grad_input", places, out_dtype)
-            _note("conv_grad_input", shape, geometry)
-            return out
 
-        return _or_gathered(weight.device, ours, lambda: gathered["scaled_conv_grad_input"](grad_output, weight, *rest), shape)
+class _Work(NamedTuple):
+    """What Triton is to compute: the launch, and the name, (M, N, K) and groups that it is noted under."""
 
-    def scaled_conv_grad_weight(grad_output: Tensor, input: Tensor, *rest: Any) -> Tensor:
-        g_scale, in_scale, g_zero, in_zero, weight_size, *spelled, out_dtype = rest
-        geometry = Geometry(*spelled)
-        shape = geometry.product("grad_weight", input.shape, weight_size, grad_output.shape)
-        # `small` has a value for each place of the kernel over `big`.
-        small, big, small_zero, big_zero = grad_output, input, g_zero, in_zero
-        if geometry.transposed:
-            small, big, small_zero, big_zero = input, grad_output, in_zero, g_zero
-        # The sum runs over the places of all images: as many of them at a time as int32 holds.
-        images = max_k(big_zero is not None) // max(math.prod(small.shape[2:]), 1)
-        fits = small_zero is None and _one(big_zero) and 0 < shape[2] and 0 < images
-        if not (fits and uses_triton(input.device)):
-            return gathered["scaled_conv_grad_weight"](grad_output, input, *rest)
+    run: Callable[[], Tensor]
+    op: str
+    shape: tuple[int, int, int]
+    groups: int
+
+    def run_and_note(self) -> Tensor:
+        out = self.run()
+        if 0 not in self.shape:
+            note_launch("triton", *self.shape, self.op, self.groups)
+        return out
+
+
+def _output(input: Tensor, weight: Tensor, *rest: Any) -> _Work | None:
+    """`qtrain::scaled_conv`; None where the Triton kernel does not take it."""
+    in_scale, w_scale, in_zero, w_zero, bias, *spelled, out_dtype = rest
+    geometry = Geometry(*spelled)
+    if not _takes(geometry, weight.shape, in_zero, w_zero, "output"):
+        return None
+    places = geometry.output_size(input.shape[2:], weight.shape[2:])
+    shape = geometry.product("output", input.shape, weight.shape, (input.shape[0], 0, *places))
+    x, w = QuantizedTensor(input, in_scale, in_zero), QuantizedTensor(weight, w_scale)
+    return _Work(lambda: _conv(x, w, bias, geometry, "output", places, out_dtype), "conv", shape, geometry.groups)
+
+
+def _grad_input(grad_output: Tensor, weight: Tensor, *rest: Any) -> _Work | None:
+    """`qtrain::scaled_conv_grad_input`; None where the Triton kernel does not take it."""
+    g_scale, w_scale, g_zero, w_zero, input_size, *spelled, out_dtype = rest
+    geometry = Geometry(*spelled)
+    if not _takes(geometry, weight.shape, g_zero, w_zero, "grad_input"):
+        return None
+    shape = geometry.product("grad_input", input_size, weight.shape, grad_output.shape)
+    g, w = QuantizedTensor(grad_output, g_scale, g_zero), QuantizedTensor(weight, w_scale)
+    return _Work(
+        lambda: _conv(g, w, None, geometry, "grad_input", input_size[2:], out_dtype), "conv_grad_input", shape, geometry.groups
+    )
+
+
+def _grad_weight(grad_output: Tensor, input: Tensor, *rest: Any) -> _Work | None:
+    """`qtrain::scaled_conv_grad_weight`; None where the Triton kernel does not take it."""
+    g_scale, in_scale, g_zero, in_zero, weight_size, *spelled, out_dtype = rest
+    geometry = Geometry(*spelled)
+    shape = geometry.product("grad_weight", input.shape, weight_size, grad_output.shape)
+    # `small` has a value for each place of the kernel over `big`.
+    small, big = QuantizedTensor(grad_output, g_scale, g_zero), QuantizedTensor(input, in_scale, in_zero)
+    if geometry.transposed:
+        small, big = big, small
+    # The sum runs over the places of all images: as many of them at a time as int32 holds.
+    images = max_k(big.zero is not None) // max(math.prod(small.codes.shape[2:]), 1)
+    if small.zero is not None or not _one(big.zero) or shape[2] == 0 or images == 0:
+        return None
+
+    def run() -> Tensor:
         from qcompile.kernels.cuda import transpose_codes_cuda
         from qcompile.kernels.triton import conv
 
-        def ours() -> Tensor:
-            where = conv.Geometry.of(weight_size[2:], *geometry.steps)
+        where = conv.Geometry.of(weight_size[2:], *geometry.steps)
 
-            def sum_of(some: Tensor, others: Tensor) -> Tensor:
-                turned = transpose_codes_cuda(some.movedim(1, -1).reshape(-1, some.shape[1]))
-                return conv.conv_weight(turned, _lifted(others), _three(some.shape[2:]), where, big_zero, groups=geometry.groups)
+        def sum_of(some: Tensor, others: Tensor) -> Tensor:
+            turned = transpose_codes_cuda(some.movedim(1, -1).reshape(-1, some.shape[1]))
+            return conv.conv_weight(turned, _lifted(others), _three(some.shape[2:]), where, big.zero, groups=geometry.groups)
 
-            acc, *further = map(sum_of, small.split(images), big.split(images))
-            for part in further:
-                acc = acc.to(torch.int64) + part
-            acc = acc.view(weight_size[0], *weight_size[2:], weight_size[1])
-            first, second = (in_scale, g_scale) if geometry.transposed else (g_scale, in_scale)
-            scale = _along_rows(first, acc.ndim) * _along_columns(second, geometry.groups, weight_size, acc.ndim)
-            _note("conv_grad_weight", shape, geometry)
-            return (acc.to(torch.float32) * scale).to(out_dtype).movedim(-1, 1)
+        acc, *further = map(sum_of, small.codes.split(images), big.codes.split(images))
+        for part in further:
+            acc = acc.to(torch.int64) + part
+        acc = acc.view(weight_size[0], *weight_size[2:], weight_size[1])
+        rows = _along_rows(small.scale, acc.ndim)
+        scale = rows * _along_columns(big.scale, geometry.groups, weight_size, acc.ndim)
+        return (acc.to(torch.float32) * scale).to(out_dtype).movedim(-1, 1)
 
-        return _or_gathered(input.device, ours, lambda: gathered["scaled_conv_grad_weight"](grad_output, input, *rest), shape)
-
-    return {f.__name__: f for f in (scaled_conv, scaled_conv_grad_input, scaled_conv_grad_weight)}
-
-
-def _or_gathered(
-    device: torch.device, ours: Callable[[], Tensor], gathered: Callable[[], Tensor], shape: tuple[int, int, int]
-) -> Tensor:
-    m, n, k = shape
-    return ours_or_plain("triton conv", device, ours, gathered, f"a convolution's GEMM of {m} x {n} x {k}")
+    return _Work(run, "conv_grad_weight", shape, geometry.groups)
 
 
 def _takes(geometry: Geometry, weight_size: Sequence[int], zero: Tensor | None, weight_zero: Tensor | None, gemm: str) -> bool:
@@ -116,17 +136,9 @@ def _one(zero: Tensor | None) -> bool:
     return zero is None or zero.numel() == 1
 
 
-def _note(op: str, shape: tuple[int, int, int], geometry: Geometry) -> None:
-    if 0 not in shape:
-        note_launch("triton", *shape, op, geometry.groups)
-
-
 def _conv(
-    x: Tensor,
-    weight: Tensor,
-    x_scale: Tensor,
-    w_scale: Tensor,
-    x_zero: Tensor | None,
+    x: QuantizedTensor,
+    weight: QuantizedTensor,
     bias: Tensor | None,
     geometry: Geometry,
     gemm: str,
@@ -135,28 +147,26 @@ def _conv(
 ) -> Tensor:
     from qcompile.kernels.triton import conv
 
-    scatter, groups = not geometry.correlates(gemm), geometry.groups
+    w, w_scale, groups = weight.codes, weight.scale, geometry.groups
+    scatter = not geometry.correlates(gemm)
     if scatter:  # its output channels are the weight's second axis, in each group
-        w = weight.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+        w = w.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
         if w_scale.numel() > 1:
             w_scale = w_scale.reshape(-1).repeat(groups)
-    else:
-        w = weight
-    kernel = weight.shape[2:]
     out = conv.conv(
-        _lifted(x),
+        _lifted(x.codes),
         _lifted(w),
         _three(places),
-        conv.Geometry.of(kernel, *geometry.steps),
-        _flat(x_scale),
+        conv.Geometry.of(weight.codes.shape[2:], *geometry.steps),
+        _flat(x.scale),
         _flat(w_scale),
-        None if x_zero is None else x_zero.reshape(()),
+        None if x.zero is None else x.zero.reshape(()),
         bias,
         out_dtype,
         scatter=scatter,
         groups=groups,
     )
-    return out.view(x.shape[0], *places, out.shape[-1]).movedim(-1, 1)
+    return out.view(x.codes.shape[0], *places, out.shape[-1]).movedim(-1, 1)
 
 
 def _lifted(codes: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from torch import fx, nn
 from torch._subclasses import FakeTensorMode
 
 from qcompile import errors
-from qcompile.backend import compiler, inductor
+from qcompile.backend import compiler, inductor, kernel_names
 from qcompile.backend.compiler import qtrain
 from qcompile.errors import KernelError, QtrainWarning, UnsupportedError
 from qcompile.kernels import cuda, fallback
@@ -125,8 +125,8 @@ def test_a_gpu_without_int8_tensor_cores_stays_in_high_precision(gpu, capability
 def test_max_autotune_measures_every_gemm_when_it_compiles(mode, tuned, interpreted, monkeypatch):
     asked = []
     monkeypatch.setattr(compiler, "device_of", lambda values: GPU)
-    monkeypatch.setattr(compiler, "gemm_kernel", lambda *_, **__: "triton")
-    monkeypatch.setattr(compiler, "tune", lambda *problem: asked.append(problem))
+    monkeypatch.setattr(kernel_names, "gemm_kernel", lambda *_, **__: "triton")
+    monkeypatch.setattr(kernel_names, "tune", lambda *problem: asked.append(problem))
     model = nn.Linear(16, 24, bias=False).to(torch.bfloat16)
     x = torch.randn(40, 16, dtype=torch.bfloat16, requires_grad=True)
     compiled = torch.compile(model, backend=qtrain, options={"recipe": nearest("int8_tensorwise"), "mode": mode})

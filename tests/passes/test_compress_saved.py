@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from passes import compress_saved as module
-from passes import pipeline
+from passes import steps
 from passes.graph import DEQUANTIZE, FORWARD, QUANTIZE, SCALED_MM, phase_of, source_placeholders
 from qcompile import Recipe, RecipeError, SavedSpec, capture, explain, get_recipe, saved_bytes
 from qcompile.kernels import record_launches
@@ -108,11 +108,11 @@ def test_a_weights_gradient_is_that_of_exact_codes(recipe, monkeypatch):
     assert torch.equal(got["down.weight"], want["down.weight"])
     assert not torch.equal(got["up.weight"], want["up.weight"])  # through gelu's stored input
     if recipe == "int8":  # without the step that saves codes they are recomputed: then their source stays as it is
-        monkeypatch.setattr(pipeline, "save_codes", lambda *_, **__: 0)
+        monkeypatch.setattr(steps, "save_codes", lambda *_, **__: 0)
         kept = capture(model, x, recipe=spec)
         assert torch.equal(kept.run()[1]["up.weight"], want["up.weight"])
         assert [c.reason for c in kept.first.context.crossings] == [RECOMPUTED]
-        monkeypatch.setattr(module, "_feeds_recomputed_quantize", lambda *_: False)
+        monkeypatch.setattr(module, "feeds_recomputed_quantize", lambda *_: False)
         wrong = capture(model, x, recipe=spec).run()[1]
         assert not torch.equal(wrong["down.weight"], want["down.weight"])
 
@@ -170,7 +170,7 @@ def test_packed_masks_have_an_eighth_of_a_byte(monkeypatch):
     spec = get_recipe("int8_tensorwise").replace(compress_saved=8)
     packed = capture(model, x, recipe=spec).saved_bytes()
     assert [e.bytes for e in packed.entries if e.dtype is torch.uint8] == [48 * 64 // 8]
-    monkeypatch.setattr(pipeline, "pack_masks", lambda *_, **__: 0)
+    monkeypatch.setattr(steps, "pack_masks", lambda *_, **__: 0)
     apart = capture(model, x, recipe=spec).saved_bytes()
     assert apart.total - packed.total == 48 * 64 * 7 // 8
 

@@ -8,7 +8,7 @@ from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from passes import graph as graph_helpers
-from passes import pipeline
+from passes import steps
 from passes.fuse_quantize import fuse_quantize
 from passes.graph import PERMUTE, QUANTIZE, QUANTIZE_TRANSPOSED, SCALED_MM, TRANSPOSE, args_by_name, aten, call
 from passes.partition import min_cut_partition
@@ -259,7 +259,7 @@ def test_training_steps_of_a_model_are_the_same(dynamic, interpreted, monkeypatc
     start = nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8, bias=False))
     batches = [torch.randn(n, 8) for n in ((6, 6, 6) if not dynamic else (6, 10, 14))]
     found, fused = [], []
-    monkeypatch.setattr(pipeline, "fuse_quantize", lambda graph, _: fused.append(fuse_quantize(graph)) or fused[-1])
+    monkeypatch.setattr(steps, "fuse_quantize", lambda graph, _: fused.append(fuse_quantize(graph)) or fused[-1])
     for devices in (("cuda",), ("cuda", "cpu")):
         monkeypatch.setattr(graph_helpers, "GPUS", devices)
         torch._dynamo.reset()

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from passes import pipeline, read_packed_codes
+from passes import read_packed_codes, steps
 from passes.graph import PACK_CODES, SCALED_MM, SCALED_MM_PACKED, UNPACK_CODES
 from qcompile import PerRow, QuantSpec, Recipe, capture, get_recipe, saved_bytes
 from qcompile.kernels import record_launches
@@ -45,7 +45,7 @@ def test_gradients_are_equal_bit_for_bit(spec, activation, rows, monkeypatch):
     model, x = nn.Sequential(nn.Linear(32, 64), activation, nn.Linear(64, 32)), torch.randn(rows, 32)
     packed = capture(model, x, recipe=spec.replace(compress_saved=8))
     assert packed.forward.graph.find_nodes(op="call_function", target=PACK_CODES)
-    monkeypatch.setattr(pipeline, "pack_codes", lambda *_: 0)
+    monkeypatch.setattr(steps, "pack_codes", lambda *_: 0)
     plain = capture(model, x, recipe=spec.replace(compress_saved=8))
     assert packed.saved_bytes().total < plain.saved_bytes().total
     want = plain.run()[1]
