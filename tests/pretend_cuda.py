@@ -42,8 +42,8 @@ from triton.backends.compiler import GPUTarget
 from triton.backends.driver import DriverBase
 
 from passes import graph as graph_helpers
-from passes import pipeline
-from qcompile.backend import compiler, inductor
+from passes import steps
+from qcompile.backend import compiler, inductor, kernel_names
 from qcompile.kernels.select import gemm_kernel
 from qcompile.ops import random
 from qcompile.recipes import get_recipe
@@ -104,9 +104,9 @@ def lowered_halves(model: str, recipe: str) -> tuple[dict[str, fx.GraphModule], 
     with contextlib.ExitStack() as stack:
         for owner, name, value in (
             (graph_helpers, "GPUS", ("cuda", "cpu")),
-            (pipeline, "store_masks", lambda *_: 0),  # for CPUs only
+            (steps, "store_masks", lambda *_: 0),  # for CPUs only
             (inductor, "compile_fx_inner", run_by_operator),
-            (compiler, "gemm_kernel", kernel_on_the_gpu),
+            (kernel_names, "gemm_kernel", kernel_on_the_gpu),
             (random, "DEVICES_WITH_LOWERINGS", set()),  # as on a GPU, draws are written out
             (torch.cuda, "get_device_capability", lambda *_: CAPABILITY),
         ):

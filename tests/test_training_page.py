@@ -69,7 +69,7 @@ def test_every_fault_names_its_test():
 
 
 def test_every_trainer_has_its_example_and_every_example_its_row():
-    named = set(re.findall(r"`(?:examples/trainers/)?(\w+)\.py`", section("Other people's trainers")))
+    named = set(re.findall(r"`(?:examples/trainers/)?(\w+)\.py`", section("Third-party trainers")))
     assert named == {p.stem for p in (ROOT / "examples" / "trainers").glob("*.py")}
     tests = (ROOT / "tests" / "examples" / "test_trainers.py").read_text()
     assert all(f'example("{name}"' in tests for name in named)

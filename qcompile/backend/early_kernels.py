@@ -10,6 +10,7 @@ Checked on torch 2.11 and 2.13. Where a kernel's definition looks different from
 
 from __future__ import annotations
 
+import ast
 import contextlib
 from collections.abc import Iterator
 from contextvars import ContextVar
@@ -44,6 +45,13 @@ def _define_and_submit(self: PythonWrapperCodegen, kernel_name: str, kernel_body
     if _WANTED.get() and kernel_body.startswith(_CALL):
         # What is wrong with it, such as no compiler at all, Inductor will find and say when it loads the module.
         with contextlib.suppress(Exception):
-            # The line of the generated module, which will be run once more with the same pool behind it.
-            eval(kernel_body, {"async_compile": AsyncCompile()})
+            AsyncCompile().cpp_pybinding(*_arguments(kernel_body))
     return _define_kernel(self, kernel_name, kernel_body, *args, **kwargs)
+
+
+def _arguments(kernel_body: str) -> tuple[list[str], str]:
+    """Of the call that a line of the generated module is: types of the kernel's arguments, and its source."""
+    call = ast.parse(kernel_body.strip(), mode="eval").body
+    assert isinstance(call, ast.Call)
+    types, source = map(ast.literal_eval, call.args)
+    return types, source

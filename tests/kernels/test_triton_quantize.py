@@ -207,7 +207,7 @@ def test_offsets_beyond_32_bits():
     assert x.stride(0) * (m - 1) > 2**31 and q_t.stride(0) * (n - 1) > 2**31
     config = tuning.tile_config(m, n)
     quantize_kernel[(1,)](
-        x, tensor(0.05), None, q, q_t, None, None, None, None, None, 0, m, n, *x.stride(), q.stride(0), q_t.stride(0),
+        x, tensor(0.05), None, q, q_t, None, None, None, None, 0, m, n, *x.stride(), q.stride(0), q_t.stride(0),
         QMIN=-127, QMAX=127, SCALE=0, ZERO=0, TRANSPOSED=False, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
         ASM=DEVICE == "cuda",
     )  # fmt: skip

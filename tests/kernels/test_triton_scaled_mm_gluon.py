@@ -38,7 +38,7 @@ def emulated(
     """The kernel as `scaled_mm` would launch it, on tiles of 32 x 16."""
     (m, k), n = a.shape, b_t.shape[0]
     out = torch.empty((m, n), dtype=out_dtype)
-    epilogue = launcher.Epilogue(out, partial, *(scales_and_bias[:4] or (None,) * 4), None, None, *scales_and_bias[4:])
+    epilogue = launcher.Epilogue(out, partial, *(scales_and_bias or (None,) * 5))
     packing = launcher.Packing(False, False, 1, k)
     given = epilogue.with_sums(a, b_t, packing).arguments()
     given = {name: Pointer(value.reshape(-1)) if isinstance(value, torch.Tensor) else value for name, value in given.items()}
