@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from qcompile.state.layout import Entry
 from qcompile.state.seeds import SEED, of_rank, random_seed
 
 __all__ = ["Arena", "Slot"]
@@ -75,6 +76,14 @@ class Slot:
     identity: str = ""  # of the instance that it belongs to, for random numbers: equal in a run that is repeated
     bits: int = 8  # of the codes that the range is for
     claimed: int = 0  # when a graph last asked for it: of two recipes' slots for one operand the later one is in use
+
+    @classmethod
+    def of(cls, entry: Entry, arena: Arena, offset: int, identity: str) -> Slot:
+        """The slot of an entry whose key holds over all graphs."""
+        return cls(
+            arena, offset, entry.key, entry.fields, entry.initial, entry.size, entry.site, entry.operand, entry.aliases,
+            identity=identity, bits=entry.bits,
+        )  # fmt: skip
 
     @property
     def numel(self) -> int:

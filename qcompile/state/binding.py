@@ -40,10 +40,7 @@ class Binding:
     def __init__(
         self, store: RangeStore, layout: StateLayout, owners: dict[str | None, object], device: torch.device, function: str = ""
     ) -> None:
-        requests = [
-            Request(owners[e.owner], e.key, e.fields, e.initial, e.size, e.site, e.operand, e.aliases, e.place, _bits(e))
-            for e in layout.entries
-        ]
+        requests = [Request(owners[entry.owner], entry) for entry in layout.entries]
         self.store = store
         seeded = any("seed_low" in e.fields for e in layout.entries)
         identity = _fingerprint(owners.values()) if seeded else ""
@@ -139,10 +136,6 @@ class _Question:
             elif not self.event.query():
                 return None
         return bool(self.flag)
-
-
-def _bits(entry: Entry) -> int:
-    return 8 if entry.spec is None else entry.spec.bits
 
 
 def _fingerprint(owners: Iterable[object]) -> str:

@@ -37,6 +37,11 @@ class Entry:
     def numel(self) -> int:
         return len(self.fields) * self.size
 
+    @property
+    def bits(self) -> int:
+        """Of the codes that the range is for."""
+        return 8 if self.spec is None else self.spec.bits
+
 
 @dataclass(frozen=True)
 class Block:

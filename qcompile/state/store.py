@@ -12,7 +12,7 @@ import warnings
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from qcompile.errors import QtrainWarning, StateError
 from qcompile.state.arena import Arena, Slot
+from qcompile.state.layout import Entry
 from qcompile.state.uses import Place, Use, Uses, numbers_in
 
 __all__ = ["BITS", "STORE", "RangeStore", "Request", "check_bits"]
@@ -32,18 +33,10 @@ _SlotKey = tuple[str, tuple[str, ...], int, int]
 
 
 class Request(NamedTuple):
-    """State that a graph asks for. `key` and `place` say which of the owner's: `qcompile.state.uses`."""
+    """State that a graph asks for. `entry.key` and `entry.place` say which of the owner's: `qcompile.state.uses`."""
 
     owner: object
-    key: str
-    fields: tuple[str, ...]
-    initial: tuple[float, ...]
-    size: int
-    site: str
-    operand: str
-    aliases: tuple[str, ...] = ()
-    place: Place = ()
-    bits: int = 8  # of the codes that the range is for
+    entry: Entry
 
 
 @dataclass
@@ -161,7 +154,7 @@ class RangeStore:
         """
         with self._lock:
             requests = self._with_numbers(requests, learns, function)
-            known = [self._owner(r.owner).slots.get((r.key, r.fields, r.size, r.bits)) for r in requests]
+            known = [self._owner(r.owner).slots.get(_slot_key(r.entry)) for r in requests]
             arena = self._arena_for(known, requests, device, capacity)
             slots = [self._settle(arena, s, r, identity) for s, r in zip(known, requests, strict=True)]
             self._claims += 1
@@ -177,10 +170,10 @@ class RangeStore:
         keys = {}
         for owner, theirs in asked.items():
             record = self._owner(theirs[0].owner)
-            uses = [Use(r.key, r.place, r.site) for r in theirs]
+            uses = [Use(r.entry.key, r.entry.place, r.entry.site) for r in theirs]
             keys[owner], new = record.uses.keys(uses, learns=learns, function=function, kept=record.uses_kept)
             self._count(new)
-        return [r._replace(key=keys[id(r.owner)][r.key]) for r in requests]
+        return [r._replace(entry=replace(r.entry, key=keys[id(r.owner)][r.entry.key])) for r in requests]
 
     def _count(self, new: bool) -> None:
         """`new`: a use of a Parameter got a number."""
@@ -193,26 +186,26 @@ class RangeStore:
         homes = Counter(id(s.arena) for s in known if s is not None)
         for arena in sorted(arenas, key=lambda a: -homes[id(a)]):
             new = [r for s, r in zip(known, requests, strict=True) if s is None or s.arena is not arena]
-            if arena.has_room(len(r.fields) * r.size for r in new):
+            if arena.has_room(r.entry.numel for r in new):
                 return arena
         with torch.inference_mode(False):  # a first call for inference makes the memory that training writes to
             arenas.append(Arena(torch.zeros(capacity, dtype=torch.float32, device=device)))
         return arenas[-1]
 
     def _settle(self, arena: Arena, slot: Slot | None, request: Request, identity: str) -> Slot:
-        owner, key, fields, initial, size, site, operand, aliases, _, bits = request
+        owner, entry = request
+        key = entry.key
         if slot is not None and slot.arena is arena:
             return slot
         record = self._owner(owner)
         if slot is None and key in record.pending:
-            check_bits(f"{site}.{operand}", record.pending[key], bits)
-        offset = arena.take(len(fields) * size)
+            check_bits(f"{entry.site}.{entry.operand}", record.pending[key], entry.bits)
+        offset = arena.take(entry.numel)
         if offset is None:
             raise RuntimeError("an arena with enough room was chosen, and had none")
-        new = Slot(arena, offset, key, fields, initial, size, site, operand, aliases, bits=bits)
-        new.identity = identity if slot is None else slot.identity
+        new = Slot.of(entry, arena, offset, identity if slot is None else slot.identity)
         if slot is not None:  # the model moved to another device: its memory moves with it
-            for name in fields:
+            for name in entry.fields:
                 new.write(name, slot.read(name))
             slot.live = False
             slot.arena.give_back(slot.offset, slot.numel)
@@ -223,7 +216,7 @@ class RangeStore:
             self.epoch += 1
         else:
             new.reset()
-        record.slots[key, fields, size, bits] = new
+        record.slots[_slot_key(entry)] = new
         return new
 
     def _load_pending(self, slot: Slot, fields: dict[str, Tensor]) -> None:
@@ -250,6 +243,10 @@ class RangeStore:
         with self._lock:
             owners = list(self._owners.values())  # one may be collected, and forgotten, during the walk
             return iter([s for record in owners for s in record.slots.values()])
+
+
+def _slot_key(entry: Entry) -> _SlotKey:
+    return entry.key, entry.fields, entry.size, entry.bits
 
 
 def check_bits(name: str, fields: Mapping[str, Tensor], bits: int) -> None:

@@ -487,13 +487,14 @@ def test_state_follows_the_parameter_to_another_arena():
 
 def test_a_full_arena_keeps_its_slots():
     """Claiming what is there already needs no room; what is new goes where everything of the graph fits."""
+    from qcompile.state.layout import Entry
     from qcompile.state.store import RangeStore, Request
 
     store, device = RangeStore(), torch.device("cpu")
     owner = nn.Parameter(torch.zeros(1))
 
     def claim(*keys):
-        requests = [Request(owner, key, ("amax",), (0.0,), 4, "fc", key) for key in keys]
+        requests = [Request(owner, Entry(None, key, ("amax",), (0.0,), 4, "fc", key)) for key in keys]
         return store.claim(requests, device, 9)  # an arena has its number in front
 
     arena, slots = claim("a", "b")  # full now
@@ -544,12 +545,14 @@ def test_state_of_convolutions_is_kept_until_a_graph_claims_it(interpreted):
 
 def test_freed_slots_are_room():
     """Models that come and go do not fill arena after arena."""
+    from qcompile.state.layout import Entry
     from qcompile.state.store import RangeStore, Request
 
     store, device = RangeStore(), torch.device("cpu")
     for _ in range(5):
         owner = nn.Parameter(torch.zeros(1))
-        store.claim([Request(owner, "layer#0.input", ("amax",), (0.0,), 60, "site", "input")], device, capacity=100)
+        entry = Entry(None, "layer#0.input", ("amax",), (0.0,), 60, "site", "input")
+        store.claim([Request(owner, entry)], device, capacity=100)
         del owner
         gc.collect()
     assert len(store.tensors()) == 1

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from qcompile import range_state
+from qcompile.state.layout import Entry
 from qcompile.state.store import RangeStore, Request
 from tests.compiling import amax, compiled
 from tests.device import CHOSEN
@@ -23,7 +24,8 @@ def test_slots_of_many_threads_never_overlap():
         kept = []
         for i in range(60):
             owner = nn.Parameter(torch.zeros(1))
-            requests = [Request(owner, f"k{j}", FIELDS, INITIAL, 1 + (number + i) % 3, "fc", "input") for j in range(4)]
+            size = 1 + (number + i) % 3
+            requests = [Request(owner, Entry(None, f"k{j}", FIELDS, INITIAL, size, "fc", "input")) for j in range(4)]
             _, slots = store.claim(requests, device, 1 << 16)
             for slot in slots:
                 slot.write("amax", float(number))
