@@ -34,6 +34,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from qcompile import ops
+from qcompile.ops._library import FAKES
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -176,8 +177,9 @@ def fake_result(graph: fx.Graph, target: Any, args: Any, kwargs: Any) -> Any:
 
     args, kwargs = fx.node.map_aggregate(args, value), fx.node.map_aggregate(kwargs, value)
     mode = next((m for m in (getattr(v, "fake_mode", None) for v in tree_leaves((args, kwargs))) if m is not None), None)
+    compute = target if kwargs else FAKES.get(target, target)
     with mode or fake_mode(graph):
-        return target(*args, **kwargs)
+        return compute(*args, **kwargs)
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:

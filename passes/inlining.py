@@ -8,17 +8,19 @@ are decomposed.
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import DataDependentOutputException
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from passes.graph import ALIASES, args_by_name, call, fake_mode, has_effect, meta_of, replace, set_value
+from passes.graph import ALIASES, args_by_name, call, fake_mode, has_effect, meta_of, replace
+from qcompile.ops._fakes import described
 
 __all__ = ["inductor_decompositions", "inline", "write_out"]
 
@@ -36,7 +38,7 @@ def inline(
     """Append what `fn` does at the graph's insertion point; return its result with nodes for tensors.
 
     fn      plain PyTorch; nodes among `args` are its tensors, everything else is constant. A result is a tensor, or tensors in
-            tuples, lists and dicts
+            tuples, lists and dicts. What it does depends on its arguments alone: it runs once for equal ones in a compilation
     scope   metadata of the new nodes
     rename  a name for the node of the result
 
@@ -52,11 +54,22 @@ def inline(
     mode = next((v.fake_mode for v in values if hasattr(v, "fake_mode")), None) or fake_mode(graph)
     is_static = all(isinstance(v, Tensor) and not v._has_symbolic_sizes_strides for v in values)
     record = _record if is_static and not any(isinstance(a, torch.SymInt) for a in tree_leaves(args)) else _trace
+    recorded = _recorded.setdefault(mode, {})
+    # One that was made on the way may hold a tensor, which would keep the mode alive; and what it holds may change.
+    lasts = "<locals>" not in getattr(fn, "__qualname__", "<locals>")
+    key = described((fn, *(a.meta["val"] if isinstance(a, fx.Node) else a for a in args))) if lasts else None
     with mode, torch.no_grad():
-        result = record(graph, on_tensors, nodes, values, scope)
+        body = recorded[key] if key in recorded else record(on_tensors, values)
+        if key is not None:
+            recorded[key] = body
+        result = _append(graph, body, nodes, scope)
     if rename and isinstance(result, fx.Node) and result not in nodes:
         result._rename(rename)
     return result
+
+
+_recorded: weakref.WeakKeyDictionary[FakeTensorMode, dict[Any, fx.Graph]] = weakref.WeakKeyDictionary()
+"""What functions do, by mode, so as long as one compilation: the layers of a model ask for the same again and again."""
 
 
 def write_out(graph: fx.Graph, node: fx.Node, fn: Callable[..., Any]) -> None:
@@ -65,42 +78,41 @@ def write_out(graph: fx.Graph, node: fx.Node, fn: Callable[..., Any]) -> None:
         replace(node, inline(graph, fn, *args_by_name(node).values(), scope=meta_of(node)))
 
 
-def _record(
-    graph: fx.Graph, fn: Callable[..., Any], nodes: Sequence[fx.Node], values: Sequence[Any], scope: dict[str, Any]
-) -> Any:
-    """Static shapes: `fn` runs once, and appends as it goes."""
-    if len({*map(id, values)}) < len(values):
-        values = [v.detach() for v in values]  # nodes may share a value, and are told apart by it here
-    recorder = _Recorder(graph, nodes, values, scope)
-    try:
-        with recorder:
-            result = fn(*values)
-        result = tree_map_only(Tensor, recorder.node_of, result)
-    except Exception:
-        for node in reversed(recorder.new):
-            graph.erase_node(node)
-        raise
-    kept = tree_leaves(result)
-    for node in reversed(recorder.new):
-        if not node.users and node not in kept and not has_effect(node):
-            graph.erase_node(node)
-    return result
+def _append(graph: fx.Graph, body: fx.Graph, nodes: Sequence[fx.Node], scope: dict[str, Any]) -> Any:
+    """Append a recorded graph, with `nodes` for its inputs."""
+    copies: dict[fx.Node, Any] = dict(zip(body.find_nodes(op="placeholder"), nodes, strict=True))
+    for node in body.nodes:
+        if node.op == "call_function":
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), copies.__getitem__)
+            copies[node] = call(graph, node.target, *args, scope=scope, **kwargs)
+    return fx.node.map_arg(body.output_node().args[0], copies.__getitem__)
+
+
+def _record(fn: Callable[..., Any], values: Sequence[Any]) -> fx.Graph:
+    """Static shapes: `fn` runs once, and every operator is noted as it comes."""
+    recorder = _Recorder(values)
+    with recorder:
+        result = fn(*recorder.values)
+    body = recorder.graph
+    body.output(tree_map_only(Tensor, recorder.node_of, result))
+    for node in reversed(list(body.nodes)):
+        if node.op == "call_function" and not node.users and not has_effect(node):
+            body.erase_node(node)
+    return body
 
 
 _NUMBERS = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 
 class _Recorder(TorchDispatchMode):
-    """Appends every operator that it sees to a graph."""
+    """Notes every operator that it sees in a graph of its own."""
 
-    def __init__(
-        self, graph: fx.Graph, nodes: Sequence[fx.Node], values: Sequence[Any], scope: dict[str, Any]
-    ) -> None:
+    def __init__(self, values: Sequence[Any]) -> None:
         super().__init__()
-        self.graph, self.scope, self.table = graph, scope, inductor_decompositions()
-        self.nodes = dict(zip(map(id, values), nodes, strict=True))
-        self.alive: list[Any] = list(values)  # an id means nothing once its tensor is gone
-        self.new: list[fx.Node] = []
+        self.graph, self.table = fx.Graph(), inductor_decompositions()
+        self.values = [v.detach() for v in values]  # arguments may share a value, and are told apart by it here
+        self.nodes = {id(value): self.graph.placeholder(f"x{i}") for i, value in enumerate(self.values)}
+        self.alive: list[Any] = []  # an id means nothing once its tensor is gone
 
     def node_of(self, value: Tensor) -> fx.Node:
         if id(value) not in self.nodes:
@@ -122,35 +134,24 @@ class _Recorder(TorchDispatchMode):
         value = func(*args, **kwargs)
         if any(isinstance(v, _NUMBERS) for v in tree_leaves((args, kwargs, value))):  # read from a tensor: `.item()`
             raise DataDependentOutputException(func)
-        node = self._append(func, new_args, new_kwargs, value)
+        node = self._note(func, new_args, new_kwargs, value)
         if isinstance(value, tuple | list):
             for i, item in enumerate(value):
                 if isinstance(item, Tensor):
-                    self._append(operator.getitem, (node, i), {}, item)
+                    self._note(operator.getitem, (node, i), {}, item)
         return value
 
-    def _append(self, target: Any, args: Any, kwargs: Any, value: Any) -> fx.Node:
+    def _note(self, target: Any, args: Any, kwargs: Any, value: Any) -> fx.Node:
         node = self.graph.create_node("call_function", target, tuple(args), kwargs)
-        node.meta.update(self.scope)
-        set_value(node, value)
         self.nodes[id(value)] = node
         self.alive.append(value)
-        self.new.append(node)
         return node
 
 
-def _trace(
-    graph: fx.Graph, fn: Callable[..., Any], nodes: Sequence[fx.Node], values: Sequence[Any], scope: dict[str, Any]
-) -> Any:
+def _trace(fn: Callable[..., Any], values: Sequence[Any]) -> fx.Graph:
     """Symbolic shapes: sizes are nodes too, which `make_fx` keeps track of."""
     traced = make_fx(fn, decomposition_table=inductor_decompositions(), _allow_non_fake_inputs=True)(*values)
     traced.graph.eliminate_dead_code()
-    copies: dict[fx.Node, Any] = dict(zip(traced.graph.find_nodes(op="placeholder"), nodes, strict=True))
     if traced.graph.find_nodes(op="get_attr"):
         raise ValueError("a function to inline closes over a tensor: pass it as an argument")
-    for node in traced.graph.nodes:
-        if node.op == "call_function":
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), copies.__getitem__)
-            copies[node] = call(graph, node.target, *args, scope=scope, **kwargs)
-    output = traced.graph.output_node()
-    return fx.node.map_arg(output.args[0], copies.__getitem__)
+    return traced.graph

@@ -7,8 +7,12 @@ from typing import Any
 
 import torch
 
+from qcompile.ops._fakes import remembered
+
 NAMESPACE = "qtrain"
 LIBRARY = torch.library.Library(NAMESPACE, "DEF")
+FAKES: dict[torch._ops.OpOverload, Callable[..., Any]] = {}
+"""What operators return for fake tensors, to be asked without a dispatch."""
 
 
 def checked(check: Callable[..., Any], compute: Callable[..., Any]) -> Callable[..., Any]:
@@ -36,5 +40,8 @@ def define(
     LIBRARY.define(schema, tags=tags)
     name = schema.split("(", 1)[0]
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    operator = getattr(torch.ops.qtrain, name).default
+    if all(returned.alias_info is None for returned in operator._schema.returns):
+        fake = FAKES[operator] = remembered(fake)
     torch.library.register_fake(f"{NAMESPACE}::{name}", fake, lib=LIBRARY)
-    return getattr(torch.ops.qtrain, name).default
+    return operator

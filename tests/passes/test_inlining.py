@@ -1,6 +1,8 @@
 """inline: plain PyTorch becomes nodes that compute the same, and carry what passes and Inductor look for."""
 
+import gc
 import operator
+import weakref
 
 import pytest
 import torch
@@ -151,3 +153,54 @@ def test_a_function_that_fails_leaves_no_node():
     with pytest.raises(ValueError, match="no"):
         inline(graph, failing, *nodes, scope=SCOPE)
     assert not graph.find_nodes(op="call_function", target=torch.ops.aten.exp.default) and len(graph.nodes) == 1
+
+
+CALLS = []
+
+
+def counted(x, factor):
+    CALLS.append(factor)
+    return x.t() * factor, x.view(-1)
+
+
+def test_a_function_runs_once_for_equal_arguments_of_a_compilation():
+    CALLS.clear()
+    graph, (x, y, z) = graph_of(torch.randn(4, 6), torch.randn(4, 6), torch.randn(6, 4))
+    results = [inline(graph, counted, n, 2.0, scope={"custom": {"n": n.name}}) for n in (x, y, x)]
+    assert CALLS == [2.0]
+    for n, (product, view) in zip((x, y, x), results, strict=True):
+        assert product.args[0].args[0] is n and view.args[0] is n and product.meta["custom"] == {"n": n.name}
+        storage = view.meta["val"].untyped_storage()._cdata
+        assert storage == n.meta["val"].untyped_storage()._cdata  # a view is one in the values too
+        assert product.meta["val"].untyped_storage()._cdata != storage
+    inline(graph, counted, x, 3.0, scope={}), inline(graph, counted, z, 2.0, scope={})
+    assert CALLS == [2.0, 3.0, 2.0]
+    other, (w,) = graph_of(torch.randn(4, 6))
+    inline(other, counted, w, 2.0, scope={})
+    assert CALLS == [2.0, 3.0, 2.0, 2.0]
+
+
+def test_a_function_made_on_the_way_runs_each_time():
+    graph, (x,) = graph_of(torch.randn(4, 6))
+    results = []
+    for factor in (2.0, 3.0):
+        results.append(inline(graph, lambda x, f=factor: x * f, x, scope={}))
+    state = {"factor": 4.0}
+
+    def scaled(x):
+        return x * state["factor"]
+
+    results.append(inline(graph, scaled, x, scope={}))
+    state["factor"] = 5.0
+    results.append(inline(graph, scaled, x, scope={}))
+    assert [r.args[1] for r in results] == [2.0, 3.0, 4.0, 5.0]
+
+
+def test_what_is_remembered_goes_with_the_compilation():
+    graph, (x,) = graph_of(torch.randn(4, 6))
+    mode = weakref.ref(x.meta["val"].fake_mode)
+    inline(graph, counted, x, 2.0, scope={})
+    ops.quantize(*(x.meta["val"], x.meta["val"][:, :1]), None, 8, None, 0)
+    del graph, x
+    gc.collect()
+    assert mode() is None
