@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from qcompile.errors import KernelError, first_line, warn_once
 from qcompile.kernels import cuda, measured
+from qcompile.kernels.quantized_tensor import QuantizedTensor
 from qcompile.kernels.triton import tuning
 from qcompile.kernels.triton.launch import device_guard, family
 from qcompile.torch_private import real_tensors
@@ -137,12 +138,12 @@ def measure(
 
 
 def _run(candidate: Candidate, a: Tensor, b_t: Tensor, a_scale: Tensor, b_scale: Tensor, out_dtype: torch.dtype) -> Tensor:
-    operands: tuple[Any, ...] = (a, b_t, a_scale, b_scale, None, None, None, out_dtype)
     if candidate.config is None:
-        return cuda.CANDIDATES[candidate.kernel](*operands)
+        operands = QuantizedTensor(a, a_scale), QuantizedTensor(b_t.t(), b_scale)
+        return cuda.CANDIDATES[candidate.kernel](*operands, None, out_dtype)
     from qcompile.kernels.triton.scaled_mm import scaled_mm
 
-    return scaled_mm(*operands, kernel=candidate.kernel, config=candidate.config)
+    return scaled_mm(a, b_t, a_scale, b_scale, out_dtype=out_dtype, kernel=candidate.kernel, config=candidate.config)
 
 
 def bench_on_gpu(run: Callable[[], object]) -> float:

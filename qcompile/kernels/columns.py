@@ -20,23 +20,16 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from qcompile.kernels.quantized_tensor import QuantizedTensor
+
 __all__ = ["Columns", "Gather", "Summed", "Tile", "Tiling", "tiles"]
 
 
 class Summed(Protocol):
-    """`qtrain::scaled_mm` with the two matrices in pieces of the axis that is summed: int8 [M, K_i] and [K_i, N], of which only the
-    present pair need exist."""
+    """`qtrain::scaled_mm` with the two matrices in pieces of the axis that is summed, [M, K_i] and [K_i, N], of which only the
+    present pair need exist. All pieces have the same ranges."""
 
-    def __call__(
-        self,
-        pieces: Iterable[tuple[Tensor, Tensor]],
-        a_scale: Tensor,
-        b_scale: Tensor,
-        a_zero: Tensor | None,
-        b_zero: Tensor | None,
-        out_dtype: torch.dtype,
-        /,
-    ) -> Tensor: ...
+    def __call__(self, pieces: Iterable[tuple[QuantizedTensor, QuantizedTensor]], out_dtype: torch.dtype, /) -> Tensor: ...
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,30 +26,13 @@ from torch import Tensor
 from qcompile.geometry import Geometry
 from qcompile.kernels import note_launch
 from qcompile.kernels.columns import Columns, Gather, Tile, Tiling
-from qcompile.kernels.quantized_tensor import QuantizedTensor
+from qcompile.kernels.quantized_tensor import MatrixProduct, QuantizedTensor, zero_point_count
 
-__all__ = ["Product", "correlate", "operators", "spread", "weight_grad"]
-
-
-class Product(Protocol):
-    """`qtrain::scaled_mm` on some device."""
-
-    def __call__(
-        self,
-        a: Tensor,
-        b: Tensor,
-        a_scale: Tensor,
-        b_scale: Tensor,
-        a_zero: Tensor | None,
-        b_zero: Tensor | None,
-        bias: Tensor | None,
-        out_dtype: torch.dtype,
-        /,
-    ) -> Tensor: ...
+__all__ = ["correlate", "operators", "spread", "weight_grad"]
 
 
 def correlate(
-    product: Product,
+    product: MatrixProduct,
     x: QuantizedTensor,
     w: QuantizedTensor,
     bias: Tensor | None,
@@ -68,13 +51,12 @@ def correlate(
     columns = _columns(x, gather, groups, tiling)
     out = None if groups == 1 and columns.whole else x.codes.new_empty((batch, *places, outputs), dtype=out_dtype)
     for from_channels, to_channels in _groups(groups, channels, outputs):
-        matrix = _taps_by_columns(w.codes[to_channels])
-        b_scale, b_zero = _per_column(w, to_channels)
+        matrix = QuantizedTensor(_taps_by_columns(w.codes[to_channels]), *_per_column(w, to_channels))
         bias_part = None if bias is None else bias[to_channels]
         for tile, codes in columns.of(from_channels):
-            a_scale, a_zero = _per_row(x, tile, len(codes))
-            result = product(codes, matrix, a_scale, b_scale, a_zero, b_zero, bias_part, out_dtype)
-            result = result.view(-1, *tile.of(places), matrix.shape[1])
+            rows = QuantizedTensor(codes, *_per_row(x, tile, len(codes)))
+            result = product(rows, matrix, bias_part, out_dtype)
+            result = result.view(-1, *tile.of(places), outputs // groups)
             if out is None:
                 return result.movedim(-1, 1)
             out[tile.images, tile.rows, ..., to_channels] = result
@@ -83,7 +65,7 @@ def correlate(
 
 
 def spread(
-    product: Product,
+    product: MatrixProduct,
     g: QuantizedTensor,
     w: QuantizedTensor,
     bias: Tensor | None,
@@ -104,15 +86,16 @@ def spread(
     phases = [(phase, _columns(g, _gather_of(phase), groups, tiling)) for phase in itertools.product(*axes)]
     undivided = groups == 1 and all(s == 1 for s in geometry.stride) and len(phases) == 1 and phases[0][1].whole
     out = None if undivided else g.codes.new_empty((batch, *places, groups * inner), dtype=out_dtype)
-    b_scale, b_zero = _per_column(w, slice(None))
+    w_ranges = _per_column(w, slice(None))
     for from_channels, to_channels in _groups(groups, outputs, groups * inner):
         by_tap = w.codes[from_channels].permute(*range(2, w.codes.ndim), 0, 1)  # [*kernel, O, C]
         bias_part = None if bias is None else bias[to_channels]
         for phase, columns in phases:
-            matrix = _taps_of(phase, by_tap).reshape(math.prod(len(p.taps) for p in phase) * (outputs // groups), inner)
+            taps = _taps_of(phase, by_tap).reshape(math.prod(len(p.taps) for p in phase) * (outputs // groups), inner)
+            matrix = QuantizedTensor(taps, *w_ranges)
             for tile, codes in columns.of(from_channels):
-                a_scale, a_zero = _per_row(g, tile, len(codes))
-                result = product(codes, matrix, a_scale, b_scale, a_zero, b_zero, bias_part, out_dtype)
+                rows = QuantizedTensor(codes, *_per_row(g, tile, len(codes)))
+                result = product(rows, matrix, bias_part, out_dtype)
                 result = result.view(-1, *tile.of([p.places for p in phase]), inner)
                 if out is None:
                     return result.movedim(-1, 1)
@@ -159,7 +142,7 @@ class _Phase:
 
 
 def weight_grad(
-    product: Product,
+    product: MatrixProduct,
     small: QuantizedTensor,
     big: QuantizedTensor,
     kernel: Sequence[int],
@@ -180,24 +163,28 @@ def weight_grad(
     is_cut = tiling is not None and len(columns.tiles) > 1
     found = []
     for to_channels, from_channels in _groups(groups, outputs, big.codes.shape[1]):
-        (a_scale, a_zero), (b_scale, b_zero) = _per_channel(small, to_channels), _per_column(big, from_channels, taps)
+        a_ranges, b_ranges = _per_channel(small, to_channels), _per_column(big, from_channels, taps)
+        part, width = left[..., to_channels], outputs // groups
         pieces = (
-            (left[tile.images, tile.rows, ..., to_channels].reshape(-1, outputs // groups).t(), codes)
+            (
+                QuantizedTensor(part[tile.images, tile.rows].reshape(-1, width).t(), *a_ranges),
+                QuantizedTensor(codes, *b_ranges),
+            )
             for tile, codes in columns.of(from_channels)
         )
         if is_cut:
             assert tiling is not None
-            result = tiling.summed(pieces, a_scale, b_scale, a_zero, b_zero, out_dtype)
+            result = tiling.summed(pieces, out_dtype)
         else:
-            nothing = left.new_empty((outputs // groups, 0)), left.new_empty((0, taps * inner))
-            rows, codes = next(pieces, nothing)
-            result = product(rows, codes, a_scale, b_scale, a_zero, b_zero, None, out_dtype)
-        found.append(result.view(outputs // groups, *kernel, inner))
+            no_rows = QuantizedTensor(left.new_empty((width, 0)), *a_ranges)
+            no_columns = QuantizedTensor(left.new_empty((0, taps * inner)), *b_ranges)
+            result = product(*next(pieces, (no_rows, no_columns)), None, out_dtype)
+        found.append(result.view(width, *kernel, inner))
     return (found[0] if groups == 1 else torch.cat(found)).movedim(-1, 1), is_cut
 
 
 def operators(
-    product: Product, kernel_name: Callable[..., str], tiling: Tiling | None = None
+    product: MatrixProduct, kernel_name: Callable[..., str], tiling: Tiling | None = None
 ) -> dict[str, Callable[..., Tensor]]:
     """The implementations of `qtrain::scaled_conv` and its gradients, for checked operands, by the operators' names.
 
@@ -211,43 +198,35 @@ def operators(
         if name != "none":
             note_launch(name, m, n, k, op, geometry.groups)
 
-    def scaled_conv(input: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-        in_scale, w_scale, in_zero, w_zero, bias, *spelled, out_dtype = rest
+    def scaled_conv(x: QuantizedTensor, w: QuantizedTensor, bias: Tensor | None, *rest: Any) -> Tensor:
+        *spelled, out_dtype = rest
         geometry = Geometry(*spelled)
-        places = geometry.output_size(input.shape[2:], weight.shape[2:])
+        places = geometry.output_size(x.codes.shape[2:], w.codes.shape[2:])
         run = correlate if geometry.correlates("output") else spread
-        operands = QuantizedTensor(input, in_scale, in_zero), QuantizedTensor(weight, w_scale, w_zero)
-        result = run(product, *operands, bias, geometry, places, out_dtype, tiling)
-        sizes = (input.shape, weight.shape, (input.shape[0], 0, *places))
-        note(result, "conv", "output", geometry, sizes, _any_given(in_zero, w_zero))
+        result = run(product, x, w, bias, geometry, places, out_dtype, tiling)
+        sizes = (x.codes.shape, w.codes.shape, (x.codes.shape[0], 0, *places))
+        note(result, "conv", "output", geometry, sizes, zero_point_count(x.zero, w.zero) > 0)
         return result
 
-    def scaled_conv_grad_input(grad_output: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-        g_scale, w_scale, g_zero, w_zero, input_size, *spelled, out_dtype = rest
+    def scaled_conv_grad_input(g: QuantizedTensor, w: QuantizedTensor, input_size: Sequence[int], *rest: Any) -> Tensor:
+        *spelled, out_dtype = rest
         geometry = Geometry(*spelled)
         run = correlate if geometry.correlates("grad_input") else spread
-        operands = QuantizedTensor(grad_output, g_scale, g_zero), QuantizedTensor(weight, w_scale, w_zero)
-        result = run(product, *operands, None, geometry, input_size[2:], out_dtype, tiling)
-        sizes = (input_size, weight.shape, grad_output.shape)
-        note(result, "conv_grad_input", "grad_input", geometry, sizes, _any_given(g_zero, w_zero))
+        result = run(product, g, w, None, geometry, input_size[2:], out_dtype, tiling)
+        sizes = (input_size, w.codes.shape, g.codes.shape)
+        note(result, "conv_grad_input", "grad_input", geometry, sizes, zero_point_count(g.zero, w.zero) > 0)
         return result
 
-    def scaled_conv_grad_weight(grad_output: Tensor, input: Tensor, *rest: Any) -> Tensor:
-        g_scale, in_scale, g_zero, in_zero, weight_size, *spelled, out_dtype = rest
+    def scaled_conv_grad_weight(g: QuantizedTensor, x: QuantizedTensor, weight_size: Sequence[int], *rest: Any) -> Tensor:
+        *spelled, out_dtype = rest
         geometry = Geometry(*spelled)
-        small, big = QuantizedTensor(grad_output, g_scale, g_zero), QuantizedTensor(input, in_scale, in_zero)
-        if geometry.transposed:
-            small, big = big, small
+        small, big = (x, g) if geometry.transposed else (g, x)
         result, is_cut = weight_grad(product, small, big, weight_size[2:], geometry, out_dtype, tiling)
-        sizes = (input.shape, weight_size, grad_output.shape)
-        note(result, "conv_grad_weight", "grad_weight", geometry, sizes, is_cut or _any_given(g_zero, in_zero))
+        sizes = (x.codes.shape, weight_size, g.codes.shape)
+        note(result, "conv_grad_weight", "grad_weight", geometry, sizes, is_cut or zero_point_count(g.zero, x.zero) > 0)
         return result
 
     return {f.__name__: f for f in (scaled_conv, scaled_conv_grad_input, scaled_conv_grad_weight)}
-
-
-def _any_given(*values: object) -> bool:
-    return any(value is not None for value in values)
 
 
 def _groups(groups: int, first: int, second: int) -> list[tuple[slice, slice]]:

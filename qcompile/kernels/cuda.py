@@ -31,6 +31,7 @@ from qcompile.errors import KernelError
 from qcompile.kernels import batched, cuda_conv, note_launch
 from qcompile.kernels.convolution import operators
 from qcompile.kernels.fallback import first_that_runs, ours_or_plain
+from qcompile.kernels.quantized_tensor import QuantizedTensor, as_operator, flat, zero_point_count
 from qcompile.kernels.registry import find_kernel
 from qcompile.kernels.triton.launch import MINIMUM_CAPABILITY, unavailable_reasons
 from qcompile.kernels.triton.tuning import bucket, max_k
@@ -150,38 +151,37 @@ def fallback_reason(device: torch.device) -> str | None:
 # --- Candidates ---------------------------------------------------------------------------------------------
 
 
-def _triton(a: Tensor, b_t: Tensor, *rest: Any) -> Tensor:
+def _k_major(a: QuantizedTensor, b: QuantizedTensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """The operands as our launchers take them: a [M, K] and b_t [N, K] with contiguous rows, scales, zero points."""
+    return _rows_contiguous(a.codes), _rows_contiguous(b.codes.t()), a.scale, b.scale, a.zero, b.zero
+
+
+def _triton(a: QuantizedTensor, b: QuantizedTensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
     from qcompile.kernels.triton.scaled_mm import scaled_mm  # Triton may be missing where this file is imported
 
-    return scaled_mm(a, b_t, *rest)
+    return scaled_mm(*_k_major(a, b), bias, out_dtype)
 
 
-def _described(kernel: str, a: Tensor, b_t: Tensor, *rest: Any) -> Tensor:
+def _described(
+    kernel: str, a: QuantizedTensor, b: QuantizedTensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> Tensor:
     from qcompile.kernels.triton.scaled_mm import scaled_mm
     from qcompile.kernels.triton.scaled_mm_tma import takes
 
+    *codes, a_scale, b_scale, a_zero, b_zero = _k_major(a, b)
     # A copy, and not `contiguous`: that leaves a matrix of one row as it is, whatever its stride.
-    a, b_t = (codes if takes(codes) else codes.clone(memory_format=torch.contiguous_format) for codes in (a, b_t))
-    return scaled_mm(a, b_t, *rest, kernel=kernel)
+    left, b_t = (c if takes(c) else c.clone(memory_format=torch.contiguous_format) for c in codes)
+    return scaled_mm(left, b_t, a_scale, b_scale, a_zero, b_zero, bias, out_dtype, kernel=kernel)
 
 
-def _int_mm(
-    a: Tensor,
-    b_t: Tensor,
-    a_scale: Tensor,
-    b_scale: Tensor,
-    a_zero: Tensor | None,
-    b_zero: Tensor | None,
-    bias: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    k = a.shape[1]
-    longest = max_k((a_zero is not None) + (b_zero is not None))
+def _int_mm(a: QuantizedTensor, b: QuantizedTensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    left, b_t, a_scale, b_scale, *zeros = _k_major(a, b)
+    longest = max_k(zero_point_count(*zeros))
     longest -= longest % INT_MM_MULTIPLE
-    parts = [slice(start, start + longest) for start in range(0, k, longest)]  # nearly always one
-    out = _int_sum(a[:, parts[0]], b_t[:, parts[0]], a_zero, b_zero).to(torch.float32)
+    parts = [slice(start, start + longest) for start in range(0, left.shape[1], longest)]  # nearly always one
+    out = _int_sum(left[:, parts[0]], b_t[:, parts[0]], *zeros).to(torch.float32)
     for part in parts[1:]:
-        out += _int_sum(a[:, part], b_t[:, part], a_zero, b_zero).to(torch.float32)
+        out += _int_sum(left[:, part], b_t[:, part], *zeros).to(torch.float32)
     out *= a_scale * b_scale
     if bias is not None:
         out += bias.to(torch.float32)
@@ -220,52 +220,33 @@ CANDIDATES: dict[str, Callable[..., Tensor]] = {
 # --- Operators ----------------------------------------------------------------------------------------------
 
 
-def scaled_mm_cuda(
-    a: Tensor,
-    b: Tensor,
-    a_scale: Tensor,
-    b_scale: Tensor,
-    a_zero: Tensor | None,
-    b_zero: Tensor | None,
-    bias: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
+def scaled_mm_cuda(a: QuantizedTensor, b: QuantizedTensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
     """`qtrain::scaled_mm` of checked operands; `qcompile.ops.scaled_mm` has their shapes and dtypes.
 
     Errors: `KernelError` where no int8 kernel can run.
     """
-    (m, k), n = a.shape, b.shape[1]
-    users = find_kernel("cuda", m, n, k, zero_points=a_zero is not None or b_zero is not None)
+    (m, k), n = a.codes.shape, b.codes.shape[1]
+    users = find_kernel("cuda", m, n, k, zero_points=zero_point_count(a.zero, b.zero) > 0)
     if users is not None:
         note_launch(users.name, m, n, k)
-        return users.run(a, b, a_scale, b_scale, a_zero, b_zero, bias, out_dtype)
-    out = product(a, b, a_scale, b_scale, a_zero, b_zero, bias, out_dtype)
+        return users.run(*flat(a, b), bias, out_dtype)
+    out = product(a, b, bias, out_dtype)
     if 0 not in (m, n, k):
-        note_launch(gemm_for(a.device, m, n, k), m, n, k)
+        note_launch(gemm_for(a.codes.device, m, n, k), m, n, k)
     return out
 
 
-def product(
-    a: Tensor,
-    b: Tensor,
-    a_scale: Tensor,
-    b_scale: Tensor,
-    a_zero: Tensor | None,
-    b_zero: Tensor | None,
-    bias: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
+def product(a: QuantizedTensor, b: QuantizedTensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
     """`scaled_mm_cuda` as a part of another operator, which notes the launch."""
-    (m, k), n = a.shape, b.shape[1]
+    device, (m, k), n = a.codes.device, a.codes.shape, b.codes.shape[1]
     if m == 0 or n == 0 or k == 0:
-        out = a.new_zeros((m, n), dtype=torch.float32) * (a_scale * b_scale)
+        out = a.codes.new_zeros((m, n), dtype=torch.float32) * (a.scale * b.scale)
         return (out if bias is None else out + bias.to(torch.float32)).to(out_dtype)
-    chosen = gemm_for(a.device, m, n, k)
-    operands = (_rows_contiguous(a), _rows_contiguous(b.t()), a_scale, b_scale, a_zero, b_zero, bias, out_dtype)
-    names = itertools.chain((chosen,), _stand_ins(chosen, a.device))  # nothing is asked unless the first fails
-    ran, out = first_that_runs(names, lambda name: CANDIDATES[name](*operands), f"a GEMM of {m} x {n} x {k}")
+    chosen = gemm_for(device, m, n, k)
+    names = itertools.chain((chosen,), _stand_ins(chosen, device))  # nothing is asked unless the first fails
+    ran, out = first_that_runs(names, lambda name: CANDIDATES[name](a, b, bias, out_dtype), f"a GEMM of {m} x {n} x {k}")
     if ran != chosen:
-        remember(a.device, m, n, k, ran)
+        remember(device, m, n, k, ran)
     return out
 
 
@@ -275,90 +256,84 @@ def _stand_ins(chosen: str, device: torch.device) -> Iterator[str]:
         yield from (name for name in ("triton", "int_mm") if name != chosen and not reasons_against(name, device))
 
 
-def scaled_mm_packed_cuda(a: Tensor, b: Tensor, *rest: Any) -> Tensor:
+def scaled_mm_packed_cuda(
+    a: QuantizedTensor,
+    b: QuantizedTensor,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    k: int,
+    a_bits: int,
+    b_bits: int,
+) -> Tensor:
     """`qtrain::scaled_mm_packed` of checked operands: unpacked in registers by the Triton kernel, before the GEMM elsewhere."""
     from qcompile.ops.pack_codes import codes_per_byte
     from qcompile.ops.scaled_mm_packed import unpacked
 
-    *operands, k, a_bits, b_bits = rest
-    m, n = a.shape[0], b.shape[1]
+    def as_int8() -> Tensor:
+        left, right = unpacked(a.codes, b.codes, k, a_bits, b_bits)
+        return scaled_mm_cuda(a._replace(codes=left), b._replace(codes=right), bias, out_dtype)
+
+    device, m, n = a.codes.device, a.codes.shape[0], b.codes.shape[1]
     fields = {codes_per_byte(bits) for bits in (a_bits, b_bits)} - {1}
-    zero_points = sum(zero is not None for zero in operands[2:4])
-    name = "none" if 0 in (m, n, k) else gemm_for(a.device, m, n, k)
-    if not name.startswith("triton") or len(fields) != 1 or k > max_k(zero_points):
-        return scaled_mm_cuda(*unpacked(a, b, k, a_bits, b_bits), *operands)
+    name = "none" if 0 in (m, n, k) else gemm_for(device, m, n, k)
+    if not name.startswith("triton") or len(fields) != 1 or k > max_k(zero_point_count(a.zero, b.zero)):
+        return as_int8()
     from qcompile.kernels.triton import scaled_mm
 
     kernel = "triton int4" if fields == {2} else "triton int2"
 
     def packed() -> Tensor:
-        rows = _rows_contiguous(a), _rows_contiguous(b.t())
-        out = scaled_mm.scaled_mm(*rows, *operands, k=k, a_bits=a_bits, b_bits=b_bits)
+        out = scaled_mm.scaled_mm(*_k_major(a, b), bias, out_dtype, k=k, a_bits=a_bits, b_bits=b_bits)
         note_launch(kernel, m, n, k)
         return out
 
-    def as_int8() -> Tensor:
-        return scaled_mm_cuda(*unpacked(a, b, k, a_bits, b_bits), *operands)
-
-    return ours_or_plain(kernel, a.device, packed, as_int8, f"a GEMM of {m} x {n} x {k}")
+    return ours_or_plain(kernel, device, packed, as_int8, f"a GEMM of {m} x {n} x {k}")
 
 
-def scaled_mm_requantize_cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+def scaled_mm_requantize_cuda(a: QuantizedTensor, b: QuantizedTensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
     """`qtrain::scaled_mm_requantize` of checked operands: one Triton kernel where it can run, else the operator's parts."""
     from qcompile.ops.scaled_mm_requantize import scaled_mm_requantize_reference
 
-    a, b, *rest = args
-    (m, k), n = a.shape, b.shape[1]
-    zero_points = sum(zero is not None for zero in rest[2:4])
-    name = "none" if 0 in (m, n, k) else gemm_for(a.device, m, n, k)
-    if not name.startswith("triton") or k > max_k(zero_points):
-        return scaled_mm_requantize_reference(*args)
+    def by_parts() -> tuple[Tensor, Tensor, Tensor]:
+        return scaled_mm_requantize_reference(*flat(a, b), *rest)
+
+    device, (m, k), n = a.codes.device, a.codes.shape, b.codes.shape[1]
+    name = "none" if 0 in (m, n, k) else gemm_for(device, m, n, k)
+    if not name.startswith("triton") or k > max_k(zero_point_count(a.zero, b.zero)):
+        return by_parts()
     from qcompile.kernels.triton import requantize
 
     kernel = "triton+requantize"
 
     def ours() -> tuple[Tensor, Tensor, Tensor]:
-        made = requantize.scaled_mm_requantize(_rows_contiguous(a), _rows_contiguous(b.t()), *rest)
+        made = requantize.scaled_mm_requantize(*_k_major(a, b), *rest)
         note_launch(kernel, m, n, k)
         return made
 
-    def by_parts() -> tuple[Tensor, Tensor, Tensor]:
-        return scaled_mm_requantize_reference(*args)
-
-    return ours_or_plain(kernel, a.device, ours, by_parts, f"a GEMM of {m} x {n} x {k}")
+    return ours_or_plain(kernel, device, ours, by_parts, f"a GEMM of {m} x {n} x {k}")
 
 
-def scaled_bmm_cuda(
-    a: Tensor,
-    b: Tensor,
-    a_scale: Tensor,
-    b_scale: Tensor,
-    a_zero: Tensor | None,
-    b_zero: Tensor | None,
-    bias: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
+def scaled_bmm_cuda(a: QuantizedTensor, b: QuantizedTensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
     """`qtrain::scaled_bmm` of checked operands: one launch of the Triton kernel where it can run, else matrix by matrix."""
-    (batch, m, k), n = a.shape, b.shape[2]
-    rest = a_scale, b_scale, a_zero, b_zero, bias, out_dtype
+    device, (batch, m, k), n = a.codes.device, a.codes.shape, b.codes.shape[2]
 
     def name() -> str:
-        return "none" if 0 in (m, n, k) else gemm_for(a.device, m, n, k)
+        return "none" if 0 in (m, n, k) else gemm_for(device, m, n, k)
 
     def one_by_one() -> Tensor:
-        return batched.scaled_bmm(product, name, a, b, *rest)
+        return batched.scaled_bmm(product, name, a, b, bias, out_dtype)
 
-    zero_points = (a_zero is not None) + (b_zero is not None)
-    if batch == 0 or not name().startswith("triton") or k > max_k(zero_points):
+    if batch == 0 or not name().startswith("triton") or k > max_k(zero_point_count(a.zero, b.zero)):
         return one_by_one()
     from qcompile.kernels.triton import scaled_bmm
 
     def together() -> Tensor:
-        out = scaled_bmm.scaled_bmm(_rows_contiguous_of_each(a), _rows_contiguous_of_each(b.transpose(1, 2)), *rest)
+        left, b_t = _rows_contiguous_of_each(a.codes), _rows_contiguous_of_each(b.codes.transpose(1, 2))
+        out = scaled_bmm.scaled_bmm(left, b_t, a.scale, b.scale, a.zero, b.zero, bias, out_dtype)
         note_launch("triton", m, n, k, "bmm", batch)
         return out
 
-    return ours_or_plain("triton bmm", a.device, together, one_by_one, f"{batch} GEMMs of {m} x {n} x {k}")
+    return ours_or_plain("triton bmm", device, together, one_by_one, f"{batch} GEMMs of {m} x {n} x {k}")
 
 
 def transpose_codes_cuda(codes: Tensor) -> Tensor:
@@ -441,13 +416,13 @@ def register_cuda_kernels() -> None:
 
     if torch._C._dispatch_has_kernel_for_dispatch_key("qtrain::scaled_mm", "CUDA"):
         return  # the imports above may have called this function
-    LIBRARY.impl("scaled_mm", checked(check_scaled_mm, scaled_mm_cuda), "CUDA")
-    LIBRARY.impl("scaled_bmm", checked(check_scaled_bmm, scaled_bmm_cuda), "CUDA")
+    LIBRARY.impl("scaled_mm", checked(check_scaled_mm, as_operator(scaled_mm_cuda)), "CUDA")
+    LIBRARY.impl("scaled_bmm", checked(check_scaled_bmm, as_operator(scaled_bmm_cuda)), "CUDA")
 
     def uses_triton(device: torch.device) -> bool:
         return _kernel_for(device, os.environ.get("QTRAIN_CUDA_GEMM")) != "int_mm"
 
     for name, implementation in cuda_conv.operators(operators(product, name_of), uses_triton).items():
-        LIBRARY.impl(name, checked(CHECKS[name], implementation), "CUDA")
+        LIBRARY.impl(name, checked(CHECKS[name], as_operator(implementation)), "CUDA")
     LIBRARY.impl("quantize_transposed", checked(check_quantize_transposed, quantize_transposed_cuda), "CUDA")
     LIBRARY.impl("transpose_codes", transpose_codes, "CUDA")

@@ -36,19 +36,24 @@ def operators(gathered: Operators, uses_triton: Callable[[torch.device], bool]) 
     """
 
     def either(op: str, plan: Callable[..., _Work | None]) -> Callable[..., Tensor]:
-        def run(first: Tensor, second: Tensor, *rest: Any) -> Tensor:
+        def run(first: QuantizedTensor, second: QuantizedTensor, *rest: Any) -> Tensor:
             def plain() -> Tensor:
                 return gathered[op](first, second, *rest)
 
-            work = plan(first, second, *rest) if uses_triton(first.device) else None
+            device = first.codes.device
+            work = plan(first, second, *rest) if uses_triton(device) else None
             if work is None:
                 return plain()
             m, n, k = work.shape
-            return ours_or_plain("triton conv", first.device, work.run_and_note, plain, f"a convolution's GEMM of {m} x {n} x {k}")
+            return ours_or_plain("triton conv", device, work.run_and_note, plain, f"a convolution's GEMM of {m} x {n} x {k}")
 
         return run
 
-    plans = {"scaled_conv": _output, "scaled_conv_grad_input": _grad_input, "scaled_conv_grad_weight": _grad_weight}
+    plans: dict[str, Callable[..., _Work | None]] = {
+        "scaled_conv": _output,
+        "scaled_conv_grad_input": _grad_input,
+        "scaled_conv_grad_weight": _grad_weight,
+    }
     return {op: either(op, plan) for op, plan in plans.items()}
 
 
@@ -67,40 +72,35 @@ class _Work(NamedTuple):
         return out
 
 
-def _output(input: Tensor, weight: Tensor, *rest: Any) -> _Work | None:
+def _output(x: QuantizedTensor, w: QuantizedTensor, bias: Tensor | None, *rest: Any) -> _Work | None:
     """`qtrain::scaled_conv`; None where the Triton kernel does not take it."""
-    in_scale, w_scale, in_zero, w_zero, bias, *spelled, out_dtype = rest
+    *spelled, out_dtype = rest
     geometry = Geometry(*spelled)
-    if not _takes(geometry, weight.shape, in_zero, w_zero, "output"):
+    if not _takes(geometry, x, w, "output"):
         return None
-    places = geometry.output_size(input.shape[2:], weight.shape[2:])
-    shape = geometry.product("output", input.shape, weight.shape, (input.shape[0], 0, *places))
-    x, w = QuantizedTensor(input, in_scale, in_zero), QuantizedTensor(weight, w_scale)
+    places = geometry.output_size(x.codes.shape[2:], w.codes.shape[2:])
+    shape = geometry.product("output", x.codes.shape, w.codes.shape, (x.codes.shape[0], 0, *places))
     return _Work(lambda: _conv(x, w, bias, geometry, "output", places, out_dtype), "conv", shape, geometry.groups)
 
 
-def _grad_input(grad_output: Tensor, weight: Tensor, *rest: Any) -> _Work | None:
+def _grad_input(g: QuantizedTensor, w: QuantizedTensor, input_size: Sequence[int], *rest: Any) -> _Work | None:
     """`qtrain::scaled_conv_grad_input`; None where the Triton kernel does not take it."""
-    g_scale, w_scale, g_zero, w_zero, input_size, *spelled, out_dtype = rest
+    *spelled, out_dtype = rest
     geometry = Geometry(*spelled)
-    if not _takes(geometry, weight.shape, g_zero, w_zero, "grad_input"):
+    if not _takes(geometry, g, w, "grad_input"):
         return None
-    shape = geometry.product("grad_input", input_size, weight.shape, grad_output.shape)
-    g, w = QuantizedTensor(grad_output, g_scale, g_zero), QuantizedTensor(weight, w_scale)
+    shape = geometry.product("grad_input", input_size, w.codes.shape, g.codes.shape)
     return _Work(
         lambda: _conv(g, w, None, geometry, "grad_input", input_size[2:], out_dtype), "conv_grad_input", shape, geometry.groups
     )
 
 
-def _grad_weight(grad_output: Tensor, input: Tensor, *rest: Any) -> _Work | None:
+def _grad_weight(g: QuantizedTensor, x: QuantizedTensor, weight_size: Sequence[int], *rest: Any) -> _Work | None:
     """`qtrain::scaled_conv_grad_weight`; None where the Triton kernel does not take it."""
-    g_scale, in_scale, g_zero, in_zero, weight_size, *spelled, out_dtype = rest
+    *spelled, out_dtype = rest
     geometry = Geometry(*spelled)
-    shape = geometry.product("grad_weight", input.shape, weight_size, grad_output.shape)
-    # `small` has a value for each place of the kernel over `big`.
-    small, big = QuantizedTensor(grad_output, g_scale, g_zero), QuantizedTensor(input, in_scale, in_zero)
-    if geometry.transposed:
-        small, big = big, small
+    shape = geometry.product("grad_weight", x.codes.shape, weight_size, g.codes.shape)
+    small, big = (x, g) if geometry.transposed else (g, x)  # `small` has a value for each place of the kernel over `big`
     # The sum runs over the places of all images: as many of them at a time as int32 holds.
     images = max_k(big.zero is not None) // max(math.prod(small.codes.shape[2:]), 1)
     if small.zero is not None or not _one(big.zero) or shape[2] == 0 or images == 0:
@@ -127,9 +127,10 @@ def _grad_weight(grad_output: Tensor, input: Tensor, *rest: Any) -> _Work | None
     return _Work(run, "conv_grad_weight", shape, geometry.groups)
 
 
-def _takes(geometry: Geometry, weight_size: Sequence[int], zero: Tensor | None, weight_zero: Tensor | None, gemm: str) -> bool:
-    inner = weight_size[1] if geometry.correlates(gemm) else weight_size[0] // geometry.groups
-    return weight_zero is None and _one(zero) and inner * math.prod(weight_size[2:]) <= max_k(zero is not None)
+def _takes(geometry: Geometry, x: QuantizedTensor, w: QuantizedTensor, gemm: str) -> bool:
+    rows, columns, *kernel = w.codes.shape
+    inner = columns if geometry.correlates(gemm) else rows // geometry.groups
+    return w.zero is None and _one(x.zero) and inner * math.prod(kernel) <= max_k(x.zero is not None)
 
 
 def _one(zero: Tensor | None) -> bool:

@@ -1,13 +1,18 @@
-"""Codes and what they mean: an operand of an integer GEMM."""
+"""Codes and what they mean: an operand of an integer GEMM.
+
+The operators take two operands as (a, b, a_scale, b_scale, a_zero, b_zero); what computes them takes two `QuantizedTensor`s.
+`as_operator` and `flat` lead from one form to the other.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
-__all__ = ["QuantizedTensor"]
+__all__ = ["MatrixProduct", "QuantizedTensor", "as_operator", "flat", "zero_point_count"]
 
 
 class QuantizedTensor(NamedTuple):
@@ -24,3 +29,32 @@ class QuantizedTensor(NamedTuple):
             return values.reshape(()) if values.numel() == 1 else lay_out(values)
 
         return laid_out(self.scale), None if self.zero is None else laid_out(self.zero)
+
+
+class MatrixProduct(Protocol):
+    """`qtrain::scaled_mm` on some device."""
+
+    def __call__(
+        self, a: QuantizedTensor, b: QuantizedTensor, bias: Tensor | None, out_dtype: torch.dtype, /
+    ) -> Tensor: ...
+
+
+def as_operator(compute: Callable[..., Any]) -> Callable[..., Any]:
+    """`compute(a, b, *rest)` of two `QuantizedTensor`s, as an operator calls it."""
+
+    def call(
+        a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, a_zero: Tensor | None, b_zero: Tensor | None, /, *rest: Any
+    ) -> Any:
+        return compute(QuantizedTensor(a, a_scale, a_zero), QuantizedTensor(b, b_scale, b_zero), *rest)
+
+    return call
+
+
+def flat(a: QuantizedTensor, b: QuantizedTensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Two operands as an operator takes them."""
+    return a.codes, b.codes, a.scale, b.scale, a.zero, b.zero
+
+
+def zero_point_count(a_zero: object, b_zero: object) -> int:
+    """How many of two operands have a zero point."""
+    return (a_zero is not None) + (b_zero is not None)

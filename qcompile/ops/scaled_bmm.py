@@ -16,6 +16,7 @@ from torch import Tensor
 from qcompile._sizes import same_size
 from qcompile.errors import KernelError
 from qcompile.kernels import cpu
+from qcompile.kernels.quantized_tensor import as_operator
 from qcompile.ops._checks import FLOATS, OUTPUTS, check_dtype, check_shared
 from qcompile.ops._library import LIBRARY, checked, define
 
@@ -101,4 +102,4 @@ scaled_bmm = define(
 
 Errors: `KernelError`.
 """
-LIBRARY.impl("scaled_bmm", checked(check_scaled_bmm, cpu.scaled_bmm), "CPU")
+LIBRARY.impl("scaled_bmm", checked(check_scaled_bmm, as_operator(cpu.scaled_bmm)), "CPU")

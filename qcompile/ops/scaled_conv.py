@@ -24,6 +24,7 @@ from torch import Tensor
 from qcompile.errors import KernelError
 from qcompile.geometry import GEOMETRY, Geometry
 from qcompile.kernels import cpu
+from qcompile.kernels.quantized_tensor import as_operator
 from qcompile.ops._checks import FLOATS, OUTPUTS, check_dtype, check_shared
 from qcompile.ops._library import LIBRARY, checked, define
 from qcompile.ops.convolution import channels_last
@@ -295,4 +296,4 @@ CHECKS: dict[str, Callable[..., None]] = {
 """Operator -> its check."""
 
 for _name, _implementation in cpu.convolutions().items():
-    LIBRARY.impl(_name, checked(CHECKS[_name], _implementation), "CPU")
+    LIBRARY.impl(_name, checked(CHECKS[_name], as_operator(_implementation)), "CPU")

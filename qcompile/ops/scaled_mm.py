@@ -18,6 +18,7 @@ from torch import Tensor
 from qcompile._sizes import same_size
 from qcompile.errors import KernelError
 from qcompile.kernels import cpu
+from qcompile.kernels.quantized_tensor import as_operator
 from qcompile.ops._checks import FLOATS, OUTPUTS, check_dtype, check_matrix, check_shared
 from qcompile.ops._library import LIBRARY, checked, define
 
@@ -102,4 +103,4 @@ scaled_mm = define(
 
 Errors: `KernelError`.
 """
-LIBRARY.impl("scaled_mm", checked(check_scaled_mm, cpu.scaled_mm), "CPU")
+LIBRARY.impl("scaled_mm", checked(check_scaled_mm, as_operator(cpu.scaled_mm)), "CPU")

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from qcompile.errors import KernelError
 from qcompile.kernels import cpu
+from qcompile.kernels.quantized_tensor import as_operator
 from qcompile.ops._checks import check_matrix, same_size
 from qcompile.ops._library import LIBRARY, checked, define
 from qcompile.ops.pack_codes import codes_per_byte, unpack_codes_reference
@@ -57,13 +58,13 @@ def _fake(a: Tensor, b: Tensor, *rest: Any) -> Tensor:
 
 def _on_cpu(a: Tensor, b: Tensor, *rest: Any) -> Tensor:
     *operands, k, a_bits, b_bits = rest
-    return cpu.scaled_mm(*unpacked(a, b, k, a_bits, b_bits), *operands)
+    return as_operator(cpu.scaled_mm)(*unpacked(a, b, k, a_bits, b_bits), *operands)
 
 
-def _on_cuda(a: Tensor, b: Tensor, *rest: Any) -> Tensor:
+def _on_cuda(*args: Any) -> Tensor:
     from qcompile.kernels import cuda
 
-    return cuda.scaled_mm_packed_cuda(a, b, *rest)
+    return cuda.scaled_mm_packed_cuda(*args)
 
 
 scaled_mm_packed = define(
@@ -79,4 +80,4 @@ scaled_mm_packed = define(
 Errors: `KernelError`.
 """
 LIBRARY.impl("scaled_mm_packed", checked(_check, _on_cpu), "CPU")
-LIBRARY.impl("scaled_mm_packed", checked(_check, _on_cuda), "CUDA")
+LIBRARY.impl("scaled_mm_packed", checked(_check, as_operator(_on_cuda)), "CUDA")

@@ -21,6 +21,7 @@ from torch import Tensor
 from qcompile.errors import KernelError
 from qcompile.estimators.statistics import clipped_share
 from qcompile.kernels import cpu
+from qcompile.kernels.quantized_tensor import as_operator
 from qcompile.ops._checks import check_dtype, check_shared, same_size
 from qcompile.ops._library import LIBRARY, checked, define
 from qcompile.ops.quantize import quantize_reference
@@ -112,5 +113,5 @@ scaled_mm_requantize = define(
 
 M and N above 0. Errors: `KernelError`; `ValueError` for bits.
 """
-LIBRARY.impl("scaled_mm_requantize", checked(_check, cpu.scaled_mm_requantize), "CPU")
-LIBRARY.impl("scaled_mm_requantize", checked(_check, _on_cuda), "CUDA")
+LIBRARY.impl("scaled_mm_requantize", checked(_check, as_operator(cpu.scaled_mm_requantize)), "CPU")
+LIBRARY.impl("scaled_mm_requantize", checked(_check, as_operator(_on_cuda)), "CUDA")

@@ -13,10 +13,12 @@ import torch
 from qcompile import ops
 from qcompile.errors import KernelError
 from qcompile.kernels import Launch, cuda, record_launches
+from qcompile.kernels.quantized_tensor import as_operator
 from qcompile.kernels.triton import launch, tuning
 from tests.kernels.triton_device import DEVICE, QUIET, misaligned
 
 GPU = torch.device("cuda")
+scaled_mm_cuda = as_operator(cuda.scaled_mm_cuda)
 pytestmark = QUIET
 HERE = [name for name in cuda.CANDIDATES if not cuda.reasons_against(name, torch.device(DEVICE))]
 
@@ -143,7 +145,7 @@ def test_any_shape_and_layout(candidate, shape, a_rows, b_rows):
     b = int8(k, n) if b_rows else int8(n, k).t()
     operands = (a, b, uniform(m, 1), uniform(1, n), None, None, uniform(n), torch.float32)
     with record_launches() as launches:
-        got = cuda.scaled_mm_cuda(*operands)
+        got = scaled_mm_cuda(*operands)
     assert launches == [Launch(candidate if cuda.fits(candidate, k) else "triton", m, n, k)]
     assert got.is_contiguous() and torch.equal(got, ops.scaled_mm_reference(*operands))
 
@@ -155,7 +157,7 @@ def test_zero_points(candidate, a_zero, b_zero, out_dtype):
     zeros = [None if shape is None else int32(*shape) for shape in (a_zero, b_zero)]
     scale = torch.full((), 1e-3, device=DEVICE)
     operands = (int8(20, 50), int8(50, 24), scale, scale, *zeros, uniform(20, 24), out_dtype)
-    assert torch.equal(cuda.scaled_mm_cuda(*operands), ops.scaled_mm_reference(*operands))
+    assert torch.equal(scaled_mm_cuda(*operands), ops.scaled_mm_reference(*operands))
 
 
 def test_any_alignment(candidate, monkeypatch):
@@ -166,7 +168,7 @@ def test_any_alignment(candidate, monkeypatch):
     a, b_t = misaligned(int8(32, 64)), misaligned(int8(40, 64))
     scales, bias = (misaligned(uniform(32, 1)), misaligned(uniform(1, 40))), misaligned(uniform(40))
     operands = (a, b_t.t(), *scales, None, None, bias, torch.float32)
-    assert torch.equal(cuda.scaled_mm_cuda(*operands), ops.scaled_mm_reference(*operands))
+    assert torch.equal(scaled_mm_cuda(*operands), ops.scaled_mm_reference(*operands))
     assert len(reached) == (candidate == "int_mm") and all(m.data_ptr() % 16 == 0 for pair in reached for m in pair)
 
 
@@ -176,7 +178,7 @@ def test_a_matrix_of_one_row_in_any_stride(candidate, m, n):
     a, b = int8(64, m).t(), int8(64, n)
     operands = (a, b, uniform(m, 1), uniform(1, n), None, None, None, torch.float32)
     assert a.stride(0) == 1 == b.t().stride(0)
-    assert torch.equal(cuda.scaled_mm_cuda(*operands), ops.scaled_mm_reference(*operands))
+    assert torch.equal(scaled_mm_cuda(*operands), ops.scaled_mm_reference(*operands))
 
 
 def test_int_mm_splits_a_long_sum(monkeypatch):
@@ -184,7 +186,7 @@ def test_int_mm_splits_a_long_sum(monkeypatch):
     k = tuning.max_k(0) + 9
     a = torch.full((2, k), -128, dtype=torch.int8, device=DEVICE)
     one = torch.ones((), device=DEVICE)
-    got = cuda.scaled_mm_cuda(a, a.t(), one, one, None, None, None, torch.float32)
+    got = scaled_mm_cuda(a, a.t(), one, one, None, None, None, torch.float32)
     assert got.eq(float(torch.tensor(k * 128.0**2))).all() and k * 128**2 > 2**31
 
 
@@ -196,7 +198,7 @@ def test_empty_launches_nothing(candidate, shape, bias):
         int8(m, k), int8(k, n), uniform(m, 1), uniform(), None, None, uniform(n) if bias else None, torch.bfloat16
     )  # fmt: skip
     with record_launches() as launches:
-        got = cuda.scaled_mm_cuda(*operands)
+        got = scaled_mm_cuda(*operands)
     assert launches == [] and torch.equal(got, ops.scaled_mm_reference(*operands))
 
 

@@ -6,6 +6,7 @@ import torch
 from qcompile import ops
 from qcompile.geometry import Geometry
 from qcompile.kernels import cuda_conv, record_launches
+from qcompile.kernels.quantized_tensor import as_operator
 from tests.kernels.triton_device import DEVICE
 from tests.ops.test_scaled_conv import codes, parameters, spelled
 
@@ -21,9 +22,13 @@ def refuse(*operands):
     raise AssertionError("fell back")
 
 
+def operator(name, gathered):
+    return as_operator(cuda_conv.operators({name: gathered}, lambda device: True)[name])
+
+
 def ran_on_triton(name, operands):
     """The result of the Triton kernel; a failure if it was not used."""
-    run = cuda_conv.operators({name: refuse}, lambda device: True)[name]
+    run = operator(name, refuse)
     with record_launches() as launches:
         result = run(*(o.to(DEVICE) if isinstance(o, torch.Tensor) else o for o in operands))
     assert [launch.kernel for launch in launches] == ["triton"]
@@ -69,14 +74,14 @@ def test_a_weight_gradient_over_more_places_than_int32_holds_is_summed_by_images
             monkeypatch.setattr(cuda_conv, "max_k", lambda zero_points, most=images * places[0] * places[1]: most)
             assert torch.equal(ran_on_triton("scaled_conv_grad_weight", operands), want)
         monkeypatch.setattr(cuda_conv, "max_k", lambda zero_points: places[0] * places[1] - 1)
-        run = cuda_conv.operators({"scaled_conv_grad_weight": lambda *operands: "gathered"}, lambda device: True)
-        assert run["scaled_conv_grad_weight"](*operands) == "gathered", "one image alone is too much"
+        run = operator("scaled_conv_grad_weight", lambda *operands: "gathered")
+        assert run(*operands) == "gathered", "one image alone is too much"
 
 
 def test_what_the_kernels_do_not_take_goes_the_other_way():
     where = spelled(Geometry([1], [0], [1], False, [0], 1))
     one, zero = torch.tensor(1.0, device="cpu"), torch.tensor(1, dtype=torch.int32, device="cpu")
     x, w = codes([2, 3, 5], 0), codes([4, 3, 2], 1)
-    run = cuda_conv.operators({"scaled_conv": lambda *operands: "gathered"}, lambda device: True)["scaled_conv"]
+    run = operator("scaled_conv", lambda *operands: "gathered")
     assert run(x, w, one, one, None, zero, None, *where, torch.float32) == "gathered"
     assert run(x, w, one, one, zero.expand(2, 1, 1), None, None, *where, torch.float32) == "gathered"

@@ -11,6 +11,7 @@ from qcompile.geometry import Geometry
 from qcompile.kernels import cpu, cuda, cuda_conv, fallback, record_launches
 from qcompile.kernels.cpu import choice, matmul
 from qcompile.kernels.fallback import first_that_runs
+from qcompile.kernels.quantized_tensor import as_operator, flat
 from qcompile.kernels.triton import launch
 from tests.compiling import compiled
 from tests.ops.test_scaled_conv import spelled
@@ -128,14 +129,14 @@ def convolution():
 
 
 def convolve(*operands):
-    gathered = {"scaled_conv": lambda *args: ops.scaled_conv_reference(*args)}
-    return cuda_conv.operators(gathered, lambda device: True)["scaled_conv"](*operands)
+    gathered = {"scaled_conv": lambda x, w, *rest: ops.scaled_conv_reference(*flat(x, w), *rest)}
+    return as_operator(cuda_conv.operators(gathered, lambda device: True)["scaled_conv"])(*operands)
 
 
 QUANTIZE = (torch.randn(70, 40), torch.tensor(0.02), None, 8, None, 5, True, True, None)
 FORMS = {
-    "GEMM": ("scaled_mm.scaled_mm", cuda.scaled_mm_cuda, ops.scaled_mm_reference, lambda: GEMM),
-    "packed GEMM": ("scaled_mm.scaled_mm", cuda.scaled_mm_packed_cuda, ops.scaled_mm_packed_reference, packed),
+    "GEMM": ("scaled_mm.scaled_mm", as_operator(cuda.scaled_mm_cuda), ops.scaled_mm_reference, lambda: GEMM),
+    "packed GEMM": ("scaled_mm.scaled_mm", as_operator(cuda.scaled_mm_packed_cuda), ops.scaled_mm_packed_reference, packed),
     "convolution": ("conv.conv", convolve, ops.scaled_conv_reference, convolution),
     "quantize": ("quantize.quantize", cuda.quantize_transposed_cuda, ops.quantize_transposed_reference, lambda: QUANTIZE),
     "transpose": ("transpose.transpose", cuda.transpose_codes_cuda, torch.t, lambda: GEMM[:1]),

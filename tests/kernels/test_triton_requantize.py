@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from qcompile.kernels import Launch, cuda, record_launches
+from qcompile.kernels.quantized_tensor import as_operator
 from qcompile.kernels.triton import launch, tuning
 from qcompile.ops import scaled_mm_requantize_reference
 from tests.kernels.triton_device import DEVICE, QUIET
@@ -19,6 +20,7 @@ from qcompile.kernels.triton.requantize import scaled_mm_requantize
 
 pytestmark = [*QUIET, pytest.mark.skipif(not launch.is_available(DEVICE), reason="no tested Triton here")]
 M, K, N = 100, 45, 70
+scaled_mm_requantize_cuda = as_operator(cuda.scaled_mm_requantize_cuda)
 
 
 @pytest.fixture(autouse=True)
@@ -46,7 +48,7 @@ def operands(*, zeros=False, bias=None, rows=False):
 
 def assert_equal_to_parts(*args):
     with record_launches() as launches:
-        got = cuda.scaled_mm_requantize_cuda(*args)
+        got = scaled_mm_requantize_cuda(*args)
     assert launches == [Launch("triton+requantize", M, N, K)]
     want = scaled_mm_requantize_reference(*args)
     for name, g, w in zip(("codes", "marked", "statistics"), got, want, strict=True):
@@ -87,7 +89,7 @@ def test_what_is_not_finite_shows_in_the_statistics(bad):
     a_scale = torch.full((M, 1), 0.01, device=DEVICE)
     a_scale[50] = bad
     args = a, b, a_scale, b_scale, *rest, torch.float32, True, None, number(0.1), None, 8, None, number(1.0), False
-    got, want = cuda.scaled_mm_requantize_cuda(*args), scaled_mm_requantize_reference(*args)
+    got, want = scaled_mm_requantize_cuda(*args), scaled_mm_requantize_reference(*args)
     torch.testing.assert_close(got[2][:3], want[2][:3], rtol=0, atol=0, equal_nan=True)
     assert not got[2][0].isfinite()
     finite = torch.arange(M, device=DEVICE) != 50
@@ -99,13 +101,13 @@ def test_where_it_cannot_run_the_parts_do(monkeypatch):
     monkeypatch.setenv("QTRAIN_CUDA_GEMM", "int_mm")
     want = scaled_mm_requantize_reference(*args)
     with record_launches() as launches:
-        got = cuda.scaled_mm_requantize_cuda(*args)
+        got = scaled_mm_requantize_cuda(*args)
     assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
     assert not any("requantize" in launch.kernel for launch in launches)
     monkeypatch.delenv("QTRAIN_CUDA_GEMM")
     monkeypatch.setattr(cuda, "max_k", lambda zero_points: K - 1)
     with record_launches() as launches:
-        cuda.scaled_mm_requantize_cuda(*args)
+        scaled_mm_requantize_cuda(*args)
     assert not any("requantize" in launch.kernel for launch in launches)
 
 

@@ -6,6 +6,7 @@ import torch
 from qcompile import ops
 from qcompile.errors import KernelError
 from qcompile.kernels import Launch, cuda, fallback, record_launches
+from qcompile.kernels.quantized_tensor import as_operator, flat
 from tests.kernels.triton_device import DEVICE, QUIET, far_apart
 
 pytest.importorskip("triton")
@@ -14,6 +15,7 @@ from qcompile.kernels.triton import scaled_bmm as module
 from qcompile.kernels.triton.scaled_bmm import scaled_bmm
 
 pytestmark = QUIET
+scaled_bmm_cuda = as_operator(cuda.scaled_bmm_cuda)
 SHAPES = [(1, 1, 1, 1), (3, 5, 7, 9), (4, 65, 70, 33), (2, 130, 3, 64), (5, 17, 40, 200)]
 SHARED = {
     "one value": ((), ()),
@@ -102,7 +104,7 @@ def test_the_operator_launches_once_whatever_the_layout(on_triton, a_turned, b_t
     b = int8(3, 16, 24).transpose(1, 2) if b_turned else int8(3, 24, 16)
     operands = (a, b, *parameters("rows of each", {"B": 3, "M": 40, "N": 16}, "a"), None, torch.float32)
     with record_launches() as launches:
-        got = cuda.scaled_bmm_cuda(*operands)
+        got = scaled_bmm_cuda(*operands)
     assert launches == [Launch("triton", 40, 16, 24, "bmm", 3)] and torch.equal(got, ops.scaled_bmm_reference(*operands))
 
 
@@ -112,9 +114,9 @@ def test_longer_sums_and_another_gemm_go_matrix_by_matrix(on_triton, monkeypatch
     operands = (int8(2, 20, 32), int8(2, 32, 24), one, one, None, None, None, torch.float32)
     with monkeypatch.context() as patch:
         patch.setattr(cuda, "max_k", lambda zero_points: 31)
-        patch.setattr(cuda, "product", lambda a, b, *rest: ops.scaled_mm_reference(a, b, *rest))
-        assert torch.equal(cuda.scaled_bmm_cuda(*operands), ops.scaled_bmm_reference(*operands))
+        patch.setattr(cuda, "product", lambda a, b, *rest: ops.scaled_mm_reference(*flat(a, b), *rest))
+        assert torch.equal(scaled_bmm_cuda(*operands), ops.scaled_bmm_reference(*operands))
     monkeypatch.setattr(cuda, "gemm_for", lambda *sizes: "int_mm")
     with record_launches() as launches:
-        cuda.scaled_bmm_cuda(*operands)
+        scaled_bmm_cuda(*operands)
     assert launches == [Launch("int_mm", 20, 24, 32, "bmm", 2)]

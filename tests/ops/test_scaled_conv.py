@@ -12,6 +12,7 @@ from qcompile.errors import KernelError
 from qcompile.geometry import Geometry
 from qcompile.kernels import cpu, record_launches
 from qcompile.kernels.cpu import scratch
+from qcompile.kernels.quantized_tensor import as_operator
 
 aten = torch.ops.aten
 SCALE = torch.tensor(0.015625)
@@ -79,7 +80,7 @@ def test_every_geometry_equals_fp64(case, kind, with_bias, seed):
 def test_cut_into_parts_it_is_the_same(case, kind, with_bias, seed, bytes_at_once):
     """Some images, some rows of one image or a single row at a time, whose columns lie in the same memory one after the other."""
     implementations = cpu.convolutions(columns_at_once=bytes_at_once)
-    check(case, kind, with_bias, seed, {getattr(ops, name): run for name, run in implementations.items()})
+    check(case, kind, with_bias, seed, {getattr(ops, name): as_operator(run) for name, run in implementations.items()})
 
 
 @pytest.mark.slow
@@ -152,7 +153,7 @@ def test_a_cut_sum_says_that_integers_were_added():
     kernels = {}
     for at_once in (64, 2**20):
         with record_launches() as launches:
-            cpu.convolutions(columns_at_once=at_once)["scaled_conv_grad_weight"](*operands)
+            as_operator(cpu.convolutions(columns_at_once=at_once)["scaled_conv_grad_weight"])(*operands)
         kernels[at_once] = [launch.kernel for launch in launches]
     assert kernels == {64: [cpu.kernel_name(5, 45, 144, zero_points=True)], 2**20: [cpu.kernel_name(5, 45, 144)]}
 

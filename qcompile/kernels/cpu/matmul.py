@@ -21,6 +21,7 @@ from qcompile.kernels.cpu.products import CANDIDATES, INT32_MAX, MAX_K, onednn, 
 from qcompile.kernels.cpu.scratch import scratch
 from qcompile.kernels.cpu.transpose import transpose_codes
 from qcompile.kernels.fallback import first_that_runs
+from qcompile.kernels.quantized_tensor import QuantizedTensor, flat, zero_point_count
 from qcompile.kernels.registry import find_kernel
 
 __all__ = [
@@ -44,74 +45,48 @@ COLUMNS_AT_ONCE = 2**22
 """Bytes of a convolution's gathered codes that are multiplied at a time."""
 
 
-def scaled_mm(
-    a: Tensor,
-    b: Tensor,
-    a_scale: Tensor,
-    b_scale: Tensor,
-    a_zero: Tensor | None,
-    b_zero: Tensor | None,
-    bias: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
+def scaled_mm(a: QuantizedTensor, b: QuantizedTensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
     """`qtrain::scaled_mm` of checked operands; `qcompile.ops.scaled_mm` has their shapes and dtypes."""
-    (m, k), n = a.shape, b.shape[1]
-    users = find_kernel("cpu", m, n, k, zero_points=a_zero is not None or b_zero is not None)
+    (m, k), n = a.codes.shape, b.codes.shape[1]
+    users = find_kernel("cpu", m, n, k, zero_points=zero_point_count(a.zero, b.zero) > 0)
     if users is not None:
         note_launch(users.name, m, n, k)
-        return users.run(a, b, a_scale, b_scale, a_zero, b_zero, bias, out_dtype)
-    out = product(a, b, a_scale, b_scale, a_zero, b_zero, bias, out_dtype)
-    name = kernel_name(m, n, k, zero_points=a_zero is not None or b_zero is not None)
+        return users.run(*flat(a, b), bias, out_dtype)
+    name, out = _named_product(a, b, bias, out_dtype)
     if name != "none":
         note_launch(name, m, n, k)
     return out
 
 
-def product(
-    a: Tensor,
-    b: Tensor,
-    a_scale: Tensor,
-    b_scale: Tensor,
-    a_zero: Tensor | None,
-    b_zero: Tensor | None,
-    bias: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
+def product(a: QuantizedTensor, b: QuantizedTensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
     """`scaled_mm` as a part of another operator, which notes the launch."""
-    (m, k), n = a.shape, b.shape[1]
-    names = choices(m, n, k, a_zero is not None or b_zero is not None)
-    operands = (a, b, a_scale, b_scale, a_zero, b_zero, bias, out_dtype)
-    ran, out = first_that_runs(names, lambda name: _product(name, *operands), f"a GEMM of {m} x {n} x {k}")
+    return _named_product(a, b, bias, out_dtype)[1]
+
+
+def _named_product(
+    a: QuantizedTensor, b: QuantizedTensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> tuple[str, Tensor]:
+    """The candidate that ran, and the product."""
+    (m, k), n = a.codes.shape, b.codes.shape[1]
+    names = choices(m, n, k, zero_point_count(a.zero, b.zero) > 0)
+    ran, out = first_that_runs(names, lambda name: _product(name, a, b, bias, out_dtype), f"a GEMM of {m} x {n} x {k}")
     give_up(names[: names.index(ran)])
-    return out
+    return ran, out
 
 
-def _product(
-    name: str,
-    a: Tensor,
-    b: Tensor,
-    a_scale: Tensor,
-    b_scale: Tensor,
-    a_zero: Tensor | None,
-    b_zero: Tensor | None,
-    bias: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    m, n = a.shape[0], b.shape[1]
+def _product(name: str, a: QuantizedTensor, b: QuantizedTensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    m, n = a.codes.shape[0], b.codes.shape[1]
     if name == "none":
-        acc = a.new_zeros((m, n), dtype=torch.float32)
-        return epilogue(acc, a_scale, b_scale, bias, out_dtype)
-    if name == "onednn":
-        if epilogue_fuses(a_scale, bias, out_dtype):
-            scale = _per_column(a_scale.reshape(1) * b_scale.reshape(-1), n)
-            fused_bias = None if bias is None else _per_column(bias.to(torch.float32).reshape(-1), n)
-            return onednn(a, b, scale, fused_bias, out_dtype)
-        acc = onednn_product(a, b, onednn_weight(b))
+        acc = a.codes.new_zeros((m, n), dtype=torch.float32)
+    elif name != "onednn":
+        acc = without_zero_points(integer_sum(a.codes, b.codes, CANDIDATES[name]), a, b)
+    elif epilogue_fuses(a.scale, bias, out_dtype):
+        scale = _per_column(a.scale.reshape(1) * b.scale.reshape(-1), n)
+        fused_bias = None if bias is None else _per_column(bias.to(torch.float32).reshape(-1), n)
+        return onednn(a.codes, b.codes, scale, fused_bias, out_dtype)
     else:
-        acc = integer_sum(a, b, CANDIDATES[name])
-        if a_zero is not None or b_zero is not None:
-            acc = without_zero_points(acc, a, b, a_zero, b_zero)
-    return epilogue(acc, a_scale, b_scale, bias, out_dtype)
+        acc = onednn_product(a.codes, b.codes, onednn_weight(b.codes))
+    return epilogue(acc, a.scale, b.scale, bias, out_dtype)
 
 
 def writes_out_epilogue(
@@ -184,24 +159,24 @@ def _integer_sum_by(a: Tensor, b: Tensor, name: str) -> Tensor:
     return integer_sum(a, b, CANDIDATES[name])
 
 
-def without_zero_points(
-    acc: Tensor, a: Tensor, b: Tensor, a_zero: Tensor | None, b_zero: Tensor | None
-) -> Tensor:
-    """sum (a - a_zero)(b - b_zero) = sum a b - a_zero * (sum b - K * b_zero) - b_zero * sum a.
+def without_zero_points(acc: Tensor, a: QuantizedTensor, b: QuantizedTensor) -> Tensor:
+    """sum (a - a_zero)(b - b_zero) = sum a b - a_zero * (sum b - K * b_zero) - b_zero * sum a; `acc` is sum a b.
 
     In integers that cannot overflow: int32 holds the sum and all its parts for every zero point in the range
     of the codes up to K = 33,025. Reads the largest zero points, which costs no synchronisation on a CPU.
     """
-    k = a.shape[1]
-    az = a.new_zeros((1, 1), dtype=torch.int32) if a_zero is None else a_zero.reshape(-1, 1)
-    bz = b.new_zeros((1, 1), dtype=torch.int32) if b_zero is None else b_zero.reshape(1, -1)
+    if zero_point_count(a.zero, b.zero) == 0:
+        return acc
+    k = a.codes.shape[1]
+    az = acc.new_zeros((1, 1), dtype=torch.int32) if a.zero is None else a.zero.reshape(-1, 1)
+    bz = acc.new_zeros((1, 1), dtype=torch.int32) if b.zero is None else b.zero.reshape(1, -1)
     bound = k * (128 + int(az.to(torch.int64).abs().max())) * (128 + int(bz.to(torch.int64).abs().max()))
     dtype = torch.int32 if bound <= INT32_MAX and acc.dtype is torch.int32 else torch.int64
     acc, az, bz = acc.to(dtype), az.to(dtype), bz.to(dtype)
-    if a_zero is not None:
-        acc.addcmul_(az, b.sum(0, keepdim=True, dtype=dtype) - k * bz, value=-1)
-    if b_zero is not None:
-        acc.addcmul_(a.sum(1, keepdim=True, dtype=dtype), bz, value=-1)
+    if a.zero is not None:
+        acc.addcmul_(az, b.codes.sum(0, keepdim=True, dtype=dtype) - k * bz, value=-1)
+    if b.zero is not None:
+        acc.addcmul_(a.codes.sum(1, keepdim=True, dtype=dtype), bz, value=-1)
     return acc
 
 
@@ -238,20 +213,11 @@ def _rows(values: Tensor, part: slice) -> Tensor:
     return values if values.shape[0] == 1 else values[part]
 
 
-def scaled_bmm(
-    a: Tensor,
-    b: Tensor,
-    a_scale: Tensor,
-    b_scale: Tensor,
-    a_zero: Tensor | None,
-    b_zero: Tensor | None,
-    bias: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
+def scaled_bmm(a: QuantizedTensor, b: QuantizedTensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
     """`qtrain::scaled_bmm` of checked operands; `qcompile.ops.scaled_bmm` has their shapes and dtypes."""
-    (m, k), n = a.shape[1:], b.shape[2]
-    name = functools.partial(kernel_name, m, n, k, zero_points=a_zero is not None or b_zero is not None)
-    return batched.scaled_bmm(product, name, a, b, a_scale, b_scale, a_zero, b_zero, bias, out_dtype)
+    (m, k), n = a.codes.shape[1:], b.codes.shape[2]
+    name = functools.partial(kernel_name, m, n, k, zero_points=zero_point_count(a.zero, b.zero) > 0)
+    return batched.scaled_bmm(product, name, a, b, bias, out_dtype)
 
 
 def convolutions(columns_at_once: int = COLUMNS_AT_ONCE) -> dict[str, Callable[..., Tensor]]:
@@ -263,38 +229,31 @@ def convolutions(columns_at_once: int = COLUMNS_AT_ONCE) -> dict[str, Callable[.
     )
 
 
-def _gathered_product(a: Tensor, b: Tensor, *rest: Tensor | torch.dtype | None) -> Tensor:
+def _gathered_product(a: QuantizedTensor, b: QuantizedTensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
     """`product` for an `a` that may be a transposed view: gradients of weights."""
-    return product(_row_major(a), b, *rest)  # type: ignore[arg-type]
+    return product(_row_major(a), b, bias, out_dtype)
 
 
-def _row_major(a: Tensor) -> Tensor:
-    return transpose_codes(a.t()) if not a.is_contiguous() and a.t().is_contiguous() else a
+def _row_major(a: QuantizedTensor) -> QuantizedTensor:
+    turned = a.codes.t()
+    return a if a.codes.is_contiguous() or not turned.is_contiguous() else a._replace(codes=transpose_codes(turned))
 
 
-def _summed(
-    pieces: Iterable[tuple[Tensor, Tensor]],
-    a_scale: Tensor,
-    b_scale: Tensor,
-    a_zero: Tensor | None,
-    b_zero: Tensor | None,
-    out_dtype: torch.dtype,
-) -> Tensor:
-    """`product` of matrices in pieces [M, K_i] and [K_i, N] of the axis that is summed, of which one pair at a time exists."""
+def _summed(pieces: Iterable[tuple[QuantizedTensor, QuantizedTensor]], out_dtype: torch.dtype) -> Tensor:
+    """`qcompile.kernels.columns.Summed`."""
     total, summed = None, 0
     for left, b in pieces:
         a = _row_major(left)
-        (m, k), n = a.shape, b.shape[1]
+        (m, k), n = a.codes.shape, b.codes.shape[1]
         names = choices(m, n, k, zero_points=True)  # the sum is complete with the last piece only
-        run = functools.partial(_integer_sum_by, a, b)
+        run = functools.partial(_integer_sum_by, a.codes, b.codes)
         ran, acc = first_that_runs(names, run, f"a GEMM of {m} x {n} x {k}")
         give_up(names[: names.index(ran)])
-        if a_zero is not None or b_zero is not None:
-            acc = without_zero_points(acc, a, b, a_zero, b_zero)
+        acc = without_zero_points(acc, a, b)
         summed += k
         # Beyond `MAX_K` int32 may overflow; zero points can make every summand four times as large.
-        if summed > MAX_K // (1 if a_zero is None and b_zero is None else 4):
+        if summed > MAX_K // (1 if zero_point_count(a.zero, b.zero) == 0 else 4):
             acc = acc.to(torch.int64)
         total = acc if total is None else total.add_(acc) if total.dtype is acc.dtype else total + acc
     assert total is not None, "a sum that was cut has several pieces"
-    return epilogue(total, a_scale, b_scale, None, out_dtype)
+    return epilogue(total, a.scale, b.scale, None, out_dtype)

@@ -6,7 +6,7 @@ rounding is the reference's: `qcompile.ops.scaled_mm_requantize`.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from qcompile.kernels.cpu.choice import choices, give_up
 from qcompile.kernels.cpu.matmul import epilogue, integer_sum, without_zero_points
 from qcompile.kernels.cpu.products import CANDIDATES, onednn_product, onednn_weight
 from qcompile.kernels.fallback import first_that_runs
-from qcompile.kernels.quantized_tensor import QuantizedTensor
+from qcompile.kernels.quantized_tensor import QuantizedTensor, zero_point_count
 
 __all__ = ["BLOCK_ELEMENTS", "scaled_mm_requantize"]
 
@@ -25,30 +25,14 @@ BLOCK_ELEMENTS = 2**19
 
 
 def scaled_mm_requantize(
-    a: Tensor,
-    b: Tensor,
-    a_scale: Tensor,
-    b_scale: Tensor,
-    a_zero: Tensor | None,
-    b_zero: Tensor | None,
-    bias: Tensor | None,
-    out_dtype: torch.dtype,
-    relu: bool,
-    gate: Tensor | None,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    bits: int,
-    low: Tensor | None,
-    high: Tensor,
-    mark: bool,
+    a: QuantizedTensor, b: QuantizedTensor, bias: Tensor | None, out_dtype: torch.dtype, *requantization: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`qtrain::scaled_mm_requantize` of checked operands."""
-    left, right = QuantizedTensor(a, a_scale, a_zero), QuantizedTensor(b, b_scale, b_zero)
-    to = _Requantization(relu, gate, scale, zero_point, bits, low, high, mark)
-    (m, k), n = a.shape, b.shape[1]
-    names = choices(m, n, k, zero_points=a_zero is not None or b_zero is not None)
+    """`qtrain::scaled_mm_requantize` of checked operands, the last of them those of a `_Requantization`."""
+    (m, k), n = a.codes.shape, b.codes.shape[1]
+    names = choices(m, n, k, zero_points=zero_point_count(a.zero, b.zero) > 0)
+    to = _Requantization(*requantization)
     ran, out = first_that_runs(
-        names, lambda name: _by_blocks(name, left, right, bias, out_dtype, to), f"a GEMM of {m} x {n} x {k}"
+        names, lambda name: _by_blocks(name, a, b, bias, out_dtype, to), f"a GEMM of {m} x {n} x {k}"
     )
     give_up(names[: names.index(ran)])
     note_launch(f"{ran}+requantize", m, n, k)
@@ -120,9 +104,7 @@ def _values(
     elif weight is not None:
         acc = onednn_product(a.codes, b.codes, weight)
     else:
-        acc = integer_sum(a.codes, b.codes, CANDIDATES[name])
-        if a.zero is not None or b.zero is not None:
-            acc = without_zero_points(acc, a.codes, b.codes, a.zero, b.zero)
+        acc = without_zero_points(integer_sum(a.codes, b.codes, CANDIDATES[name]), a, b)
     return epilogue(acc, a.scale, b.scale, bias, out_dtype)
 
 

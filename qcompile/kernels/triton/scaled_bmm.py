@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from qcompile.errors import KernelError
+from qcompile.kernels.quantized_tensor import zero_point_count
 from qcompile.kernels.triton import tuning
 from qcompile.kernels.triton.epilogue import finish_tile, tile_of
 from qcompile.kernels.triton.launch import EXACT, cdiv, device_guard, family
@@ -111,7 +112,7 @@ def scaled_bmm(
     Errors: `KernelError` where K is longer than `tuning.max_k`, or a row is not contiguous.
     """
     (batch, m, k), n = a.shape, b_t.shape[1]
-    longest = tuning.max_k((a_zero is not None) + (b_zero is not None))
+    longest = tuning.max_k(zero_point_count(a_zero, b_zero))
     if k > longest or (k > 1 and (a.stride(2) != 1 or b_t.stride(2) != 1)):
         raise KernelError(
             f"scaled_bmm: a has strides {a.stride()}, b_t {b_t.stride()}, K is {k}; rows (the summed axis) must be contiguous and "

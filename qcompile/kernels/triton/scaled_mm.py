@@ -31,6 +31,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from qcompile.errors import KernelError
+from qcompile.kernels.quantized_tensor import zero_point_count
 from qcompile.kernels.triton import tuning
 from qcompile.kernels.triton.epilogue import finish_tile, tile_of
 from qcompile.kernels.triton.launch import EXACT, cdiv, device_guard, family, multiprocessors
@@ -232,7 +233,7 @@ def scaled_mm(
 
     launch = _LAUNCHERS[kernel]
     last = Epilogue(out, None, a_scale, b_scale, a_zero, b_zero, bias)
-    longest = tuning.max_k((a_zero is not None) + (b_zero is not None))
+    longest = tuning.max_k(zero_point_count(a_zero, b_zero))
     if k <= longest:
         launch(a, b_t, last, config, Packing(a_bits < 5, b_bits < 5, fields, k))
         return out
