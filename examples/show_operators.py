@@ -17,6 +17,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 import qcompile
+from passes import meta
 from qcompile.kernels.select import KERNELS
 
 BEGIN, END = "<!-- made by examples/show_operators.py -->", "<!-- end -->"
@@ -83,7 +84,7 @@ def describe(model: nn.Module, inputs: tuple[Tensor, ...], recipe: Any) -> list[
     if reasons := [gemm.reason.text for gemm in gemms if gemm.reason is not None]:
         quantized = "quantized operands, " if gemms[0].specs else ""
         return [f"{quantized}high precision: {_short(reasons[0])}", "", "", ""]
-    used = {str(n.target).split(".")[1] for graph in found.graphs for n in graph.joint.graph.nodes if "qtrain_gemm" in n.meta}
+    used = {str(n.target).split(".")[1] for graph in found.graphs for n in graph.joint.graph.nodes if meta.GEMM in n.meta}
     names = [name for name in KERNELS if name in used]
     kernels = [dict.fromkeys(KERNELS[name][device] for name in names) for device in ("cpu", "cuda", "cuda 7.5")]
     count = f"{len(sites)} sites: " if len(sites) > 1 else ""

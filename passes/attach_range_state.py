@@ -35,6 +35,7 @@ from dataclasses import dataclass
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from passes import meta
 from passes import range_formulas as formulas
 from passes.context import PassContext
 from passes.graph import (
@@ -115,7 +116,7 @@ def _attach_phase(
     labels: set[str] = set()
     known = _place_statistics(graph, ranges)
     for node in ranges:
-        use: RangeUse = node.meta["qtrain_range"]
+        use: RangeUse = node.meta[meta.RANGE]
         if use.spec.estimator.state_fields(use.spec.symmetric):
             stateful.append(_Stateful(node, entry_of(node, context, labels), use.spec, known[node]))
         else:
@@ -177,14 +178,14 @@ def _place_statistics(graph: fx.Graph, ranges: list[fx.Node]) -> dict[fx.Node, d
         known: dict[tuple[tuple[int, ...], str], fx.Node] = {}
         at = readers[0]
         for node in sorted(readers, key=lambda n: len(n.args[1])):
-            dims, spec = tuple(node.args[1]), node.meta["qtrain_range"].spec
+            dims, spec = tuple(node.args[1]), node.meta[meta.RANGE].spec
             names = spec.estimator.statistics_for(spec.symmetric)
             for name in names:
                 if (dims, name) in known:
                     continue
                 with after(graph, at):
-                    at = known[dims, name] = _statistic(graph, x, dims, name, known, meta_of(node, without=("qtrain_range",)))
-                at.meta["qtrain_statistic"] = name
+                    at = known[dims, name] = _statistic(graph, x, dims, name, known, meta_of(node, without=(meta.RANGE,)))
+                at.meta[meta.STATISTIC] = name
             placed[node] = {name: known[dims, name] for name in names}
     return placed
 
@@ -209,7 +210,7 @@ def _statistic(
 
 
 def _replace_dynamic(graph: fx.Graph, node: fx.Node, use: RangeUse, stats: dict[str, fx.Node]) -> None:
-    scope = meta_of(node, without=("qtrain_range",))
+    scope = meta_of(node, without=(meta.RANGE,))
     with after(graph, max([node, *stats.values()])):
         extremes = _extremes(stats)
         stats = _measure(graph, node, use.spec, stats, {}, scope)
@@ -226,7 +227,7 @@ def _replace_static(
 ) -> None:
     node, spec = item.node, item.spec
     x, dims = node.args[0], tuple(node.args[1])
-    ours = meta_of(node, without=("qtrain_range",)) | scope
+    ours = meta_of(node, without=(meta.RANGE,)) | scope
     plain, extremes = tuple(item.stats.values()), _extremes(item.stats)
     shape = list(next(iter(node.users)).meta["val"].shape)
     with after(graph, max([node, *plain])):
@@ -247,7 +248,7 @@ def _replace_static(
         checked_scale = inline(graph, formulas.scale_or_nan, scale, *extremes, scope=ours)
         bounds = (high,) if spec.symmetric else (low, high)
         item.stats["clipped"] = inline(graph, formulas.clipped, x, dims, *bounds, scope=ours)
-        item.stats["clipped"].meta["qtrain_statistic"] = "clipped"
+        item.stats["clipped"].meta[meta.STATISTIC] = "clipped"
     _set_range(node, scale, zero, dequantize_scale=checked_scale)
 
 

@@ -24,6 +24,7 @@ import itertools
 import torch
 from torch import Tensor, fx
 
+from passes import meta
 from passes.graph import WRITE, aten, fake_mode
 from qcompile.state.layout import StateLayout, initial_values
 from qcompile.torch_private import real_tensors
@@ -46,12 +47,12 @@ def _bind(module: fx.GraphModule, values: dict[str, Tensor], identity: str) -> i
     graph = module.graph
     bound: set[fx.Node] = set()
     for node in graph.find_nodes(op="placeholder"):
-        if "qtrain_state" not in node.meta:
+        if meta.STATE not in node.meta:
             continue
-        phase, what = node.meta["qtrain_state"]
+        phase, what = node.meta[meta.STATE]
         name = f"{phase}_ranges" if what == "state" else f"{phase}_ranges_index"
         if name not in values:
-            layout = node.meta["qtrain_layout"]
+            layout = node.meta[meta.LAYOUT]
             with real_tensors():  # a partitioner runs under a mode that makes fake tensors
                 made = initial_values(layout, identity) if what == "state" else torch.arange(layout.numel)
                 values[name] = made.to(node.meta["val"].device)
@@ -75,11 +76,11 @@ def _as_buffer(graph: fx.Graph, node: fx.Node, name: str) -> fx.Node:
     first = next(n for n in graph.nodes if n.op != "placeholder")
     with graph.inserting_before(first):
         attribute = graph.create_node("get_attr", name)
-    kept = ("qtrain_state", "qtrain_layout")
+    kept = (meta.STATE, meta.LAYOUT)
     attribute.meta = {k: node.meta[k] for k in kept if k in node.meta}
     value = node.meta["val"]
     with fake_mode(graph):
-        attribute.meta["val"] = torch.empty(node.meta["qtrain_layout"].numel, dtype=value.dtype, device=value.device)
+        attribute.meta["val"] = torch.empty(node.meta[meta.LAYOUT].numel, dtype=value.dtype, device=value.device)
     for user in node.users:
         if user.target in (WRITE, aten.index_put_.default) and user.args[0] is node:
             user.meta["val"] = attribute.meta["val"]
@@ -93,9 +94,9 @@ def state_of(module: fx.GraphModule) -> dict[str, dict[str, Tensor]]:
     found: dict[str, dict[str, Tensor]] = {}
     attributes = module.graph.find_nodes(op="get_attr")
     for node in sorted(attributes, key=lambda n: str(n.target), reverse=True):  # forward, then backward
-        if node.meta.get("qtrain_state", ("", ""))[1] != "state":
+        if node.meta.get(meta.STATE, ("", ""))[1] != "state":
             continue
-        layout: StateLayout = node.meta["qtrain_layout"]
+        layout: StateLayout = node.meta[meta.LAYOUT]
         values, start = getattr(module, str(node.target)), 0
         for entry, name in layout.order():
             if entry.spec is not None:

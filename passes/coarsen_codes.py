@@ -24,6 +24,7 @@ import math
 import torch
 from torch import Tensor, fx
 
+from passes import meta
 from passes.context import Crossing, PassContext
 from passes.cut import Cut, Saved
 from passes.graph import QUANTIZE, source_placeholders
@@ -58,7 +59,7 @@ def _bits(node: fx.Node) -> int:
     """How many bits symmetric codes of a GEMM have, perhaps with a mask in their sign; 0 for anything else."""
     if node.target is QUANTIZE:
         return node.args[3] if node.args[2] is None else 0
-    return node.meta["qtrain_bits"] if node.meta.get("qtrain_marked") else 0
+    return node.meta[meta.BITS] if node.meta.get(meta.MARKED) else 0
 
 
 def _of_weight(codes: fx.Node, context: PassContext) -> bool:
@@ -68,11 +69,11 @@ def _of_weight(codes: fx.Node, context: PassContext) -> bool:
 
 def _coarsen(cut: Cut, saved: Saved, bits: int, fewer: int) -> None:
     (_, fine), (_, coarse) = (code_range(b, symmetric=True) for b in (bits, fewer))
-    marked = saved.node.meta.get("qtrain_marked", False)
+    marked = saved.node.meta.get(meta.MARKED, False)
 
     def store(scope: dict[str, object]) -> list[tuple[str, fx.Node]]:
         codes = inline(cut.forward, _to_grid, saved.node, coarse / fine, marked, scope=scope)
-        codes.meta["qtrain_bits"] = fewer
+        codes.meta[meta.BITS] = fewer
         return [("coarse", codes)]
 
     def restore(parts: list[fx.Node], scope: dict[str, object]) -> fx.Node:

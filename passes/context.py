@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from passes import meta
 from passes.dynamo_inputs import DynamoInputs
 from passes.sites import OPERANDS, Gemm, Reason, Site, full_name
 from qcompile.errors import GraphError
@@ -117,8 +118,8 @@ class PassContext:
 
 def _parameter_name(node: fx.Node) -> str | None:
     """A Parameter's name as AOTAutograd's description of an input has it; torch 2.11 and later."""
-    if "qtrain_parameter" in node.meta:
-        return node.meta["qtrain_parameter"]
+    if meta.PARAMETER in node.meta:
+        return node.meta[meta.PARAMETER]
     description = node.meta.get("desc")
     return parameter_source(description.target) if type(description).__name__ == "ParamAOTInput" else None
 

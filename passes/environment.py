@@ -15,6 +15,8 @@ from pathlib import Path
 
 from torch import fx
 
+from passes import meta
+
 __all__ = ["dump", "graph_number", "log", "skipped"]
 
 _numbers = itertools.count()
@@ -28,10 +30,10 @@ def skipped() -> tuple[str, ...]:
 def graph_number(graph: fx.Graph) -> int:
     """A graph's number in this process. Copies and halves of the graph have it too: its inputs carry it."""
     inputs = graph.find_nodes(op="placeholder")
-    known = next((n.meta["qtrain_graph"] for n in inputs if "qtrain_graph" in n.meta), None)
+    known = next((n.meta[meta.GRAPH] for n in inputs if meta.GRAPH in n.meta), None)
     number = next(_numbers) if known is None else known
     for node in inputs:
-        node.meta["qtrain_graph"] = number
+        node.meta[meta.GRAPH] = number
     return number
 
 

@@ -31,6 +31,7 @@ import torch
 from torch import fx
 from torch._ops import HigherOrderOperator
 
+from passes import meta
 from passes.context import PassContext
 from passes.gemms import BATCHED, CONVOLUTION, CONVOLUTIONS, GEMMS, geometry, operands, product_shape
 from passes.graph import BACKWARD, CONV_GRAD_INPUT, CONV_GRAD_WEIGHT, phase_of, size_hint
@@ -87,7 +88,7 @@ class GemmNode:
 
 def gemm_of(node: fx.Node) -> GemmNode | None:
     """What `find_sites` found out about a GEMM; None for other nodes (one that a partitioner makes an input keeps the metadata)."""
-    return node.meta.get("qtrain_gemm") if node.op == "call_function" else None
+    return node.meta.get(meta.GEMM) if node.op == "call_function" else None
 
 
 @dataclass
@@ -370,7 +371,7 @@ def _record_fused(node: fx.Node, reason: Reason, context: PassContext, names: Co
 def _add_gemm(site: Site, role: str, node: fx.Node, names: tuple[str, str]) -> None:
     site.gemms[role] = gemm = Gemm(role, node=node.name, shape=product_shape(node), reason=_unsupported(node))
     if gemm.reason is None:
-        node.meta["qtrain_gemm"] = GemmNode(site.name, role, names)
+        node.meta[meta.GEMM] = GemmNode(site.name, role, names)
 
 
 def _unsupported(node: fx.Node) -> Reason | None:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
+from passes import meta
 from passes.context import PassContext
 from passes.cut import Cut, Saved, view_shape
 from passes.graph import QUANTIZE, VIEWS, aten, erase_unused
@@ -62,8 +63,8 @@ def _source(codes: fx.Node) -> fx.Node:
 def _fold(cut: Cut, codes: Saved, mask: Saved) -> None:
     def store(scope: dict[str, object]) -> list[tuple[str, fx.Node]]:
         marked = inline(cut.forward, _mark, codes.node, mask.node, scope=scope)
-        marked.meta["qtrain_marked"] = True
-        marked.meta["qtrain_bits"] = codes.node.args[3]
+        marked.meta[meta.MARKED] = True
+        marked.meta[meta.BITS] = codes.node.args[3]
         return [("marked", marked)]
 
     def restore(parts: list[fx.Node], scope: dict[str, object]) -> fx.Node:
@@ -72,7 +73,7 @@ def _fold(cut: Cut, codes: Saved, mask: Saved) -> None:
         gate = masked
         while gate.target in VIEWS:
             gate = gate.args[0]
-        gate.meta["qtrain_gate"] = True
+        gate.meta[meta.GATE] = True
         for user in list(mask.placeholder.users):
             user.replace_input_with(mask.placeholder, masked)
         return plain

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from passes import meta
 from passes.context import PassContext
 from passes.graph import (
     CONV_GRAD_INPUT,
@@ -41,7 +42,7 @@ from passes.graph import (
 __all__ = ["follow_layouts"]
 
 _GRADIENTS = (CONV_GRAD_INPUT, CONV_GRAD_WEIGHT, SCALED_CONV_GRAD_INPUT, SCALED_CONV_GRAD_WEIGHT)
-_ROLES = ("qtrain_gemm", "qtrain_range", "qtrain_split")  # what a copy does not have
+_ROLES = (meta.GEMM, meta.RANGE, meta.SPLIT)  # what a copy does not have
 
 
 def follow_layouts(graph: fx.Graph, context: PassContext | None = None) -> int:
@@ -81,8 +82,8 @@ def follow_layouts(graph: fx.Graph, context: PassContext | None = None) -> int:
 
 def _strides_before(node: fx.Node) -> tuple[Any, ...] | None:
     """How the node that this one stands for laid out its result, if otherwise."""
-    strides: tuple[Any, ...] | None = node.meta.pop("qtrain_strides", None)
-    if node.target in _GRADIENTS and (part := node.meta.get("qtrain_split")) is not None:
+    strides: tuple[Any, ...] | None = node.meta.pop(meta.STRIDES, None)
+    if node.target in _GRADIENTS and (part := node.meta.get(meta.SPLIT)) is not None:
         return None if _same(node.meta["val"], part.strides) else part.strides
     return strides
 

@@ -20,6 +20,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 from torch.utils import _pytree as pytree
 
+from passes import meta
 from passes.buffers import bind_state
 from passes.context import PassContext, parameter_source
 from passes.graph import FORWARD
@@ -93,7 +94,7 @@ def _as_attribute(module: fx.GraphModule, spec: Any, program: ExportedProgram) -
         attribute = graph.create_node("get_attr", name, name=node.name)
     attribute.meta = dict(node.meta)
     if isinstance(tensor, nn.Parameter):
-        attribute.meta["qtrain_parameter"] = parameter_source(spec.target)
+        attribute.meta[meta.PARAMETER] = parameter_source(spec.target)
     node.replace_all_uses_with(attribute)
     graph.erase_node(node)
 

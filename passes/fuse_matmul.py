@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from passes import meta
 from passes.context import PassContext
 from passes.find_sites import gemm_of
 from passes.gemms import GEMMS, INTEGER, is_depthwise
@@ -52,7 +53,7 @@ def _dequantized(name: str) -> CallFunction:
 
 def _fuse(match: Match, *, bias: fx.Node | None = None, **p: Any) -> bool:
     gemm = match.output_node()
-    if gemm.meta.get("qtrain_hp"):  # quantized by the model, and in high precision by the recipe
+    if gemm.meta.get(meta.HP):  # quantized by the model, and in high precision by the recipe
         return False
     named = args_by_name(gemm)
     beta, alpha = named.get("beta", 1), named.get("alpha", 1)
@@ -64,7 +65,7 @@ def _fuse(match: Match, *, bias: fx.Node | None = None, **p: Any) -> bool:
             fused = call(graph, fused_op, *operands, bias, dtype, scope=meta_of(gemm))
         else:
             product = call(graph, fused_op, *operands, None, torch.float32, scope=meta_of(gemm))
-            behind = meta_of(gemm, without=("qtrain_gemm", "qtrain_label"))
+            behind = meta_of(gemm, without=(meta.GEMM, meta.LABEL))
             fused = inline(graph, _add_scaled, product, bias, float(alpha), float(beta), dtype, scope=behind)
     replace(gemm, fused)
     return True
@@ -78,14 +79,14 @@ def _add_scaled(product: torch.Tensor, bias: torch.Tensor, alpha: float, beta: f
 
 def _fuse_convolution(match: Match, **p: Any) -> bool:
     gemm = match.output_node()
-    if is_depthwise(gemm) or gemm.meta.get("qtrain_hp"):
+    if is_depthwise(gemm) or gemm.meta.get(meta.HP):
         return False
     graph, op = gemm.graph, GEMMS[gemm.target]
     operands = (p["a"], p["b"], p["a_scale"], p["b_scale"], p["a_zero"], p["b_zero"])
     with graph.inserting_before(gemm):  # behind the tensors: the bias or the size of the result, then the geometry
         fused = call(graph, op.integer, *operands, *gemm.args[2:], gemm.meta["val"].dtype, scope=meta_of(gemm))
     if fused.meta["val"].stride() != gemm.meta["val"].stride():
-        fused.meta["qtrain_strides"] = gemm.meta["val"].stride()  # for follow_layouts
+        fused.meta[meta.STRIDES] = gemm.meta["val"].stride()  # for follow_layouts
     replace(gemm, fused)
     return True
 
@@ -96,7 +97,7 @@ def _write_hp_gradient(match: Match, *, product: fx.Node, dtype: torch.dtype) ->
     gemm = permute.args[0] if permute is not None else product
     if not isinstance(gemm, fx.Node) or gemm.target not in INTEGER or len(gemm.users) != 1:
         return False
-    role = gemm.meta.get("qtrain_gemm")
+    role = gemm.meta.get(meta.GEMM)
     if role is None or role.role != "grad_weight" or dtype is not torch.float32 or len(product.users) != 1:
         return False
     graph = cast.graph

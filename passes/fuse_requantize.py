@@ -26,6 +26,7 @@ from dataclasses import dataclass, field
 
 from torch import fx
 
+from passes import meta
 from passes.context import PassContext
 from passes.graph import (
     CAST,
@@ -117,7 +118,7 @@ def _gate(where: fx.Node) -> fx.Node | None:
         return None
     while isinstance(condition, fx.Node) and condition.target in VIEWS:
         condition = condition.args[0]
-    if not isinstance(condition, fx.Node) or not condition.meta.get("qtrain_gate"):
+    if not isinstance(condition, fx.Node) or not condition.meta.get(meta.GATE):
         return None
     less = condition
     codes = less.args[0]
@@ -137,7 +138,7 @@ def _absorbed(chain: _Chain) -> dict[fx.Node, str] | None:
         if node in seen:
             continue
         seen.add(node)
-        name = node.meta.get("qtrain_statistic") or ("marked" if node.meta.get("qtrain_marked") else None)
+        name = node.meta.get(meta.STATISTIC) or ("marked" if node.meta.get(meta.MARKED) else None)
         if name == "marked" or (name in _STATISTICS and node.meta["val"].ndim == 0):
             results[node] = str(name)
         elif name is not None or node.op != "call_function" or has_effect(node) or not node.users:
@@ -185,7 +186,7 @@ def _bounds(results: dict[fx.Node, str]) -> tuple[fx.Node | None, fx.Node] | Non
 def _fuse(graph: fx.Graph, chain: _Chain, results: dict[fx.Node, str]) -> None:
     gemm, quantize = chain.gemm, chain.quantize
     low, high = _bounds(results)  # type: ignore[misc]
-    ours = meta_of(gemm, without=("qtrain_gemm",))
+    ours = meta_of(gemm, without=(meta.GEMM,))
     _, scale, zero, bits, _, _ = quantize.args
     mark = "marked" in results.values()
     args: Sequence[object] = (*gemm.args, chain.relu, chain.gate, scale, zero, bits, low, high, mark)

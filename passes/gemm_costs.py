@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from passes import meta
 from passes.context import PassContext
 from passes.find_sites import GemmNode, gemm_of
 from passes.gemms import CONVOLUTIONS, GEMMS, operands
@@ -88,7 +89,7 @@ def gemm_costs(graph: fx.Graph, context: PassContext) -> list[GemmCost]:
     found = []
     for node in graph.nodes:
         where = gemm_of(node)
-        if where is None or not node.meta.get("qtrain_quantized") or context.site(where.site).gemms[where.role].reason is not None:
+        if where is None or not node.meta.get(meta.QUANTIZED) or context.site(where.site).gemms[where.role].reason is not None:
             continue
         try:
             found.append(_cost(node, where))

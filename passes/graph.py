@@ -2,24 +2,7 @@
 
 Nothing here knows about recipes. A node made by a pass must carry `meta["val"]` (a fake tensor) and the metadata that the
 partitioner reads (`partitioner_tag`, `recompute`, ...): make nodes through `call`, and through `inline` of `passes.inlining`, which
-take care of both.
-
-Our own entries of `meta`, by the pass that writes them:
-
-    qtrain_gemm        find_sites            `GemmNode`: site, role and operands of a GEMM (read it with `find_sites.gemm_of`)
-    qtrain_split       split_convolution_backward   `Part`: which gradient of which convolution a node is
-    qtrain_hp          keep_slow_gemms_hp, insert_qdq   True: the GEMM stays in high precision
-    qtrain_quantized   insert_qdq            True: the GEMM's operands have been quantized
-    qtrain_range       insert_qdq            `RangeUse`: the operand that a `range` node serves
-    qtrain_statistic   attach_range_state    "amax", "clipped", ...: what the node measures for a range
-    qtrain_state       state_layout          (phase, "state" or "index") of a range state input; `qtrain_layout`: its layout
-    qtrain_strides     fuse_matmul           strides of the result that the node's own replaces, for follow_layouts
-    qtrain_marked      fold_masks            True: codes with a mask in their sign; `qtrain_bits`: the width of these codes
-    qtrain_gate        fold_masks            True: the comparison that reads the mask back
-    qtrain_kernel      pattern_step, write_out_epilogues   the kernel's name, for reports
-    qtrain_parameter   forward_graph         the name of the Parameter that an attribute is
-    qtrain_graph       environment           the graph's number in QTRAIN_DUMP
-    qtrain_label, qtrain_first_name          names for people (`qcompile.inspect.labels`)
+take care of both. Our own entries are listed in `passes.meta`.
 """
 
 from __future__ import annotations

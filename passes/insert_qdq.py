@@ -47,6 +47,7 @@ from dataclasses import dataclass, replace
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
 
+from passes import meta
 from passes.context import PassContext
 from passes.find_sites import GemmNode
 from passes.gemms import BATCHED, CONVOLUTIONS, GEMMS, is_depthwise, kept_axis, operands, shared_axes
@@ -103,25 +104,25 @@ def insert_qdq(graph: fx.Graph, context: PassContext) -> int:
     inserted = 0
     model_quantizes = bool(graph.find_nodes(op="call_function", target=DEQUANTIZE))
     ends = _ends(graph, context) if context.recipe.skip_first_last else ()
-    for node in [n for n in graph.nodes if n.target in GEMMS and "qtrain_gemm" in n.meta]:
-        where: GemmNode = node.meta["qtrain_gemm"]
+    for node in [n for n in graph.nodes if n.target in GEMMS and meta.GEMM in n.meta]:
+        where: GemmNode = node.meta[meta.GEMM]
         site = context.site(where.site)
         gemm = site.gemms[where.role]
-        if node.meta.get("qtrain_quantized") or node.meta.get("qtrain_hp"):  # by an earlier run; kept by the profit filter
+        if node.meta.get(meta.QUANTIZED) or node.meta.get(meta.HP):  # by an earlier run; kept by the profit filter
             gemm.reason = gemm.reason or context.left_out(site, where.role)
             continue
         plans = _plans(node, where, site, context, ends, model_quantizes)
         if isinstance(plans, Reason):
             gemm.reason = plans
             if all(m.target is DEQUANTIZE for m in operands(node)):  # the model's own quantizers: not to be fused
-                node.meta["qtrain_hp"] = True
+                node.meta[meta.HP] = True
             continue
         for plan in plans:
             new = _reuse(graph, node, plan) if plan.dims is None else _quantize(graph, node, plan, plan.dims, where)
             if new is not plan.matrix:
                 _set_operand(node, plan.matrix, new)
                 inserted += 1
-        node.meta["qtrain_quantized"] = True
+        node.meta[meta.QUANTIZED] = True
         used = {plan.name: plan.spec for plan in plans}
         gemm.specs = tuple(used[name] for name in site.operands(where.role))  # type: ignore[assignment]
         gemm.reason = _why_emulated(node, plans) or gemm.reason
@@ -174,7 +175,7 @@ def _plan(
         return _Plan(matrix, operand, name, _spec_in_use(operand.source, spec), None)
     if not learned:
         dims = _scale_dims(spec, node, side, operand, name)
-        if isinstance(dims, list) and (why := _changes_size(spec, name, node.meta["qtrain_gemm"].role, node.target in BATCHED)):
+        if isinstance(dims, list) and (why := _changes_size(spec, name, node.meta[meta.GEMM].role, node.target in BATCHED)):
             dims = why
         return Reason(dims) if isinstance(dims, str) else _Plan(matrix, operand, name, spec, dims, hadamard)
     if codes:
@@ -368,7 +369,7 @@ def _quantize(graph: fx.Graph, gemm: fx.Node, plan: _Plan, dims: list[int], wher
         if view is not None:
             matrix = call(graph, aten.view.default, matrix, view, scope=scope)
         ranges = call(graph, RANGE, matrix, dims, json.dumps(spec.to_dict(), sort_keys=True), label, scope=scope)
-        ranges.meta["qtrain_range"] = RangeUse(where.site, name, where.role, spec)
+        ranges.meta[meta.RANGE] = RangeUse(where.site, name, where.role, spec)
         scale = call(graph, operator.getitem, ranges, 0, scope=scope)
         zero = None if spec.symmetric else call(graph, operator.getitem, ranges, 1, scope=scope)
         seed = call(graph, SEED, matrix, scope=scope) if spec.rounding == "stochastic" else None

@@ -30,6 +30,7 @@ from collections.abc import Mapping, Sequence
 import networkx
 from torch import fx
 
+from passes import meta
 from passes.context import PassContext
 from passes.find_sites import gemm_of
 from passes.gemm_costs import GemmCost, gemm_costs, measured_costs, quantized_copy
@@ -58,7 +59,7 @@ def keep_slow_gemms_hp(graph: fx.Graph, context: PassContext) -> int:
         where = gemm_of(node)
         decision = decisions.get((where.site, where.role)) if where is not None else None
         if where is not None and decision is not None and not decision.integer:
-            node.meta["qtrain_hp"] = True
+            node.meta[meta.HP] = True
             context.site(where.site).gemms[where.role].reason = reason(decision)
             kept += 1
     return kept

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from torch import fx
 
+from passes import meta
 from passes.context import PassContext
 from passes.cut import Cut, Saved
 from passes.graph import PACK_CODES, PERMUTE, QUANTIZE, SCALED_MM, UNPACK_CODES, call
@@ -41,7 +42,7 @@ def pack_codes(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int, cont
 
 def _bits(node: fx.Node) -> int:
     """How many bits the codes have; 8 for anything else."""
-    return node.args[3] if node.target is QUANTIZE else node.meta.get("qtrain_bits", 8)
+    return node.args[3] if node.target is QUANTIZE else node.meta.get(meta.BITS, 8)
 
 
 def _axis(saved: Saved) -> int | None:

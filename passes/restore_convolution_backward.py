@@ -17,6 +17,7 @@ from typing import Any
 
 from torch import fx
 
+from passes import meta
 from passes.context import PassContext
 from passes.graph import CONV_GRAD_INPUT, CONV_GRAD_WEIGHT, DEQUANTIZE, call, meta_of, replace
 from passes.split_convolution_backward import CONVOLUTION_BACKWARD
@@ -28,7 +29,7 @@ def restore_convolution_backward(graph: fx.Graph, context: PassContext | None = 
     """Return the number of nodes restored: those whose gradients of input and weight both stayed in high precision."""
     splits: dict[str, dict[int, fx.Node]] = {}
     for node in graph.nodes:
-        part = node.meta.get("qtrain_split") if node.op == "call_function" else None
+        part = node.meta.get(meta.SPLIT) if node.op == "call_function" else None
         if part is not None:
             splits.setdefault(part.of, {})[part.position] = node
     restored = 0
@@ -48,8 +49,8 @@ def _restore(graph: fx.Graph, parts: dict[int, fx.Node]) -> None:
     x, geometry = parts[1].args[1], parts[1].args[3:]
     order = {n: i for i, n in enumerate(graph.nodes)}
     first = min(parts.values(), key=order.__getitem__)
-    scope = meta_of(first, without=("qtrain_split", "qtrain_gemm"))
-    bias_sizes = parts[0].meta["qtrain_split"].bias_sizes
+    scope = meta_of(first, without=(meta.SPLIT, meta.GEMM))
+    bias_sizes = parts[0].meta[meta.SPLIT].bias_sizes
     mask = [position in parts for position in range(3)]
     with graph.inserting_before(first):
         whole = call(graph, CONVOLUTION_BACKWARD, grad, x, w, bias_sizes, *geometry, mask, scope=scope)

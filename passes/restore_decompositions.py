@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from passes import meta
 from passes.context import PassContext
 from passes.graph import aten, meta_of, replace
 from passes.inlining import inductor_decompositions, inline
@@ -64,7 +65,7 @@ def restore_decompositions(graph: fx.Graph, context: PassContext | None = None) 
             continue
         if not any(1 in _static_sizes(a) for a in node.args if isinstance(a, fx.Node)):
             continue  # only sizes of 1 are rewritten; tracing the others would change nothing
-        role = {name: node.meta[name] for name in ("qtrain_gemm", "qtrain_label") if name in node.meta}
+        role = {name: node.meta[name] for name in (meta.GEMM, meta.LABEL) if name in node.meta}
         tensors = [a for a in node.args if isinstance(a, fx.Node)]
         kwargs = dict(node.kwargs)
 

@@ -19,6 +19,7 @@ from dataclasses import replace as replace_fields
 
 from torch import fx
 
+from passes import meta
 from passes.context import PassContext
 from passes.graph import HADAMARD, PERMUTE, QUANTIZE, RANGE, ROUND_TO_POWERS, SEED, VIEWS, replace
 from passes.insert_qdq import RangeUse
@@ -44,7 +45,7 @@ def share_quantized(graph: fx.Graph, context: PassContext | None = None) -> int:
         if first is node:
             continue
         if node.target is RANGE:
-            first.meta["qtrain_range"] = _merged(first.meta["qtrain_range"], node.meta["qtrain_range"], order)
+            first.meta[meta.RANGE] = _merged(first.meta[meta.RANGE], node.meta[meta.RANGE], order)
         replace(node, first)
         merged += 1
     return merged

@@ -20,6 +20,7 @@ from typing import Any
 
 from torch import fx
 
+from passes import meta
 from passes.context import PassContext
 from passes.graph import CONV_GRAD_INPUT, CONV_GRAD_WEIGHT, args_by_name, aten, call, meta_of, replace
 from passes.inlining import inline
@@ -68,7 +69,7 @@ def _split(graph: fx.Graph, node: fx.Node) -> None:
                 new = call(graph, CONV_GRAD_WEIGHT, grad, x, _sizes(graph, w, scope), *geometry, scope=scope)
             else:
                 new = inline(graph, _bias_grad, grad, scope=scope)
-        new.meta["qtrain_split"] = Part(node.name, position, named["bias_sizes"], item.meta["val"].stride())
+        new.meta[meta.SPLIT] = Part(node.name, position, named["bias_sizes"], item.meta["val"].stride())
         replace(item, new)
     for item in list(node.users):
         graph.erase_node(item)

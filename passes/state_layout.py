@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
+from passes import meta
 from passes.context import PassContext
 from passes.graph import QUANTIZE, fake_mode, is_joint, primals, set_value
 from passes.insert_qdq import RangeUse
@@ -27,7 +28,7 @@ def entry_of(node: fx.Node, context: PassContext, labels: set[str]) -> Entry:
     labels  those taken so far in this half; the entry's is added
     Errors: `GraphError` where the number of ranges depends on the batch.
     """
-    use: RangeUse = node.meta["qtrain_range"]
+    use: RangeUse = node.meta[meta.RANGE]
     site = context.site(use.site)
     operand, label = use.operand, f"{use.site}.{use.operand}"
     if label in labels or not _is_main_use(use, context):
@@ -113,8 +114,8 @@ def add_inputs(graph: fx.Graph, layout: StateLayout) -> tuple[fx.Node, fx.Node]:
         with graph.inserting_after(last):
             node = graph.create_node("placeholder", name, name=name)
         set_value(node, value)
-        node.meta["qtrain_state"] = (layout.phase, what)
-        node.meta["qtrain_layout"] = layout
+        node.meta[meta.STATE] = (layout.phase, what)
+        node.meta[meta.LAYOUT] = layout
         if is_joint(graph):
             node.meta["partitioner_tag"] = "is_forward"
         nodes.append(node)

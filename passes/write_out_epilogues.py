@@ -24,6 +24,7 @@ from typing import Any
 
 from torch import fx
 
+from passes import meta
 from passes.context import PassContext
 from passes.graph import SCALED_MM, call, meta_of, on_gpu, replace
 from passes.inlining import inline
@@ -41,8 +42,8 @@ def write_out_epilogues(graph: fx.Graph, context: PassContext | None = None) -> 
             continue
         a, b, a_scale, b_scale, _, _, bias, dtype = gemm.args
         with graph.inserting_before(gemm):
-            product = call(graph, ops.codes_mm, a, b, scope=meta_of(gemm) | {"qtrain_kernel": "int_mm"})
-            behind = meta_of(gemm, without=("qtrain_gemm",))
+            product = call(graph, ops.codes_mm, a, b, scope=meta_of(gemm) | {meta.KERNEL: "int_mm"})
+            behind = meta_of(gemm, without=(meta.GEMM,))
             y = inline(graph, ops.scaled, product, a_scale, b_scale, bias, dtype, scope=behind)
         replace(gemm, y)
         changed += 1

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from passes import meta
 from passes.context import PassContext
 from passes.graph import aten, copy_graph
 from passes.pipeline import lower_half
@@ -63,7 +64,7 @@ class StateInputs:
     @classmethod
     def of(cls, half: fx.GraphModule) -> StateInputs:
         placeholders = half.graph.find_nodes(op="placeholder")
-        positions = {n.meta["qtrain_state"]: i for i, n in enumerate(placeholders) if "qtrain_state" in n.meta}
+        positions = {n.meta[meta.STATE]: i for i, n in enumerate(placeholders) if meta.STATE in n.meta}
         return cls(tuple(n.name for n in placeholders), positions)
 
     def __bool__(self) -> bool:

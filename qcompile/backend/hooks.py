@@ -14,6 +14,7 @@ from typing import Any, get_args
 
 from torch import fx
 
+from passes import meta
 from passes.context import PassContext
 from passes.dynamo_inputs import DynamoInputs
 from passes.graph import is_joint
@@ -109,8 +110,8 @@ def with_range_state(compiler: Compiler, *, ranges: Ranges = "replicated") -> Co
             return agreeing(run) if replicated else run
         if not state_inputs:
             return compiled
-        ours = [n for n in half.graph.find_nodes(op="placeholder") if "qtrain_state" in n.meta]
-        layouts = {n.meta["qtrain_state"][0]: n.meta["qtrain_layout"] for n in ours if "qtrain_layout" in n.meta}
+        ours = [n for n in half.graph.find_nodes(op="placeholder") if meta.STATE in n.meta]
+        layouts = {n.meta[meta.STATE][0]: n.meta[meta.LAYOUT] for n in ours if meta.LAYOUT in n.meta}
         binder = Binder(layouts, ours[0].meta["val"].device)
         shared = replicated and any(entry.spec is not None for layout in layouts.values() for entry in layout.entries)
         training = not kwargs.get("is_inference", False)

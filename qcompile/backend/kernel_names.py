@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import fx
 
+from passes import meta
 from passes.context import PassContext
 from passes.gemms import INTEGER
 from passes.graph import SCALED_MM, SCALED_MM_PACKED, SCALED_MM_REQUANTIZE
@@ -18,13 +19,13 @@ __all__ = ["record_kernels"]
 def record_kernels(graph: fx.Graph, context: PassContext) -> None:
     """Write into the context which kernel each integer GEMM runs on; under `max-autotune` they are measured now."""
     for node in graph.nodes:
-        where = node.meta.get("qtrain_gemm")
+        where = node.meta.get(meta.GEMM)
         integer = node.op == "call_function" and node.target in (*INTEGER, SCALED_MM_PACKED, SCALED_MM_REQUANTIZE)
-        if where is None or not (integer or "qtrain_kernel" in node.meta):
+        if where is None or not (integer or meta.KERNEL in node.meta):
             continue
         gemm = context.site(where.site).gemms[where.role]
-        if "qtrain_kernel" in node.meta:  # a user's kernel for a pattern
-            gemm.kernel = node.meta["qtrain_kernel"]
+        if meta.KERNEL in node.meta:  # a user's kernel for a pattern
+            gemm.kernel = node.meta[meta.KERNEL]
             continue
         zero_points = node.args[4] is not None or node.args[5] is not None
         m, n, k = (s if isinstance(s, int) else LARGE for s in gemm.shape)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from passes import meta
 from passes.cut import root_of
 from passes.gemms import INTEGER
 from passes.graph import DEQUANTIZE, HADAMARD, QUANTIZE, ROUND_TO_POWERS, SELECT
@@ -125,8 +126,8 @@ def _tell_unmatched(skip: tuple[str, ...], captured: Capture) -> None:
 
 
 def _forward_gemms(graph: CapturedGraph) -> list[tuple[Site, fx.Node]]:
-    nodes = [n for n in graph.joint.graph.nodes if "qtrain_gemm" in n.meta and n.meta["qtrain_gemm"].role == "output"]
-    by_site = {n.meta["qtrain_gemm"].site: n for n in nodes if n.target not in (QUANTIZE, DEQUANTIZE)}
+    nodes = [n for n in graph.joint.graph.nodes if meta.GEMM in n.meta and n.meta[meta.GEMM].role == "output"]
+    by_site = {n.meta[meta.GEMM].site: n for n in nodes if n.target not in (QUANTIZE, DEQUANTIZE)}
     return [(s, by_site[s.name]) for s in graph.sites if "output" in s.gemms and s.name in by_site]
 
 
@@ -158,7 +159,7 @@ def _check_alike(name: str, base: str, layer: TrainedLayer, found: Mapping[str, 
 
 
 def _read(name: str, node: fx.Node, gemm: Gemm, values: _Values, recipe: Recipe) -> TrainedLayer:
-    if node.target not in INTEGER or node.meta["qtrain_gemm"].operands != ("input", "weight"):
+    if node.target not in INTEGER or node.meta[meta.GEMM].operands != ("input", "weight"):
         raise UnsupportedError(f"convert: {name!r} is no product of an input with a weight on integer codes.")
     x, weight = (_quantize_of(operand) for operand in node.args[:2])
     if x is None or weight is None:
@@ -234,8 +235,8 @@ class _Values:
                 else:
                     self._varying.add(node)
             elif node.op == "get_attr":
-                if "qtrain_state" in node.meta:
-                    phase, what = node.meta["qtrain_state"]
+                if meta.STATE in node.meta:
+                    phase, what = node.meta[meta.STATE]
                     here = state[phase]
                     self.known[node] = here if what == "state" else torch.arange(here.numel(), device=here.device)
                 else:

@@ -14,11 +14,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
+from passes import meta
 from passes.buffers import bind_state
 from passes.context import PassContext
 from passes.graph import copy_graph, is_gradient
 from passes.sites import Site, full_name
-from qcompile.inspect.labels import LABEL, first_name, rename_by_label
+from qcompile.inspect.labels import first_name, rename_by_label
 from qcompile.inspect.saved_bytes import SavedBytes, SavedTensor
 from qcompile.state.binding import Binding
 from qcompile.state.layout import Entry, StateLayout
@@ -45,8 +46,8 @@ def with_buffers(graph: fx.Graph, root: torch.nn.Module, inputs: Mapping[str, st
     copied = module.graph
     bind_state(module)
     for attribute in copied.find_nodes(op="get_attr"):
-        if "qtrain_state" in attribute.meta:
-            attribute.meta[LABEL] = f"{attribute.target}_buffer"
+        if meta.STATE in attribute.meta:
+            attribute.meta[meta.LABEL] = f"{attribute.target}_buffer"
     rename_by_label(copied, inputs)
     copied.lint()
     module.recompile()

@@ -27,6 +27,7 @@ from typing import Any
 from tabulate import tabulate
 from torch import Tensor, fx, nn
 
+from passes import meta
 from passes.find_sites import GemmNode, gemm_of
 from passes.graph import DEQUANTIZE, PERMUTE, QUANTIZE, ROUND_TO_POWERS, VIEWS
 from qcompile.errors import GraphError
@@ -373,7 +374,7 @@ def quantized_operands(gemm: fx.Node) -> list[tuple[int, list[fx.Node]]]:
     for position, argument in enumerate(gemm.args):
         dequantize = argument
         views: list[fx.Node] = []
-        while isinstance(dequantize, fx.Node) and dequantize.target in (*VIEWS, PERMUTE) and gemm.meta.get("qtrain_quantized"):
+        while isinstance(dequantize, fx.Node) and dequantize.target in (*VIEWS, PERMUTE) and gemm.meta.get(meta.QUANTIZED):
             views.insert(0, dequantize)  # blocks that share a scale are viewed back as the matrix
             dequantize = dequantize.args[0]
         if not isinstance(dequantize, fx.Node) or dequantize.target is not DEQUANTIZE:

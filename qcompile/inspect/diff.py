@@ -10,6 +10,7 @@ import difflib
 
 from torch import fx
 
+from passes import meta
 from passes.graph import copy_graph
 from qcompile.inspect.captured_graph import CapturedGraph
 from qcompile.inspect.labels import first_name
@@ -41,7 +42,7 @@ def _renamed_like(before: fx.Graph, after: fx.Graph) -> fx.Graph:
     later = {first_name(n): n.name for n in after.nodes}
     copied = copy_graph(before)
     for original, node in zip(before.nodes, copied.nodes, strict=True):
-        node.meta["qtrain_first_name"] = first_name(original)
+        node.meta[meta.FIRST_NAME] = first_name(original)
     moved = [n for n in copied.nodes if later.get(first_name(n), n.name) != n.name]
     for node in moved:  # two rounds: a name may still be another node's
         node._rename(f"before_{node.name}")

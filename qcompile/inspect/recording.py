@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from passes import meta
 from passes.canonicalize import canonicalize
 from passes.dynamo_inputs import input_positions
 from passes.find_sites import find_sites, module_path
@@ -108,8 +109,8 @@ class Recording(Compilation):
         self._keep(phase, half.graph)
         placeholders = half.graph.find_nodes(op="placeholder")
         names = [n.name for n in placeholders]
-        own = [n.name for n in placeholders if "qtrain_state" not in n.meta]
-        shown = [i for i, o in enumerate(graph_outputs(half.graph)) if not (isinstance(o, fx.Node) and "qtrain_state" in o.meta)]
+        own = [n.name for n in placeholders if meta.STATE not in n.meta]
+        shown = [i for i, o in enumerate(graph_outputs(half.graph)) if not (isinstance(o, fx.Node) and meta.STATE in o.meta)]
         compiled = super().compile_half(_interpret, half, inputs, kwargs)
         self._keep(f"{phase}_lowered", half.graph)
         if phase == "backward":

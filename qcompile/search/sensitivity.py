@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from passes import meta
 from passes.graph import ROUND_TO_POWERS, copy_graph, erase_unused
 from qcompile.inspect.capture import default_loss
 from qcompile.inspect.captured_graph import CapturedGraph
@@ -118,7 +119,7 @@ def with_one_quantized(graph: CapturedGraph, kept: Iterable[Gemm]) -> fx.GraphMo
     kept = set(kept)
     for gemm in list(module.graph.nodes):
         found = quantized_operands(gemm)
-        if not found or (gemm.meta["qtrain_gemm"].site, gemm.meta["qtrain_gemm"].role) in kept:
+        if not found or (gemm.meta[meta.GEMM].site, gemm.meta[meta.GEMM].role) in kept:
             continue
         for position, (quantize, *way) in found:
             dtype = gemm.args[position].meta["val"].dtype

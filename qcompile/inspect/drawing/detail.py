@@ -10,6 +10,7 @@ import networkx as nx
 import torch
 from torch import Tensor, fx
 
+from passes import meta
 from passes.graph import ALIASES, BACKWARD, CASTS, PERMUTE, TRANSPOSES, VIEWS
 from qcompile.inspect.captured_graph import CapturedGraph
 from qcompile.inspect.drawing.layered import layered
@@ -136,7 +137,7 @@ def _gemm_names(graph: CapturedGraph, site: str) -> set[str]:
     found = set()
     for step in [*graph.steps.values(), graph.joint.graph]:
         for node in step.nodes:
-            where = node.meta.get("qtrain_gemm")
+            where = node.meta.get(meta.GEMM)
             if where is not None and where.site == site:
                 found.add(first_name(node))
     return found
