@@ -36,7 +36,7 @@ STEPS = 3
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR", "QTRAIN_CACHE_DIR")
 
 
-class Row(NamedTuple):
+class Times(NamedTuple):
     """Medians over rounds, in seconds. `ratio`: cold, to Inductor's of the same round; `reuse`: warm to cold."""
 
     layers: int
@@ -84,8 +84,8 @@ def in_new_process(variant: str, layers: int, width: int, device: str, cache: st
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def measure(variants: list[str], layers: int, width: int, rounds: int, device: str) -> list[Row]:
-    """One `Row` for each variant."""
+def measure(variants: list[str], layers: int, width: int, rounds: int, device: str) -> list[Times]:
+    """One `Times` for each variant."""
     found: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {variant: [] for variant in variants}
     for _ in range(rounds):
         for variant in variants:
@@ -96,7 +96,7 @@ def measure(variants: list[str], layers: int, width: int, rounds: int, device: s
     for variant, pairs in found.items():
         bases = [cold["seconds"] for cold, _ in found[variants[0]]]
         rows.append(
-            Row(
+            Times(
                 layers,
                 variant,
                 statistics.median(cold["seconds"] for cold, _ in pairs),
@@ -110,7 +110,7 @@ def measure(variants: list[str], layers: int, width: int, rounds: int, device: s
     return rows
 
 
-def main(argv: list[str] | None = None) -> list[Row]:
+def main(argv: list[str] | None = None) -> list[Times]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--layers", default="2,6")
     parser.add_argument("--width", type=int, default=64)

@@ -24,7 +24,7 @@ from qcompile.inspect.drawing import overview_svg
 from qcompile.inspect.measuring import Measured, measure
 from qcompile.inspect.modules import module_of_site
 from qcompile.inspect.numerics import snr_db
-from qcompile.inspect.report import Entry, GemmReport, Report, SiteReport
+from qcompile.inspect.report import GemmReport, RangeReport, Report, SiteReport
 from qcompile.recipe import Recipe
 from qcompile.specs import Granularity, QuantSpec
 from qcompile.wrappers import clean_names
@@ -187,7 +187,7 @@ def _finite(seconds: float) -> float | None:
     return seconds if math.isfinite(seconds) else None
 
 
-def _entries(graph: CapturedGraph, call: Call) -> Iterator[Entry]:
+def _entries(graph: CapturedGraph, call: Call) -> Iterator[RangeReport]:
     by_name = {site.name: site for site in graph.sites}
     for layout in graph.layouts.values():
         for e in layout.entries:
@@ -195,7 +195,7 @@ def _entries(graph: CapturedGraph, call: Call) -> Iterator[Entry]:
                 continue  # the seed of random draws
             site = by_name.get(e.site)
             prefix = call.prefix_of(site) if site is not None else ""
-            yield Entry(
+            yield RangeReport(
                 name=f"{call.site_name(site)}.{e.operand}" if site is not None else e.operand,
                 phase=layout.phase,
                 fields=e.fields,

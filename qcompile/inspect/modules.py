@@ -17,13 +17,13 @@ from passes.find_sites import enclosing_module
 from qcompile.inspect.captured_graph import CapturedGraph
 from qcompile.inspect.labels import first_name
 
-__all__ = ["CROWDED", "Row", "module_of_site", "rows_of", "saved_by_row", "site_flow"]
+__all__ = ["CROWDED", "ModuleRow", "module_of_site", "rows_of", "saved_by_row", "site_flow"]
 
 CROWDED = 8
 
 
 @dataclass
-class Row:
+class ModuleRow:
     """A module and its sites, in the order in which they run. The name of the model itself is ""."""
 
     name: str
@@ -40,17 +40,17 @@ def module_of_site(site: str) -> str:
     return "" if name == "self" else name
 
 
-def rows_of(sites: Iterable[str]) -> list[Row]:
+def rows_of(sites: Iterable[str]) -> list[ModuleRow]:
     """Group the names of sites, which are in the order in which they run."""
     sites = list(sites)
-    found: dict[str, Row] = {}
+    found: dict[str, ModuleRow] = {}
     for site in sites:
         parts = module_of_site(site).split(".")
         depth = 0
         while depth < len(parts) and _is_opened(parts[:depth], sites):
             depth += 1
         name = ".".join(parts[:depth])
-        found.setdefault(name, Row(name)).sites.append(site)
+        found.setdefault(name, ModuleRow(name)).sites.append(site)
     return list(found.values())
 
 
@@ -85,7 +85,7 @@ def site_flow(graph: CapturedGraph) -> nx.DiGraph:
     return reduced
 
 
-def saved_by_row(graph: CapturedGraph, rows: Iterable[Row]) -> dict[str, dict[str, int]]:
+def saved_by_row(graph: CapturedGraph, rows: Iterable[ModuleRow]) -> dict[str, dict[str, int]]:
     """Row -> dtype -> bytes that the first call of the graph keeps for backward; copies of weights left out.
 
     What belongs to no row is under the empty name.

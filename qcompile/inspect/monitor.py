@@ -37,10 +37,10 @@ from qcompile.inspect.compare import compare_captured
 from qcompile.recipe import Recipe
 from qcompile.state.range_state import range_state
 
-__all__ = ["Monitor", "Row", "monitor", "read_csv"]
+__all__ = ["Measurement", "Monitor", "monitor", "read_csv"]
 
 
-class Row(NamedTuple):
+class Measurement(NamedTuple):
     """One number: of a step, an operand or a GEMM by name, and a metric."""
 
     step: int
@@ -49,7 +49,7 @@ class Row(NamedTuple):
     value: float
 
 
-Sink = Callable[[int, Sequence[Row]], None]
+Sink = Callable[[int, Sequence[Measurement]], None]
 
 # by the name of a field, without the number that "low_3" of a window has
 _REDUCE: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {"low": torch.amin, "clipped": torch.mean}
@@ -75,7 +75,7 @@ class Monitor:
     ) -> None:
         self.model, self.every, self.sinks = model, every, sinks
         self.probe, self.probe_every, self.recipe, self.budget = probe, probe_every, recipe, budget
-        self.history: list[Row] = []
+        self.history: list[Measurement] = []
         self.seconds = 0.0
         self.count = 0
         self._started = 0.0
@@ -103,7 +103,7 @@ class Monitor:
     def _affordable(self) -> bool:
         return self.budget is None or not self.history or self.overhead <= self.budget
 
-    def sample(self, step: int, *, probe: bool = False) -> list[Row]:
+    def sample(self, step: int, *, probe: bool = False) -> list[Measurement]:
         """Take a sample now, whatever is due and whatever it costs."""
         start = time.perf_counter()
         rows = self._ranges(step)
@@ -117,15 +117,15 @@ class Monitor:
         self.seconds += time.perf_counter() - start
         return rows
 
-    def _ranges(self, step: int) -> list[Row]:
+    def _ranges(self, step: int) -> list[Measurement]:
         rows = []
         for name, fields in range_state(self.model).snapshot().items():
             for metric, values in fields.items():
                 if metric not in _BOOKKEEPING and values.numel():
-                    rows.append(Row(step, name, metric, float(_REDUCE.get(metric.partition("_")[0], torch.amax)(values))))
+                    rows.append(Measurement(step, name, metric, float(_REDUCE.get(metric.partition("_")[0], torch.amax)(values))))
         return rows
 
-    def _errors(self, step: int) -> list[Row]:
+    def _errors(self, step: int) -> list[Measurement]:
         if self._captured is None:
             ranges = range_state(self.model).state_dict()
             inputs, named = ((), self.probe) if isinstance(self.probe, Mapping) else (self.probe or (), {})
@@ -137,12 +137,12 @@ class Monitor:
         rows = []
         for gemm in found.gemms:
             if gemm.own is not None:
-                rows.append(Row(step, gemm.name, "snr_db", gemm.own.snr_db))
-                rows.append(Row(step, gemm.name, "clipped", max(o.rounding.clipped for o in gemm.operands.values())))
-                rows.append(Row(step, gemm.name, "underflow", max(o.rounding.underflow for o in gemm.operands.values())))
+                rows.append(Measurement(step, gemm.name, "snr_db", gemm.own.snr_db))
+                rows.append(Measurement(step, gemm.name, "clipped", max(o.rounding.clipped for o in gemm.operands.values())))
+                rows.append(Measurement(step, gemm.name, "underflow", max(o.rounding.underflow for o in gemm.operands.values())))
             if gemm.total is not None:
-                rows.append(Row(step, gemm.name, "total_db", gemm.total.snr_db))
-        return rows + [Row(step, f"gradient {t.name}", "total_db", t.total.snr_db) for t in found.gradients]
+                rows.append(Measurement(step, gemm.name, "total_db", gemm.total.snr_db))
+        return rows + [Measurement(step, f"gradient {t.name}", "total_db", t.total.snr_db) for t in found.gradients]
 
     def _as_compiled(self) -> tuple[str | Recipe | Mapping[str, Any], Mapping[str, torch.dtype]]:
         """The recipe, unless one was given, and the autocast (type of device -> dtype) of the model's last compilation."""
@@ -232,12 +232,12 @@ def _csv(path: Path) -> Sink:
     if not path.parent.is_dir():  # not at the first sample, in the middle of a run
         raise ValueError(f"monitor: to is {str(path)!r}; the folder {str(path.parent)!r} does not exist. Make it first.")
 
-    def write(step: int, rows: Sequence[Row]) -> None:
+    def write(step: int, rows: Sequence[Measurement]) -> None:
         new = not path.exists() or path.stat().st_size == 0
         with path.open("a", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             if new:
-                writer.writerow(Row._fields)
+                writer.writerow(Measurement._fields)
             writer.writerows(rows)
 
     return write
@@ -251,14 +251,14 @@ def _writer(folder: str) -> Any:
 
 
 def _tensorboard(writer: Any) -> Sink:
-    def write(step: int, rows: Iterable[Row]) -> None:
+    def write(step: int, rows: Iterable[Measurement]) -> None:
         for row in rows:
             writer.add_scalar(f"{row.metric}/{row.name}", row.value, row.step)
 
     return write
 
 
-def read_csv(path: str | Path) -> list[Row]:
+def read_csv(path: str | Path) -> list[Measurement]:
     """The rows of a monitor's CSV file."""
     with Path(path).open(newline="", encoding="utf-8") as file:
-        return [Row(int(r["step"]), r["name"], r["metric"], float(r["value"])) for r in csv.DictReader(file)]
+        return [Measurement(int(r["step"]), r["name"], r["metric"], float(r["value"])) for r in csv.DictReader(file)]

@@ -16,7 +16,7 @@ from qcompile.inspect.measuring import Scale
 from qcompile.inspect.saved_bytes import SavedBytes
 from qcompile.recipe import Recipe
 
-__all__ = ["Entry", "GemmReport", "Report", "SiteReport"]
+__all__ = ["GemmReport", "RangeReport", "Report", "SiteReport"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +60,7 @@ class SiteReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Entry:
+class RangeReport:
     """Range state of one operand: `size` values of each field."""
 
     name: str
@@ -92,7 +92,7 @@ class Report:
     unmatched: list[str] = field(default_factory=list)
     outside: list[str] = field(default_factory=list)
     others: dict[str, int] = field(default_factory=dict)
-    range_state: list[Entry] = field(default_factory=list)
+    range_state: list[RangeReport] = field(default_factory=list)
     crossings: list[Crossing] = field(default_factory=list)
     gradient_snr_db: dict[str, float] = field(default_factory=dict)
     device: str = "cpu"

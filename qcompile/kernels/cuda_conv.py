@@ -110,7 +110,7 @@ def _grad_weight(g: QuantizedTensor, x: QuantizedTensor, weight_size: Sequence[i
         from qcompile.kernels.cuda import transpose_codes_cuda
         from qcompile.kernels.triton import conv
 
-        where = conv.Geometry.of(weight_size[2:], *geometry.steps)
+        where = conv.Window.of(weight_size[2:], *geometry.steps)
 
         def sum_of(some: Tensor, others: Tensor) -> Tensor:
             turned = transpose_codes_cuda(some.movedim(1, -1).reshape(-1, some.shape[1]))
@@ -158,7 +158,7 @@ def _conv(
         _lifted(x.codes),
         _lifted(w),
         _three(places),
-        conv.Geometry.of(weight.codes.shape[2:], *geometry.steps),
+        conv.Window.of(weight.codes.shape[2:], *geometry.steps),
         _flat(x.scale),
         _flat(w_scale),
         None if x.zero is None else x.zero.reshape(()),

@@ -16,20 +16,20 @@ from qcompile.recipe import Recipe
 from qcompile.search.choose import HP, GemmOptions, Option
 from qcompile.search.sensitivity import Gradients, Loss, Lost, exact_gradients, lost_alone, lost_together
 
-__all__ = ["Candidate", "gemm_options", "reference", "sensitivities", "together"]
+__all__ = ["CapturedRecipe", "gemm_options", "reference", "sensitivities", "together"]
 
-Gemm = tuple[int, str, str]
+GemmKey = tuple[int, str, str]
 """Number of the graph, site in that graph, role."""
 
 
 @dataclass
-class Candidate:
+class CapturedRecipe:
     """A uniform recipe that was captured. `lost`: of each GEMM alone; `together`: of all, as the step runs."""
 
     name: str
     recipe: Recipe
     capture: Capture
-    lost: dict[Gemm, float] = field(default_factory=dict)
+    lost: dict[GemmKey, float] = field(default_factory=dict)
     together: float = 0.0
 
 
@@ -53,7 +53,7 @@ def together(found: Capture, exact: Sequence[Gradients]) -> float:
     return _share([lost_together(graph, gradients, _loss(found)) for graph, gradients in zip(found.graphs, exact, strict=True)])
 
 
-def sensitivities(found: Capture, exact: Sequence[Gradients], tell: Callable[[], object]) -> dict[Gemm, float]:
+def sensitivities(found: Capture, exact: Sequence[Gradients], tell: Callable[[], object]) -> dict[GemmKey, float]:
     """What a step loses with one GEMM quantized, for each. `tell` is called after each."""
     whole = sum(Lost.between(gradients, gradients).whole for gradients in exact) or 1.0
     losses = {}
@@ -69,7 +69,7 @@ def integer_gemms(graph: CapturedGraph) -> list[tuple[str, str]]:
     return [(site.name, role) for site in graph.sites for role, gemm in site.gemms.items() if gemm.reason is None]
 
 
-def gemm_options(candidates: Sequence[Candidate], hp: Capture, *, timed: bool) -> list[GemmOptions]:
+def gemm_options(candidates: Sequence[CapturedRecipe], hp: Capture, *, timed: bool) -> list[GemmOptions]:
     """Every GEMM that some candidate has in integers, with its options; `timed`: with seconds, measured on this device.
 
     hp  the same step without quantization, for what it saves
@@ -96,8 +96,8 @@ def gemm_options(candidates: Sequence[Candidate], hp: Capture, *, timed: bool) -
 # ---- seconds
 
 
-def _costs(found: Capture, timed: bool) -> dict[Gemm, GemmCost]:
-    costs: dict[Gemm, GemmCost] = {}
+def _costs(found: Capture, timed: bool) -> dict[GemmKey, GemmCost]:
+    costs: dict[GemmKey, GemmCost] = {}
     for number, graph in enumerate(found.graphs):
         if "share_quantized" not in graph.steps:
             continue
@@ -134,9 +134,9 @@ class _Saved:
     code_bytes: float
 
 
-def _all_saved(found: Capture, costs: dict[Gemm, GemmCost]) -> dict[Gemm, list[_Saved]]:
+def _all_saved(found: Capture, costs: dict[GemmKey, GemmCost]) -> dict[GemmKey, list[_Saved]]:
     """The activations of the forward pass that each GEMM reads in the backward pass; weights are there anyway."""
-    saved: dict[Gemm, list[_Saved]] = {gemm: [] for gemm in costs}
+    saved: dict[GemmKey, list[_Saved]] = {gemm: [] for gemm in costs}
     for number, graph in enumerate(found.graphs):
         nodes = graph.steps["share_quantized"].nodes if "share_quantized" in graph.steps else ()
         for node in nodes:

@@ -25,7 +25,7 @@ from qcompile.progress import Progress, progress
 from qcompile.recipe import Recipe
 from qcompile.recipes import get_recipe
 from qcompile.search.choose import HP, Choice, GemmOptions, Infeasible, choose, total
-from qcompile.search.options import Candidate, gemm_options, integer_gemms, reference, sensitivities, together
+from qcompile.search.options import CapturedRecipe, gemm_options, integer_gemms, reference, sensitivities, together
 from qcompile.search.result import SearchResult, Totals, mixed_recipe
 from qcompile.state.range_state import range_state
 
@@ -119,14 +119,14 @@ class Search:
         args, kwargs = self._steps[number]
         return capture(self._model, *args, recipe=recipe, loss=self._losses[number], ranges=self._ranges, **kwargs)
 
-    def _measured(self, recipe: Recipe, bar: Progress) -> Candidate:
+    def _measured(self, recipe: Recipe, bar: Progress) -> CapturedRecipe:
         """A candidate with its losses, means over the batches; the capture is that of the first."""
-        made: Candidate | None = None
+        made: CapturedRecipe | None = None
         count = len(self._steps)
         for number in range(count):
             bar.set_description(f"capturing {recipe.name}")
             found = self._capture(recipe, number)
-            made = made or Candidate(recipe.name, recipe, found)
+            made = made or CapturedRecipe(recipe.name, recipe, found)
             exact = reference(found)
             with progress(sum(len(integer_gemms(g)) for g in found.graphs), f"{recipe.name}: GEMM by GEMM") as each:
                 for gemm, lost in sensitivities(found, exact, each.update).items():
@@ -243,7 +243,7 @@ def _checked_candidates(candidates: Sequence[str | Recipe]) -> dict[str, Recipe]
     return recipes
 
 
-def _nothing_to_quantize(candidates: Sequence[Candidate]) -> str:
+def _nothing_to_quantize(candidates: Sequence[CapturedRecipe]) -> str:
     reasons: dict[str, None] = {}
     for graph in candidates[0].capture.graphs:
         reasons.update(dict.fromkeys(str(g.reason) for _, g in graph.context.gemms() if g.reason is not None))

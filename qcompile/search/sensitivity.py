@@ -30,7 +30,7 @@ from qcompile.inspect.replay import Replay, joint_at, shared_random_numbers
 __all__ = ["Loss", "Lost", "exact_gradients", "lost_alone", "lost_together", "with_one_quantized"]
 
 Gradients = dict[str, Tensor]
-Gemm = tuple[str, str]  # site, role
+SiteRole = tuple[str, str]
 Loss = Callable[[Any], Tensor]
 
 
@@ -67,7 +67,7 @@ def lost_together(graph: CapturedGraph, exact: Gradients, loss: Loss | None = No
     return Lost.between(_run(graph, graph.joint, loss), exact)
 
 
-def lost_alone(graph: CapturedGraph, gemm: Gemm, exact: Gradients, loss: Loss | None = None) -> Lost:
+def lost_alone(graph: CapturedGraph, gemm: SiteRole, exact: Gradients, loss: Loss | None = None) -> Lost:
     """What the step loses if this GEMM alone multiplies codes."""
     return Lost.between(_run(graph, with_one_quantized(graph, [gemm]), loss), exact)
 
@@ -113,7 +113,7 @@ def _tangents(graph: CapturedGraph, module: fx.GraphModule, loss: Loss | None) -
     return tuple(f.to(t.dtype) for f, t in zip(found, graph.tangents, strict=True))
 
 
-def with_one_quantized(graph: CapturedGraph, kept: Iterable[Gemm]) -> fx.GraphModule:
+def with_one_quantized(graph: CapturedGraph, kept: Iterable[SiteRole]) -> fx.GraphModule:
     """The joint graph before fusion in which all GEMMs but `kept` read what their quantizes read."""
     module = joint_at(graph, _step_before(graph, "fuse_matmul"))
     kept = set(kept)

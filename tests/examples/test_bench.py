@@ -255,7 +255,7 @@ def test_an_accuracy_run_from_settings_to_rows(run, monkeypatch, interpreted):
 
 def test_rows_of_every_kind_are_plain():
     compile_time = importlib.import_module("benchmarks.compile_time")
-    row = bench_list._plain(compile_time.Row(2, "int8", 2.0, 0.5, 1.0, math.inf, 0.1, 15))
+    row = bench_list._plain(compile_time.Times(2, "int8", 2.0, 0.5, 1.0, math.inf, 0.1, 15))
     assert row == {
         "layers": 2, "variant": "int8", "cold": 2.0, "warm": 0.5, "ratio": 1.0, "reuse": None, "passes": 0.1, "gemms": 15,
     }  # fmt: skip

@@ -11,7 +11,7 @@ from tests.kernels.triton_device import DEVICE, QUIET
 
 pytest.importorskip("triton")
 
-from qcompile.kernels.triton.conv import Geometry, conv, conv_weight
+from qcompile.kernels.triton.conv import Window, conv, conv_weight
 
 pytestmark = QUIET
 
@@ -54,24 +54,24 @@ def convolve(x, w, stride, padding, dilation, groups):
 def problem(case):
     batch, c, f, size, kernel, stride, padding, dilation, groups = case
     x, w = int8(batch, groups * c, *size), int8(groups * f, c, *kernel)
-    return x, w, Geometry.of(kernel, stride, padding, dilation), (stride, padding, dilation, groups)
+    return x, w, Window.of(kernel, stride, padding, dilation), (stride, padding, dilation, groups)
 
 
 @each_case
 @pytest.mark.parametrize("zero", [None, 37])
 def test_a_convolution_is_exact(case, zero):
-    x, w, geometry, arguments = problem(case)
+    x, w, window, arguments = problem(case)
     dims, groups = x.ndim - 2, arguments[-1]
     x_zero = None if zero is None else torch.tensor([zero], dtype=torch.int32, device=DEVICE)
     want = convolve(x.double() - (zero or 0), w, *arguments)
     one = torch.ones((), device=DEVICE)
-    got = conv(last(x, dims), last(w, dims), space(want.shape[2:]), geometry, one, one, x_zero, groups=groups)
+    got = conv(last(x, dims), last(w, dims), space(want.shape[2:]), window, one, one, x_zero, groups=groups)
     assert torch.equal(first(got, dims).double(), want)
 
 
 @each_case
 def test_the_gradient_for_the_input_is_exact(case):
-    x, w, geometry, arguments = problem(case)
+    x, w, window, arguments = problem(case)
     dims, groups = x.ndim - 2, arguments[-1]
     reference = x.double().requires_grad_()
     y = convolve(reference, w, *arguments)
@@ -80,14 +80,14 @@ def test_the_gradient_for_the_input_is_exact(case):
     # [groups * F, C, k] -> [groups * C, F, k]: output and input channels change places within a group.
     w_t = w.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
     one = torch.ones((), device=DEVICE)
-    got = conv(last(g, dims), last(w_t, dims), space(x.shape[2:]), geometry, one, one, groups=groups, scatter=True)
+    got = conv(last(g, dims), last(w_t, dims), space(x.shape[2:]), window, one, one, groups=groups, scatter=True)
     assert torch.equal(first(got, dims).double(), want)
 
 
 @each_case
 @pytest.mark.parametrize("zero", [None, -100])
 def test_the_gradient_for_the_weight_is_exact(case, zero):
-    x, w, geometry, arguments = problem(case)
+    x, w, window, arguments = problem(case)
     dims, groups = x.ndim - 2, arguments[-1]
     reference = w.double().requires_grad_()
     y = convolve(x.double() - (zero or 0), reference, *arguments)
@@ -95,18 +95,18 @@ def test_the_gradient_for_the_weight_is_exact(case, zero):
     (want,) = torch.autograd.grad(y, reference, g.double())
     x_zero = None if zero is None else torch.tensor([zero], dtype=torch.int32, device=DEVICE)
     g_t = g.transpose(0, 1).flatten(1)
-    got = conv_weight(g_t.contiguous(), last(x, dims), space(y.shape[2:]), geometry, x_zero, groups=groups)
+    got = conv_weight(g_t.contiguous(), last(x, dims), space(y.shape[2:]), window, x_zero, groups=groups)
     assert torch.equal(first(got, dims).double(), want)
 
 
 def test_positions_are_split_and_added_exactly():
     x, w = int8(4, 8, 40, 40), int8(8, 8, 3, 3)
-    geometry = Geometry.of((3, 3), (1, 1), (1, 1), (1, 1))
+    window = Window.of((3, 3), (1, 1), (1, 1), (1, 1))
     reference = w.double().requires_grad_()
     y = F.conv2d(x.double(), reference, padding=1)
     g = int8(*y.shape)
     (want,) = torch.autograd.grad(y, reference, g.double())
-    got = conv_weight(g.transpose(0, 1).flatten(1).contiguous(), last(x, 2), space(y.shape[2:]), geometry)
+    got = conv_weight(g.transpose(0, 1).flatten(1).contiguous(), last(x, 2), space(y.shape[2:]), window)
     assert torch.equal(first(got, 2).double(), want)
 
 
@@ -117,28 +117,28 @@ def test_scales_bias_and_one_rounding(per_sample, per_channel):
     x_scale = torch.rand(3 if per_sample else (), device=DEVICE)
     w_scale = torch.rand(6 if per_channel else (), device=DEVICE)
     bias = torch.randn(6, device=DEVICE)
-    geometry = Geometry.of((3, 3), (1, 1), (1, 1), (1, 1))
-    got = conv(last(x, 2), last(w, 2), (1, 5, 5), geometry, x_scale, w_scale, None, bias)
+    window = Window.of((3, 3), (1, 1), (1, 1), (1, 1))
+    got = conv(last(x, 2), last(w, 2), (1, 5, 5), window, x_scale, w_scale, None, bias)
     acc = F.conv2d(x.double(), w.double(), padding=1).float()
     scale = x_scale.reshape(-1, 1, 1, 1) * w_scale.reshape(1, -1, 1, 1)
     assert torch.equal(first(got, 2), acc * scale + bias.view(1, -1, 1, 1))
 
 
 def test_empty_batches_and_channels():
-    geometry = Geometry.of((3, 3), (1, 1), (1, 1), (1, 1))
+    window = Window.of((3, 3), (1, 1), (1, 1), (1, 1))
     one = torch.ones((), device=DEVICE)
-    assert conv(int8(0, 1, 4, 4, 8), int8(6, 1, 3, 3, 8), (1, 4, 4), geometry, one, one).shape == (0, 1, 4, 4, 6)
-    assert conv_weight(int8(6, 0), int8(0, 1, 4, 4, 8), (1, 4, 4), geometry).eq(0).all()
+    assert conv(int8(0, 1, 4, 4, 8), int8(6, 1, 3, 3, 8), (1, 4, 4), window, one, one).shape == (0, 1, 4, 4, 6)
+    assert conv_weight(int8(6, 0), int8(0, 1, 4, 4, 8), (1, 4, 4), window).eq(0).all()
 
 
 def test_what_would_overflow_or_does_not_fit_is_refused():
     one = torch.ones((), device=DEVICE)
-    geometry = Geometry.of((3, 3), (1, 1), (1, 1), (1, 1))
+    window = Window.of((3, 3), (1, 1), (1, 1), (1, 1))
     wide = 131_072 // 9 + 1
     with pytest.raises(KernelError, match="int32 holds 131071"):
-        conv(int8(1, 1, 1, 1, wide), int8(1, 1, 3, 3, wide), (1, 1, 1), geometry, one, one)
+        conv(int8(1, 1, 1, 1, wide), int8(1, 1, 3, 3, wide), (1, 1, 1), window, one, one)
     with pytest.raises(KernelError, match="do not fit"):
-        conv(int8(1, 1, 4, 4, 8), int8(6, 1, 3, 3, 7), (1, 4, 4), geometry, one, one)
+        conv(int8(1, 1, 4, 4, 8), int8(6, 1, 3, 3, 7), (1, 4, 4), window, one, one)
     with pytest.raises(KernelError, match="channels last, contiguous"):
-        conv(int8(1, 8, 1, 4, 4).movedim(1, -1), int8(6, 1, 3, 3, 8), (1, 4, 4), geometry, one, one)
-    assert math.prod(geometry.kernel) == geometry.taps == 9
+        conv(int8(1, 8, 1, 4, 4).movedim(1, -1), int8(6, 1, 3, 3, 8), (1, 4, 4), window, one, one)
+    assert math.prod(window.kernel) == window.taps == 9

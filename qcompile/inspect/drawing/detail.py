@@ -17,7 +17,7 @@ from qcompile.inspect.drawing.layered import layered
 from qcompile.inspect.drawing.svg import COLOURS, Canvas, shortened, text_width
 from qcompile.inspect.labels import first_name, identifier
 from qcompile.inspect.listing import short_type
-from qcompile.inspect.modules import Row
+from qcompile.inspect.modules import ModuleRow
 
 __all__ = ["draw_pass", "draw_row", "nodes_of_site"]
 
@@ -27,7 +27,7 @@ _NODE_HEIGHT = 32.0
 # ---- one row
 
 
-def draw_row(graph: nx.DiGraph, row: Row, title: str = "") -> Canvas:
+def draw_row(graph: nx.DiGraph, row: ModuleRow, title: str = "") -> Canvas:
     """A row's part of the site graph: forward at the left and down, backward at the right and up.
 
     Straight lines between the halves are what is saved for backward.
@@ -79,7 +79,7 @@ def draw_row(graph: nx.DiGraph, row: Row, title: str = "") -> Canvas:
     return canvas
 
 
-def _around(graph: nx.DiGraph, row: Row) -> list[str]:
+def _around(graph: nx.DiGraph, row: ModuleRow) -> list[str]:
     """The row's GEMMs, with their quantizes and the tensors that these read."""
     sites = set(row.sites)
     gemms = [n for n, site in graph.nodes(data="site") if site in sites]
@@ -89,7 +89,7 @@ def _around(graph: nx.DiGraph, row: Row) -> list[str]:
     return [n for n in graph.nodes if n in inside]
 
 
-def _labels(name: str, node: Mapping[str, Any], row: Row) -> list[str]:
+def _labels(name: str, node: Mapping[str, Any], row: ModuleRow) -> list[str]:
     if node["kind"] == "gemm":
         site, role = str(node["site"]), str(node["role"])
         first = f"{row.leaf(site)} {role}"

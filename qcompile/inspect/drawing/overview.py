@@ -17,7 +17,7 @@ from passes.sites import Gemm, Site
 from qcompile.inspect.captured_graph import CapturedGraph
 from qcompile.inspect.drawing.svg import COLOURS, Canvas, shortened, text_width
 from qcompile.inspect.listing import short_type
-from qcompile.inspect.modules import Row, rows_of, saved_by_row, site_flow
+from qcompile.inspect.modules import ModuleRow, rows_of, saved_by_row, site_flow
 from qcompile.inspect.report_text import size_text
 
 __all__ = ["Overview", "draw_overview"]
@@ -33,7 +33,7 @@ class Overview:
     """The drawing, and where each row is in it: row's name -> (top, bottom)."""
 
     canvas: Canvas
-    rows: list[Row]
+    rows: list[ModuleRow]
     places: dict[str, tuple[float, float]] = field(default_factory=dict)
 
 
@@ -82,7 +82,7 @@ def draw_overview(graph: CapturedGraph, title: str) -> Overview:
     return result
 
 
-def _columns(row: Row, flow: nx.DiGraph) -> list[list[str]]:
+def _columns(row: ModuleRow, flow: nx.DiGraph) -> list[list[str]]:
     """The row's sites by how many of its sites the data has gone through before."""
     part = flow.subgraph(row.sites)
     if not nx.is_directed_acyclic_graph(part):
@@ -91,7 +91,7 @@ def _columns(row: Row, flow: nx.DiGraph) -> list[list[str]]:
     return columns or [[]]
 
 
-def _chip_width(row: Row) -> float:
+def _chip_width(row: ModuleRow) -> float:
     longest = max(len(row.leaf(site)) for site in row.sites)
     return min(190.0, max(86.0, text_width("m" * min(longest, 26)) + 14))
 
@@ -115,14 +115,14 @@ def _chip(canvas: Canvas, x: float, y: float, width: float, leaf: str, site: Sit
         canvas.text(left + cell / 2, top + 10, label, size=9, fill="#ffffff", anchor="middle", bold=True)
 
 
-def _edges_within(canvas: Canvas, row: Row, flow: nx.DiGraph, centres: dict[str, tuple[float, float]], chip: float) -> None:
+def _edges_within(canvas: Canvas, row: ModuleRow, flow: nx.DiGraph, centres: dict[str, tuple[float, float]], chip: float) -> None:
     for a, b in flow.subgraph(row.sites).edges:
         (x, y), (u, v) = centres[a], centres[b]
         canvas.path([(x + chip, y), (u - 1, v)], across=True)
 
 
 def _edges_between(
-    canvas: Canvas, rows: list[Row], flow: nx.DiGraph, places: dict[str, tuple[float, float]], back: float | None
+    canvas: Canvas, rows: list[ModuleRow], flow: nx.DiGraph, places: dict[str, tuple[float, float]], back: float | None
 ) -> None:
     """Which row's data a row reads, at the left; the gradients' way back, at the right."""
     row_of = {site: row.name for row in rows for site in row.sites}

@@ -11,7 +11,7 @@ from qcompile.inspect.captured_graph import CapturedGraph
 from qcompile.inspect.drawing.detail import draw_pass, draw_row
 from qcompile.inspect.drawing.overview import draw_overview
 from qcompile.inspect.drawing.svg import arrow_head
-from qcompile.inspect.modules import Row, rows_of
+from qcompile.inspect.modules import ModuleRow, rows_of
 from qcompile.inspect.page import render
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ def _graph(graph: CapturedGraph, title: str) -> dict[str, Any]:
     }
 
 
-def _representatives(graph: CapturedGraph, rows: list[Row]) -> list[str]:
+def _representatives(graph: CapturedGraph, rows: list[ModuleRow]) -> list[str]:
     """One site for each kind of site: equal names inside their rows, and equal GEMMs in equal arithmetic."""
     sites = {site.name: site for site in graph.sites}
     found: dict[Any, str] = {}

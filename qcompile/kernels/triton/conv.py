@@ -35,12 +35,12 @@ from qcompile.kernels.triton import tuning
 from qcompile.kernels.triton.launch import EXACT, cdiv, device_guard, family
 from qcompile.kernels.triton.numerics import TENSOR, Layout
 
-__all__ = ["Geometry", "conv", "conv_kernel", "conv_weight", "conv_weight_kernel"]
+__all__ = ["Window", "conv", "conv_kernel", "conv_weight", "conv_weight_kernel"]
 
 OUTPUTS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-class Geometry(NamedTuple):
+class Window(NamedTuple):
     """A convolution's arithmetic in space: three numbers each, for depth, height, width (1, 1, 1, and padding 0 where unused)."""
 
     kernel: tuple[int, int, int]
@@ -49,13 +49,13 @@ class Geometry(NamedTuple):
     dilation: tuple[int, int, int]
 
     @staticmethod
-    def of(kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> Geometry:
+    def of(kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], dilation: Sequence[int]) -> Window:
         """From one to three numbers each; axes are added in front."""
 
         def three(values: Sequence[int], default: int) -> tuple[int, int, int]:
             return (*[default] * (3 - len(values)), *values)  # type: ignore[return-value]
 
-        return Geometry(three(kernel, 1), three(stride, 1), three(padding, 0), three(dilation, 1))
+        return Window(three(kernel, 1), three(stride, 1), three(padding, 0), three(dilation, 1))
 
     @property
     def taps(self) -> int:
@@ -244,7 +244,7 @@ def conv(
     x: Tensor,
     w: Tensor,
     out_size: Sequence[int],
-    geometry: Geometry,
+    window: Window,
     x_scale: Tensor,
     w_scale: Tensor,
     x_zero: Tensor | None = None,
@@ -265,11 +265,11 @@ def conv(
         out_dtype  fp32, bf16, fp16
     Errors: `KernelError`, also where the sum could overflow int32.
     """
-    batch, *size, channels = _check("conv", x, w, geometry, groups)
+    batch, *size, channels = _check("conv", x, w, window, groups)
     features, c = w.shape[0], w.shape[-1]
     if out_dtype not in OUTPUTS:
         raise KernelError(f"conv: out_dtype is {out_dtype}; allowed: {', '.join(map(str, OUTPUTS))}.")
-    summed = geometry.taps * c
+    summed = window.taps * c
     if summed > (longest := tuning.max_k(x_zero is not None)):
         raise KernelError(f"conv: {summed} products are summed; int32 holds {longest}. Use the matrix product of columns.")
     out = x.new_empty((batch, *out_size, features), dtype=out_dtype)
@@ -295,11 +295,11 @@ def conv(
             features // groups,
             *size,
             *out_size,
-            geometry.taps,
-            *geometry.kernel[1:],
-            *geometry.stride,
-            *geometry.padding,
-            *geometry.dilation,
+            window.taps,
+            *window.kernel[1:],
+            *window.stride,
+            *window.padding,
+            *window.dilation,
             channels,
             features,
             X_SCALE=int(x_layout),
@@ -321,7 +321,7 @@ def conv_weight(
     g_t: Tensor,
     x: Tensor,
     out_size: Sequence[int],
-    geometry: Geometry,
+    window: Window,
     x_zero: Tensor | None = None,
     *,
     groups: int = 1,
@@ -337,7 +337,7 @@ def conv_weight(
     """
     features = g_t.shape[0]
     c = x.shape[-1] // groups
-    batch, *size, channels = _check("conv_weight", x, x.new_empty((features, *geometry.kernel, c)), geometry, groups)
+    batch, *size, channels = _check("conv_weight", x, x.new_empty((features, *window.kernel, c)), window, groups)
     positions = batch * math.prod(out_size)
     if g_t.dtype is not torch.int8 or g_t.shape != (features, positions) or (g_t.stride(1) != 1 and positions > 1):
         raise KernelError(
@@ -345,11 +345,11 @@ def conv_weight(
         )
     if positions > (longest := tuning.max_k(x_zero is not None)):
         raise KernelError(f"conv_weight: {positions} positions are summed; int32 holds {longest}. Sum batches apart.")
-    shape = (features, *geometry.kernel, c)
+    shape = (features, *window.kernel, c)
     if 0 in shape or positions == 0:
         return x.new_zeros(shape, dtype=torch.int32)
     config = config or tuning.conv_config(family(x.device), features // groups, c, positions)
-    tiles = cdiv(features // groups, config.block_m) * cdiv(c, config.block_n) * geometry.taps
+    tiles = cdiv(features // groups, config.block_m) * cdiv(c, config.block_n) * window.taps
     parts = tuning.split_k(x.device, tiles * groups, positions, config.block_k)
     length = cdiv(cdiv(positions, parts), config.block_k) * config.block_k
     parts = cdiv(positions, length)
@@ -366,11 +366,11 @@ def conv_weight(
             features // groups,
             *size,
             *out_size,
-            geometry.taps,
-            *geometry.kernel[1:],
-            *geometry.stride,
-            *geometry.padding,
-            *geometry.dilation,
+            window.taps,
+            *window.kernel[1:],
+            *window.stride,
+            *window.padding,
+            *window.dilation,
             g_t.stride(0),
             channels,
             SPLIT=parts > 1,
@@ -385,15 +385,15 @@ def conv_weight(
     return out
 
 
-def _check(op: str, x: Tensor, w: Tensor, geometry: Geometry, groups: int) -> list[int]:
+def _check(op: str, x: Tensor, w: Tensor, window: Window, groups: int) -> list[int]:
     for name, codes in (("x", x), ("w", w)):
         if codes.dtype is not torch.int8 or codes.ndim != 5 or not codes.is_contiguous():
             raise KernelError(
                 f"{op}: {name} is {codes.dtype} {list(codes.shape)}; allowed: int8, 5 axes, channels last, contiguous."
             )
-    if tuple(w.shape[1:4]) != geometry.kernel or x.shape[4] != groups * w.shape[4] or w.shape[0] % groups:
+    if tuple(w.shape[1:4]) != window.kernel or x.shape[4] != groups * w.shape[4] or w.shape[0] % groups:
         raise KernelError(
-            f"{op}: x {list(x.shape)} and w {list(w.shape)} do not fit a kernel {geometry.kernel} in {groups} group(s)."
+            f"{op}: x {list(x.shape)} and w {list(w.shape)} do not fit a kernel {window.kernel} in {groups} group(s)."
         )
     return list(x.shape)
 
