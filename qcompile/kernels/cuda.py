@@ -339,7 +339,9 @@ def scaled_bmm_cuda(a: QuantizedTensor, b: QuantizedTensor, bias: Tensor | None,
 def transpose_codes_cuda(codes: Tensor) -> Tensor:
     """`qtrain::transpose_codes` of an int8 matrix."""
     def plain() -> Tensor:
-        return codes.t().clone(memory_format=torch.contiguous_format)
+        from qcompile.ops.transpose import transpose_codes_reference
+
+        return transpose_codes_reference(codes)
 
     if unavailable_reasons(codes.device, "transpose"):
         return plain()

@@ -11,7 +11,7 @@ from tests.kernels.triton_device import DEVICE, QUIET, misaligned
 triton = pytest.importorskip("triton")
 
 from qcompile.kernels.triton import tuning  # noqa: E402
-from qcompile.kernels.triton.quantize import quantize, quantize_kernel, quantize_reference  # noqa: E402
+from qcompile.kernels.triton.quantize import Quantized, quantize, quantize_kernel  # noqa: E402
 
 pytestmark = QUIET
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -32,6 +32,11 @@ def scales(m, n):
     """One of each layout. Normal values saturate in part, from 0.6 to 1.9 on."""
     shapes = {"0-d": (), "tensor": (1, 1), "row": (m, 1), "column": (1, n)}
     return {name: (0.005 + 0.01 * torch.rand(shape)).to(DEVICE) for name, shape in shapes.items()}
+
+
+def quantize_reference(x, scale, zero_point=None, *, bits=8, seed=None, salt=0, bound=None):
+    """The operator's, with every output; `outside` with a bound."""
+    return Quantized(*ops.quantize_transposed_reference(x, scale, zero_point, bits, seed, salt, True, True, bound))
 
 
 def assert_equal(got, want):

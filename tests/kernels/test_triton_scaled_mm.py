@@ -11,12 +11,12 @@ import torch
 
 from qcompile import ops
 from qcompile.errors import KernelError
-from tests.kernels.triton_device import DEVICE, QUIET
+from tests.kernels.triton_device import DEVICE, QUIET, scaled_mm_reference
 
 pytest.importorskip("triton")
 
 from qcompile.kernels.triton import tuning
-from qcompile.kernels.triton.scaled_mm import scaled_mm, scaled_mm_reference
+from qcompile.kernels.triton.scaled_mm import scaled_mm
 
 pytestmark = QUIET
 SHAPES = [(1, 1, 1), (3, 5, 7), (64, 64, 64), (65, 130, 129), (100, 70, 33), (17, 200, 256), (200, 3, 96)]

@@ -12,12 +12,12 @@ import torch
 from qcompile.kernels.triton import launch, tuning
 from tests.kernels import gluon_emulator
 from tests.kernels.gluon_emulator import EARLY, LATE, MOMENTS, Deadlock, Descriptor, Pointer
-from tests.kernels.triton_device import DEVICE, QUIET
+from tests.kernels.triton_device import DEVICE, QUIET, scaled_mm_reference
 
 pytest.importorskip("triton")
 
 from qcompile.kernels.triton import scaled_mm as launcher
-from qcompile.kernels.triton.scaled_mm import scaled_mm, scaled_mm_reference
+from qcompile.kernels.triton.scaled_mm import scaled_mm
 
 pytestmark = QUIET
 SOURCE = Path(launcher.__file__).with_name("scaled_mm_gluon.py")

@@ -5,11 +5,11 @@ import torch
 
 from qcompile.errors import KernelError
 from qcompile.ops import pack_codes
-from tests.kernels.triton_device import DEVICE, QUIET
+from tests.kernels.triton_device import DEVICE, QUIET, scaled_mm_reference
 
 pytest.importorskip("triton")
 
-from qcompile.kernels.triton.scaled_mm import scaled_mm, scaled_mm_reference
+from qcompile.kernels.triton.scaled_mm import scaled_mm
 
 pytestmark = QUIET
 

@@ -9,12 +9,12 @@ import torch
 
 from qcompile.errors import KernelError
 from qcompile.kernels.triton import launch, tuning
-from tests.kernels.triton_device import DEVICE, QUIET, misaligned
+from tests.kernels.triton_device import DEVICE, QUIET, misaligned, scaled_mm_reference
 
 pytest.importorskip("triton")
 
 from qcompile.kernels.triton import scaled_mm as module
-from qcompile.kernels.triton.scaled_mm import scaled_mm, scaled_mm_reference
+from qcompile.kernels.triton.scaled_mm import scaled_mm
 
 pytestmark = [*QUIET, pytest.mark.skipif(not launch.is_available(DEVICE, "triton_tma"), reason="made for compute capability 9.0")]
 CONFIGS = tuning.TMA.get(launch.family(torch.device(DEVICE)), ())

@@ -2,5 +2,5 @@
 
 Importing this package does not import Triton, so that it can be asked whether the kernels can run
 (`launch.unavailable_reasons`) where Triton is not installed. Each kernel's file has one order: formula,
-reference, kernel, launcher.
+kernel, launcher. The references are the operators' (`qcompile.ops`).
 """

@@ -41,9 +41,8 @@ from qcompile.kernels.triton.numerics import (
     to_float32,
 )
 from qcompile.ops.quantize import code_range
-from qcompile.ops.quantize import quantize_reference as codes_reference
 
-__all__ = ["Quantized", "quantize", "quantize_kernel", "quantize_reference"]
+__all__ = ["Quantized", "quantize", "quantize_kernel"]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -55,30 +54,6 @@ class Quantized(NamedTuple):
     codes_t: Tensor | None  # int8 [N, M], contiguous
     amax: Tensor | None  # fp32, 0-d, in units of x
     outside: Tensor | None = None  # int64, 0-d
-
-
-# --- Reference ----------------------------------------------------------------------------------------------
-
-
-def quantize_reference(
-    x: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None = None,
-    *,
-    bits: int = 8,
-    seed: Tensor | None = None,
-    salt: int = 0,
-    bound: Tensor | None = None,
-) -> Quantized:
-    """Plain torch, every output (`outside` with a bound). The codes of NaNs are unspecified."""
-    codes = codes_reference(x, scale, zero_point, bits, seed, salt).contiguous()
-    magnitudes = x.float().abs().flatten()
-    return Quantized(
-        codes=codes,
-        codes_t=codes.t().contiguous(),
-        amax=torch.cat([magnitudes, magnitudes.new_zeros(1)]).max(),  # torch's max keeps NaN
-        outside=None if bound is None else (x.float().abs() > bound).sum(),
-    )
 
 
 # --- Kernel -------------------------------------------------------------------------------------------------

@@ -39,39 +39,13 @@ from qcompile.kernels.triton.numerics import Layout, layout_of
 from qcompile.kernels.triton.scaled_mm_tma import ALIGNMENT, scaled_mm_tma_kernel, takes
 from qcompile.ops.pack_codes import codes_per_byte, unpack_codes_reference
 
-__all__ = ["Epilogue", "Packing", "scaled_mm", "scaled_mm_kernel", "scaled_mm_reference", "sum_of_tile", "tiles_of"]
+__all__ = ["Epilogue", "Packing", "scaled_mm", "scaled_mm_kernel", "sum_of_tile", "tiles_of"]
 
 OUTPUTS = (torch.float32, torch.bfloat16, torch.float16, torch.int32)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 CHUNK = 128
 """K is split at multiples of this, so that only the last part has a tail."""
-
-
-# --- Reference ----------------------------------------------------------------------------------------------
-
-
-def scaled_mm_reference(
-    a: Tensor,
-    b_t: Tensor,
-    a_scale: Tensor | None,
-    b_scale: Tensor | None,
-    a_zero: Tensor | None = None,
-    b_zero: Tensor | None = None,
-    bias: Tensor | None = None,
-    out_dtype: torch.dtype = torch.float32,
-) -> Tensor:
-    """Plain torch, on any device (int64 has no product on a GPU): fp64 holds every integer up to 2**53, so sums are exact."""
-    a64, b64 = a.double(), b_t.t().double()
-    if a_zero is not None:
-        a64 = a64 - a_zero
-    if b_zero is not None:
-        b64 = b64 - b_zero
-    acc = a64 @ b64
-    if a_scale is None or b_scale is None:
-        return acc.long().to(out_dtype)
-    out = acc.float() * (a_scale * b_scale)
-    return (out if bias is None else out + bias.float()).to(out_dtype)
 
 
 # --- Kernel -------------------------------------------------------------------------------------------------

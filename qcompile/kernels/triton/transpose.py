@@ -11,13 +11,9 @@ from torch import Tensor
 from qcompile.errors import KernelError
 from qcompile.kernels.triton import tuning
 from qcompile.kernels.triton.launch import EXACT, cdiv, device_guard
+from qcompile.ops.transpose import transpose_codes_reference
 
-__all__ = ["transpose", "transpose_kernel", "transpose_reference"]
-
-
-def transpose_reference(codes: Tensor) -> Tensor:
-    """Plain torch."""
-    return codes.t().clone(memory_format=torch.contiguous_format)
+__all__ = ["transpose", "transpose_kernel"]
 
 
 @triton.jit
@@ -50,7 +46,7 @@ def transpose(codes: Tensor) -> Tensor:
         raise KernelError(f"transpose: codes is {codes.dtype} of shape {list(codes.shape)}; allowed: an int8 matrix.")
     m, n = codes.shape
     if codes.stride(0) == 1:
-        return transpose_reference(codes)  # already lies transposed: a plain copy
+        return transpose_codes_reference(codes)  # already lies transposed: a plain copy
     out = codes.new_empty((n, m))
     if codes.numel() == 0:
         return out
