@@ -1,5 +1,7 @@
 """`qtrain::draws`, `codes` and `scale` in generated code: the references' numbers to the bit, as one operation each."""
 
+import importlib
+
 import pytest
 import torch
 from torch._inductor import config, ops_handler
@@ -35,7 +37,7 @@ def is_one_operation(code):
 
 
 def test_inductor_knows_it():
-    assert random.DEVICES_WITH_LOWERINGS == {"cpu"} and inductor_operations.register(), "a second time changes nothing"
+    assert random.DEVICES_WITH_LOWERINGS == {"cpu", "cuda"} == inductor_operations.register(), "a second time changes nothing"
 
 
 @pytest.mark.parametrize("key", KEYS, ids=lambda k: hex(k.item()))
@@ -116,6 +118,13 @@ def test_an_unknown_inductor_is_left_alone(monkeypatch):
     monkeypatch.delattr(ops_handler.DefaultHandler, "_call_default")
     monkeypatch.setattr(random, "DEVICES_WITH_LOWERINGS", set())
     assert not inductor_operations.register() and not random.DEVICES_WITH_LOWERINGS
+
+
+@pytest.mark.parametrize("module, name, left", [("cpp", "CppVecOverrides", "cuda"), ("triton", "TritonOverrides", "cpu")])
+def test_what_one_generator_lacks_is_not_missed_by_the_other(module, name, left, monkeypatch):
+    monkeypatch.delattr(importlib.import_module(f"torch._inductor.codegen.{module}"), name)
+    monkeypatch.setattr(random, "DEVICES_WITH_LOWERINGS", set())
+    assert inductor_operations.register() == random.DEVICES_WITH_LOWERINGS == {left}
 
 
 # ---- codes and scales

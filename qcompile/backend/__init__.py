@@ -5,7 +5,7 @@ options                what `torch.compile(..., options=...)` takes
 enclosing              where in the user's model the graph is
 halves                 the forward and the backward half when they are called, with the range state of their instance
 inductor               Inductor's and AOTAutograd's private entry points
-inductor_operations    our operations in Inductor's generated code
+inductor_operations    our operations in Inductor's generated code (`_cpp`, `_triton`: their text)
 hooks                  the passes inside other people's compilers
 """
 

@@ -1,13 +1,15 @@
-"""`qtrain::draws`, `qtrain::codes` and `qtrain::scale` in Inductor's generated code for a CPU: one operation each.
+"""`qtrain::draws`, `qtrain::codes` and `qtrain::scale` in Inductor's generated code, C++ or Triton: one operation each.
 
 Written out, the hash of `qcompile.ops.random` is seventeen operations on int64, a quantize eight more and its scale three, which
 each of Inductor's passes and analyses visits for every use: a third of the nodes of a GPT under `int8`. The hash also runs on half
-as many lanes as it could. As one operation it is a few lines of C++ on uint32, the same to the bit, and costs a third at run time:
-0.6 ms instead of 1.6 ms for 2048 x 2048 elements on 2 threads (AMD Zen 5, AVX-512, torch 2.13).
+as many lanes as it could. As one operation it is a few lines on uint32, the same to the bit: 0.6 ms instead of 1.6 ms for 2048 x
+2048 elements in C++ on 2 threads (AMD Zen 5, AVX-512, torch 2.13). On a GPU, Inductor's own form of a quantize would not be the
+same to the bit: it divides approximately and rounds a product and a sum once.
 
 Private API, checked on torch 2.11 and 2.13: Inductor's operation handlers have no place to add an operation, so it is set as an
-attribute of the classes that handle all of them. Where one of these is missing or has another signature, no graph gets the
-operations, and all are written out. Another generator of code for the CPU (Inductor's `cpu_backend`) calls the operators.
+attribute of the classes that handle all of them. Where one of these is missing or has another signature, no graph for that kind
+of device gets the operations, and all are written out. Another generator of code (Inductor's `cpu_backend` and `cuda_backend`)
+calls the operators.
 """
 
 from __future__ import annotations
@@ -15,15 +17,14 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import sympy
 import torch
-from torch._inductor.virtualized import V, ops
+from torch._inductor.virtualized import ops
 from torch._prims_common import ELEMENTWISE_TYPE_PROMOTION_KIND
 
-from qcompile.estimators.base import SMALLEST_SCALE
-from qcompile.ops import code_range, codes, random, scale
+from qcompile.ops import codes, random, scale
 
 __all__ = ["register"]
 
@@ -39,74 +40,17 @@ An operation for each number of bits: Inductor's handlers take what is no value 
 SCALE = "qtrain_scale_{bits}"
 """amax, fp32 -> `qtrain::scale` of it."""
 
-_HASH = "h ^= h >> 16; h *= 0x7FEB352Du; h ^= h >> 15; h *= 0x846CA68Bu; h ^= h >> 16;"
+_BITS = range(2, 9)
+
+_Text = Callable[..., str]
 
 
-# ---- C++ of one element
+class _Operations(NamedTuple):
+    """Code of one element, or of as many as are computed at once, by that of its operands."""
 
-
-def _draw(element: Any, key: Any) -> str:
-    return (
-        f"[&] {{ uint32_t h = static_cast<uint32_t>({element}) * 0x9E3779B1u + static_cast<uint32_t>({key}); {_HASH} "
-        "return static_cast<float>(static_cast<int32_t>(h >> 8)) * 0x1p-24f - 0.5f; }()"
-    )
-
-
-def _code(bits: int) -> Callable[..., str]:
-    low, high = _limits(bits)
-
-    def code(x: Any, scale: Any, *draw: Any) -> str:
-        value = f"{x} * (1.0f / {scale})" + (f" + {_draw(*draw)}" if draw else "")
-        return f"min_propagate_nan(max_propagate_nan(std::nearbyint({value}), {low}), {high})"
-
-    return code
-
-
-def _scale(bits: int) -> Callable[..., str]:
-    def scale(amax: Any) -> str:
-        return f"max_propagate_nan(std::abs({amax}) / {_limits(bits)[1]}, {SMALLEST_SCALE!r}f)"
-
-    return scale
-
-
-def _limits(bits: int) -> list[str]:
-    return [f"{limit}.0f" for limit in code_range(bits, symmetric=True)]
-
-
-# ---- C++ of a vector
-
-
-def _draw_vector(element: Any, key: Any) -> str:
-    """In the vector extension of gcc and clang: ATen's vectors are signed, and their shifts check the distance in several steps."""
-    lanes = V.kernel._get_num_vectors(torch.float32) * V.kernel.vec_isa.nelements(torch.float32)
-    floats = V.kernel._get_vec_type(torch.float32)
-    kinds = {"Codes": "uint32_t", "Signed": "int32_t", "Draws": "float"}
-    types = " ".join(f"typedef {kind} {name} __attribute__((vector_size({4 * lanes})));" for name, kind in kinds.items())
-    return (
-        f"[&] {{ {types} Codes h, k; __builtin_memcpy(&h, &{element}, sizeof h); __builtin_memcpy(&k, &{key}, sizeof k); "
-        f"h = h * 0x9E3779B1u + k; {_HASH} Draws u = __builtin_convertvector((Signed)(h >> 8), Draws) * 0x1p-24f - 0.5f; "
-        f"{floats} draws; static_assert(sizeof draws == sizeof u); __builtin_memcpy(&draws, &u, sizeof u); return draws; }}()"
-    )
-
-
-def _code_vector(bits: int) -> Callable[..., str]:
-    low, high = _limits(bits)
-
-    def code(x: Any, scale: Any, *draw: Any) -> str:
-        floats = V.kernel._get_vec_type(torch.float32)
-        value = f"{x} * {scale}.reciprocal()" + (f" + {_draw_vector(*draw)}" if draw else "")
-        return f"at::vec::minimum(at::vec::maximum(({value}).round(), {floats}({low})), {floats}({high}))"
-
-    return code
-
-
-def _scale_vector(bits: int) -> Callable[..., str]:
-    def scale(amax: Any) -> str:
-        floats = V.kernel._get_vec_type(torch.float32)
-        return f"at::vec::maximum({amax}.abs() / {floats}({_limits(bits)[1]}), {floats}({SMALLEST_SCALE!r}f))"
-
-    return scale
-
+    draw: _Text
+    code: Callable[[int], _Text]  # of so many bits
+    scale: Callable[[int], _Text]
 
 # ---- what the operators are lowered to
 
@@ -114,7 +58,8 @@ def _scale_vector(bits: int) -> Callable[..., str]:
 def _is_known(device: torch.device) -> bool:
     from torch._inductor import config
 
-    return device.type in random.DEVICES_WITH_LOWERINGS and config.cpu_backend == "cpp"
+    generators = {"cpu": config.cpu_backend == "cpp", "cuda": config.cuda_backend == "triton"}
+    return device.type in random.DEVICES_WITH_LOWERINGS and generators[device.type]
 
 
 def _places(key: Any, size: Sequence[Any]) -> Callable[[Sequence[Any]], tuple[Any, Any]]:
@@ -157,6 +102,8 @@ def _lower_codes(x: Any, scale: Any, bits: int, key: Any) -> Any:
 
     def code(index: Sequence[Any]) -> Any:
         value = getattr(ops, CODE.format(bits=bits))(load(index), load_scale(index), *place(index))
+        if x.get_device().type == "cuda":  # straight to int8 would be one instruction more
+            value = ops.to_dtype(value, torch.int32)
         return ops.to_dtype(value, torch.int8)
 
     return Pointwise.create(device=x.get_device(), dtype=torch.int8, inner_fn=code, ranges=size)
@@ -176,32 +123,62 @@ def _lower_scale(amax: Any, bits: int) -> Any:
     return Pointwise.create(device=amax.get_device(), dtype=torch.float32, inner_fn=value, ranges=list(amax.get_size()))
 
 
-def register() -> bool:
-    """Make the operations known to Inductor; whether they are."""
-    if sys.platform == "win32":  # its compiler has no vectors
-        return False
+def register() -> set[str]:
+    """Make the operations known to Inductor; the types of devices for which they are."""
     try:
         from torch._inductor import lowering, ops_handler
-        from torch._inductor.codegen.cpp import CppOverrides, CppVecKernel, CppVecOverrides
 
-        operations = {DRAW: (_draw, _draw_vector)}
-        for bits in range(2, 9):
-            operations[CODE.format(bits=bits)] = _code(bits), _code_vector(bits)
-            operations[SCALE.format(bits=bits)] = _scale(bits), _scale_vector(bits)
-        calls = {name: ops_handler.DefaultHandler._call_default(name) for name in operations}
-        vectors = CppVecKernel._get_num_vectors, CppVecKernel._get_vec_type
-        for name in operations:
+        names = [DRAW, *(name.format(bits=bits) for name in (CODE, SCALE) for bits in _BITS)]
+        calls = {name: ops_handler.DefaultHandler._call_default(name) for name in names}
+        for name in names:
             lowering.register_op_dtype_propagation_rules(name, ELEMENTWISE_TYPE_PROMOTION_KIND.DEFAULT, torch.float32)
         lowering.register_lowering(random.draws, type_promotion_kind=None)(_lower_draws)
         lowering.register_lowering(codes, type_promotion_kind=None)(_lower_codes)
         lowering.register_lowering(scale, type_promotion_kind=None)(_lower_scale)
     except (ImportError, AttributeError, TypeError):
-        return False
-    assert all(map(callable, vectors))
-    for name, implementations in operations.items():
+        return set()
+    for name in names:
         setattr(ops_handler.DefaultHandler, name, calls[name])
-        for overrides, implementation in zip((CppOverrides, CppVecOverrides), implementations, strict=True):
-            implementation.__name__ = name  # the vector's falls back to the scalar's of that name
-            setattr(overrides, name, staticmethod(implementation))
-    random.DEVICES_WITH_LOWERINGS.add("cpu")
-    return True
+    for device, generators in (("cpu", _cpp), ("cuda", _triton)):
+        try:
+            found = generators()
+        except (ImportError, AttributeError, TypeError):
+            continue
+        for overrides, operations in found:
+            _extend(overrides, operations)
+        if found:
+            random.DEVICES_WITH_LOWERINGS.add(device)
+    return set(random.DEVICES_WITH_LOWERINGS)
+
+
+def _extend(overrides: type, operations: _Operations) -> None:
+    """Give a class that generates code the operations."""
+    texts = {DRAW: operations.draw}
+    for bits in _BITS:
+        texts |= {CODE.format(bits=bits): operations.code(bits), SCALE.format(bits=bits): operations.scale(bits)}
+    for name, text in texts.items():
+        text.__name__ = name  # the vector's falls back to the scalar's of that name
+        setattr(overrides, name, staticmethod(text))
+
+
+def _cpp() -> list[tuple[type, _Operations]]:
+    """The classes that generate code for a CPU, if they have all that is asked of them."""
+    from torch._inductor.codegen.cpp import CppOverrides, CppVecKernel, CppVecOverrides
+
+    from qcompile.backend import inductor_operations_cpp as cpp
+
+    if sys.platform == "win32":  # its compiler has no vectors
+        return []
+    assert callable(CppVecKernel._get_num_vectors) and callable(CppVecKernel._get_vec_type)
+    of_one = _Operations(cpp.draw, cpp.code, cpp.scale)
+    of_a_vector = _Operations(cpp.draw_vector, cpp.code_vector, cpp.scale_vector)
+    return [(CppOverrides, of_one), (CppVecOverrides, of_a_vector)]
+
+
+def _triton() -> list[tuple[type, _Operations]]:
+    """The same for a GPU of NVIDIA's or AMD's: both are "cuda" to torch."""
+    from torch._inductor.codegen.triton import TritonOverrides
+
+    from qcompile.backend import inductor_operations_triton as triton
+
+    return [(TritonOverrides, _Operations(triton.draw, triton.code, triton.scale))]

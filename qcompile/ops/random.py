@@ -118,11 +118,9 @@ def draws_of_key(key: Tensor, like: Tensor) -> Tensor:
 def draws_reference(key: Tensor, size: Sequence[int], device: torch.device | None = None) -> Tensor:
     """`qtrain::draws` in plain aten, without synchronisation or data-dependent control flow: it traces with symbolic sizes, and
     Inductor fuses it. `device`: by default the key's."""
-    count = math.prod(size)
-    element = torch.arange(count, dtype=torch.int64, device=device or key.device).reshape(size)
-    if not (isinstance(count, int) and count <= _MASK + 1):
-        element = element & _MASK  # or the product leaves int64
-    r = _mix32((element * _SPREAD + key.reshape(())) & _MASK)
+    element = torch.arange(math.prod(size), dtype=torch.int64, device=device or key.device).reshape(size)
+    # Masked, the product does not leave int64; nor is it a part of Inductor's index, whose factors Triton wants in 32 bits.
+    r = _mix32(((element & _MASK) * _SPREAD + key.reshape(())) & _MASK)
     return (r >> 8).to(torch.float32) * 2.0**-24 - 0.5
 
 

@@ -4,8 +4,10 @@ import math
 
 import pytest
 import torch
+from torch._inductor.utils import run_and_get_code
 
 from qcompile import ops
+from qcompile.backend import inductor  # noqa: F401  (it registers operations of generated code)
 from tests.device import DEVICE
 
 pytestmark = pytest.mark.gpu
@@ -41,6 +43,17 @@ def test_codes_and_statistics_are_those_of_the_cpu(dtype, seed, scale):
     x, scale = values(dtype), torch.tensor(scale)
     for here, there in zip(made(x, scale, seed, DEVICE), made(x, scale, seed, "cpu"), strict=True):
         assert torch.equal(here, there)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("key", [None, 2**32 - 3], ids=["nearest", "stochastic"])
+@pytest.mark.parametrize("scale", [1 / 64, 0.0173])
+def test_codes_as_one_operation_of_generated_code_are_those_of_the_cpu(dtype, key, scale):
+    x, scale = values(dtype), torch.tensor(scale)
+    key = None if key is None else torch.tensor([key])
+    there = (x.to(DEVICE), scale.to(DEVICE), None, 8, None if key is None else key.to(DEVICE))
+    got, [code] = run_and_get_code(torch.compile(ops.quantize_by_key), *there)
+    assert torch.equal(got.cpu(), ops.codes(x, scale, 8, key)) and "qtrain.codes.default(" not in code
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

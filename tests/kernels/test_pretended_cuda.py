@@ -146,6 +146,12 @@ def test_random_rounding_costs_four_small_kernels_at_most(recipe):
         assert [k for k in own("mlp", *drawn) if "round" in k] == [k for k in own("mlp", *nearest) if "round" in k]
 
 
+def test_what_inductor_rounds_at_random_draws_on_32_bits():
+    """The gradient that the GELU's derivative makes; the other one is quantized by our own kernel."""
+    assert generated()["mlp", "int8_in_hindsight", "backward"]["hashes"] == {"uint32": 1, "int64": 0}
+    assert all(half["hashes"]["int64"] == 0 for half in generated().values())
+
+
 # ---- two linear layers and a ReLU, the results as codes
 
 
