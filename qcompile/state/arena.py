@@ -22,7 +22,7 @@ __all__ = ["Arena", "Slot"]
 _NUMBERS = itertools.count(1)
 
 
-@dataclass
+@dataclass(eq=False)
 class Arena:
     """A flat fp32 tensor and what of it is in use. Its first element is its number: a copy of the tensor can be told by it."""
 

@@ -2,7 +2,8 @@
 
 The second run must see the state that the first one saw, or it computes other codes than the ones whose gradient is asked for, and
 it must not count as a step. So the first run leaves a snapshot with its checkpoint frame, and the replay gets that in a state
-tensor that is thrown away.
+tensor whose updates nobody reads. It is the same one every time: a CUDA graph is recorded for the addresses of its state, and
+would be anew for every other one.
 
 The replay may run in another graph of the same code: Dynamo compiles anew where the first run finds a default device
 (`torch.set_default_device`) and the backward pass none. What the two have in common is the memory that they use.
@@ -19,6 +20,7 @@ run and over `target_frame_ref` in the replay. Where that changes, a checkpointe
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -27,6 +29,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from qcompile.state.arena import Arena
 from qcompile.torch_private import backward_pass
 
 __all__ = ["REPLAYS", "Replays", "View"]
@@ -39,6 +42,7 @@ class HasState(Protocol):
     """What a snapshot is taken of: a `qcompile.state.binding.Binding`."""
 
     index: Tensor
+    arena: Arena
 
     @property
     def slots(self) -> Sequence[object]: ...
@@ -67,21 +71,38 @@ class _Frame(NamedTuple):
     replaying: bool
 
 
+class _Spares(threading.local):
+    """What replays get for an arena: a tensor of its size for each stream. On one thread and stream calls follow each other."""
+
+    def __init__(self) -> None:
+        self._tensors: weakref.WeakKeyDictionary[Arena, dict[int, Tensor]] = weakref.WeakKeyDictionary()
+
+    def of(self, arena: Arena) -> Tensor:
+        """Under a fresh version counter, as `Binding.tensor`; its values are left over from other replays."""
+        device = arena.tensor.device
+        stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+        by_stream = self._tensors.setdefault(arena, {})
+        if stream not in by_stream:
+            by_stream[stream] = torch.empty_like(arena.tensor)
+        return by_stream[stream].data
+
+
 class Replays:
     """Snapshots of forward state, by checkpoint frame and in the order of the calls; they live as long as the frame."""
 
     def __init__(self) -> None:
         self._taken: weakref.WeakKeyDictionary[Any, dict[Memory, list[_Snapshot]]] = weakref.WeakKeyDictionary()
         self._used: weakref.WeakKeyDictionary[Any, Counter[tuple[int | None, Memory]]] = weakref.WeakKeyDictionary()
+        self._spares = _Spares()
 
     def view(self, binding: HasState) -> View:
         """The state that a training call of a forward graph is to use."""
         frames = _checkpoint_frames()
         for frame in frames:
             if frame.replaying and (snapshot := self._next(frame.frame, binding)) is not None:
-                throw_away = torch.empty_like(binding.tensor)
-                throw_away[snapshot.binding.index] = snapshot.values
-                return View(throw_away, snapshot.steady)
+                spare = self._spares.of(binding.arena)
+                spare[snapshot.binding.index] = snapshot.values
+                return View(spare, snapshot.steady)
         view = View(binding.tensor, binding.steady())
         if frames:
             snapshot = _Snapshot(binding, binding.tensor[binding.index], view.steady)
