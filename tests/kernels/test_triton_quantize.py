@@ -3,6 +3,7 @@ interpreter."""
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from qcompile import ops
 from qcompile.errors import KernelError
@@ -246,3 +247,31 @@ def test_refusals(change, message):
 def test_refuses_bits(bits):
     with pytest.raises(ValueError, match=f"bits is {bits}; allowed: 2 to 8"):
         quantize(normal(2, 2), tensor(1.0), bits=bits)
+
+
+@pytest.mark.parametrize("shape", [(130, 70), (0, 70)], ids=str)
+@pytest.mark.parametrize("amax, bounded, fills", [(True, True, 1), (True, False, 1), (False, True, 1), (False, False, 0)])
+def test_both_statistics_begin_with_one_kernel(amax, bounded, fills, shape, monkeypatch):
+    x, scale = normal(*shape, dtype=torch.bfloat16), tensor(0.01)
+    bound = tensor(0.5) if bounded else None
+    written, new_empty = [], torch.Tensor.new_empty
+    # What is not set to zero is not zero by chance.
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda self, *a, **k: new_empty(self, *a, **k).fill_(77))
+
+    class Written(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            written.append(function)
+            return function(*args, **(kwargs or {}))
+
+    with Written():
+        got = quantize(x, scale, bound=bound, **(ALL | {"amax": amax}))
+    aten = torch.ops.aten
+    assert written.count(aten._foreach_zero_.default) == fills
+    assert not set(written) & {aten.new_zeros.default, aten.zero_.default, aten.zeros.default}
+    want = quantize_reference(x, scale, bound=bound)
+    statistics = [(got.amax, want.amax), (got.outside, want.outside)]
+    assert [here is not None for here, _ in statistics] == [amax, bounded]
+    for here, there in statistics:
+        assert here is None or (torch.equal(here, there) and here.dtype is there.dtype and here.ndim == 0)
+    if amax and bounded:
+        assert got.amax.untyped_storage().data_ptr() != got.outside.untyped_storage().data_ptr()

@@ -166,9 +166,10 @@ def quantize(
     outputs = Quantized(
         codes=x.new_empty((m, n), dtype=torch.int8) if codes else None,
         codes_t=x.new_empty((n, m), dtype=torch.int8) if codes_t else None,
-        amax=x.new_zeros((), dtype=torch.float32) if amax else None,
-        outside=None if bound is None else x.new_zeros((), dtype=torch.int64),
+        amax=x.new_empty((), dtype=torch.float32) if amax else None,
+        outside=None if bound is None else x.new_empty((), dtype=torch.int64),
     )
+    _set_to_zero([statistic for statistic in (outputs.amax, outputs.outside) if statistic is not None])
     given = outputs._replace(codes=outputs.codes_t, codes_t=outputs.codes) if transposed else outputs
     if m == 0 or n == 0:
         return given
@@ -204,6 +205,12 @@ def quantize(
             **EXACT,
         )
     return given
+
+
+def _set_to_zero(statistics: list[Tensor]) -> None:
+    """In one kernel, for which they have to be of one dtype: zeros have the same bits in all. They share no memory."""
+    if statistics:
+        torch._foreach_zero_([statistic.view(1).view(torch.float32) for statistic in statistics])
 
 
 def _transpose(shared: Tensor) -> Tensor:
