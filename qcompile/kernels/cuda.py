@@ -230,24 +230,31 @@ def scaled_mm_cuda(a: QuantizedTensor, b: QuantizedTensor, bias: Tensor | None, 
     if users is not None:
         note_launch(users.name, m, n, k)
         return users.run(*flat(a, b), bias, out_dtype)
-    out = product(a, b, bias, out_dtype)
-    if 0 not in (m, n, k):
-        note_launch(gemm_for(a.codes.device, m, n, k), m, n, k)
+    name, out = _named_product(a, b, bias, out_dtype)
+    if name != "none":
+        note_launch(name, m, n, k)
     return out
 
 
 def product(a: QuantizedTensor, b: QuantizedTensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
     """`scaled_mm_cuda` as a part of another operator, which notes the launch."""
+    return _named_product(a, b, bias, out_dtype)[1]
+
+
+def _named_product(
+    a: QuantizedTensor, b: QuantizedTensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> tuple[str, Tensor]:
+    """The candidate that ran, and the product."""
     device, (m, k), n = a.codes.device, a.codes.shape, b.codes.shape[1]
     if m == 0 or n == 0 or k == 0:
         out = a.codes.new_zeros((m, n), dtype=torch.float32) * (a.scale * b.scale)
-        return (out if bias is None else out + bias.to(torch.float32)).to(out_dtype)
+        return "none", (out if bias is None else out + bias.to(torch.float32)).to(out_dtype)
     chosen = gemm_for(device, m, n, k)
     names = itertools.chain((chosen,), _stand_ins(chosen, device))  # nothing is asked unless the first fails
     ran, out = first_that_runs(names, lambda name: CANDIDATES[name](a, b, bias, out_dtype), f"a GEMM of {m} x {n} x {k}")
     if ran != chosen:
         remember(device, m, n, k, ran)
-    return out
+    return ran, out
 
 
 def _stand_ins(chosen: str, device: torch.device) -> Iterator[str]:
