@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -112,51 +112,72 @@ class _NotKnown(Exception):
     """A size without a hint, or codes of the model's own."""
 
 
+class _Side(NamedTuple):
+    """An operand: what an integer GEMM is given, and what is made first for either form.
+
+    transpose  a copy that the integer GEMM may want: the part, what it takes, and the codes as they lie then
+    """
+
+    codes: Like
+    scale: Like
+    zero: Like | None
+    integer_parts: dict[Part, Trial | None]
+    hp_parts: dict[Part, Trial]
+    transpose: tuple[Part, Transpose, Like] | None
+
+
 def _cost(gemm: fx.Node, where: GemmNode) -> GemmCost:
     target = GEMMS[gemm.target].integer
-    first = GEMMS[gemm.target].first
-    integer_parts: dict[Part, Trial | None] = {}
-    hp_parts: dict[Part, Trial] = {}
-    codes, scales, zeros = [], [], []
-    transposes: list[tuple[int, Part, Transpose, Like]] = []
-    for side, operand in enumerate(operands(gemm)):
-        quantize, transposed = _quantize_behind(operand)
-        x, scale, zero = quantize.args[:3]
-        dims, text = _range_of(scale).args[1:3]
-        spec = QuantSpec.from_dict(json.loads(text))
-        if spec.grid == "uniform":
-            spec = replace(spec, bits=8)  # all widths take the same time
-        if x.target is ROUND_TO_POWERS:
-            x = x.args[0]
-        integer_parts["quantize", quantize.name] = Quantize(_like(x), tuple(dims), spec, _hadamard_of(x))
-        if spec.estimator.state_fields(spec.symmetric) or spec.rounding == "stochastic":
-            integer_parts["state", phase_of(quantize)] = None
-        like = _like(operand.args[0])
-        if target is SCALED_MM:
-            wants_transposed = side == 1 and on_gpu(operand)  # as lay_out_operands has codes
-            if transposed != wants_transposed and (side == 0 or on_gpu(operand)):
-                laid_out = _contiguous(like, transposed=wants_transposed)
-                transposes.append((side, ("transpose", quantize.name), Transpose(_like(quantize)), laid_out))
-        codes.append(like)
-        scales.append(_like(operand.args[1]))
-        zeros.append(None if operand.args[2] is None else _like(operand.args[2]))
-        source = quantized_tensor_of(x)
-        if source.meta["val"].dtype != operand.args[3]:
-            hp_parts["cast", source.name] = Cast(_like(source), operand.args[3])
-    wide = where.role == "grad_weight" and _cast_to_fp32(gemm)
-    if wide:
-        hp_parts["cast", gemm.name] = Cast(_like(gemm), torch.float32)
-    out = torch.float32 if wide else gemm.meta["val"].dtype
-    if gemm.target in CONVOLUTIONS:  # behind the tensors: the bias or the size of the result, then the geometry
-        rest = (*map(_constant, gemm.args[2:]), out)
-    else:
-        rest = (_constant(gemm.args[0]) if first == 1 else None, out)
-    if on_gpu(gemm) or target is not SCALED_MM or not writes_out_epilogue(*codes, *scales, *zeros, *rest):
-        for side, part, transpose, laid_out in transposes:
-            integer_parts[part], codes[side] = transpose, laid_out
-    integer = Product(target, (*codes, *scales, *zeros, *rest))
+    sides = [_side(gemm, position, operand) for position, operand in enumerate(operands(gemm))]
+    integer_parts = {part: trial for side in sides for part, trial in side.integer_parts.items()}
+    hp_parts = {part: trial for side in sides for part, trial in side.hp_parts.items()}
+    out = gemm.meta["val"].dtype
+    if where.role == "grad_weight" and _cast_to_fp32(gemm):
+        out = torch.float32
+        hp_parts["cast", gemm.name] = Cast(_like(gemm), out)
+    codes = [side.codes for side in sides]
+    rest = (*(side.scale for side in sides), *(side.zero for side in sides), *_behind_ranges(gemm), out)
+    if on_gpu(gemm) or target is not SCALED_MM or not writes_out_epilogue(*codes, *rest):
+        for position, side in enumerate(sides):
+            if side.transpose is not None:
+                part, integer_parts[part], codes[position] = side.transpose
+    integer = Product(target, (*codes, *rest))
     hp = Product(gemm.target, tuple(map(_constant, gemm.args)))
     return GemmCost(where.site, where.role, integer, hp, integer_parts, hp_parts)
+
+
+def _side(gemm: fx.Node, position: int, operand: fx.Node) -> _Side:
+    quantize, transposed = _quantize_behind(operand)
+    x, scale, _ = quantize.args[:3]
+    dims, text = _range_of(scale).args[1:3]
+    spec = QuantSpec.from_dict(json.loads(text))
+    if spec.grid == "uniform":
+        spec = replace(spec, bits=8)  # all widths take the same time
+    if x.target is ROUND_TO_POWERS:
+        x = x.args[0]
+    integer_parts: dict[Part, Trial | None] = {
+        ("quantize", quantize.name): Quantize(_like(x), tuple(dims), spec, _hadamard_of(x))
+    }
+    if spec.estimator.state_fields(spec.symmetric) or spec.rounding == "stochastic":
+        integer_parts["state", phase_of(quantize)] = None
+    codes, transpose = _like(operand.args[0]), None
+    if GEMMS[gemm.target].integer is SCALED_MM:
+        wants_transposed = position == 1 and on_gpu(operand)  # as lay_out_operands has codes
+        if transposed != wants_transposed and (position == 0 or on_gpu(operand)):
+            laid_out = _contiguous(codes, transposed=wants_transposed)
+            transpose = ("transpose", quantize.name), Transpose(_like(quantize)), laid_out
+    source = quantized_tensor_of(x)
+    cast = source.meta["val"].dtype != operand.args[3]
+    hp_parts: dict[Part, Trial] = {("cast", source.name): Cast(_like(source), operand.args[3])} if cast else {}
+    zero = None if operand.args[2] is None else _like(operand.args[2])
+    return _Side(codes, _like(operand.args[1]), zero, integer_parts, hp_parts, transpose)
+
+
+def _behind_ranges(gemm: fx.Node) -> tuple[Any, ...]:
+    """The integer GEMM's arguments between the ranges and the dtype: a bias, or what a convolution has behind its tensors."""
+    if gemm.target in CONVOLUTIONS:
+        return tuple(map(_constant, gemm.args[2:]))
+    return (_constant(gemm.args[0]) if GEMMS[gemm.target].first == 1 else None,)
 
 
 def _quantize_behind(operand: fx.Node) -> tuple[fx.Node, bool]:

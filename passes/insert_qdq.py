@@ -43,6 +43,7 @@ import json
 import operator
 import zlib
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import fx
 from torch.utils.checkpoint import CheckpointPolicy
@@ -344,51 +345,74 @@ def _changes_size(spec: QuantSpec, operand: str, role: str, batched: bool) -> st
 
 
 def _quantize(graph: fx.Graph, gemm: fx.Node, plan: _Plan, dims: list[int], where: GemmNode) -> fx.Node:
-    operand, name, spec = plan.operand, plan.name, plan.spec
-    source = operand.source
+    """The operand quantized where it is made, and dequantized before its GEMM."""
+    operand, side = plan.operand, where.operands.index(plan.name)
+    scope = _scope_of_codes(gemm, operand.source)
+    # The sizes of a view are nodes too where shapes are symbolic; comparing nodes compares places in the graph.
+    with after(graph, max([operand.source, *(s for s in operand.view or () if isinstance(s, fx.Node))])):
+        matrix = _matrix(graph, gemm, plan, side, scope)
+        codes = _codes(graph, matrix, dims, RangeUse(where.site, plan.name, where.role, plan.spec), scope)
+    with graph.inserting_before(gemm):
+        return _dequantize(graph, gemm, plan, side, *codes)
+
+
+def _scope_of_codes(gemm: fx.Node, source: fx.Node) -> dict[str, Any]:
     phase = BACKWARD if phase_of(source) == BACKWARD else FORWARD
     scope = scope_of(gemm, phase)
     if phase_of(gemm) != phase:  # a forward tensor quantized for a backward GEMM: not part of a checkpointed region's replay
         scope.pop("recompute", None)
         scope.pop("ac_graph_id", None)
-    label = f"{where.site}.{name}"
+    return scope
+
+
+def _matrix(graph: fx.Graph, gemm: fx.Node, plan: _Plan, side: int, scope: dict[str, Any]) -> fx.Node:
+    """What is quantized: the operand transformed, and in the view in which scales are shared along axes."""
+    operand, matrix = plan.operand, plan.operand.source
     view = None if operand.view is None else list(operand.view)
-    sizes = _matrix_sizes(gemm, where.operands.index(name), operand)
-    if isinstance(spec.granularity, PerBlock):
-        rows, cols = spec.granularity.rows, spec.granularity.cols
-        view = [sizes[0] // rows, rows, sizes[1] // cols, cols]  # type: ignore[operator]
-    # The sizes of a view are nodes too where shapes are symbolic; comparing nodes compares places in the graph.
-    with after(graph, max([source, *(s for s in operand.view or () if isinstance(s, fx.Node))])):
-        matrix = source
-        if plan.hadamard is not None:
-            if operand.view is not None:
-                matrix = call(graph, aten.view.default, matrix, list(operand.view), scope=scope)
-            (summed,), _ = _axes(gemm, where.operands.index(name), operand)
-            matrix = call(graph, HADAMARD, matrix, summed, plan.hadamard, scope=scope)
-            view = view if isinstance(spec.granularity, PerBlock) else None
+    if plan.hadamard is not None:
         if view is not None:
             matrix = call(graph, aten.view.default, matrix, view, scope=scope)
-        ranges = call(graph, RANGE, matrix, dims, json.dumps(spec.to_dict(), sort_keys=True), label, scope=scope)
-        ranges.meta[meta.RANGE] = RangeUse(where.site, name, where.role, spec)
-        scale = call(graph, operator.getitem, ranges, 0, scope=scope)
-        zero = None if spec.symmetric else call(graph, operator.getitem, ranges, 1, scope=scope)
-        seed = call(graph, SEED, matrix, scope=scope) if spec.rounding == "stochastic" else None
-        salt = zlib.crc32(label.encode()) if seed is not None else 0
-        bits = spec.bits
-        if spec.grid == "powers_of_two":  # rounded to its grid first; then each value is its code times the scale
-            matrix = call(graph, ROUND_TO_POWERS, matrix, scale, bits, seed, salt, scope=scope)
-            bits, seed, salt = 8, None, 0
-        codes = call(graph, QUANTIZE, matrix, scale, zero, bits, seed, salt, scope=scope)
+        (summed,), _ = _axes(gemm, side, operand)
+        matrix = call(graph, HADAMARD, matrix, summed, plan.hadamard, scope=scope)
+        view = None
+    if isinstance(plan.spec.granularity, PerBlock):
+        rows, cols = plan.spec.granularity.rows, plan.spec.granularity.cols
+        sizes = _matrix_sizes(gemm, side, operand)
+        view = [sizes[0] // rows, rows, sizes[1] // cols, cols]  # type: ignore[operator]
+    return matrix if view is None else call(graph, aten.view.default, matrix, view, scope=scope)
+
+
+def _codes(
+    graph: fx.Graph, matrix: fx.Node, dims: list[int], use: RangeUse, scope: dict[str, Any]
+) -> tuple[fx.Node, fx.Node, fx.Node | None]:
+    """The matrix's codes, scale and zero point."""
+    spec, label = use.spec, f"{use.site}.{use.operand}"
+    ranges = call(graph, RANGE, matrix, dims, json.dumps(spec.to_dict(), sort_keys=True), label, scope=scope)
+    ranges.meta[meta.RANGE] = use
+    scale = call(graph, operator.getitem, ranges, 0, scope=scope)
+    zero = None if spec.symmetric else call(graph, operator.getitem, ranges, 1, scope=scope)
+    seed = call(graph, SEED, matrix, scope=scope) if spec.rounding == "stochastic" else None
+    salt = zlib.crc32(label.encode()) if seed is not None else 0
+    bits = spec.bits
+    if spec.grid == "powers_of_two":  # rounded to its grid first; then each value is its code times the scale
+        matrix = call(graph, ROUND_TO_POWERS, matrix, scale, bits, seed, salt, scope=scope)
+        bits, seed, salt = 8, None, 0
+    return call(graph, QUANTIZE, matrix, scale, zero, bits, seed, salt, scope=scope), scale, zero
+
+
+def _dequantize(
+    graph: fx.Graph, gemm: fx.Node, plan: _Plan, side: int, codes: fx.Node, scale: fx.Node, zero: fx.Node | None
+) -> fx.Node:
+    """The codes as the operand that the GEMM reads."""
+    operand, dtype = plan.operand, operands(gemm)[0].meta["val"].dtype
     scope = scope_of(gemm, phase_of(gemm))
-    with graph.inserting_before(gemm):
-        dtype = operands(gemm)[0].meta["val"].dtype
-        if isinstance(spec.granularity, PerBlock):
-            values = call(graph, DEQUANTIZE, codes, scale, zero, dtype, scope=scope)
-            values = call(graph, aten.view.default, values, sizes, scope=scope)
-            return _transposed(graph, values, scope) if operand.transposed else values  # type: ignore[return-value]
-        if operand.transposed:
-            codes, scale, zero = (_transposed(graph, n, scope) for n in (codes, scale, zero))
-        return call(graph, DEQUANTIZE, codes, scale, zero, dtype, scope=scope)
+    if isinstance(plan.spec.granularity, PerBlock):
+        values = call(graph, DEQUANTIZE, codes, scale, zero, dtype, scope=scope)
+        values = call(graph, aten.view.default, values, _matrix_sizes(gemm, side, operand), scope=scope)
+        return _transposed(graph, values, scope) if operand.transposed else values  # type: ignore[return-value]
+    if operand.transposed:
+        codes, scale, zero = (_transposed(graph, n, scope) for n in (codes, scale, zero))  # type: ignore[assignment]
+    return call(graph, DEQUANTIZE, codes, scale, zero, dtype, scope=scope)
 
 
 def _set_operand(gemm: fx.Node, old: fx.Node, new: fx.Node) -> None:

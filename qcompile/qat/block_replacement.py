@@ -93,8 +93,6 @@ class BlockReplacement(nn.Module):
         super().__init__()
         if mode not in MODES:
             refuse("BlockReplacement.mode", mode, " or ".join(map(repr, MODES)))
-        if quantized is full_precision:
-            raise ValueError("BlockReplacement: the two models are one; the partner is a copy.deepcopy(model) from before prepare.")
         _check_partner(quantized, full_precision)
         if blocks is None or isinstance(blocks, int):
             blocks = find_blocks(full_precision, blocks)
@@ -103,11 +101,8 @@ class BlockReplacement(nn.Module):
         self.full_weight, self.mixed_weight = full_weight, mixed_weight
         self.task_loss, self.logits, self.distil = task_loss, logits or _logits, distil
         n = len(self.blocks)
-        self.all_branches = tuple(range(1, n)) if mode == "prefix" else tuple(range(1, n + 1))
-        if branches is not None:
-            most = len(self.all_branches)
-            check_int("BlockReplacement.branches", branches, f"an int from 1 to {most} (all), or None", low=1, high=most)
-        self.branches = None if branches == len(self.all_branches) else branches
+        self.all_branches = tuple(range(1, n if mode == "prefix" else n + 1))
+        self.branches = _drawn(branches, len(self.all_branches))
         self._draw = random.Random(seed)
         self.quantized, self.full_precision = quantized, full_precision
         full_precision.requires_grad_(False)
@@ -168,6 +163,13 @@ class BlockReplacement(nn.Module):
             return self._f.run(self.full_precision, args, kwargs, given=given, stem=stem, swapped=swapped)[0]
 
 
+def _drawn(branches: int | None, most: int) -> int | None:
+    """How many branches a step draws; None: it takes all."""
+    if branches is not None:
+        check_int("BlockReplacement.branches", branches, f"an int from 1 to {most} (all), or None", low=1, high=most)
+    return None if branches == most else branches
+
+
 def _logits(output: Any) -> Tensor:
     return output if isinstance(output, Tensor) else output.logits
 
@@ -191,6 +193,8 @@ def _statistics_kept(modules: Any) -> Iterator[None]:
 
 def _check_partner(quantized: nn.Module, full_precision: nn.Module) -> None:
     """Refuse a partner whose modules or parameters differ from the quantized model's, quantizers left out."""
+    if quantized is full_precision:
+        raise ValueError("BlockReplacement: the two models are one; the partner is a copy.deepcopy(model) from before prepare.")
     q, f = (_architecture(m) for m in (quantized, full_precision))
     for name in [*f, *q]:
         if f.get(name) != q.get(name):

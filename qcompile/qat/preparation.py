@@ -86,11 +86,7 @@ def prepare(
     prepared: `calibrate` it, or call it.
     """
     recipe = get_recipe(recipe)
-    if _plan_of(model) is not None or any(isinstance(m, LearnedLayer) for m in model.modules()):
-        raise StateError(
-            "prepare: this model is prepared already (or a part of it). Prepare it once; for another recipe start again from the "
-            "unprepared model and load its weights, whose names have not changed."
-        )
+    _check_unprepared(model)
     plan = _Plan(recipe, steps, _checked_widths(widths), freeze_oscillations is not None)
     if steps is not None:
         check_int("prepare(steps)", steps, "an int from 1", low=1)
@@ -98,17 +94,8 @@ def prepare(
         check_int("prepare(first_last_bits)", first_last_bits, "an int from 2 to 8, or None", low=2, high=8)
     check_share("prepare(freeze_oscillations)", freeze_oscillations, optional=True)
     chosen = _chosen_layers(model, recipe)
-    ends = {chosen[0][0], chosen[-1][0]}
-    by_weight: dict[int, LearnedQuantizer] = {}  # a tied weight is one Parameter with one scale
     without_fast_path(model)
-    for name, layer, asked in chosen:
-        specs = asked
-        if name in ends and first_last_bits is not None:
-            specs = {operand: replace(spec, bits=first_last_bits) for operand, spec in asked.items()}
-        _make_learned(name, layer, specs, by_weight, plan, freeze_oscillations)
-        for operand, spec in asked.items():
-            quantizer = getattr(layer, f"{operand}_quantizer")
-            quantizer.asked = quantizer.asked or PreparedFor(recipe.name, kind(layer), spec)
+    _put_quantizers(chosen, plan, first_last_bits, freeze_oscillations)
     model.qtrain_qat = plan  # type: ignore[assignment]
     model.register_buffer(STEP, torch.zeros((), dtype=torch.int64))
     model.register_load_state_dict_post_hook(_resume)
@@ -118,6 +105,14 @@ def prepare(
     else:
         wait_for_first_batch(model)
     return model
+
+
+def _check_unprepared(model: nn.Module) -> None:
+    if _plan_of(model) is not None or any(isinstance(m, LearnedLayer) for m in model.modules()):
+        raise StateError(
+            "prepare: this model is prepared already (or a part of it). Prepare it once; for another recipe start again from the "
+            "unprepared model and load its weights, whose names have not changed."
+        )
 
 
 def _checked_widths(widths: Sequence[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
@@ -170,6 +165,22 @@ def _check_granularity(where: str, operand: str, spec: QuantSpec) -> None:
         refuse(f"{where}.rounding", spec.rounding, "'nearest' for a learned scale")
 
 
+def _put_quantizers(
+    chosen: list[tuple[str, nn.Module, dict[str, QuantSpec]]], plan: _Plan, first_last_bits: int | None, threshold: float | None
+) -> None:
+    """Make learned layers of these; each quantizer remembers what the recipe asked for, whatever width the ends get."""
+    ends = {chosen[0][0], chosen[-1][0]}
+    by_weight: dict[int, LearnedQuantizer] = {}  # a tied weight is one Parameter with one scale
+    for name, layer, asked in chosen:
+        specs = asked
+        if name in ends and first_last_bits is not None:
+            specs = {operand: replace(spec, bits=first_last_bits) for operand, spec in asked.items()}
+        _make_learned(name, layer, specs, by_weight, plan, threshold)
+        for operand, spec in asked.items():
+            quantizer = getattr(layer, f"{operand}_quantizer")
+            quantizer.asked = quantizer.asked or PreparedFor(plan.recipe.name, kind(layer), spec)
+
+
 def _make_learned(
     name: str,
     layer: Any,
@@ -189,18 +200,21 @@ def _make_learned(
         layer.input_quantizer.set_bits(plan.width(specs["input"].bits))
     if "weight" not in specs:
         return
-    known = by_weight.get(identity)
-    if known is None:
-        shape: list[int] = []
-        if specs["weight"].granularity != PerTensor():
-            shape = [1] * weight.ndim
-            shape[output_axis(layer)] = weight.shape[output_axis(layer)]
-        known = by_weight[identity] = LearnedQuantizer(name, "weight", specs["weight"], shape).to(weight.device)
-        known.set_bits(plan.width(specs["weight"].bits))
-        known.start_from_weight(weight)
+    if identity not in by_weight:
+        shape = [] if specs["weight"].granularity == PerTensor() else _by_output(weight, output_axis(layer))
+        by_weight[identity] = quantizer = LearnedQuantizer(name, "weight", specs["weight"], shape)
+        quantizer.to(weight.device).set_bits(plan.width(specs["weight"].bits))
+        quantizer.start_from_weight(weight)
         if threshold is not None and own is not None:
             layer.oscillations = OscillationTracker(weight, threshold)
-    layer.weight_quantizer = known
+    layer.weight_quantizer = by_weight[identity]
+
+
+def _by_output(weight: Tensor, axis: int) -> list[int]:
+    """The shape of scales of which each output channel has one."""
+    shape = [1] * weight.ndim
+    shape[axis] = weight.shape[axis]
+    return shape
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
