@@ -39,6 +39,7 @@ from passes.graph import (
     erase_unused,
     has_effect,
     meta_of,
+    reachable,
     replace,
 )
 from passes.in_memory import ancestors
@@ -168,17 +169,11 @@ def _bounds(results: dict[fx.Node, str]) -> tuple[fx.Node | None, fx.Node] | Non
         if name != "clipped":
             continue
         low = high = None
-        pending, seen = [node], {node}
-        while pending:
-            n = pending.pop()
+        for n in reachable([node], lambda n: [] if n.target in (aten.gt.Tensor, aten.lt.Tensor) else n.all_input_nodes):
             if n.target is aten.gt.Tensor:
                 high = n.args[1]
             elif n.target is aten.lt.Tensor:
                 low = n.args[1]
-            else:
-                new = [s for s in n.all_input_nodes if s not in seen]
-                seen.update(new)
-                pending += new
         return None if high is None else (low, high)
     return None
 

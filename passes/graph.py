@@ -8,8 +8,8 @@ take care of both. Our own entries are listed in `passes.meta`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from torch import fx
@@ -18,6 +18,8 @@ from torch.utils._pytree import tree_leaves
 
 from qcompile import ops
 from qcompile.ops._library import FAKES
+
+T = TypeVar("T")
 
 aten = torch.ops.aten
 prims = torch.ops.prims
@@ -90,15 +92,25 @@ def depends_on_gradients(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
+def reachable(starts: Iterable[T], following: Callable[[T], Iterable[T]]) -> Iterator[T]:
+    """`starts` and what `following` leads to from them, each once, depth first and only as far as the caller reads."""
+    pending, seen = list(starts), set()
+    while pending:
+        node = pending.pop()
+        if node not in seen:
+            seen.add(node)
+            yield node
+            pending += following(node)
+
+
+def read_with_memory(node: fx.Node) -> list[fx.Node]:
+    """What a node's value depends on; of a choice between a stored and a current range, the stored one."""
+    return [n for n in node.args[:2] if isinstance(n, fx.Node)] if node.target is SELECT else node.all_input_nodes
+
+
 def source_placeholders(node: fx.Node) -> set[fx.Node]:
     """The placeholders that a node is computed from."""
-    seen, stack = {node}, [node]
-    while stack:
-        for n in stack.pop().all_input_nodes:
-            if n not in seen:
-                seen.add(n)
-                stack.append(n)
-    return {n for n in seen if n.op == "placeholder"}
+    return {n for n in reachable([node], lambda n: n.all_input_nodes) if n.op == "placeholder"}
 
 
 def phase_of(node: fx.Node) -> str:

@@ -14,7 +14,7 @@ import operator
 
 from torch import fx
 
-from passes.graph import ALIASES, DEQUANTIZE, PERMUTE, QUANTIZE, ROUND_TO_POWERS, SELECT, VIEWS, aten
+from passes.graph import ALIASES, DEQUANTIZE, PERMUTE, QUANTIZE, ROUND_TO_POWERS, VIEWS, aten, reachable, read_with_memory
 from qcompile.torch_private import operators_that_fuse
 
 __all__ = ["ancestors", "in_memory"]
@@ -37,23 +37,11 @@ def in_memory(quantize: fx.Node) -> bool:
 
 def ancestors(node: fx.Node, until: set[fx.Node]) -> set[fx.Node]:
     """The node and what it is computed from, down to `until`. A stored range, once there is one, waits for no current one."""
-    found: set[fx.Node] = set()
-    todo = [node]
-    while todo:
-        current = todo.pop()
-        if current not in found and current not in until:
-            found.add(current)
-            todo += current.args[:2] if current.target is SELECT else current.all_input_nodes
-    return found
+    return set(reachable([node], lambda n: [source for source in read_with_memory(n) if source not in until]))
 
 
 def _views(root: fx.Node) -> set[fx.Node]:
-    found, todo = {root}, [root]
-    while todo:
-        new = {user for user in todo.pop().users if user.target in _SAME_STORAGE} - found
-        found |= new
-        todo += new
-    return found
+    return set(reachable([root], lambda n: [user for user in n.users if user.target in _SAME_STORAGE]))
 
 
 def _inductor_makes(node: fx.Node) -> bool:

@@ -39,6 +39,7 @@ from passes.graph import (
     depends_on_gradients,
     erase_unused,
     phase_of,
+    reachable,
     source_placeholders,
 )
 from passes.saved_uses import SELECTED, UNCHANGED, asks_for_sign, size_of
@@ -132,16 +133,11 @@ def _is_mask(node: fx.Node) -> bool:
 
 def _meets_gradients(source: fx.Node, gradients: set[fx.Node], *, but: Container[fx.Node] = ()) -> bool:
     """Whether backward needs the values of a saved tensor, other than for masks and for the nodes `but`."""
-    stack, seen = [source], set()
-    while stack:
-        for user in stack.pop().users:
-            if user in seen or user in but or _is_mask(user):
-                continue
-            seen.add(user)
-            if user.op != "call_function" or user in gradients:
-                return True
-            stack.append(user)
-    return False
+
+    def readers(node: fx.Node) -> list[fx.Node]:
+        return [user for user in node.users if user not in but and not _is_mask(user)]
+
+    return any(user.op != "call_function" or user in gradients for user in reachable(readers(source), readers))
 
 
 def _source(node: fx.Node, operators: Container[object]) -> fx.Node:

@@ -8,7 +8,7 @@ import operator
 import torch
 from torch import Tensor, fx
 
-from passes.graph import ALIASES, CASTS, EXPAND, FORWARD, PERMUTE, QUANTIZE, VIEWS, aten, phase_of, size_hint
+from passes.graph import ALIASES, CASTS, EXPAND, FORWARD, PERMUTE, QUANTIZE, VIEWS, aten, phase_of, reachable, size_hint
 
 __all__ = [
     "SELECTED",
@@ -55,9 +55,11 @@ def needs_its_values(node: fx.Node, gradients: set[fx.Node]) -> str | None:
     It may divide by it (gradients are no divisors), or ask where it equals something, as that of a maximum does: it divides by the
     number of those places.
     """
-    seen, stack = {node}, [node]
-    while stack:
-        value = stack.pop()
+
+    def element_by_element(value: fx.Node) -> list[fx.Node]:
+        return [user for user in value.users if user not in gradients and _is_element_by_element(user)]
+
+    for value in reachable([node], element_by_element):
         for user in value.users:
             if user.op != "call_function":
                 continue
@@ -68,25 +70,22 @@ def needs_its_values(node: fx.Node, gradients: set[fx.Node]) -> str | None:
             divisor = user.target is aten.div.Tensor and user.args[1] is value
             if user.target in _SINGULAR or negative_power or unknown_power or divisor:
                 return "backward divides by it, or by what is computed from it: a small value would become 0"
-            pointwise = torch.Tag.pointwise in getattr(user.target, "tags", ()) and user.target not in _NEVER_SMALL
-            if (pointwise or user.target in (*UNCHANGED, *SELECTED)) and user not in gradients and user not in seen:
-                seen.add(user)
-                stack.append(user)
     return None
+
+
+def _is_element_by_element(node: fx.Node) -> bool:
+    """Whether a node's elements follow from those of its operands one by one, and may be small where those are."""
+    pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ()) and node.target not in _NEVER_SMALL
+    return node.op == "call_function" and (pointwise or node.target in (*UNCHANGED, *SELECTED))
 
 
 def feeds_recomputed_quantize(node: fx.Node) -> bool:
     """Whether backward repeats a forward quantize on something computed from `node`."""
-    seen, stack = set(), [node]
-    while stack:
-        for user in stack.pop().users:
-            if user in seen or user.op != "call_function" or phase_of(user) != FORWARD:
-                continue
-            if user.target is QUANTIZE:
-                return True
-            seen.add(user)
-            stack.append(user)
-    return False
+
+    def recomputed(n: fx.Node) -> list[fx.Node]:
+        return [user for user in n.users if user.op == "call_function" and phase_of(user) == FORWARD]
+
+    return any(n.target is QUANTIZE for n in reachable(recomputed(node), recomputed))
 
 
 def feeds_softmax(node: fx.Node) -> bool:

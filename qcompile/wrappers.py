@@ -7,15 +7,23 @@ wrappers call it `module`: a name that models use too, so what wraps is told by 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TypeVar
 
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-__all__ = ["clean_names", "unwrapped", "without_private_wrappers"]
+__all__ = ["clean_names", "uncompiled", "unwrapped", "without_private_wrappers"]
+
+M = TypeVar("M")
 
 _PRIVATE = ("_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module")
 _WITH_MODULE = (DistributedDataParallel, nn.DataParallel, AveragedModel)
+
+
+def uncompiled(model: M) -> M:
+    """What `torch.compile` was given to make this of; a model that is not compiled as it is."""
+    return getattr(model, "_orig_mod", model)
 
 
 def unwrapped(model: nn.Module) -> nn.Module:
@@ -23,8 +31,8 @@ def unwrapped(model: nn.Module) -> nn.Module:
     while True:
         if isinstance(model, _WITH_MODULE):
             model = model.module
-        elif hasattr(model, "_orig_mod"):
-            model = model._orig_mod  # type: ignore[assignment]
+        elif (inner := uncompiled(model)) is not model:
+            model = inner
         else:
             return model
 

@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script: examples/
 
 from benchmarks import results as files
 
+from qcompile.inspect.numerics import snr_db
 from qcompile.inspect.saved_bytes import SavedBytes, saved_bytes
 from qcompile.kernels import record_launches
 
@@ -86,6 +87,12 @@ def make_step(variant: str, model: nn.Module, x: Tensor, options: dict[str, obje
     return step
 
 
+def gradient_snr_db(got: list[Tensor], want: list[Tensor]) -> float:
+    """The signal-to-noise ratio of all gradients together."""
+    together = (torch.cat([g.flatten() for g in gradients]) for gradients in (got, want))
+    return snr_db(*together)
+
+
 def measure(
     variants: list[str], width: int, tokens: int, blocks: int, activation: str, rounds: int, device: str = "cpu"
 ) -> list[Result]:
@@ -118,9 +125,7 @@ def measure(
             results[name].times.append(1e3 * (time.perf_counter() - start))
     want = gradients.get("fp32") or gradients[variants[0]]
     for name in variants:
-        noise = sum((g.float() - w.float()).pow(2).sum() for g, w in zip(gradients[name], want, strict=True))
-        signal = sum(w.float().pow(2).sum() for w in want)
-        results[name].gradient_snr_db = float(10 * torch.log10(signal / noise)) if noise > 0 else float("inf")
+        results[name].gradient_snr_db = gradient_snr_db(gradients[name], want)
     return list(results.values())
 
 

@@ -25,7 +25,7 @@ from torch.nn.functional import cross_entropy
 sys.path.insert(0, str(Path(__file__).parents[1]))  # run as a script: examples/ is not on the path
 
 from benchmarks import results as files
-from benchmarks.mlp import Result, machine, rows, table
+from benchmarks.mlp import Result, gradient_snr_db, machine, rows, table
 from cnn_models import resnet18
 
 from qcompile.inspect.saved_bytes import saved_bytes
@@ -101,10 +101,8 @@ def measure(
                 torch.cuda.synchronize()
             results[name].times.append(1e3 * (time.perf_counter() - start))
     want = gradients[variants[0]]
-    signal = sum(w.float().pow(2).sum() for w in want)
     for name in variants:
-        noise = sum((g.float() - w.float()).pow(2).sum() for g, w in zip(gradients[name], want, strict=True))
-        results[name].gradient_snr_db = float(10 * torch.log10(signal / noise)) if noise > 0 else float("inf")
+        results[name].gradient_snr_db = gradient_snr_db(gradients[name], want)
     return list(results.values())
 
 

@@ -29,6 +29,8 @@ from benchmarks.mlp import Block
 from experiments import recipe_named
 from gpt import GPT, GPTConfig
 
+from qcompile.inspect.numerics import snr_db
+
 RECIPES = (
     "none+8", "none+4", "int8", "int8+8", "int8+4", "int8+4all",
     "int8_tensorwise", "int8_tensorwise+8", "int8_tensorwise+4all", "int4", "int4+4",
@@ -56,14 +58,10 @@ def measure(variants: list[str], width: int, tokens: int, device: str = "cpu") -
             for variant in variants:
                 found = qcompile.capture(model, *inputs, recipe=recipe_named(variant))
                 saved = found.saved_bytes().total
-                snr = median(_snr_db(g, bf16.gradients[n]) for n, g in found.gradients.items() if g.ndim == 2)
+                snr = median(snr_db(g, bf16.gradients[n]) for n, g in found.gradients.items() if g.ndim == 2)
                 ratio = saved / bf16.saved_bytes().total
                 rows.append({"model": name, "recipe": variant, "MiB": saved / 2**20, "x bf16": ratio, "SNR dB": snr})
     return rows
-
-
-def _snr_db(got: Tensor, want: Tensor) -> float:
-    return float(10 * torch.log10(want.double().square().sum() / (got.double() - want.double()).square().sum()))
 
 
 def main(argv: list[str] | None = None) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from qcompile.deploy.integer_layer import IntegerLayer, with_layers
 from qcompile.errors import StateError, UnsupportedError
 from qcompile.ops.fake_quantize import levels, whole_zero_point
+from qcompile.wrappers import uncompiled
 
 __all__ = ["StandardLayer", "standard_layers", "with_standard_layers"]
 
@@ -164,7 +165,7 @@ def with_standard_layers(deployed: nn.Module, write: Callable[[StandardLayer, Te
     what  the caller's name, for messages
     Errors: `StateError` for a model that has none; `UnsupportedError` for one that does not compute in fp32.
     """
-    deployed = getattr(deployed, "_orig_mod", deployed)
+    deployed = uncompiled(deployed)
     if not isinstance(deployed, nn.Module) or not any(isinstance(m, IntegerLayer) for m in deployed.modules()):
         raise StateError(
             f"{what}: got a {type(deployed).__name__} without integer layers; give it what qcompile.convert(model) or "

@@ -20,6 +20,7 @@ from qcompile._packages import require
 from qcompile.deploy.integer_layer import IntegerLayer, with_layers
 from qcompile.deploy.standard_layer import StandardLayer
 from qcompile.errors import StateError, UnsupportedError
+from qcompile.wrappers import uncompiled
 
 __all__ = ["to_torchao"]
 
@@ -42,7 +43,7 @@ def to_torchao(deployed: nn.Module, *, partial: bool = False) -> nn.Module:
     that torchao has no tensor for, by name (see `partial`).
     """
     require("to_torchao", "torchao")
-    deployed = getattr(deployed, "_orig_mod", deployed)
+    deployed = uncompiled(deployed)
     model = copy.deepcopy(deployed)
     layers = {n: m for n, m in model.named_modules() if isinstance(m, IntegerLayer)}
     if not layers:

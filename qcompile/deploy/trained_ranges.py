@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from passes import meta
 from passes.cut import root_of
 from passes.gemms import INTEGER
-from passes.graph import DEQUANTIZE, HADAMARD, QUANTIZE, ROUND_TO_POWERS, SELECT
+from passes.graph import DEQUANTIZE, HADAMARD, QUANTIZE, ROUND_TO_POWERS, SELECT, reachable, read_with_memory
 from passes.sites import Gemm, Site
 from qcompile._checks import suggestion
 from qcompile._patterns import matches
@@ -241,7 +241,7 @@ class _Values:
                     self.known[node] = here if what == "state" else torch.arange(here.numel(), device=here.device)
                 else:
                     self.known[node] = operator.attrgetter(str(node.target))(self.module)
-            elif any(n in self._varying for n in _read_by(node)):
+            elif any(n in self._varying for n in read_with_memory(node)):
                 self._varying.add(node)
 
     def dynamic(self, node: Any) -> bool:
@@ -250,16 +250,8 @@ class _Values:
 
     def has_memory(self, node: fx.Node) -> bool:
         """Whether every stored range that a value follows from has been updated."""
-        seen, todo = set(), [node]
-        while todo:
-            n = todo.pop()
-            if n in seen:
-                continue
-            seen.add(n)
-            if n.target is SELECT and not bool((self[n.args[1]] > 0).all()):
-                return False
-            todo += _read_by(n)
-        return True
+        choices = (n for n in reachable([node], read_with_memory) if n.target is SELECT)
+        return all(bool((self[n.args[1]] > 0).all()) for n in choices)
 
     def __getitem__(self, node: Any) -> Any:
         if not isinstance(node, fx.Node):
@@ -272,11 +264,6 @@ class _Values:
                 kwargs: Any = fx.map_arg(node.kwargs, lambda n: self[n])
                 self.known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
         return self.known[node]
-
-
-def _read_by(node: fx.Node) -> list[fx.Node]:
-    """What a node's value depends on; of a choice between a stored and a current range, the stored one."""
-    return [n for n in node.args[:2] if isinstance(n, fx.Node)] if node.target is SELECT else node.all_input_nodes
 
 
 def _stored(binding: Binding) -> Tensor:

@@ -32,7 +32,7 @@ from qcompile.recipe import Recipe
 from qcompile.state.layout import Entry, StateLayout
 from qcompile.state.range_state import RangeState, range_state
 from qcompile.state.store import RangeStore
-from qcompile.wrappers import clean_names
+from qcompile.wrappers import clean_names, uncompiled
 
 if TYPE_CHECKING:
     import networkx
@@ -112,7 +112,7 @@ class Capture:
         The gradients of the outputs are those of the default loss at the current outputs. They stay what they
         were where `capture` was given a loss, and where there are several graphs.
         """
-        model = getattr(model, "_orig_mod", model)
+        model = uncompiled(model)
         clean = clean_names(model)
         tensors = {clean(n): t.detach() for n, t in [*model.named_parameters(), *model.named_buffers()]}
         if self.range_state is not None:

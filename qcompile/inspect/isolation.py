@@ -34,6 +34,7 @@ from torch._dynamo import convert_frame, guards, pgo, utils
 from torch.utils import _pytree as pytree
 
 from qcompile.errors import UnsupportedError
+from qcompile.wrappers import uncompiled
 
 __all__ = ["Notes", "copy_inputs", "copy_model", "fresh_call", "undisturbed"]
 
@@ -54,7 +55,7 @@ def copy_model(model: nn.Module) -> nn.Module:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model: got a {type(model).__name__}; give it the nn.Module (around a function: write a Module)")
-    model = getattr(model, "_orig_mod", model)
+    model = uncompiled(model)
     try:
         return copy.deepcopy(model)
     except Exception as error:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from passes.graph import reachable
 from qcompile.state.binding import indices
 from qcompile.state.store import STORE
 from qcompile.wrappers import clean_names
@@ -132,19 +133,10 @@ def _named_parameters(fn: Callable[..., Any]) -> dict[str, Tensor]:
 
 def _leaves(outputs: Iterable[Tensor]) -> list[Tensor]:
     """The leaf tensors whose gradients a backward pass from `outputs` would write."""
-    leaves = []
-    seen = set()
-    stack = [output.grad_fn for output in outputs if output.grad_fn is not None]
-    while stack:
-        node = stack.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)  # only AccumulateGrad has one
-        if variable is not None:
-            leaves.append(variable)
-        stack += [parent for parent, _ in node.next_functions if parent is not None]
-    return leaves
+    starts = [output.grad_fn for output in outputs if output.grad_fn is not None]
+    nodes = reachable(starts, lambda node: [parent for parent, _ in node.next_functions if parent is not None])
+    variables = (getattr(node, "variable", None) for node in nodes)  # only AccumulateGrad has one
+    return [variable for variable in variables if variable is not None]
 
 
 def _copied_weight(tensor: Tensor, named: dict[str, Tensor]) -> str | None:

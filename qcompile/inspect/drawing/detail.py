@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from passes import meta
-from passes.graph import ALIASES, BACKWARD, CASTS, PERMUTE, TRANSPOSES, VIEWS
+from passes.graph import ALIASES, BACKWARD, CASTS, PERMUTE, TRANSPOSES, VIEWS, reachable
 from qcompile.inspect.captured_graph import CapturedGraph
 from qcompile.inspect.drawing.layered import layered
 from qcompile.inspect.drawing.svg import COLOURS, Canvas, shortened, text_width
@@ -156,17 +156,13 @@ def nodes_of_site(graph: CapturedGraph, step: fx.Graph, site: str) -> list[fx.No
         raise ValueError(f"no site is called {site!r}; the sites are {', '.join(s.name for s in graph.sites)}")
     originals = {first_name(n) for n in graph.joint_before.graph.nodes}
     gemms = _gemm_names(graph, site)
-    found: set[fx.Node] = set()
-    stack = [n for n in step.nodes if first_name(n) in gemms]
-    while stack:
-        node = stack.pop()
-        if node in found:
-            continue
-        found.add(node)
+
+    def behind(node: fx.Node) -> list[fx.Node]:
         made_here = first_name(node) not in originals
-        if first_name(node) in gemms or made_here or (node.op == "call_function" and node.target in _PASSED):
-            if first_name(node) in gemms or not _reads_everything(node):
-                stack += node.all_input_nodes
+        followed = (made_here or (node.op == "call_function" and node.target in _PASSED)) and not _reads_everything(node)
+        return node.all_input_nodes if followed or first_name(node) in gemms else []
+
+    found = set(reachable([n for n in step.nodes if first_name(n) in gemms], behind))
     return [n for n in step.nodes if n in found]
 
 
