@@ -1,6 +1,7 @@
 """What Inductor generates of our operations for a CUDA device that is not there, and what Triton compiles it to, as JSON.
 
     python tests/kernels/generated.py
+    python tests/kernels/generated.py --steps     instead: whether all kernels of training steps compile
 
 Runs in a process of its own, as `tests.pretend_cuda` does. The kernels' text is for the interpreter, elsewhere.
 """
@@ -106,8 +107,7 @@ def generated(case: str) -> dict[str, Any]:
     return {
         "case": case,
         "name": name,
-        "source": HEADER + kernel[kernel.index("@triton.jit") :],
-        "signature": ast.literal_eval(re.search(r"'signature': (\{.*?\})", kernel).group(1)),
+        **_text(kernel),
         "inputs": re.search(r"^ +(.*?),? = args$", call, re.MULTILINE).group(1).split(", "),
         "given": given.split(", "),
         "made": {
@@ -116,6 +116,12 @@ def generated(case: str) -> dict[str, Any]:
         },
         "returned": re.search(r"return \((.*?),? ?\)$", call, re.MULTILINE).group(1).split(", "),
     }
+
+
+def _text(kernel: str) -> dict[str, Any]:
+    """Of a kernel as Inductor writes it: what Triton compiles, with imports, and the types of the arguments."""
+    signature = ast.literal_eval(re.search(r"'signature': (\{.*?\})", kernel).group(1))
+    return {"source": HEADER + kernel[kernel.index("@triton.jit") :], "signature": signature}
 
 
 def compiled(kernel: dict[str, Any], arch: int) -> list[str]:
@@ -133,11 +139,38 @@ def compiled(kernel: dict[str, Any], arch: int) -> list[str]:
         specification = importlib.util.spec_from_file_location(f"generated_{kernel['name']}", path)
         module = importlib.util.module_from_spec(specification)
         specification.loader.exec_module(module)
-        constants = {"XBLOCK": 1 if "r0_numel" in kernel["signature"] else 128}
+        blocks = {"XBLOCK": 1 if "r0_numel" in kernel["signature"] else 128, "R0_BLOCK": 128, "YBLOCK": 1, "xnumel": 1}
+        constants = {name: blocks[name] for name, kind in kernel["signature"].items() if kind == "constexpr"}
         source = ASTSource(fn=getattr(module, kernel["name"]), signature=kernel["signature"], constexprs=constants)
         assembly = triton.compile(source, target=GPUTarget("cuda", arch, 32), options={"num_warps": 4}).asm["ptx"]
     lines = re.findall(r"^\s+(?:@%?!?\w+ )?([a-z]\w*\.[\w.:]+)(.*)", assembly, re.MULTILINE)
     return [f"{name} 2**-24" if "0f33800000" in operands else name for name, operands in lines]
+
+
+def failures() -> list[str]:
+    """Of all kernels of the steps that `tests.pretend_cuda` generates, and of the recipes that draw: what does not compile."""
+    from torch._inductor import config
+
+    from tests import pretend_cuda
+
+    cases = [*pretend_cuda.CASES, ("mlp", "int8"), ("mlp", "int8_hadamard"), ("mlp", "int4_luq"), ("mlp", "int4_interval")]
+    traced = {case: pretend_cuda.lowered_halves(*case)[0] for case in cases}
+    found, seen = [], set()
+    with pretend_cuda.pretended_gpu(), config.patch(joint_graph_constant_folding=False, compile_threads=1):
+        for case, halves in traced.items():
+            for phase, half in halves.items():
+                code = pretend_cuda.generated_code(half)
+                for name, kernel in re.findall(r"async_compile\.triton\('(\w+)', '''(.*?)'''", code, re.DOTALL):
+                    text = _text(kernel)
+                    if (same := text["source"].replace(name, "")) in seen:
+                        continue
+                    seen.add(same)
+                    try:
+                        compiled(text | {"name": name}, 90)
+                    except Exception as error:
+                        found.append(f"{case} {phase} {name}: {error!r}")
+    assert len(seen) > 50, "the premise"
+    return found
 
 
 def main() -> None:
@@ -146,6 +179,9 @@ def main() -> None:
     from qcompile.backend import inductor  # noqa: F401  (it registers the operations)
     from tests import pretend_cuda
 
+    if "--steps" in sys.argv[1:]:
+        json.dump(failures(), sys.stdout, indent=1)
+        return
     found = []
     with pretend_cuda.pretended_gpu(), config.patch(joint_graph_constant_folding=False, compile_threads=1):
         for case in CASES:

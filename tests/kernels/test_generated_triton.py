@@ -33,10 +33,11 @@ TYPES = {"*i8": torch.int8, "*i32": torch.int32, "*fp32": torch.float32}
 
 
 @functools.cache
-def output():
+def output(*arguments):
     """A failure is kept, too: it takes as long as a success."""
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, generated.__file__], env=environment, capture_output=True, text=True, timeout=600)
+    command = [sys.executable, generated.__file__, *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1200)
 
 
 def kernels():
@@ -193,3 +194,10 @@ def test_compiled_code_is_exact_and_has_no_wide_hash(case, arch):
     assert found["xor.b32"] >= 3 * drawn and not found["xor.b64"] and not found["mul.lo.s64"] and not found["cvt.rn.f32.u64"]
     if case not in ("draws", "scale 8"):
         assert found["max.NaN.f32"] == found["min.NaN.f32"] == found["cvt.rni.f32.f32"] > 0
+
+
+@pytest.mark.aot
+def test_all_kernels_of_training_steps_compile():
+    done = output("--steps")
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert json.loads(done.stdout) == []
