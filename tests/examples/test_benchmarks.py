@@ -264,7 +264,8 @@ def test_compile_time_counts_the_passes(capsys):
 
 @pytest.mark.slow
 def test_resnet_times_integer_convolutions_against_bf16(capsys):
-    options = "--width 0.125 --image 32 --batch 4 --rounds 1 --channels-last --variants bf16,int8_tensorwise"
+    # Smaller, the last batch norms have four values to a channel, and gradients in bf16 and int8 are no longer alike.
+    options = "--width 0.125 --image 64 --batch 8 --rounds 1 --channels-last --variants bf16,int8_tensorwise"
     baseline, ours = resnet.main(options.split())
     assert (baseline.integer_gemms, ours.integer_gemms) == (0, 21 * 3 - 1)  # 20 convolutions and the classifier
     assert len(ours.times) == 1 and 0 < ours.saved < baseline.saved
