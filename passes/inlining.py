@@ -8,19 +8,18 @@ are decomposed.
 from __future__ import annotations
 
 import operator
-import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from passes.graph import ALIASES, args_by_name, call, fake_mode, has_effect, meta_of, replace
-from qcompile.ops._fakes import described
+from qcompile.ops._fakes import described, memory_of
 
 __all__ = ["inductor_decompositions", "inline", "write_out"]
 
@@ -54,22 +53,18 @@ def inline(
     mode = next((v.fake_mode for v in values if hasattr(v, "fake_mode")), None) or fake_mode(graph)
     is_static = all(isinstance(v, Tensor) and not v._has_symbolic_sizes_strides for v in values)
     record = _record if is_static and not any(isinstance(a, torch.SymInt) for a in tree_leaves(args)) else _trace
-    recorded = _recorded.setdefault(mode, {})
+    memory = memory_of(mode)
     # One that was made on the way may hold a tensor, which would keep the mode alive; and what it holds may change.
     lasts = "<locals>" not in getattr(fn, "__qualname__", "<locals>")
     key = described((fn, *(a.meta["val"] if isinstance(a, fx.Node) else a for a in args))) if lasts else None
     with mode, torch.no_grad():
-        body = recorded[key] if key in recorded else record(on_tensors, values)
+        body = memory[key] if key in memory else record(on_tensors, values)
         if key is not None:
-            recorded[key] = body
+            memory[key] = body
         result = _append(graph, body, nodes, scope)
     if rename and isinstance(result, fx.Node) and result not in nodes:
         result._rename(rename)
     return result
-
-
-_recorded: weakref.WeakKeyDictionary[FakeTensorMode, dict[Any, fx.Graph]] = weakref.WeakKeyDictionary()
-"""What functions do, by mode, so as long as one compilation: the layers of a model ask for the same again and again."""
 
 
 def write_out(graph: fx.Graph, node: fx.Node, fn: Callable[..., Any]) -> None:

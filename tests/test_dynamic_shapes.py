@@ -8,6 +8,7 @@ from torch._dynamo.utils import counters
 from qcompile import compiled_graphs, range_state, register_kernel, unregister_kernel
 from qcompile.backend import compiler
 from qcompile.kernels import cpu, cuda, record_launches
+from qcompile.kernels.quantized_tensor import as_operator
 from tests.compiling import AVERAGE, STOCHASTIC, compiled
 
 
@@ -66,7 +67,7 @@ def test_one_graph_takes_the_kernel_for_each_size(interpreted):
     step = torch.compile(model, backend=compiler.qtrain, options={"recipe": "int8_tensorwise"}, dynamic=True)
     device = torch.get_default_device().type
     product = {"cpu": cpu, "cuda": cuda}[device].product
-    register_kernel("few_rows", product, device=device, supports=lambda gemm: gemm.m <= 64)
+    register_kernel("few_rows", as_operator(product), device=device, supports=lambda gemm: gemm.m <= 64)
     try:
         for tokens in (20, 1000, 40, 200_000):  # the last sum is beyond int32: 200,000 * 127 * 127 = 3.2e9
             model.zero_grad()

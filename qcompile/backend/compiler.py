@@ -44,6 +44,7 @@ from qcompile.backend.options import Options
 from qcompile.errors import QtrainWarning, UnsupportedError, warn_once
 from qcompile.kernels.fallback import strictly
 from qcompile.kernels.select import fallback_reason, unsupported_device
+from qcompile.ops._fakes import forget
 from qcompile.qat.quantizer import recipe_mismatch
 from qcompile.recipe import Recipe
 from qcompile.state.binding import Binder
@@ -130,6 +131,7 @@ def qtrain(
 def _reset() -> None:
     with _COMPILED_LOCK:
         _COMPILED.clear()
+    forget()
 
 
 qtrain.reset = _reset  # type: ignore[attr-defined]  # torch.compiler.reset() calls it

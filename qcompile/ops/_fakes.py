@@ -14,10 +14,29 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
-__all__ = ["described", "remembered"]
+__all__ = ["described", "forget", "memory_of", "remembered"]
 
-_results: weakref.WeakKeyDictionary[FakeTensorMode, dict[tuple[Any, ...], Any]] = weakref.WeakKeyDictionary()
-"""By mode, so as long as one compilation: what a fake does may depend on an estimator that is registered anew."""
+_latest: tuple[Callable[[], FakeTensorMode | None], dict[Any, Any]] = (lambda: None, {})
+
+
+def memory_of(mode: FakeTensorMode) -> dict[Any, Any]:
+    """What has been worked out in the compilation that a mode belongs to, by what was asked.
+
+    Of the latest mode alone: torch keeps modes after their compilation. No longer than that because an estimator may be
+    registered anew.
+    """
+    global _latest
+    owner, memory = _latest
+    if owner() is not mode:
+        memory = {}
+        _latest = weakref.ref(mode), memory
+    return memory
+
+
+def forget() -> None:
+    """Drop what has been worked out."""
+    global _latest
+    _latest = (lambda: None, {})
 
 
 def remembered(fake: Callable[..., Any]) -> Callable[..., Any]:
@@ -32,15 +51,14 @@ def remembered(fake: Callable[..., Any]) -> Callable[..., Any]:
         asked = described(operands)
         if mode is None or asked is None:
             return fake(*operands)
-        results = _results.setdefault(mode, {})
-        key = fake, asked
-        if key in results:
+        memory, key = memory_of(mode), (fake, asked)
+        if key in memory:
             with mode:
-                return _made(results[key])
+                return _made(memory[key])
         result = fake(*operands)
         found = described(result)
         if found is not None:
-            results[key] = found
+            memory[key] = found
         return result
 
     return call
