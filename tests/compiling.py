@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from qcompile import range_state
 from qcompile.backend import compiler
@@ -17,6 +17,19 @@ from qcompile.recipes import get_recipe
 from qcompile.specs import QuantSpec
 
 MOMENTUM = 0.9
+
+
+def by_operator(half: fx.GraphModule, inputs: Any = None, **options: Any) -> Callable[..., Any]:
+    """A half to be run operator by operator, in the place of `qcompile.backend.inductor.compile_fx_inner`."""
+
+    def run(args: list[Any]) -> list[Any]:
+        given = list(args)
+        args.clear()
+        with torch.no_grad():
+            return list(half.forward(*given))
+
+    run._boxed_call = True  # type: ignore[attr-defined]
+    return run
 
 
 def hindsight(*, rounding: str = "nearest", max_clipped: float | None = None, **fields: Any) -> QuantSpec:

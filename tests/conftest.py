@@ -42,18 +42,9 @@ def interpreted(monkeypatch):
     Everything before it is real: Dynamo, AOTAutograd, our passes, Inductor's joint passes, the partitioner, our wrappers.
     """
     from qcompile.backend import inductor
+    from tests.compiling import by_operator
 
-    def run_by_operator(half, inputs, **options):
-        def run(args):
-            given = list(args)
-            args.clear()
-            with torch.no_grad():
-                return list(half.forward(*given))
-
-        run._boxed_call = True
-        return run
-
-    monkeypatch.setattr(inductor, "compile_fx_inner", run_by_operator)
+    monkeypatch.setattr(inductor, "compile_fx_inner", by_operator)
 
 
 @pytest.fixture(params=["interpreted", "inductor"])

@@ -1,7 +1,7 @@
 """What Inductor generates for a CUDA device that is not there: print it as JSON.
 
-    python tests/pretend_cuda.py            every case below
-    python tests/pretend_cuda.py mlp int8   one model, one recipe, and the generated code on stderr
+    python -m tests.pretend_cuda            every case below
+    python -m tests.pretend_cuda mlp int8   one model, one recipe, and the generated code on stderr
 
 Our backend compiles a training step on the CPU, told to lower as for a GPU, up to Inductor. Each half is then moved to fake CUDA
 tensors and given to Inductor's scheduler and code generation, which only ask the device for its properties. Nothing runs.
@@ -46,6 +46,7 @@ from passes import steps
 from qcompile.backend import compiler, inductor, kernel_names
 from qcompile.kernels.select import gemm_kernel
 from qcompile.recipes import get_recipe
+from tests.compiling import by_operator
 
 CAPABILITY = (9, 0)
 TOKENS, WIDTH = 1024, 256
@@ -86,15 +87,7 @@ def lowered_halves(model: str, recipe: str) -> tuple[dict[str, fx.GraphModule], 
 
     def run_by_operator(half: fx.GraphModule, inputs: Any, **options: Any) -> Any:
         found["backward" if options.get("is_backward") else "forward"] = half
-
-        def run(args: list[Any]) -> list[Any]:
-            given = list(args)
-            args.clear()
-            with torch.no_grad():
-                return list(half.forward(*given))
-
-        run._boxed_call = True  # type: ignore[attr-defined]
-        return run
+        return by_operator(half)
 
     def kernel_on_the_gpu(device: torch.device, *sizes: int, **options: Any) -> str:
         return gemm_kernel(torch.device("cuda"), *sizes, **options)

@@ -52,6 +52,7 @@ class _Operations(NamedTuple):
     code: Callable[[int], _Text]  # of so many bits
     scale: Callable[[int], _Text]
 
+
 # ---- what the operators are lowered to
 
 

@@ -16,6 +16,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tests.compiling import by_operator
+
 
 def run_on(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """Results of `function(rank, *args)` in rank order; a failing rank's traceback is raised."""
@@ -46,7 +48,7 @@ def _rank(rank: int, ranks: int, port: int, queue: Any, function: Callable[..., 
     try:
         from qcompile.backend import inductor
 
-        inductor.compile_fx_inner = _by_operator
+        inductor.compile_fx_inner = by_operator
         dist.init_process_group("gloo", rank=rank, world_size=ranks)
         with torch.compiler.config.patch(force_disable_caches=True):
             value = function(rank, *args)
@@ -59,14 +61,3 @@ def _rank(rank: int, ranks: int, port: int, queue: Any, function: Callable[..., 
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _by_operator(half: torch.fx.GraphModule, inputs: Any, **options: Any) -> Callable[..., Any]:
-    def run(args: list[Any]) -> list[Any]:
-        given = list(args)
-        args.clear()
-        with torch.no_grad():
-            return list(half.forward(*given))
-
-    run._boxed_call = True  # type: ignore[attr-defined]
-    return run

@@ -11,7 +11,7 @@ from qcompile import QuantSpec, Recipe, range_state
 from qcompile.backend import compiler, inductor
 from qcompile.estimators import MinMax
 from qcompile.kernels import record_launches
-from tests.compiling import AVERAGE, STOCHASTIC, compiled
+from tests.compiling import AVERAGE, STOCHASTIC, by_operator, compiled
 
 
 @pytest.fixture
@@ -21,15 +21,7 @@ def halves(monkeypatch):
 
     def keep(half, inputs, **options):
         kept.append(half)
-
-        def run(args):
-            given = list(args)
-            args.clear()
-            with torch.no_grad():
-                return list(half.forward(*given))
-
-        run._boxed_call = True
-        return run
+        return by_operator(half)
 
     monkeypatch.setattr(inductor, "compile_fx_inner", keep)
     return kept
