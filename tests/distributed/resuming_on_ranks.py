@@ -17,8 +17,7 @@ from torch import nn
 
 from qcompile import range_state
 from qcompile.backend import inductor
-from tests.compiling import STOCHASTIC
-from tests.distributed.ranks import _by_operator
+from tests.compiling import STOCHASTIC, by_operator
 
 WIDTH, ROWS = 16, 8
 
@@ -61,7 +60,7 @@ def train(folder: Path, steps: int, kill: int) -> None:
 
 
 if __name__ == "__main__":
-    inductor.compile_fx_inner = _by_operator
+    inductor.compile_fx_inner = by_operator
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     with torch.compiler.config.patch(force_disable_caches=True):

@@ -51,10 +51,10 @@ def one_process():
     """Losses and state of the same training without ranks."""
     from qcompile import range_state
     from qcompile.backend import inductor
-    from tests.distributed.ranks import _by_operator
+    from tests.compiling import by_operator
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inductor, "compile_fx_inner", _by_operator)
+        patch.setattr(inductor, "compile_fx_inner", by_operator)
         model = make_model()
         run = torch.compile(model, backend="qtrain", options=RECIPE)
         losses = train(run, model, [x[0] for x in batches(1)])

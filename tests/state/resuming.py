@@ -113,8 +113,8 @@ def resume(folder: Path) -> None:
 
 if __name__ == "__main__":
     from qcompile.backend import inductor
-    from tests.distributed.ranks import _by_operator
+    from tests.compiling import by_operator
 
-    inductor.compile_fx_inner = _by_operator
+    inductor.compile_fx_inner = by_operator
     torch.set_num_threads(1)
     resume(Path(sys.argv[1]))
