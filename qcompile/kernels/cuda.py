@@ -30,9 +30,10 @@ from torch.nn.functional import pad
 from qcompile.errors import KernelError
 from qcompile.kernels import batched, cuda_conv, note_launch
 from qcompile.kernels.convolution import operators
-from qcompile.kernels.fallback import first_that_runs, ours_or_plain
+from qcompile.kernels.fallback import first_that_runs, has_failed, ours_or_plain
+from qcompile.kernels.prepared import forget_prepared, prepared
 from qcompile.kernels.quantized_tensor import QuantizedTensor, as_operator, flat, zero_point_count
-from qcompile.kernels.registry import find_kernel
+from qcompile.kernels.registry import find_kernel, registered_kernels
 from qcompile.kernels.triton.launch import MINIMUM_CAPABILITY, unavailable_reasons
 from qcompile.kernels.triton.tuning import bucket, max_k
 
@@ -131,6 +132,7 @@ def tuned(device: torch.device, m: int, n: int, k: int) -> str | None:
 def remember(device: torch.device, m: int, n: int, k: int, name: str) -> None:
     """Use a candidate for this bucket of sizes from now on."""
     _tuned[device, bucket(m, n, k)] = name
+    forget_prepared()
 
 
 def fallback_reason(device: torch.device) -> str | None:
@@ -218,6 +220,8 @@ CANDIDATES: dict[str, Callable[..., Tensor]] = {
 
 
 # --- Operators ----------------------------------------------------------------------------------------------
+# Where a call is one launch of ours, a function beginning with `_prepare_` says what of it stays for the next such call
+# (`qcompile.kernels.prepared`).
 
 
 def scaled_mm_cuda(a: QuantizedTensor, b: QuantizedTensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
@@ -234,6 +238,28 @@ def scaled_mm_cuda(a: QuantizedTensor, b: QuantizedTensor, bias: Tensor | None, 
     if name != "none":
         note_launch(name, m, n, k)
     return out
+
+
+def _prepare_mm(a: Tensor, b: Tensor, *rest: Any) -> Callable[..., Tensor] | None:
+    """For the operands of `qtrain::scaled_mm`."""
+    a_scale, b_scale, a_zero, b_zero, bias, out_dtype = rest
+    (m, k), n = a.shape, b.shape[1]
+    name = "none" if 0 in (m, n, k) else gemm_for(a.device, m, n, k)
+    if name not in ("triton", "triton_tma") or zero_point_count(a_zero, b_zero) or registered_kernels():
+        return None
+    from qcompile.kernels.triton import scaled_mm
+
+    run = scaled_mm.prepare(a, b.t(), a_scale, b_scale, bias, out_dtype, name)
+    if run is None:
+        return None
+
+    def again(a: Tensor, b: Tensor, *rest: Any) -> Tensor:
+        a_scale, b_scale, _, _, bias, _ = rest
+        out = run(a, b.t(), a_scale, b_scale, bias)
+        note_launch(name, m, n, k)
+        return out
+
+    return again
 
 
 def product(a: QuantizedTensor, b: QuantizedTensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
@@ -355,7 +381,16 @@ def transpose_codes_cuda(codes: Tensor) -> Tensor:
     from qcompile.kernels.triton import transpose
 
     work = f"the transpose of {codes.shape[0]} x {codes.shape[1]} codes"
-    return ours_or_plain("triton transpose", codes.device, lambda: transpose.transpose(codes), plain, work)
+    return ours_or_plain(_TRANSPOSE, codes.device, lambda: transpose.transpose(codes), plain, work)
+
+
+def _prepare_transpose(codes: Tensor) -> Callable[[Tensor], Tensor] | None:
+    """For the operand of `qtrain::transpose_codes`."""
+    if unavailable_reasons(codes.device, "transpose") or has_failed(_TRANSPOSE, codes.device):
+        return None
+    from qcompile.kernels.triton import transpose
+
+    return transpose.prepare(codes)
 
 
 def quantize_transposed_cuda(
@@ -385,7 +420,26 @@ def quantize_transposed_cuda(
         )
         return [output for output in (made.codes, made.codes_t, made.amax, made.outside) if output is not None]
 
-    return ours_or_plain("triton quantize", x.device, ours, plain, f"quantizing {x.shape[0]} x {x.shape[1]} values")
+    return ours_or_plain(_QUANTIZE, x.device, ours, plain, f"quantizing {x.shape[0]} x {x.shape[1]} values")
+
+
+def _prepare_quantize(x: Tensor, scale: Tensor, zero_point: Tensor | None, *rest: Any) -> Callable[..., list[Tensor]] | None:
+    """For the operands of `qtrain::quantize_transposed`."""
+    if x.dtype is torch.float64 or unavailable_reasons(x.device, "quantize") or has_failed(_QUANTIZE, x.device):
+        return None
+    from qcompile.kernels.triton import quantize
+
+    bits, seed, salt, codes, amax, bound = rest
+    run = quantize.prepare(x, scale, zero_point, bits, seed, salt, codes, True, amax, bound)
+
+    def again(x: Tensor, scale: Tensor, zero_point: Tensor | None, *rest: Any) -> list[Tensor]:
+        _, seed, _, _, _, bound = rest
+        return [output for output in run(x, scale, zero_point, seed, bound) if output is not None]
+
+    return again
+
+
+_QUANTIZE, _TRANSPOSE = "triton quantize", "triton transpose"
 
 
 def _rows_contiguous(codes: Tensor) -> Tensor:
@@ -400,6 +454,13 @@ def _rows_contiguous_of_each(codes: Tensor) -> Tensor:
         return codes
     batch, rows, columns = codes.shape
     return transpose_codes_cuda(codes.transpose(1, 2).reshape(batch * columns, rows)).view(rows, batch, columns).transpose(0, 1)
+
+
+def _where(
+    allowed: Callable[[torch.device], bool], prepare: Callable[..., Callable[..., Any] | None]
+) -> Callable[..., Callable[..., Any] | None]:
+    """`prepare`, or None, for operands on a device that is not allowed."""
+    return lambda first, *rest: prepare(first, *rest) if allowed(first.device) else None
 
 
 def register_cuda_kernels() -> None:
@@ -425,13 +486,15 @@ def register_cuda_kernels() -> None:
 
     if torch._C._dispatch_has_kernel_for_dispatch_key("qtrain::scaled_mm", "CUDA"):
         return  # the imports above may have called this function
-    LIBRARY.impl("scaled_mm", checked(check_scaled_mm, as_operator(scaled_mm_cuda)), "CUDA")
+    LIBRARY.impl("scaled_mm", prepared(checked(check_scaled_mm, as_operator(scaled_mm_cuda)), _prepare_mm), "CUDA")
     LIBRARY.impl("scaled_bmm", checked(check_scaled_bmm, as_operator(scaled_bmm_cuda)), "CUDA")
 
     def uses_triton(device: torch.device) -> bool:
         return _kernel_for(device, os.environ.get("QTRAIN_CUDA_GEMM")) != "int_mm"
 
     for name, implementation in cuda_conv.operators(operators(product, name_of), uses_triton).items():
-        LIBRARY.impl(name, checked(CHECKS[name], as_operator(implementation)), "CUDA")
-    LIBRARY.impl("quantize_transposed", checked(check_quantize_transposed, quantize_transposed_cuda), "CUDA")
-    LIBRARY.impl("transpose_codes", transpose_codes, "CUDA")
+        general = checked(CHECKS[name], as_operator(implementation))
+        LIBRARY.impl(name, prepared(general, _where(uses_triton, cuda_conv.prepare(name))), "CUDA")
+    quantize_transposed = checked(check_quantize_transposed, quantize_transposed_cuda)
+    LIBRARY.impl("quantize_transposed", prepared(quantize_transposed, _prepare_quantize), "CUDA")
+    LIBRARY.impl("transpose_codes", prepared(transpose_codes, _prepare_transpose), "CUDA")

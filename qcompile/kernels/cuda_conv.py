@@ -19,15 +19,13 @@ from torch import Tensor
 
 from qcompile.geometry import Geometry
 from qcompile.kernels import note_launch
-from qcompile.kernels.fallback import ours_or_plain
-from qcompile.kernels.quantized_tensor import QuantizedTensor
+from qcompile.kernels.fallback import has_failed, ours_or_plain
+from qcompile.kernels.quantized_tensor import QuantizedTensor, as_operator
 from qcompile.kernels.triton.tuning import max_k
 
-__all__ = ["operators"]
+__all__ = ["operators", "prepare"]
 
 Operators = dict[str, Callable[..., Tensor]]
-
-
 def operators(gathered: Operators, uses_triton: Callable[[torch.device], bool]) -> Operators:
     """The implementations of `qtrain::scaled_conv` and its gradients, for checked operands, by the operators' names.
 
@@ -44,29 +42,42 @@ def operators(gathered: Operators, uses_triton: Callable[[torch.device], bool]) 
             work = plan(first, second, *rest) if uses_triton(device) else None
             if work is None:
                 return plain()
+
+            def ours() -> Tensor:
+                return work.run_and_note(first, second, *rest)
+
             m, n, k = work.shape
-            return ours_or_plain("triton conv", device, work.run_and_note, plain, f"a convolution's GEMM of {m} x {n} x {k}")
+            return ours_or_plain(KERNEL, device, ours, plain, f"a convolution's GEMM of {m} x {n} x {k}")
 
         return run
 
-    plans: dict[str, Callable[..., _Work | None]] = {
-        "scaled_conv": _output,
-        "scaled_conv_grad_input": _grad_input,
-        "scaled_conv_grad_weight": _grad_weight,
-    }
-    return {op: either(op, plan) for op, plan in plans.items()}
+    return {op: either(op, plan) for op, plan in _PLANS.items()}
+
+
+def prepare(op: str) -> Callable[..., Callable[..., Tensor] | None]:
+    """For the operands of one of these operators on a GPU whose GEMM is Triton's (`qcompile.kernels.prepared`)."""
+
+    def prepare_op(first: QuantizedTensor, second: QuantizedTensor, *rest: Any) -> Callable[..., Tensor] | None:
+        work = _PLANS[op](first, second, *rest)
+        return None if work is None or has_failed(KERNEL, first.codes.device) else as_operator(work.run_and_note)
+
+    return as_operator(prepare_op)
+
+
+KERNEL = "triton conv"
 
 
 class _Work(NamedTuple):
-    """What Triton is to compute: the launch, and the name, (M, N, K) and groups that it is noted under."""
+    """What Triton is to compute, for operands that differ from the given ones in their values alone: the launch, and the name,
+    (M, N, K) and groups that it is noted under."""
 
-    run: Callable[[], Tensor]
+    run: Callable[..., Tensor]
     op: str
     shape: tuple[int, int, int]
     groups: int
 
-    def run_and_note(self) -> Tensor:
-        out = self.run()
+    def run_and_note(self, first: QuantizedTensor, second: QuantizedTensor, *rest: Any) -> Tensor:
+        out = self.run(first, second, *rest)
         if 0 not in self.shape:
             note_launch("triton", *self.shape, self.op, self.groups)
         return out
@@ -80,7 +91,8 @@ def _output(x: QuantizedTensor, w: QuantizedTensor, bias: Tensor | None, *rest: 
         return None
     places = geometry.output_size(x.codes.shape[2:], w.codes.shape[2:])
     shape = geometry.product("output", x.codes.shape, w.codes.shape, (x.codes.shape[0], 0, *places))
-    return _Work(lambda: _conv(x, w, bias, geometry, "output", places, out_dtype), "conv", shape, geometry.groups)
+    run = _conv(x, w, geometry, "output", places, out_dtype)
+    return _Work(lambda x, w, bias, *_: run(x, w, bias), "conv", shape, geometry.groups)
 
 
 def _grad_input(g: QuantizedTensor, w: QuantizedTensor, input_size: Sequence[int], *rest: Any) -> _Work | None:
@@ -90,9 +102,8 @@ def _grad_input(g: QuantizedTensor, w: QuantizedTensor, input_size: Sequence[int
     if not _takes(geometry, g, w, "grad_input"):
         return None
     shape = geometry.product("grad_input", input_size, w.codes.shape, g.codes.shape)
-    return _Work(
-        lambda: _conv(g, w, None, geometry, "grad_input", input_size[2:], out_dtype), "conv_grad_input", shape, geometry.groups
-    )
+    run = _conv(g, w, geometry, "grad_input", input_size[2:], out_dtype)
+    return _Work(lambda g, w, *_: run(g, w, None), "conv_grad_input", shape, geometry.groups)
 
 
 def _grad_weight(g: QuantizedTensor, x: QuantizedTensor, weight_size: Sequence[int], *rest: Any) -> _Work | None:
@@ -100,31 +111,65 @@ def _grad_weight(g: QuantizedTensor, x: QuantizedTensor, weight_size: Sequence[i
     *spelled, out_dtype = rest
     geometry = Geometry(*spelled)
     shape = geometry.product("grad_weight", x.codes.shape, weight_size, g.codes.shape)
-    small, big = (x, g) if geometry.transposed else (g, x)  # `small` has a value for each place of the kernel over `big`
+    small, big = _by_places(geometry, g, x)
     # The sum runs over the places of all images: as many of them at a time as int32 holds.
     images = max_k(big.zero is not None) // max(math.prod(small.codes.shape[2:]), 1)
     if small.zero is not None or not _one(big.zero) or shape[2] == 0 or images == 0:
         return None
 
-    def run() -> Tensor:
-        from qcompile.kernels.cuda import transpose_codes_cuda
+    size = _three(small.codes.shape[2:])
+
+    def prepare_sum(g_t: Tensor, x: Tensor, zero: Tensor | None) -> Callable[..., Tensor]:
         from qcompile.kernels.triton import conv
 
         where = conv.Window.of(weight_size[2:], *geometry.steps)
+        return conv.prepare_conv_weight(g_t, x, size, where, zero, groups=geometry.groups)
 
-        def sum_of(some: Tensor, others: Tensor) -> Tensor:
-            turned = transpose_codes_cuda(some.movedim(1, -1).reshape(-1, some.shape[1]))
-            return conv.conv_weight(turned, _lifted(others), _three(some.shape[2:]), where, big.zero, groups=geometry.groups)
+    sums = [_prepared_by_the_first(prepare_sum) for _ in range(0, small.codes.shape[0], images)]
 
-        acc, *further = map(sum_of, small.codes.split(images), big.codes.split(images))
+    def run(g: QuantizedTensor, x: QuantizedTensor, *_: Any) -> Tensor:
+        from qcompile.kernels.cuda import transpose_codes_cuda
+
+        small, big = _by_places(geometry, g, x)
+        parts = zip(sums, small.codes.split(images), big.codes.split(images), strict=True)
+        acc, *further = [
+            sum_of(transpose_codes_cuda(some.movedim(1, -1).reshape(-1, some.shape[1])), _lifted(others), big.zero)
+            for sum_of, some, others in parts
+        ]
         for part in further:
             acc = acc.to(torch.int64) + part
         acc = acc.view(weight_size[0], *weight_size[2:], weight_size[1])
         rows = _along_rows(small.scale, acc.ndim)
         scale = rows * _along_columns(big.scale, geometry.groups, weight_size, acc.ndim)
-        return (acc.to(torch.float32) * scale).to(out_dtype).movedim(-1, 1)
+        # One kernel: the sum as fp32 times the scale, rounded, and then cast.
+        return torch.mul(acc, scale, out=scale.new_empty(acc.shape, dtype=out_dtype)).movedim(-1, 1)
 
     return _Work(run, "conv_grad_weight", shape, geometry.groups)
+
+
+_PLANS: dict[str, Callable[..., _Work | None]] = {
+    "scaled_conv": _output,
+    "scaled_conv_grad_input": _grad_input,
+    "scaled_conv_grad_weight": _grad_weight,
+}
+
+
+def _by_places(geometry: Geometry, g: QuantizedTensor, x: QuantizedTensor) -> tuple[QuantizedTensor, QuantizedTensor]:
+    """(small, big) of a gradient of the output and an input: `small` has a value for each place of the kernel over `big`."""
+    return (x, g) if geometry.transposed else (g, x)
+
+
+def _prepared_by_the_first(prepare: Callable[..., Callable[..., Tensor]]) -> Callable[..., Tensor]:
+    """`prepare(*tensors)(*tensors)`, prepared once: later tensors differ from the first ones in their values alone."""
+    run: Callable[..., Tensor] | None = None
+
+    def call(*tensors: Any) -> Tensor:
+        nonlocal run
+        if run is None:
+            run = prepare(*tensors)
+        return run(*tensors)
+
+    return call
 
 
 def _takes(geometry: Geometry, x: QuantizedTensor, w: QuantizedTensor, gemm: str) -> bool:
@@ -139,35 +184,39 @@ def _one(zero: Tensor | None) -> bool:
 
 def _conv(
     x: QuantizedTensor,
-    weight: QuantizedTensor,
-    bias: Tensor | None,
+    w: QuantizedTensor,
     geometry: Geometry,
     gemm: str,
     places: Sequence[int],
     out_dtype: torch.dtype,
-) -> Tensor:
-    from qcompile.kernels.triton import conv
-
-    w, w_scale, groups = weight.codes, weight.scale, geometry.groups
+) -> Callable[[QuantizedTensor, QuantizedTensor, Tensor | None], Tensor]:
+    """The convolution, or the transposed one, of (x, w, bias) that differ from these in their values alone."""
+    batch, kernel, groups = x.codes.shape[0], w.codes.shape[2:], geometry.groups
     scatter = not geometry.correlates(gemm)
-    if scatter:  # its output channels are the weight's second axis, in each group
-        w = w.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
-        if w_scale.numel() > 1:
-            w_scale = w_scale.reshape(-1).repeat(groups)
-    out = conv.conv(
-        _lifted(x.codes),
-        _lifted(w),
-        _three(places),
-        conv.Window.of(weight.codes.shape[2:], *geometry.steps),
-        _flat(x.scale),
-        _flat(w_scale),
-        None if x.zero is None else x.zero.reshape(()),
-        bias,
-        out_dtype,
-        scatter=scatter,
-        groups=groups,
-    )
-    return out.view(x.codes.shape[0], *places, out.shape[-1]).movedim(-1, 1)
+
+    def prepare_it(
+        x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, x_zero: Tensor | None, bias: Tensor | None
+    ) -> Callable[..., Tensor]:
+        from qcompile.kernels.triton import conv
+
+        where = conv.Window.of(kernel, *geometry.steps)
+        return conv.prepare_conv(
+            x, w, _three(places), where, x_scale, w_scale, x_zero, out_dtype, scatter=scatter, groups=groups
+        )
+
+    convolve = _prepared_by_the_first(prepare_it)
+
+    def run(x: QuantizedTensor, weight: QuantizedTensor, bias: Tensor | None) -> Tensor:
+        w, w_scale = weight.codes, weight.scale
+        if scatter:  # its output channels are the weight's second axis, in each group
+            w = w.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+            if w_scale.numel() > 1:
+                w_scale = w_scale.reshape(-1).repeat(groups)
+        zero = None if x.zero is None else x.zero.reshape(())
+        out = convolve(_lifted(x.codes), _lifted(w), _flat(x.scale), _flat(w_scale), zero, bias)
+        return out.view(batch, *places, out.shape[-1]).movedim(-1, 1)
+
+    return run
 
 
 def _lifted(codes: Tensor) -> Tensor:

@@ -14,8 +14,9 @@ from typing import Any, TypeVar
 import torch
 
 from qcompile.errors import KernelError, QtrainWarning, first_line
+from qcompile.kernels.prepared import forget_prepared
 
-__all__ = ["first_that_runs", "ours_or_plain", "strictly"]
+__all__ = ["first_that_runs", "has_failed", "ours_or_plain", "strictly"]
 
 T = TypeVar("T")
 
@@ -69,14 +70,20 @@ _failed: set[tuple[str, str]] = set()
 
 def ours_or_plain(kernel: str, device: torch.device, ours: Callable[[], T], plain: Callable[[], T], work: str) -> T:
     """What `ours` returns: a kernel for which plain operators can stand in. Errors and warnings: those of `first_that_runs`."""
-    if (kernel, str(device)) in _failed:
+    if has_failed(kernel, device):
         if getattr(_here, "strict", False):
             raise KernelError(f"strict: kernel {kernel!r} failed earlier in this process; plain operators do its work on {device}")
         return plain()
     ran, result = first_that_runs((kernel, "plain"), lambda name: ours() if name == kernel else plain(), work)
     if ran != kernel:
         _failed.add((kernel, str(device)))
+        forget_prepared()
     return result
+
+
+def has_failed(kernel: str, device: torch.device) -> bool:
+    """Whether plain operators stand in for this kernel of ours from now on."""
+    return (kernel, str(device)) in _failed
 
 
 def _failure(name: str, gemm: str, error: Exception) -> str:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from qcompile.errors import KernelError
+from qcompile.kernels.prepared import forget_prepared
 
 __all__ = ["GemmShape", "Kernel", "check_kernel", "find_kernel", "register_kernel", "registered_kernels", "unregister_kernel"]
 
@@ -66,6 +67,7 @@ def register_kernel(
             raise KernelError(f"register_kernel({name!r}): {what} is {value!r}; allowed: a function")
     _KERNELS.pop(name, None)
     _KERNELS[name] = kernel = Kernel(name, run, supports, device)
+    forget_prepared()
     return kernel
 
 
@@ -74,6 +76,7 @@ def unregister_kernel(name: str) -> None:
     if name not in _KERNELS:
         raise KernelError(f"unregister_kernel: no kernel is called {name!r}; registered: {', '.join(_KERNELS) or 'none'}")
     del _KERNELS[name]
+    forget_prepared()
 
 
 def registered_kernels() -> list[Kernel]:

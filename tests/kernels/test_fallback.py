@@ -137,7 +137,7 @@ QUANTIZE = (torch.randn(70, 40), torch.tensor(0.02), None, 8, None, 5, True, Tru
 FORMS = {
     "GEMM": ("scaled_mm.scaled_mm", as_operator(cuda.scaled_mm_cuda), ops.scaled_mm_reference, lambda: GEMM),
     "packed GEMM": ("scaled_mm.scaled_mm", as_operator(cuda.scaled_mm_packed_cuda), ops.scaled_mm_packed_reference, packed),
-    "convolution": ("conv.conv", convolve, ops.scaled_conv_reference, convolution),
+    "convolution": ("conv.prepare_conv", convolve, ops.scaled_conv_reference, convolution),
     "quantize": ("quantize.quantize", cuda.quantize_transposed_cuda, ops.quantize_transposed_reference, lambda: QUANTIZE),
     "transpose": ("transpose.transpose", cuda.transpose_codes_cuda, torch.t, lambda: GEMM[:1]),
 }

@@ -11,7 +11,7 @@ from tests.kernels.triton_device import DEVICE, QUIET
 
 pytest.importorskip("triton")
 
-from qcompile.kernels.triton.conv import Window, conv, conv_weight
+from qcompile.kernels.triton.conv import Window, prepare_conv, prepare_conv_weight
 
 pytestmark = QUIET
 
@@ -49,6 +49,15 @@ def space(sizes):
 def convolve(x, w, stride, padding, dilation, groups):
     name = f"conv{x.ndim - 2}d"
     return getattr(F, name)(x.double(), w.double(), None, stride, padding, dilation, groups)
+
+
+def conv(x, w, size, window, x_scale, w_scale, x_zero=None, bias=None, out_dtype=torch.float32, **options):
+    run = prepare_conv(x, w, size, window, x_scale, w_scale, x_zero, out_dtype, **options)
+    return run(x, w, x_scale, w_scale, x_zero, bias)
+
+
+def conv_weight(g_t, x, size, window, x_zero=None, **options):
+    return prepare_conv_weight(g_t, x, size, window, x_zero, **options)(g_t, x, x_zero)
 
 
 def problem(case):

@@ -38,10 +38,10 @@ def emulated(
     """The kernel as `scaled_mm` would launch it, on tiles of 32 x 16."""
     (m, k), n = a.shape, b_t.shape[0]
     out = torch.empty((m, n), dtype=out_dtype)
-    epilogue = launcher.Epilogue(out, partial, *(scales_and_bias or (None,) * 5))
-    packing = launcher.Packing(False, False, 1, k)
-    given = epilogue.with_sums(a, b_t, packing).arguments()
-    given = {name: Pointer(value.reshape(-1)) if isinstance(value, torch.Tensor) else value for name, value in given.items()}
+    *scales, bias = scales_and_bias or (None,) * 5
+    epilogue = launcher.Epilogue(out, partial, *scales, bias=bias)
+    tensors, constants = epilogue.complete(a, b_t, launcher.Packing(False, False, 1, k))
+    given = {f"{name}_ptr": None if t is None else Pointer(t.reshape(-1)) for name, t in tensors._asdict().items()} | constants
     given["out_ptr"] = Pointer(out.view(-1))
     tiles = {"BLOCK_M": 32, "BLOCK_N": 16, "BLOCK_K": 16, "GROUP_M": 2, "STAGES": stages, "num_warps": 4}
     descriptors = {"a_desc": Descriptor(a, (32, 16)), "b_desc": Descriptor(b_t, (16, 16))}

@@ -22,7 +22,7 @@ make a small grid, so positions are split over programs, which add int32 atomica
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -32,10 +32,17 @@ from torch import Tensor
 
 from qcompile.errors import KernelError
 from qcompile.kernels.triton import tuning
-from qcompile.kernels.triton.launch import EXACT, cdiv, device_guard, family
+from qcompile.kernels.triton.kernel_call import kernel_call
+from qcompile.kernels.triton.launch import cdiv, family
 from qcompile.kernels.triton.numerics import TENSOR, Layout
 
-__all__ = ["Window", "conv", "conv_kernel", "conv_weight", "conv_weight_kernel"]
+__all__ = [
+    "Window",
+    "conv_kernel",
+    "conv_weight_kernel",
+    "prepare_conv",
+    "prepare_conv_weight",
+]
 
 OUTPUTS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -240,29 +247,29 @@ def conv_weight_kernel(
 # --- Launchers ----------------------------------------------------------------------------------------------
 
 
-def conv(
+def prepare_conv(
     x: Tensor,
     w: Tensor,
     out_size: Sequence[int],
     window: Window,
     x_scale: Tensor,
     w_scale: Tensor,
-    x_zero: Tensor | None = None,
-    bias: Tensor | None = None,
-    out_dtype: torch.dtype = torch.float32,
+    x_zero: Tensor | None,
+    out_dtype: torch.dtype,
     *,
     scatter: bool = False,
     groups: int = 1,
-    config: tuning.MatmulConfig | None = None,
-) -> Tensor:
+) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]:
     """x int8 [batch, D, H, W, groups * C], w int8 [groups * F, KD, KH, KW, C], both contiguous -> [batch, *out_size, groups * F].
 
         out_size   three sizes of the output in space
         scatter    False: a convolution; True: a transposed one (the sum that is a convolution's gradient for its input)
         x_scale    fp32: 0-d or one a sample (batch values); w_scale: 0-d or one an output channel
         x_zero     int32 of one value, or None: the code of zero
-        bias       any float [groups * F], or None
         out_dtype  fp32, bf16, fp16
+
+    Returned is a function of (x, w, x_scale, w_scale, x_zero, bias) for tensors that differ from these in their values alone; the
+    bias is any float [groups * F], or None.
     Errors: `KernelError`, also where the sum could overflow int32.
     """
     batch, *size, channels = _check("conv", x, w, window, groups)
@@ -272,67 +279,67 @@ def conv(
     summed = window.taps * c
     if summed > (longest := tuning.max_k(x_zero is not None)):
         raise KernelError(f"conv: {summed} products are summed; int32 holds {longest}. Use the matrix product of columns.")
-    out = x.new_empty((batch, *out_size, features), dtype=out_dtype)
-    positions = out.numel() // max(features, 1)
-    if positions == 0 or features == 0:
-        return out
+    positions = batch * math.prod(out_size)
     x_layout = _shared("x_scale", x_scale, batch, Layout.ROW)
     w_layout = _shared("w_scale", w_scale, features, Layout.COLUMN)
-    config = config or tuning.conv_config(family(x.device), positions, features // groups, c, zero_point=x_zero is not None)
+    config = tuning.conv_config(family(x.device), positions, features // groups, c, zero_point=x_zero is not None)
     grid = (cdiv(positions, config.block_m) * cdiv(features // groups, config.block_n), groups)
-    with device_guard(x):
-        conv_kernel[grid](
-            x,
-            w,
-            out,
-            x_scale.contiguous(),
-            w_scale.contiguous(),
-            x_zero,
-            None if x_zero is None else w.flatten(1).sum(1, dtype=torch.int32),
-            None if bias is None else bias.contiguous(),
-            positions,
-            c,
-            features // groups,
-            *size,
-            *out_size,
-            window.taps,
-            *window.kernel[1:],
-            *window.stride,
-            *window.padding,
-            *window.dilation,
-            channels,
-            features,
-            X_SCALE=int(x_layout),
-            W_SCALE=int(w_layout),
-            SCATTER=scatter,
-            EVEN_C=c % config.block_k == 0,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            GROUP_M=config.group_m,
-            num_warps=config.warps,
-            num_stages=config.stages,
-            **EXACT,
-        )
-    return out
+    rest = {
+        "positions": positions,
+        "C": c,
+        "F": features // groups,
+        **_in_space(size, out_size, window),
+        "stride_x": channels,
+        "stride_o": features,
+        "X_SCALE": int(x_layout),
+        "W_SCALE": int(w_layout),
+        "SCATTER": scatter,
+        "EVEN_C": c % config.block_k == 0,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "GROUP_M": config.group_m,
+    }
+    call = kernel_call(conv_kernel, grid, rest, num_warps=config.warps, num_stages=config.stages)
+    shape = (batch, *out_size, features)
+
+    def run(
+        x: Tensor, w: Tensor, x_scale: Tensor, w_scale: Tensor, x_zero: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        out = x.new_empty(shape, dtype=out_dtype)
+        if positions and features:
+            call(
+                x,
+                w,
+                out,
+                x_scale.contiguous(),
+                w_scale.contiguous(),
+                x_zero,
+                None if x_zero is None else w.flatten(1).sum(1, dtype=torch.int32),
+                None if bias is None else bias.contiguous(),
+            )
+        return out
+
+    return run
 
 
-def conv_weight(
+def prepare_conv_weight(
     g_t: Tensor,
     x: Tensor,
     out_size: Sequence[int],
     window: Window,
-    x_zero: Tensor | None = None,
+    x_zero: Tensor | None,
     *,
     groups: int = 1,
-    config: tuning.MatmulConfig | None = None,
-) -> Tensor:
+) -> Callable[[Tensor, Tensor, Tensor | None], Tensor]:
     """The exact sums behind a filter's gradient: int32 [groups * F, KD, KH, KW, C].
 
         g_t       int8 [groups * F, batch * OD * OH * OW], rows contiguous: codes of grad_output, channels first
         x         int8 [batch, D, H, W, groups * C], contiguous
         out_size  OD, OH, OW
         x_zero    int32 of one value, or None
+
+    Returned is a function of (g_t, x, x_zero) for tensors that differ from these in their values alone.
     Errors: `KernelError`, also where the sum could overflow int32 (more positions than `tuning.max_k`).
     """
     features = g_t.shape[0]
@@ -347,42 +354,48 @@ def conv_weight(
         raise KernelError(f"conv_weight: {positions} positions are summed; int32 holds {longest}. Sum batches apart.")
     shape = (features, *window.kernel, c)
     if 0 in shape or positions == 0:
-        return x.new_zeros(shape, dtype=torch.int32)
-    config = config or tuning.conv_config(family(x.device), features // groups, c, positions)
+        return lambda g_t, x, x_zero: x.new_zeros(shape, dtype=torch.int32)
+    config = tuning.conv_config(family(x.device), features // groups, c, positions)
     tiles = cdiv(features // groups, config.block_m) * cdiv(c, config.block_n) * window.taps
     parts = tuning.split_k(x.device, tiles * groups, positions, config.block_k)
     length = cdiv(cdiv(positions, parts), config.block_k) * config.block_k
     parts = cdiv(positions, length)
-    out = (x.new_zeros if parts > 1 else x.new_empty)(shape, dtype=torch.int32)
-    with device_guard(x):
-        conv_weight_kernel[(tiles, groups, parts)](
-            g_t,
-            x,
-            out,
-            x_zero,
-            positions,
-            length,
-            c,
-            features // groups,
-            *size,
-            *out_size,
-            window.taps,
-            *window.kernel[1:],
-            *window.stride,
-            *window.padding,
-            *window.dilation,
-            g_t.stride(0),
-            channels,
-            SPLIT=parts > 1,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_K=config.block_k,
-            num_warps=config.warps,
-            num_stages=config.stages,
-        )
-    if x_zero is not None:
-        out -= (x_zero * g_t.sum(1, dtype=torch.int32)).view(-1, 1, 1, 1, 1)
-    return out
+    rest = {
+        "positions": positions,
+        "length": length,
+        "C": c,
+        "F": features // groups,
+        **_in_space(size, out_size, window),
+        "stride_g": g_t.stride(0),
+        "stride_x": channels,
+        "SPLIT": parts > 1,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+    }
+    grid = (tiles, groups, parts)
+    call = kernel_call(conv_weight_kernel, grid, rest, num_warps=config.warps, num_stages=config.stages)
+
+    def run(g_t: Tensor, x: Tensor, x_zero: Tensor | None) -> Tensor:
+        out = (x.new_zeros if parts > 1 else x.new_empty)(shape, dtype=torch.int32)
+        call(g_t, x, out, x_zero)
+        if x_zero is not None:
+            out -= (x_zero * g_t.sum(1, dtype=torch.int32)).view(-1, 1, 1, 1, 1)
+        return out
+
+    return run
+
+
+def _in_space(size: Sequence[int], out_size: Sequence[int], window: Window) -> dict[str, int]:
+    """The kernels' arguments for sizes and a window."""
+    numbers = (*size, *out_size, window.taps, *window.kernel[1:], *window.stride, *window.padding, *window.dilation)
+    return dict(zip(_IN_SPACE, numbers, strict=True))
+
+
+_IN_SPACE = (
+    "D", "H", "W", "OD", "OH", "OW", "taps", "KH", "KW",
+    "stride_d", "stride_h", "stride_w", "pad_d", "pad_h", "pad_w", "dil_d", "dil_h", "dil_w",
+)  # fmt: skip
 
 
 def _check(op: str, x: Tensor, w: Tensor, window: Window, groups: int) -> list[int]:

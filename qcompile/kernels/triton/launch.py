@@ -150,4 +150,9 @@ def takes_ptx(device: torch.device) -> bool:
 
 def device_guard(tensor: Tensor) -> AbstractContextManager[object]:
     """Triton launches on the *current* device: make it the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    if not tensor.is_cuda or tensor.get_device() == torch.cuda.current_device():
+        return _NO_GUARD
+    return torch.cuda.device(tensor.device)
+
+
+_NO_GUARD = nullcontext()

@@ -21,6 +21,7 @@ integer atomic is the same in any order.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -30,7 +31,8 @@ from torch import Tensor
 
 from qcompile.errors import KernelError
 from qcompile.kernels.triton import tuning
-from qcompile.kernels.triton.launch import EXACT, cdiv, device_guard, takes_ptx
+from qcompile.kernels.triton.kernel_call import kernel_call
+from qcompile.kernels.triton.launch import cdiv, takes_ptx
 from qcompile.kernels.triton.numerics import (
     MAGIC,
     Layout,
@@ -42,7 +44,7 @@ from qcompile.kernels.triton.numerics import (
 )
 from qcompile.ops.quantize import code_range
 
-__all__ = ["Quantized", "quantize", "quantize_kernel"]
+__all__ = ["Quantized", "prepare", "quantize", "quantize_kernel"]
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -154,67 +156,86 @@ def quantize(
     Errors: `KernelError`; `ValueError` for bits.
     """
     _check(x, scale, zero_point, bits, seed, bound)
-    # Column-major: x.t() reads with unit stride, and the two outputs change places. Only draws see the difference.
-    transposed = x.stride(0) == 1 and x.stride(1) != 1
-    if transposed:
-        x, scale, zero_point = x.t(), _transpose(scale), None if zero_point is None else _transpose(zero_point)
-        codes, codes_t = codes_t, codes
-    m, n = x.shape
+    return prepare(x, scale, zero_point, bits, seed, salt, codes, codes_t, amax, bound)(x, scale, zero_point, seed, bound)
+
+
+def prepare(
+    x: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    bits: int,
+    seed: Tensor | None,
+    salt: int,
+    codes: bool,
+    codes_t: bool,
+    amax: bool,
+    bound: Tensor | None,
+) -> Callable[[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None], Quantized]:
+    """`quantize` of checked operands, as a function of (x, scale, zero_point, seed, bound) that differ from these in their values
+    alone."""
+    (m, n), (stride_m, stride_n) = x.shape, x.stride()
     shared = (Layout.TENSOR, Layout.ROW, Layout.COLUMN)
-    scale_layout = layout_of("quantize", "scale", scale, m, n, *shared)
-    zero_layout = Layout.TENSOR if zero_point is None else layout_of("quantize", "zero_point", zero_point, m, n, *shared)
-    outputs = Quantized(
-        codes=x.new_empty((m, n), dtype=torch.int8) if codes else None,
-        codes_t=x.new_empty((n, m), dtype=torch.int8) if codes_t else None,
-        amax=x.new_empty((), dtype=torch.float32) if amax else None,
-        outside=None if bound is None else x.new_empty((), dtype=torch.int64),
-    )
-    _set_to_zero([statistic for statistic in (outputs.amax, outputs.outside) if statistic is not None])
-    given = outputs._replace(codes=outputs.codes_t, codes_t=outputs.codes) if transposed else outputs
-    if m == 0 or n == 0:
-        return given
-    config = tuning.tile_config(m, n)
+    scales = layout_of("quantize", "scale", scale, m, n, *shared)
+    zeros = Layout.TENSOR if zero_point is None else layout_of("quantize", "zero_point", zero_point, m, n, *shared)
+    # Column-major: x.t() reads with unit stride, and the two outputs change places. Only draws see the difference.
+    transposed = stride_m == 1 and stride_n != 1
+    if transposed:
+        m, n, stride_m, stride_n, scales, zeros = n, m, stride_n, stride_m, _TRANSPOSED[scales], _TRANSPOSED[zeros]
     qmin, qmax = code_range(bits, symmetric=zero_point is None)
-    with device_guard(x):
-        quantize_kernel[(cdiv(m, config.block_m) * cdiv(n, config.block_n),)](
-            x,
-            scale.contiguous(),
-            None if zero_point is None else zero_point.contiguous(),
-            outputs.codes,
-            outputs.codes_t,
-            None if outputs.amax is None else outputs.amax.view(torch.int32),
-            outputs.outside,
-            bound,
-            seed,
-            (salt & 0xFFFFFFFF ^ 0x80000000) - 0x80000000,  # as a signed 32-bit integer
-            m,
-            n,
-            x.stride(0),
-            x.stride(1),
-            n,
-            m,
-            QMIN=qmin,
-            QMAX=qmax,
-            SCALE=int(scale_layout),
-            ZERO=int(zero_layout),
-            TRANSPOSED=transposed,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            ASM=takes_ptx(x.device),
-            num_warps=config.num_warps,
-            **EXACT,
+    config = tuning.tile_config(m, n)
+    rest = {
+        "salt": (salt & 0xFFFFFFFF ^ 0x80000000) - 0x80000000,  # as a signed 32-bit integer
+        "M": m,
+        "N": n,
+        "stride_xm": stride_m,
+        "stride_xn": stride_n,
+        "stride_q": n,
+        "stride_qt": m,
+        "QMIN": qmin,
+        "QMAX": qmax,
+        "SCALE": int(scales),
+        "ZERO": int(zeros),
+        "TRANSPOSED": transposed,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "ASM": takes_ptx(x.device),
+    }
+    call = kernel_call(quantize_kernel, (cdiv(m, config.block_m) * cdiv(n, config.block_n),), rest, num_warps=config.num_warps)
+
+    def run(
+        x: Tensor, scale: Tensor, zero_point: Tensor | None, seed: Tensor | None, bound: Tensor | None
+    ) -> Quantized:
+        outputs = Quantized(
+            codes=x.new_empty(x.shape, dtype=torch.int8) if codes else None,
+            codes_t=x.new_empty((x.shape[1], x.shape[0]), dtype=torch.int8) if codes_t else None,
+            amax=x.new_empty((), dtype=torch.float32) if amax else None,
+            outside=None if bound is None else x.new_empty((), dtype=torch.int64),
         )
-    return given
+        _set_to_zero([statistic for statistic in (outputs.amax, outputs.outside) if statistic is not None])
+        if m and n:
+            call(
+                x,
+                scale.contiguous(),
+                None if zero_point is None else zero_point.contiguous(),
+                outputs.codes_t if transposed else outputs.codes,
+                outputs.codes if transposed else outputs.codes_t,
+                None if outputs.amax is None else outputs.amax.view(torch.int32),
+                outputs.outside,
+                bound,
+                seed,
+            )
+        return outputs
+
+    return run
+
+
+_TRANSPOSED = {Layout.TENSOR: Layout.TENSOR, Layout.ROW: Layout.COLUMN, Layout.COLUMN: Layout.ROW}
 
 
 def _set_to_zero(statistics: list[Tensor]) -> None:
     """In one kernel, for which they have to be of one dtype: zeros have the same bits in all. They share no memory."""
     if statistics:
         torch._foreach_zero_([statistic.view(1).view(torch.float32) for statistic in statistics])
-
-
-def _transpose(shared: Tensor) -> Tensor:
-    return shared.t() if shared.ndim == 2 else shared
 
 
 def _check(

@@ -20,7 +20,8 @@ from torch import Tensor
 
 from qcompile.kernels.triton import tuning
 from qcompile.kernels.triton.epilogue import scaled_tile, tile_of, without_zero_points
-from qcompile.kernels.triton.launch import EXACT, cdiv, device_guard, family
+from qcompile.kernels.triton.kernel_call import kernel_call
+from qcompile.kernels.triton.launch import cdiv, family
 from qcompile.kernels.triton.numerics import MAGIC
 from qcompile.kernels.triton.scaled_mm import Epilogue, Packing, sum_of_tile, tiles_of
 
@@ -181,37 +182,37 @@ def scaled_mm_requantize(
     qmax = 2 ** (bits - 1) - 1
     # The shape of the values that are not written, for the layouts of what is applied to them.
     values = a.new_empty(1, dtype=out_dtype).expand(m, n)
-    epilogue = Epilogue(values, None, a_scale, b_scale, a_zero, b_zero, bias)
-    arguments = epilogue.with_sums(a, b_t, Packing(False, False, 1, k)).arguments()
-    arguments = {name: value for name, value in arguments.items() if name not in ("out_ptr", "partial_ptr", "stride_o")}
-    with device_guard(a):
-        requantize_kernel[(cdiv(m, config.block_m) * cdiv(n, config.block_n),)](
-            a,
-            b_t,
-            codes,
-            marked if mark else None,
-            found,
-            gate,
-            scale.reshape(1),
-            None if zero_point is None else zero_point.reshape(1),
-            None if low is None else low.reshape(1),
-            high.reshape(1),
-            values,
-            M=m,
-            N=n,
-            K=k,
-            stride_a=a.stride(0),
-            stride_b=b_t.stride(0),
-            stride_gate=0 if gate is None else gate.stride(0),
-            RELU=relu,
-            QMIN=-qmax if zero_point is None else -qmax - 1,
-            QMAX=qmax,
-            EVEN_K=k % config.block_k == 0,
-            **tiles_of(config),
-            **arguments,
-            num_warps=config.warps,
-            num_stages=config.stages,
-            **EXACT,
-        )
-        statistics_kernel[(1,)](found, statistics, float(m * n), num_warps=1, **EXACT)
+    epilogue = Epilogue(values, None, a_scale, b_scale, a_zero, b_zero, bias=bias)
+    (_, _, *applied), constants = epilogue.complete(a, b_t, Packing(False, False, 1, k))
+    del constants["stride_o"]  # codes lie side by side
+    rest = {
+        "M": m,
+        "N": n,
+        "K": k,
+        "stride_a": a.stride(0),
+        "stride_b": b_t.stride(0),
+        "stride_gate": 0 if gate is None else gate.stride(0),
+        "RELU": relu,
+        "QMIN": -qmax if zero_point is None else -qmax - 1,
+        "QMAX": qmax,
+        "EVEN_K": k % config.block_k == 0,
+        **tiles_of(config),
+        **constants,
+    }
+    grid = (cdiv(m, config.block_m) * cdiv(n, config.block_n),)
+    kernel_call(requantize_kernel, grid, rest, num_warps=config.warps, num_stages=config.stages)(
+        a,
+        b_t,
+        codes,
+        marked if mark else None,
+        found,
+        gate,
+        scale.reshape(1),
+        None if zero_point is None else zero_point.reshape(1),
+        None if low is None else low.reshape(1),
+        high.reshape(1),
+        values,
+        *applied,
+    )
+    kernel_call(statistics_kernel, (1,), {"elements": float(m * n)}, num_warps=1)(found, statistics)
     return codes, marked, statistics

@@ -9,7 +9,6 @@ The meaning is that of `scaled_mm`, matrix by matrix, and so are a program's til
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import triton
@@ -20,7 +19,8 @@ from qcompile.errors import KernelError
 from qcompile.kernels.quantized_tensor import zero_point_count
 from qcompile.kernels.triton import tuning
 from qcompile.kernels.triton.epilogue import finish_tile, tile_of
-from qcompile.kernels.triton.launch import EXACT, cdiv, device_guard, family
+from qcompile.kernels.triton.kernel_call import kernel_call
+from qcompile.kernels.triton.launch import cdiv, family
 from qcompile.kernels.triton.numerics import FULL, Layout, layout_of
 from qcompile.kernels.triton.scaled_mm import sum_of_tile, tiles_of
 
@@ -126,47 +126,48 @@ def scaled_bmm(
         config = config if bias is None else tuning.for_requantize(config)
     biases = None if bias is None else bias.expand(batch, m, n)
     step_bias, stride_bias_m, stride_bias_n = (0, 0, 0) if biases is None else biases.stride()
-    with device_guard(a):
-        scaled_bmm_kernel[(batch * cdiv(m, config.block_m) * cdiv(n, config.block_n),)](
-            a,
-            b_t,
-            out,
-            M=m,
-            N=n,
-            K=k,
-            step_a=a.stride(0),
-            stride_a=a.stride(1),
-            step_b=b_t.stride(0),
-            stride_b=b_t.stride(1),
-            a_sum_ptr=None if b_zero is None else a.sum(2, dtype=torch.int32),
-            b_sum_ptr=None if a_zero is None else b_t.sum(2, dtype=torch.int32),
-            bias_ptr=biases,
-            step_bias=step_bias,
-            stride_bias_m=stride_bias_m,
-            stride_bias_n=stride_bias_n,
-            **_of_each_matrix("a_scale", a_scale, m, n, Layout.ROW),
-            **_of_each_matrix("b_scale", b_scale, m, n, Layout.COLUMN),
-            **_of_each_matrix("a_zero", a_zero, m, n, Layout.ROW),
-            **_of_each_matrix("b_zero", b_zero, m, n, Layout.COLUMN),
-            EVEN_K=k % config.block_k == 0,
-            **tiles_of(config),
-            num_warps=config.warps,
-            num_stages=config.stages,
-            **EXACT,
-        )
+    rest = {
+        "M": m,
+        "N": n,
+        "K": k,
+        "step_a": a.stride(0),
+        "stride_a": a.stride(1),
+        "step_b": b_t.stride(0),
+        "stride_b": b_t.stride(1),
+        "step_bias": step_bias,
+        "stride_bias_m": stride_bias_m,
+        "stride_bias_n": stride_bias_n,
+        **_of_each_matrix("a_scale", a_scale, m, n, Layout.ROW),
+        **_of_each_matrix("b_scale", b_scale, m, n, Layout.COLUMN),
+        **_of_each_matrix("a_zero", a_zero, m, n, Layout.ROW),
+        **_of_each_matrix("b_zero", b_zero, m, n, Layout.COLUMN),
+        "EVEN_K": k % config.block_k == 0,
+        **tiles_of(config),
+    }
+    grid = (batch * cdiv(m, config.block_m) * cdiv(n, config.block_n),)
+    kernel_call(scaled_bmm_kernel, grid, rest, num_warps=config.warps, num_stages=config.stages)(
+        a,
+        b_t,
+        out,
+        a_scale.contiguous(),
+        b_scale.contiguous(),
+        None if a_zero is None else a_zero.contiguous(),
+        None if b_zero is None else b_zero.contiguous(),
+        None if b_zero is None else a.sum(2, dtype=torch.int32),
+        None if a_zero is None else b_t.sum(2, dtype=torch.int32),
+        biases,
+    )
     return out
 
 
-def _of_each_matrix(name: str, values: Tensor | None, m: int, n: int, along: Layout) -> dict[str, Any]:
-    """The kernel's arguments for scales or zero points of a batch."""
-    pointer, step, layout = f"{name}_ptr", f"step_{name}", name.upper()
+def _of_each_matrix(name: str, values: Tensor | None, m: int, n: int, along: Layout) -> dict[str, int]:
+    """How scales or zero points of a batch lie: the kernel's arguments."""
+    step, layout = f"step_{name}", name.upper()
     if values is None:
-        return {pointer: None, step: 0, layout: int(Layout.TENSOR)}
-    values = values.contiguous()
+        return {step: 0, layout: int(Layout.TENSOR)}
     shared = values.ndim < 3 or values.shape[0] == 1
     of_one = values if values.ndim < 3 else values[0]
     return {
-        pointer: values,
         step: 0 if shared else math.prod(of_one.shape),
         layout: int(layout_of("scaled_bmm", name, of_one, m, n, Layout.TENSOR, along)),
     }

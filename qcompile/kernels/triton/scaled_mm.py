@@ -22,7 +22,8 @@ does not care.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import triton
@@ -34,12 +35,13 @@ from qcompile.errors import KernelError
 from qcompile.kernels.quantized_tensor import zero_point_count
 from qcompile.kernels.triton import tuning
 from qcompile.kernels.triton.epilogue import finish_tile, tile_of
+from qcompile.kernels.triton.kernel_call import kernel_call
 from qcompile.kernels.triton.launch import EXACT, cdiv, device_guard, family, multiprocessors
 from qcompile.kernels.triton.numerics import Layout, layout_of
 from qcompile.kernels.triton.scaled_mm_tma import ALIGNMENT, scaled_mm_tma_kernel, takes
 from qcompile.ops.pack_codes import codes_per_byte, unpack_codes_reference
 
-__all__ = ["Epilogue", "Packing", "scaled_mm", "scaled_mm_kernel", "sum_of_tile", "tiles_of"]
+__all__ = ["Epilogue", "Packing", "prepare", "scaled_mm", "scaled_mm_kernel", "sum_of_tile", "tiles_of"]
 
 OUTPUTS = (torch.float32, torch.bfloat16, torch.float16, torch.int32)
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -205,11 +207,10 @@ def scaled_mm(
         if fields > 1:
             config = tuning.for_packed(config, fields)
 
-    launch = _LAUNCHERS[kernel]
-    last = Epilogue(out, None, a_scale, b_scale, a_zero, b_zero, bias)
+    last = Epilogue(out, None, a_scale, b_scale, a_zero, b_zero, bias=bias)
     longest = tuning.max_k(zero_point_count(a_zero, b_zero))
     if k <= longest:
-        launch(a, b_t, last, config, Packing(a_bits < 5, b_bits < 5, fields, k))
+        _launch(kernel, a, b_t, last, config, Packing(a_bits < 5, b_bits < 5, fields, k))
         return out
     if fields > 1:
         raise KernelError(f"scaled_mm: K is {k}; packed operands go up to {longest}. Unpack them first.")
@@ -225,8 +226,37 @@ def scaled_mm(
             partial = sums
         else:
             epilogue = last._replace(partial=partial)
-        launch(*parts, epilogue, config, Packing(False, False, 1, parts[0].shape[1]))
+        _launch(kernel, *parts, epilogue, config, Packing(False, False, 1, parts[0].shape[1]))
     return out
+
+
+Run = Callable[[Tensor, Tensor, "Epilogue"], None]
+"""A launch for a and b_t of known shapes and strides; what it computes is in the epilogue."""
+
+
+def prepare(
+    a: Tensor, b_t: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype, kernel: str
+) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor] | None:
+    """`scaled_mm` of checked operands without zero points, as a function of others that differ from these in their values alone.
+
+    None where that is more than one launch: nothing to sum, a K that is split, values to be copied first.
+    """
+    (m, k), n = a.shape, b_t.shape[0]
+    if 0 in (m, n, k) or k > tuning.max_k(0) or a.stride(1) != 1 or b_t.stride(1) != 1:
+        return None
+    packing = Packing(False, False, 1, k)
+    given = Epilogue(a.new_empty((m, n), dtype=out_dtype), None, a_scale, b_scale, bias=bias)
+    tensors, constants = given.complete(a, b_t, packing)
+    if any(tensor is not before for tensor, before in zip(tensors, given, strict=True)):
+        return None
+    run = _RUNS[kernel](a, b_t, tensors, constants, tuning.choose(family(a.device), m, n, k, kernel), packing)
+
+    def again(a: Tensor, b_t: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None) -> Tensor:
+        out = a.new_empty((m, n), dtype=out_dtype)
+        run(a, b_t, Epilogue(out, None, a_scale, b_scale, bias=bias))
+        return out
+
+    return again
 
 
 def _fields(a: Tensor, b_t: Tensor, k: int | None, a_bits: int, b_bits: int) -> tuple[int, int]:
@@ -293,7 +323,7 @@ class Packing(NamedTuple):
 
 
 class Epilogue(NamedTuple):
-    """The tensors that `epilogue.finish_tile` reads and writes."""
+    """The tensors that `epilogue.finish_tile` reads and writes, in the kernels' order."""
 
     out: Tensor
     partial: Tensor | None = None
@@ -301,107 +331,92 @@ class Epilogue(NamedTuple):
     b_scale: Tensor | None = None
     a_zero: Tensor | None = None
     b_zero: Tensor | None = None
-    bias: Tensor | None = None
     a_sum: Tensor | None = None
     b_sum: Tensor | None = None
+    bias: Tensor | None = None
 
-    def with_sums(self, a: Tensor, b_t: Tensor, packing: Packing) -> Epilogue:
-        """With the sums over K that zero points ask for."""
+    def complete(self, a: Tensor, b_t: Tensor, packing: Packing) -> tuple[Epilogue, dict[str, int]]:
+        """With the sums over K that zero points ask for and shared values side by side, and the arguments that say how they lie."""
+        m, n = self.out.shape
+        shared: dict[str, Tensor] = {}
+        constants = {"stride_o": n, "stride_bias_m": 0, "stride_bias_n": 0}
+        for name, allowed in _LAYOUTS.items():
+            values, layout = getattr(self, name), Layout.TENSOR
+            if values is not None:
+                layout = layout_of("scaled_mm", name, values, m, n, *allowed)
+                if layout is Layout.FULL:
+                    constants["stride_bias_m"], constants["stride_bias_n"] = values.stride()
+                else:
+                    shared[name] = values.contiguous()
+            constants[name.upper()] = int(layout)
         a_sum = None if self.b_zero is None else _row_sums(a, packing.fields if packing.a else 1)
         b_sum = None if self.a_zero is None else _row_sums(b_t, packing.fields if packing.b else 1)
-        return self._replace(a_sum=a_sum, b_sum=b_sum)
-
-    def arguments(self) -> dict[str, Any]:
-        """The kernel's arguments, by name."""
-        m, n = self.out.shape
-        found: dict[str, Any] = {
-            "out_ptr": self.out,
-            "partial_ptr": self.partial,
-            "a_sum_ptr": self.a_sum,
-            "b_sum_ptr": self.b_sum,
-            "stride_o": n,
-            "stride_bias_m": 0,
-            "stride_bias_n": 0,
-        }
-        for name, pointer, constant, allowed in _LAID_OUT:
-            values = getattr(self, name)
-            if values is None:
-                found[pointer], found[constant] = None, _NOTHING
-                continue
-            layout = layout_of("scaled_mm", name, values, m, n, *allowed)
-            if layout is Layout.FULL:
-                found["stride_bias_m"], found["stride_bias_n"] = values.stride()
-            else:
-                values = values.contiguous()
-            found[pointer], found[constant] = values, int(layout)
-        return found
+        return self._replace(a_sum=a_sum, b_sum=b_sum, **shared), constants
 
 
-_NOTHING = int(Layout.TENSOR)
-_LAID_OUT = tuple(
-    (name, f"{name}_ptr", name.upper(), allowed)
-    for name, allowed in {
-        "a_scale": (Layout.TENSOR, Layout.ROW),
-        "b_scale": (Layout.TENSOR, Layout.COLUMN),
-        "a_zero": (Layout.TENSOR, Layout.ROW),
-        "b_zero": (Layout.TENSOR, Layout.COLUMN),
-        "bias": tuple(Layout),
-    }.items()
-)
-"""Fields of an `Epilogue`, the kernel's names for pointer and layout, and the layouts that they may have."""
+_LAYOUTS = {
+    "a_scale": (Layout.TENSOR, Layout.ROW),
+    "b_scale": (Layout.TENSOR, Layout.COLUMN),
+    "a_zero": (Layout.TENSOR, Layout.ROW),
+    "b_zero": (Layout.TENSOR, Layout.COLUMN),
+    "bias": tuple(Layout),
+}
+"""Fields of an `Epilogue` that may be shared, and how."""
 
 
-def _launch(a: Tensor, b_t: Tensor, epilogue: Epilogue, config: tuning.MatmulConfig, packing: Packing) -> None:
+def _launch(
+    kernel: str, a: Tensor, b_t: Tensor, epilogue: Epilogue, config: tuning.MatmulConfig, packing: Packing
+) -> None:
+    tensors, constants = epilogue.complete(a, b_t, packing)
+    _RUNS[kernel](a, b_t, tensors, constants, config, packing)(a, b_t, tensors)
+
+
+def _by_pointers(
+    a: Tensor, b_t: Tensor, epilogue: Epilogue, constants: dict[str, int], config: tuning.MatmulConfig, packing: Packing
+) -> Run:
     m, n = epilogue.out.shape
     part = -(-packing.k // packing.fields)
+    rest = {
+        "M": m,
+        "N": n,
+        "K": packing.k,
+        "PART": part,
+        "stride_a": a.stride(0),
+        "stride_b": b_t.stride(0),
+        "A_PACKED": packing.a,
+        "B_PACKED": packing.b,
+        "FIELDS": packing.fields,
+        "EVEN_K": part % config.block_k == 0 and part * packing.fields == packing.k,
+        **tiles_of(config),
+        **constants,
+    }
     grid = (cdiv(m, config.block_m) * cdiv(n, config.block_n),)
-    with device_guard(a):
-        scaled_mm_kernel[grid](
-            a,
-            b_t,
-            M=m,
-            N=n,
-            K=packing.k,
-            PART=part,
-            stride_a=a.stride(0),
-            stride_b=b_t.stride(0),
-            A_PACKED=packing.a,
-            B_PACKED=packing.b,
-            FIELDS=packing.fields,
-            EVEN_K=part % config.block_k == 0 and part * packing.fields == packing.k,
-            **tiles_of(config),
-            **epilogue.with_sums(a, b_t, packing).arguments(),
-            num_warps=config.warps,
-            num_stages=config.stages,
-            **EXACT,
-        )
+    call = kernel_call(scaled_mm_kernel, grid, rest, num_warps=config.warps, num_stages=config.stages)
+    return lambda a, b_t, epilogue: call(a, b_t, *epilogue)
 
 
-def _launch_tma(a: Tensor, b_t: Tensor, epilogue: Epilogue, config: tuning.MatmulConfig, packing: Packing) -> None:
-    m, n = epilogue.out.shape
+def _by_descriptors(
+    a: Tensor, b_t: Tensor, epilogue: Epilogue, constants: dict[str, int], config: tuning.MatmulConfig, packing: Packing
+) -> Run:
     _check_described(a, b_t, packing)
+    m, n = epilogue.out.shape
     symmetric = epilogue.a_zero is None and epilogue.b_zero is None
     per_sm = config.per_sm if symmetric else 1  # zero points take more registers
-    tiles = cdiv(m, config.block_m) * cdiv(n, config.block_n)
-    options = {"maxnreg": tuning.REGISTERS // (32 * config.warps * per_sm)} if per_sm > 1 else {}
-    with device_guard(a):
-        scaled_mm_tma_kernel[(min(tiles, per_sm * multiprocessors(a.device)),)](
-            TensorDescriptor.from_tensor(a, [config.block_m, config.block_k]),
-            TensorDescriptor.from_tensor(b_t, [config.block_n, config.block_k]),
-            M=m,
-            N=n,
-            K=packing.k,
-            FLATTEN=config.flatten,
-            **tiles_of(config),
-            **epilogue.with_sums(a, b_t, packing).arguments(),
-            num_warps=config.warps,
-            num_stages=config.stages,
-            **options,
-            **EXACT,
-        )
+    registers = {"maxnreg": tuning.REGISTERS // (32 * config.warps * per_sm)} if per_sm > 1 else {}
+    rest = {"M": m, "N": n, "K": packing.k, "FLATTEN": config.flatten, **tiles_of(config), **constants}
+    grid = (min(cdiv(m, config.block_m) * cdiv(n, config.block_n), per_sm * multiprocessors(a.device)),)
+    call = kernel_call(scaled_mm_tma_kernel, grid, rest, num_warps=config.warps, num_stages=config.stages, **registers)
+
+    def run(a: Tensor, b_t: Tensor, epilogue: Epilogue) -> None:
+        a_desc = TensorDescriptor.from_tensor(a, [config.block_m, config.block_k])
+        call(a_desc, TensorDescriptor.from_tensor(b_t, [config.block_n, config.block_k]), *epilogue)
+
+    return run
 
 
-def _launch_gluon(a: Tensor, b_t: Tensor, epilogue: Epilogue, config: tuning.MatmulConfig, packing: Packing) -> None:
+def _by_gluon(
+    a: Tensor, b_t: Tensor, epilogue: Epilogue, constants: dict[str, int], config: tuning.MatmulConfig, packing: Packing
+) -> Run:
     from triton.experimental.gluon.language import NVMMASharedLayout  # a part of Triton that changes more than the rest
     from triton.experimental.gluon.nvidia import hopper
 
@@ -409,24 +424,34 @@ def _launch_gluon(a: Tensor, b_t: Tensor, epilogue: Epilogue, config: tuning.Mat
 
     _check_described(a, b_t, packing)
     m, n = epilogue.out.shape
-    tiles = cdiv(m, config.block_m) * cdiv(n, config.block_n)
+    grid = (min(cdiv(m, config.block_m) * cdiv(n, config.block_n), multiprocessors(a.device)),)
     layout = NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
-    with device_guard(a):
-        scaled_mm_gluon_kernel[(min(tiles, multiprocessors(a.device)),)](
-            hopper.TensorDescriptor.from_tensor(a, [config.block_m, config.block_k], layout),
-            hopper.TensorDescriptor.from_tensor(b_t, [config.block_n, config.block_k], layout),
-            M=m,
-            N=n,
-            K=packing.k,
-            STAGES=config.stages,
-            **tiles_of(config),
-            **epilogue.with_sums(a, b_t, packing).arguments(),
-            num_warps=config.warps,
-            **EXACT,
-        )
+
+    def run(a: Tensor, b_t: Tensor, epilogue: Epilogue) -> None:
+        with device_guard(a):
+            scaled_mm_gluon_kernel[grid](
+                hopper.TensorDescriptor.from_tensor(a, [config.block_m, config.block_k], layout),
+                hopper.TensorDescriptor.from_tensor(b_t, [config.block_n, config.block_k], layout),
+                *epilogue,
+                M=m,
+                N=n,
+                K=packing.k,
+                STAGES=config.stages,
+                **tiles_of(config),
+                **constants,
+                num_warps=config.warps,
+                **EXACT,
+            )
+
+    return run
 
 
-_LAUNCHERS = {"triton": _launch, "triton_tma": _launch_tma, "triton_gluon": _launch_gluon}
+_RUNS: dict[str, Callable[..., Run]] = {
+    "triton": _by_pointers,
+    "triton_tma": _by_descriptors,
+    "triton_gluon": _by_gluon,
+}
+"""Kernel -> what prepares its launch."""
 
 
 def _check_described(a: Tensor, b_t: Tensor, packing: Packing) -> None:

@@ -3,6 +3,8 @@ n]."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import triton
 import triton.language as tl
@@ -10,10 +12,11 @@ from torch import Tensor
 
 from qcompile.errors import KernelError
 from qcompile.kernels.triton import tuning
-from qcompile.kernels.triton.launch import EXACT, cdiv, device_guard
+from qcompile.kernels.triton.kernel_call import kernel_call
+from qcompile.kernels.triton.launch import cdiv
 from qcompile.ops.transpose import transpose_codes_reference
 
-__all__ = ["transpose", "transpose_kernel"]
+__all__ = ["prepare", "transpose", "transpose_kernel"]
 
 
 @triton.jit
@@ -40,29 +43,34 @@ def transpose_kernel(
 
 
 def transpose(codes: Tensor) -> Tensor:
-    """codes int8 [M, N], any strides -> int8 [N, M], contiguous, in memory of its own. Errors:
-    `KernelError`."""
+    """codes int8 [M, N], any strides -> int8 [N, M], contiguous, in memory of its own. Errors: `KernelError`."""
+    return prepare(codes)(codes)
+
+
+def prepare(codes: Tensor) -> Callable[[Tensor], Tensor]:
+    """`transpose` as a function of codes that differ from these in their values alone."""
     if codes.ndim != 2 or codes.dtype is not torch.int8:
         raise KernelError(f"transpose: codes is {codes.dtype} of shape {list(codes.shape)}; allowed: an int8 matrix.")
     m, n = codes.shape
     if codes.stride(0) == 1:
-        return transpose_codes_reference(codes)  # already lies transposed: a plain copy
-    out = codes.new_empty((n, m))
-    if codes.numel() == 0:
-        return out
+        return transpose_codes_reference  # already lies transposed: a plain copy
     config = tuning.tile_config(m, n)
-    with device_guard(codes):
-        transpose_kernel[(cdiv(m, config.block_m) * cdiv(n, config.block_n),)](
-            codes,
-            out,
-            m,
-            n,
-            codes.stride(0),
-            codes.stride(1),
-            m,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            num_warps=config.num_warps,
-            **EXACT,
-        )
-    return out
+    rest = {
+        "M": m,
+        "N": n,
+        "stride_cm": codes.stride(0),
+        "stride_cn": codes.stride(1),
+        "stride_o": m,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+    }
+    grid = (cdiv(m, config.block_m) * cdiv(n, config.block_n),)
+    call = kernel_call(transpose_kernel, grid, rest, num_warps=config.num_warps)
+
+    def run(codes: Tensor) -> Tensor:
+        out = codes.new_empty((n, m))
+        if m and n:
+            call(codes, out)
+        return out
+
+    return run

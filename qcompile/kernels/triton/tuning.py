@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import torch
 
+from qcompile.kernels.prepared import forget_prepared
+
 __all__ = [
     "GLUON",
     "MATMUL",
@@ -185,12 +187,14 @@ def remember(family: str, m: int, n: int, k: int, config: MatmulConfig, kernel: 
     """Use a configuration for a problem's bucket from now on (`qcompile.kernels.autotune` has measured it)."""
     with _lock:
         _chosen[family, kernel, bucket(m, n, k)] = config
+    forget_prepared()
 
 
 def forget() -> None:
     """Forget what was tuned."""
     with _lock:
         _chosen.clear()
+    forget_prepared()
 
 
 def for_packed(config: MatmulConfig, fields: int) -> MatmulConfig:
