@@ -1,10 +1,10 @@
 """lower: what is left of our operators becomes what the device runs, in the forward and the backward graph.
 
 Before                                          After
-  q = quantize(x, s)                              q = codes(x, s, 8, keys[i])       # Inductor fuses it into x's producer
+  q = quantize(x, s, z)                           q = codes(x, s, z, 8, keys[i])    # Inductor fuses it into x's producer
                                                   with a seed: keys = draw_keys(seed, salts) for all, else None
-                                                  where that is no operation of generated code, or with a zero point,
-                                                  to_int8(clamp(round(x * (1 / s) + draws))), in plain aten
+                                                  where that is no operation of generated code,
+                                                  to_int8(clamp(round(x * (1 / s) + draws) + z)), in plain aten
   x = dequantize(q, s)                            x = to_dtype(q * s)
   q = unpack_codes(p, ...)                        q = shifts and a mask of p
 

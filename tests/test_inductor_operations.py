@@ -142,10 +142,27 @@ def shared(shape, axis):
 def test_codes_are_those_of_the_written_out_quantize(dtype, axis, bits, key, monkeypatch):
     x = torch.randn(33, 70, generator=torch.Generator().manual_seed(0)).to(dtype)
     scale = shared(x.shape, axis)
-    got, [code] = compiled(lambda x, scale: codes(x.relu(), scale, bits, key), x, scale)
+    got, [code] = compiled(lambda x, scale: codes(x.relu(), scale, None, bits, key), x, scale)
     assert "qtrain.codes.default(" not in code and code.count("#pragma omp for") <= 1
     monkeypatch.setattr(random, "DEVICES_WITH_LOWERINGS", set())
     assert torch.equal(got, quantize_by_key(x.relu(), scale, None, bits, key))
+
+
+@pytest.mark.parametrize("key", [None, KEYS[1]], ids=["nearest", "stochastic"])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+@pytest.mark.parametrize("axis", [None, 0, 1])
+@pytest.mark.parametrize("length", [0, 512])
+def test_codes_with_a_zero_point_are_those_of_the_written_out_quantize(length, axis, bits, key, monkeypatch):
+    x = torch.randn(33, 70, generator=torch.Generator().manual_seed(0))
+    x[0, :5] = torch.tensor([3e38, -3e38, 1e30, float("inf"), -float("inf")])
+    scale = shared(x.shape, axis)
+    zero_point = (torch.arange(scale.numel(), dtype=torch.int32) * 9 - 3).view(scale.shape)
+    with config.patch({"cpp.simdlen": length, "fx_graph_cache": False}):
+        got, [code] = compiled(lambda x, *shared: codes(x.neg(), *shared, bits, key), x, scale, zero_point)
+    assert "qtrain.codes.default(" not in code and code.count("#pragma omp for") <= 1
+    monkeypatch.setattr(random, "DEVICES_WITH_LOWERINGS", set())
+    want = quantize_by_key(x.neg(), scale, zero_point, bits, key)
+    assert torch.equal(got, want) and got.min() == -(2 ** (bits - 1)) and got.max() == 2 ** (bits - 1) - 1
 
 
 @pytest.mark.parametrize("length", [0, 256])
@@ -154,17 +171,17 @@ def test_codes_of_other_tensors_and_vectors(shape, length):
     x, scale = torch.randn(shape), torch.tensor(0.02)
     x = x.t() if x.ndim == 2 else x
     with config.patch({"cpp.simdlen": length, "fx_graph_cache": False}):
-        got, _ = compiled(lambda x: codes(x, scale, 8, KEYS[2]), x)
-    want = codes(x, scale, 8, KEYS[2])
+        got, _ = compiled(lambda x: codes(x, scale, None, 8, KEYS[2]), x)
+    want = codes(x, scale, None, 8, KEYS[2])
     assert torch.equal(got, want) and got.stride() == want.stride()
 
 
 def test_codes_with_symbolic_sizes():
     torch.compiler.reset()
-    run = torch.compile(lambda x, scale: codes(x, scale, 8, KEYS[0]), dynamic=True)
+    run = torch.compile(lambda x, scale: codes(x, scale, None, 8, KEYS[0]), dynamic=True)
     for shape in ((3, 4), (17, 33), (64, 128)):
         x, scale = torch.randn(shape), shared(shape, 0)
-        assert torch.equal(run(x, scale), codes(x, scale, 8, KEYS[0]))
+        assert torch.equal(run(x, scale), codes(x, scale, None, 8, KEYS[0]))
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
@@ -182,17 +199,18 @@ def test_scales_are_those_of_the_formula(length, bits):
 def test_the_operators_of_quantize_are_what_they_say():
     x, steps = torch.randn(5, 6), shared((5, 6), 0)
     for key in (None, KEYS[1]):
-        torch.library.opcheck(codes, (x, steps, 4, key))
+        torch.library.opcheck(codes, (x, steps, None, 4, key))
+        torch.library.opcheck(codes, (x, steps, torch.full((5, 1), 3, dtype=torch.int32), 4, key))
     torch.library.opcheck(scale, (x, 8))
 
 
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        (lambda x: codes(x.int(), torch.tensor(1.0), 8, None), "x is torch.int32"),
-        (lambda x: codes(x, torch.ones(3, 1), 8, None), "scale"),
-        (lambda x: codes(x, torch.tensor(1.0), 9, None), "bits is 9"),
-        (lambda x: codes(x, torch.tensor(1.0), 8, torch.zeros(2, dtype=torch.int64)), "codes: key is .*allowed: one int64"),
+        (lambda x: codes(x.int(), torch.tensor(1.0), None, 8, None), "x is torch.int32"),
+        (lambda x: codes(x, torch.ones(3, 1), None, 8, None), "scale"),
+        (lambda x: codes(x, torch.tensor(1.0), None, 9, None), "bits is 9"),
+        (lambda x: codes(x, torch.tensor(1.0), None, 8, torch.zeros(2, dtype=torch.int64)), "codes: key is .*allowed: one int64"),
         (lambda x: scale(x.double(), 8), "scale: amax is torch.float64"),
     ],
 )

@@ -31,8 +31,9 @@ __all__ = ["register"]
 DRAW = "qtrain_draw"
 """(element, key), the lower 32 bits of both as int32 -> fp32 in [-1/2, 1/2): `draws_of_key` of one element."""
 
-CODE = "qtrain_code_{bits}"
-"""(x, scale), both fp32, and for stochastic rounding (element, key) as of a draw -> one of `qtrain::codes`, as fp32.
+CODE, SHIFTED_CODE = "qtrain_code_{bits}", "qtrain_shifted_code_{bits}"
+"""(x, scale), a shifted code's zero point, all fp32, and for stochastic rounding (element, key) as of a draw -> one of
+`qtrain::codes`, as fp32.
 
 An operation for each number of bits: Inductor's handlers take what is no value for an index.
 """
@@ -50,6 +51,7 @@ class _Operations(NamedTuple):
 
     draw: _Text
     code: Callable[[int], _Text]  # of so many bits
+    shifted_code: Callable[[int], _Text]
     scale: Callable[[int], _Text]
 
 
@@ -90,19 +92,21 @@ def _lower_draws(key: Any, size: Sequence[Any]) -> Any:
     return Pointwise.create(device=key.get_device(), dtype=torch.float32, inner_fn=draw, ranges=list(size))
 
 
-def _lower_codes(x: Any, scale: Any, bits: int, key: Any) -> Any:
+def _lower_codes(x: Any, scale: Any, zero_point: Any, bits: int, key: Any) -> Any:
     from torch._inductor import lowering
     from torch._inductor.ir import Pointwise
 
     if not _is_known(x.get_device()):
-        return lowering.fallback_handler(codes, add_to_fallback_set=False)(x, scale, bits, key)
+        return lowering.fallback_handler(codes, add_to_fallback_set=False)(x, scale, zero_point, bits, key)
     size = list(x.get_size())
-    load_scale = lowering.expand(scale, size).make_loader()
+    shared = [scale] if zero_point is None else [scale, lowering.to_dtype(zero_point, torch.float32)]
+    load_shared = [lowering.expand(values, size).make_loader() for values in shared]
     load = lowering.to_dtype(x, torch.float32).make_loader()
+    name = (CODE if zero_point is None else SHIFTED_CODE).format(bits=bits)
     place = _places(key, size) if key is not None else lambda index: ()
 
     def code(index: Sequence[Any]) -> Any:
-        value = getattr(ops, CODE.format(bits=bits))(load(index), load_scale(index), *place(index))
+        value = getattr(ops, name)(load(index), *[values(index) for values in load_shared], *place(index))
         if x.get_device().type == "cuda":  # straight to int8 would be one instruction more
             value = ops.to_dtype(value, torch.int32)
         return ops.to_dtype(value, torch.int8)
@@ -129,7 +133,7 @@ def register() -> set[str]:
     try:
         from torch._inductor import lowering, ops_handler
 
-        names = [DRAW, *(name.format(bits=bits) for name in (CODE, SCALE) for bits in _BITS)]
+        names = [DRAW, *(name.format(bits=bits) for name in (CODE, SHIFTED_CODE, SCALE) for bits in _BITS)]
         calls = {name: ops_handler.DefaultHandler._call_default(name) for name in names}
         for name in names:
             lowering.register_op_dtype_propagation_rules(name, ELEMENTWISE_TYPE_PROMOTION_KIND.DEFAULT, torch.float32)
@@ -156,7 +160,11 @@ def _extend(overrides: type, operations: _Operations) -> None:
     """Give a class that generates code the operations."""
     texts = {DRAW: operations.draw}
     for bits in _BITS:
-        texts |= {CODE.format(bits=bits): operations.code(bits), SCALE.format(bits=bits): operations.scale(bits)}
+        texts |= {
+            CODE.format(bits=bits): operations.code(bits),
+            SHIFTED_CODE.format(bits=bits): operations.shifted_code(bits),
+            SCALE.format(bits=bits): operations.scale(bits),
+        }
     for name, text in texts.items():
         text.__name__ = name  # the vector's falls back to the scalar's of that name
         setattr(overrides, name, staticmethod(text))
@@ -171,8 +179,8 @@ def _cpp() -> list[tuple[type, _Operations]]:
     if sys.platform == "win32":  # its compiler has no vectors
         return []
     assert callable(CppVecKernel._get_num_vectors) and callable(CppVecKernel._get_vec_type)
-    of_one = _Operations(cpp.draw, cpp.code, cpp.scale)
-    of_a_vector = _Operations(cpp.draw_vector, cpp.code_vector, cpp.scale_vector)
+    of_one = _Operations(cpp.draw, cpp.code, cpp.shifted_code, cpp.scale)
+    of_a_vector = _Operations(cpp.draw_vector, cpp.code_vector, cpp.shifted_code_vector, cpp.scale_vector)
     return [(CppOverrides, of_one), (CppVecOverrides, of_a_vector)]
 
 
@@ -182,4 +190,4 @@ def _triton() -> list[tuple[type, _Operations]]:
 
     from qcompile.backend import inductor_operations_triton as triton
 
-    return [(TritonOverrides, _Operations(triton.draw, triton.code, triton.scale))]
+    return [(TritonOverrides, _Operations(triton.draw, triton.code, triton.shifted_code, triton.scale))]

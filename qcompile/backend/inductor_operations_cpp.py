@@ -11,7 +11,16 @@ from torch._inductor.virtualized import V
 from qcompile.estimators.base import SMALLEST_SCALE
 from qcompile.ops import code_range
 
-__all__ = ["code", "code_vector", "draw", "draw_vector", "scale", "scale_vector"]
+__all__ = [
+    "code",
+    "code_vector",
+    "draw",
+    "draw_vector",
+    "scale",
+    "scale_vector",
+    "shifted_code",
+    "shifted_code_vector",
+]
 
 _HASH = "h ^= h >> 16; h *= 0x7FEB352Du; h ^= h >> 15; h *= 0x846CA68Bu; h ^= h >> 16;"
 
@@ -30,10 +39,22 @@ def code(bits: int) -> Callable[..., str]:
     low, high = _limits(bits)
 
     def of(x: Any, scale: Any, *place: Any) -> str:
-        value = f"{x} * (1.0f / {scale})" + (f" + {draw(*place)}" if place else "")
-        return f"min_propagate_nan(max_propagate_nan(std::nearbyint({value}), {low}), {high})"
+        return f"min_propagate_nan(max_propagate_nan({_rounded(x, scale, *place)}, {low}), {high})"
 
     return of
+
+
+def shifted_code(bits: int) -> Callable[..., str]:
+    low, high = _limits(bits, symmetric=False)
+
+    def of(x: Any, scale: Any, zero_point: Any, *place: Any) -> str:
+        return f"min_propagate_nan(max_propagate_nan({_rounded(x, scale, *place)} + {zero_point}, {low}), {high})"
+
+    return of
+
+
+def _rounded(x: Any, scale: Any, *place: Any) -> str:
+    return f"std::nearbyint({x} * (1.0f / {scale}){f' + {draw(*place)}' if place else ''})"
 
 
 def scale(bits: int) -> Callable[..., str]:
@@ -43,8 +64,8 @@ def scale(bits: int) -> Callable[..., str]:
     return of
 
 
-def _limits(bits: int) -> list[str]:
-    return [f"{limit}.0f" for limit in code_range(bits, symmetric=True)]
+def _limits(bits: int, *, symmetric: bool = True) -> list[str]:
+    return [f"{limit}.0f" for limit in code_range(bits, symmetric=symmetric)]
 
 
 # ---- C++ of a vector
@@ -64,14 +85,26 @@ def draw_vector(element: Any, key: Any) -> str:
 
 
 def code_vector(bits: int) -> Callable[..., str]:
-    low, high = _limits(bits)
-
     def of(x: Any, scale: Any, *place: Any) -> str:
-        floats = V.kernel._get_vec_type(torch.float32)
-        value = f"{x} * {scale}.reciprocal()" + (f" + {draw_vector(*place)}" if place else "")
-        return f"at::vec::minimum(at::vec::maximum(({value}).round(), {floats}({low})), {floats}({high}))"
+        return _clamped_vector(_rounded_vector(x, scale, *place), *_limits(bits))
 
     return of
+
+
+def shifted_code_vector(bits: int) -> Callable[..., str]:
+    def of(x: Any, scale: Any, zero_point: Any, *place: Any) -> str:
+        return _clamped_vector(f"{_rounded_vector(x, scale, *place)} + {zero_point}", *_limits(bits, symmetric=False))
+
+    return of
+
+
+def _rounded_vector(x: Any, scale: Any, *place: Any) -> str:
+    return f"({x} * {scale}.reciprocal(){f' + {draw_vector(*place)}' if place else ''}).round()"
+
+
+def _clamped_vector(value: str, low: str, high: str) -> str:
+    floats = V.kernel._get_vec_type(torch.float32)
+    return f"at::vec::minimum(at::vec::maximum({value}, {floats}({low})), {floats}({high}))"
 
 
 def scale_vector(bits: int) -> Callable[..., str]:

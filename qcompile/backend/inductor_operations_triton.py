@@ -1,8 +1,8 @@
 """Our operations in the Triton that Inductor generates (`inductor_operations`).
 
 Triton divides approximately and contracts `a * b + c` unless it is told otherwise, and its maximum of several instructions keeps
-NaN: so the quotient, the sum and the clamp are written as those that round once and keep NaN in one instruction each. The
-clamp comes before the rounding: its bounds are integers, so the result is the same.
+NaN: so the quotient, the sum and the clamp are written as those that round once and keep NaN in one instruction each. Without a
+zero point the clamp comes before the rounding: its bounds are integers, so the result is the same.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch._inductor.virtualized import V
 from qcompile.estimators.base import SMALLEST_SCALE
 from qcompile.ops import code_range
 
-__all__ = ["code", "draw", "scale"]
+__all__ = ["code", "draw", "scale", "shifted_code"]
 
 _KEEPS_NAN = "propagate_nan=tl.PropagateNan.ALL"
 
@@ -27,15 +27,27 @@ def draw(element: Any, key: Any) -> str:
 
 
 def code(bits: int) -> Callable[..., str]:
-    low, high = code_range(bits, symmetric=True)
-
     def of(x: Any, scale: Any, *place: Any) -> str:
-        value = f"{x} * tl.div_rn(1.0, {scale})"
-        value = _plus_draw(value, *place) if place else value
-        clamped = f"tl.minimum(tl.maximum({value}, {low}.0, {_KEEPS_NAN}), {high}.0, {_KEEPS_NAN})"
-        return f"libdevice.nearbyint({clamped})"
+        return f"libdevice.nearbyint({_clamped(_scaled(x, scale, *place), bits, symmetric=True)})"
 
     return of
+
+
+def shifted_code(bits: int) -> Callable[..., str]:
+    def of(x: Any, scale: Any, zero_point: Any, *place: Any) -> str:
+        return _clamped(f"libdevice.nearbyint({_scaled(x, scale, *place)}) + {zero_point}", bits, symmetric=False)
+
+    return of
+
+
+def _scaled(x: Any, scale: Any, *place: Any) -> str:
+    value = f"{x} * tl.div_rn(1.0, {scale})"
+    return _plus_draw(value, *place) if place else value
+
+
+def _clamped(value: str, bits: int, *, symmetric: bool) -> str:
+    low, high = code_range(bits, symmetric=symmetric)
+    return f"tl.minimum(tl.maximum({value}, {low}.0, {_KEEPS_NAN}), {high}.0, {_KEEPS_NAN})"
 
 
 def scale(bits: int) -> Callable[..., str]:

@@ -45,11 +45,9 @@ def quantize_reference(
 def quantize_by_key(x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, key: Tensor | None) -> Tensor:
     """The same by the key of seed and salt (`qtrain::draw_keys`), which a graph computes for all its quantizes at once.
 
-    Where Inductor has a lowering of `qtrain::codes`, symmetric codes are that, else its arithmetic.
+    Where Inductor has a lowering of `qtrain::codes` it is that, else its arithmetic.
     """
-    if zero_point is None and has_lowering(x, scale):
-        return codes(x, scale, bits, key)
-    return _arithmetic(x, scale, zero_point, bits, key)
+    return (codes if has_lowering(x, scale) else _arithmetic)(x, scale, zero_point, bits, key)
 
 
 def _arithmetic(x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, key: Tensor | None) -> Tensor:
@@ -103,14 +101,10 @@ def check_dequantize(codes: Tensor, scale: Tensor, zero_point: Tensor | None, dt
         raise KernelError(f"dequantize: dtype is {dtype}; allowed: {', '.join(map(str, OUTPUTS))}.")
 
 
-def _check_codes(x: Tensor, scale: Tensor, bits: int, key: Tensor | None) -> None:
-    check_quantize(x, scale, None, bits, None, 0)
+def _check_codes(x: Tensor, scale: Tensor, zero_point: Tensor | None, bits: int, key: Tensor | None) -> None:
+    check_quantize(x, scale, zero_point, bits, None, 0)
     if key is not None:
         check_key("codes", key)
-
-
-def _codes(x: Tensor, scale: Tensor, bits: int, key: Tensor | None) -> Tensor:
-    return _arithmetic(x, scale, None, bits, key)
 
 
 def _empty_codes(x: Tensor, scale: Tensor, *rest: Any) -> Tensor:
@@ -137,11 +131,11 @@ Errors: `KernelError`; `ValueError` for bits.
 """
 
 codes = define(
-    "codes(Tensor x, Tensor scale, int bits, Tensor? key) -> Tensor",
-    checked(_check_codes, _codes),
+    "codes(Tensor x, Tensor scale, Tensor? zero_point, int bits, Tensor? key) -> Tensor",
+    checked(_check_codes, _arithmetic),
     fake=checked(_check_codes, _empty_codes),
 )
-"""`qtrain::quantize` to symmetric codes by the key of seed and salt (int64, one element, of `draw_keys`; None: to nearest).
+"""`qtrain::quantize` by the key of seed and salt (int64, one element, of `draw_keys`; None: to nearest).
 
 What a quantize becomes where Inductor has a lowering of this operator (`qcompile.backend.inductor_operations`). Errors: those of
 `quantize`.

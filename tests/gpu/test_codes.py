@@ -47,13 +47,16 @@ def test_codes_and_statistics_are_those_of_the_cpu(dtype, seed, scale):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("key", [None, 2**32 - 3], ids=["nearest", "stochastic"])
+@pytest.mark.parametrize("zero", [None, -37])
 @pytest.mark.parametrize("scale", [1 / 64, 0.0173])
-def test_codes_as_one_operation_of_generated_code_are_those_of_the_cpu(dtype, key, scale):
+def test_codes_as_one_operation_of_generated_code_are_those_of_the_cpu(dtype, key, zero, scale):
     x, scale = values(dtype), torch.tensor(scale)
     key = None if key is None else torch.tensor([key])
-    there = (x.to(DEVICE), scale.to(DEVICE), None, 8, None if key is None else key.to(DEVICE))
+    zero = None if zero is None else torch.tensor(zero, dtype=torch.int32)
+    here = (x, scale, zero, 8, key)
+    there = [value.to(DEVICE) if isinstance(value, torch.Tensor) else value for value in here]
     got, [code] = run_and_get_code(torch.compile(ops.quantize_by_key), *there)
-    assert torch.equal(got.cpu(), ops.codes(x, scale, 8, key)) and "qtrain.codes.default(" not in code
+    assert torch.equal(got.cpu(), ops.codes(*here)) and "qtrain.codes.default(" not in code
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -40,11 +40,19 @@ from torch._inductor.runtime.triton_helpers import libdevice, math as tl_math
 
 
 def _codes(bits: int) -> Callable[..., Any]:
-    return lambda x, scale, key: ops.codes(x, scale, bits, key)
+    return lambda x, scale, key: ops.codes(x, scale, None, bits, key)
 
 
 def _nearest(bits: int) -> Callable[..., Any]:
-    return lambda x, scale: ops.codes(x, scale, bits, None)
+    return lambda x, scale: ops.codes(x, scale, None, bits, None)
+
+
+def _shifted(bits: int) -> Callable[..., Any]:
+    return lambda x, scale, zero_point, key: ops.codes(x, scale, zero_point, bits, key)
+
+
+def _shifted_nearest(bits: int) -> Callable[..., Any]:
+    return lambda x, scale, zero_point: ops.codes(x, scale, zero_point, bits, None)
 
 
 def _scale(bits: int) -> Callable[..., Any]:
@@ -52,7 +60,7 @@ def _scale(bits: int) -> Callable[..., Any]:
 
 
 def _with_a_statistic(x: Tensor, scale: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
-    return ops.codes(x, scale, 8, key), x.float().abs().sum(1)
+    return ops.codes(x, scale, None, 8, key), x.float().abs().sum(1)
 
 
 def _written_out(x: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
@@ -60,7 +68,7 @@ def _written_out(x: Tensor, key: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _wide(x: Tensor, scale: Tensor, key: Tensor) -> Tensor:
-    return ops.codes(x.expand(3, FAR), scale, 8, key)
+    return ops.codes(x.expand(3, FAR), scale, None, 8, key)
 
 
 def _last_columns(x: Tensor, scale: Tensor, key: Tensor, other: Tensor) -> Tensor:
@@ -68,13 +76,16 @@ def _last_columns(x: Tensor, scale: Tensor, key: Tensor, other: Tensor) -> Tenso
 
 
 X, BF16 = torch.empty(ROWS, COLUMNS), torch.empty(ROWS, COLUMNS, dtype=torch.bfloat16)
-ONE, KEY = torch.empty(()), torch.empty(1, dtype=torch.int64)
+ONE, ZERO, KEY = torch.empty(()), torch.empty((), dtype=torch.int32), torch.empty(1, dtype=torch.int64)
 SPREAD_OUT = torch.empty_strided((3, 7), (2**30 + 16, 1), dtype=torch.int8, device="meta")
 """Offsets in it do not fit 32 bits, nor then do places in any tensor of its kernel."""
 
 CASES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     **{f"nearest {bits}": (_nearest(bits), (X, ONE)) for bits in (2, 4, 8)},
     **{f"stochastic {bits}": (_codes(bits), (X, ONE, KEY)) for bits in (2, 4, 8)},
+    **{f"nearest {bits}, shifted": (_shifted_nearest(bits), (X, ONE, ZERO)) for bits in (2, 4, 8)},
+    **{f"stochastic {bits}, shifted": (_shifted(bits), (X, ONE, ZERO, KEY)) for bits in (2, 4, 8)},
+    "scale and zero point of a row": (_shifted(8), (BF16, torch.empty(ROWS, 1), torch.empty(ROWS, 1, dtype=torch.int32), KEY)),
     "bf16": (_codes(8), (BF16, ONE, KEY)),
     "transposed": (_codes(8), (torch.empty(COLUMNS, ROWS).t(), ONE, KEY)),
     "scale of a row": (_codes(8), (X, torch.empty(ROWS, 1), KEY)),
@@ -88,7 +99,10 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
 }
 
 
-COMPILED = {"nearest 8", "stochastic 8", "bf16", "with a statistic", "wide", "draws", "scale 8", "written out"}
+COMPILED = {
+    *("nearest 8", "stochastic 8", "nearest 8, shifted", "stochastic 8, shifted", "bf16"),
+    *("with a statistic", "wide", "draws", "scale 8", "written out"),
+}
 """To PTX, too."""
 
 

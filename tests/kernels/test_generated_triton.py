@@ -17,6 +17,7 @@ import pytest
 
 pytest.importorskip("triton")
 import torch
+import triton.language as tl
 
 from qcompile.backend import inductor  # noqa: F401  (it registers them)
 from qcompile.estimators.base import SMALLEST_SCALE
@@ -47,8 +48,8 @@ def kernels():
 
 
 def rounded(x):
-    """In place of libdevice's, which the interpreter does not have; of values between two codes."""
-    return (x + 12582912.0) - 12582912.0
+    """In place of libdevice's, which the interpreter does not have."""
+    return tl.where(tl.abs(x) < 2.0**22, (x + 12582912.0) - 12582912.0, x)
 
 
 @pytest.fixture
@@ -85,8 +86,8 @@ def values(scale, dtype=torch.float32):
     return x.to(dtype)
 
 
-def assert_codes(got, x, scale, bits, key):
-    assert torch.equal(got, codes(x, scale, bits, key))
+def assert_codes(got, x, scale, bits, key, zero_point=None):
+    assert torch.equal(got, codes(x, scale, zero_point, bits, key))
     assert not got[x.isnan()].any() and got.unique().numel() > 2 ** (bits - 1)
 
 
@@ -104,11 +105,32 @@ def test_codes_by_draws(run, bits, key):
     assert_codes(*run(f"stochastic {bits}", x, scale, key), x, scale, bits, key)
 
 
+@pytest.mark.parametrize("zero", [0, 1, -3, 100, -(2**20)])
+@pytest.mark.parametrize("key", [None, *KEYS], ids=str)
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_codes_with_a_zero_point(run, bits, key, zero):
+    x, scale, zero = values(0.0173), torch.tensor(0.0173), torch.tensor(zero, dtype=torch.int32)
+    key = [] if key is None else [torch.tensor([key])]
+    [got] = run(f"{'stochastic' if key else 'nearest'} {bits}, shifted", x, scale, zero, *key)
+    assert torch.equal(got, codes(x, scale, zero, bits, *(key or [None])))
+    if zero < 2 ** (bits - 1):
+        assert got.min() == -(2 ** (bits - 1)), "which symmetric codes leave out"
+
+
+def test_scales_and_zero_points_of_rows(run):
+    rows = generated.ROWS
+    scale = torch.rand(rows, 1, generator=torch.Generator().manual_seed(1)) * 0.03 + 1e-3
+    zero, key = torch.arange(rows, dtype=torch.int32).view(rows, 1) * 7 - 100, torch.tensor([KEYS[2]])
+    x = values(0.0173, torch.bfloat16)
+    [got] = run("scale and zero point of a row", x, scale, zero, key)
+    assert torch.equal(got, codes(x, scale, zero, 8, key))
+
+
 @pytest.mark.parametrize("scale", [0.0, SMALLEST_SCALE, 1e38, INF, NAN])
 def test_codes_of_any_scale(run, scale):
     x, scale, key = values(1.0), torch.tensor(scale), torch.tensor([KEYS[3]])
     x = x[x.isfinite()].resize_(generated.ROWS, generated.COLUMNS)
-    assert torch.equal(run("stochastic 8", x, scale, key)[0], codes(x, scale, 8, key))
+    assert torch.equal(run("stochastic 8", x, scale, key)[0], codes(x, scale, None, 8, key))
 
 
 @pytest.mark.parametrize("case", ["bf16", "transposed", "scale of a row", "scale of a column"])
@@ -125,7 +147,7 @@ def test_codes_of_other_tensors(run, case):
 def test_codes_beside_a_reduction(run):
     x, scale, key = torch.randn(generated.ROWS, generated.COLUMNS), torch.tensor(0.02), torch.tensor([KEYS[1]])
     got, sums = run("with a statistic", x, scale, key)
-    assert torch.equal(got, codes(x, scale, 8, key))
+    assert torch.equal(got, codes(x, scale, None, 8, key))
     torch.testing.assert_close(sums, x.abs().sum(1))
 
 
@@ -170,7 +192,7 @@ def test_scales(run, bits):
 DRAWING = [case for case in generated.CASES if not case.startswith(("nearest", "scale ", "written"))]
 
 
-@pytest.mark.parametrize("case", DRAWING + ["scale of a row", "scale of a column"])
+@pytest.mark.parametrize("case", DRAWING + ["scale of a row", "scale of a column", "scale and zero point of a row"])
 def test_the_hash_is_on_32_bits(case):
     source = kernels()[case]["source"]
     assert source.count("tl.uint32) * 0x9E3779B1") == source.count("* 0x7FEB352D") == 1
@@ -187,7 +209,7 @@ def test_draws_that_are_written_out_compile_beside_a_reduction():
 @pytest.mark.parametrize("case", sorted(generated.COMPILED - {"written out"}))
 def test_compiled_code_is_exact_and_has_no_wide_hash(case, arch):
     found = Counter(kernels()[case]["ptx"][arch])
-    drawn = found["cvt.rn.f32.s32"]
+    drawn = found["cvt.rn.f32.s32"] - case.endswith("shifted")  # the zero point is an integer, too
     assert (drawn > 0) == (case in DRAWING)
     assert found["fma.rn.f32"] == 0 and found["fma.rn.f32 2**-24"] == drawn, "nothing but the draw is contracted"
     assert found["div.full.f32"] == 0 and found["div.rn.f32"] == (case not in ("draws", "scale 8"))

@@ -50,7 +50,7 @@ def test_keys_are_computed_once_for_all_that_round():
     keys = result.graph.find_nodes(op="call_function", target=ops.draw_keys)
     assert len(keys) == len({n.args[4] for n in rounded}) < len(rounded), "one for the forward seed, one for the backward seed"
     assert sorted(salt for k in keys for salt in k.args[1]) == sorted({n.args[5] for n in rounded})
-    drawing = [n for n in result.graph.find_nodes(op="call_function", target=ops.codes) if n.args[3] is not None]
+    drawing = [n for n in result.graph.find_nodes(op="call_function", target=ops.codes) if n.args[4] is not None]
     assert len(drawing) == len(rounded) and not mixes(result)
 
 
