@@ -4,6 +4,7 @@ Before                                          After
   a = permute(permute(w, [1, 0]), [1, 0])         w
   b = view(view(x, [8, 4, 16]), [32, 16])         b = view(x, [32, 16])
   c = view(x, [32, 16]); d = view(x, [32, 16])    c = view(x, [32, 16])
+  g = cast(x, bf16); h = cast(x, bf16)            g = cast(x, bf16)
   e = detach(y); f = alias(y)                     y
   t(w), transpose(w, 0, 1)                        permute(w, [1, 0]), and so for more axes
   expand(x, [its own size])                       x
@@ -12,8 +13,8 @@ Before                                          After
 
 Numerics  exact: only views, aliases and their order change.
 Requires  meta["val"] on every node. Ensures: no detach/alias; no permute of a permute; no view of a view; equal views of one
-          tensor are one node; what depends on a gradient is tagged as backward (AOTAutograd puts no tag on what a user's
-          `autograd.Function` computes in its backward). Casts stay: a narrowing cast changes values.
+          tensor are one node, and equal casts (autocast casts for each linear layer that reads it); what depends on a gradient is
+          tagged as backward (AOTAutograd puts no tag on what a user's `autograd.Function` computes in its backward).
 Skips     an alias that is a graph output of its own (AOTAutograd counts outputs by position, and it may alias an input).
 """
 
@@ -25,6 +26,7 @@ from passes.context import PassContext
 from passes.graph import (
     ALIASES,
     BACKWARD,
+    CASTS,
     EXPAND,
     PERMUTE,
     TRANSPOSES,
@@ -71,14 +73,22 @@ def canonicalize(graph: fx.Graph, context: PassContext | None = None) -> int:
         elif node.target in VIEWS and node.args[0].op == "call_function" and node.args[0].target in VIEWS:
             node.replace_input_with(node.args[0], node.args[0].args[0])
             changes += 1
-        if node.op == "call_function" and (node.target is PERMUTE or node.target in VIEWS) and not node._erased:
-            key = (node.target, node.args[0], tuple(node.args[1]))
-            first = seen.setdefault(key, node)
+        if not node._erased and (what := _what(node)) is not None:
+            first = seen.setdefault(what, node)
             if first is not node:
                 replace(node, first)
                 changes += 1
     erase_unused(graph)
     return changes
+
+
+def _what(node: fx.Node) -> tuple[object, ...] | None:
+    """Equal for nodes that are the same view or cast of a tensor; None for others."""
+    if node.target is PERMUTE or node.target in VIEWS:
+        return node.target, node.args[0], tuple(node.args[1])
+    if node.target in CASTS and set(node.kwargs) <= {"dtype"}:
+        return node.target, *node.args, node.kwargs.get("dtype")
+    return None
 
 
 def _tag_backward(graph: fx.Graph) -> int:

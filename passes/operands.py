@@ -1,9 +1,13 @@
 """Where an operand of a GEMM comes from.
 
 A linear layer reaches `mm` through views, a transpose, and under autocast a cast. The quantize belongs before all of
-these: at the tensor itself, read in its own dtype (codes come from the source, not from its bf16 copy), laid out as the 2-D
-matrix that the GEMM sees, not transposed. Then equal sources are recognised, and a weight reached by two chains of permutes is
-quantized once. A batch of matrices is looked for through whatever only views it, a convolution's tensor through casts.
+these: at the tensor itself, laid out as the 2-D matrix that the GEMM sees, not transposed. Then equal sources are recognised, and a
+weight reached by two chains of permutes is quantized once. A batch of matrices is looked for through whatever only views it, a
+convolution's tensor through casts.
+
+Codes of a parameter or an input come from itself and not from its bf16 copy, which then nobody makes. What the graph computes is
+quantized as autocast hands it to the GEMM: where it is written to memory, to wait for its scale or to be transposed, that is half
+the bytes; and where it is not, Inductor leaves out the rounding.
 """
 
 from __future__ import annotations
@@ -26,7 +30,7 @@ READABLE = (torch.float32, torch.bfloat16, torch.float16)
 class Operand:
     """`operand = permute?(cast?(view?(source)))`, where `source` is the node to quantize.
 
-    source      the tensor before views and casts
+    source      the tensor before views, and before casts but those that narrow what the graph computes
     view        the 2-D shape to view it in, or None where it has that shape
     transposed  whether the GEMM reads the matrix (of a batch: each) transposed
     """
@@ -56,7 +60,7 @@ def resolve_operand(node: fx.Node, *, batched: bool = False) -> Operand:
             view = view if view is not None else _sizes(node)
             if source.meta["val"].ndim == 2 and _same_shape(source.meta["val"].shape, node.meta["val"].shape):
                 view = None
-        elif not (node.target in ALIASES or (node.target in CASTS and _is_widening_or_autocast(source, node))):
+        elif not (node.target in ALIASES or (node.target in CASTS and _is_looked_through(source, node))):
             break
         node = source
     if view is not None and node.meta["val"].ndim == 2 and _same_shape(node.meta["val"].shape, view):
@@ -135,14 +139,22 @@ def _axes(node: fx.Node, order: Iterable[int]) -> list[tuple[str, str]]:
 
 
 def _is_transparent(node: fx.Node) -> bool:
-    return node.target in ALIASES or (node.target in CASTS and _is_widening_or_autocast(node.args[0], node))  # type: ignore[arg-type]
+    return node.target in ALIASES or (node.target in CASTS and _is_looked_through(node.args[0], node))  # type: ignore[arg-type]
 
 
-def _is_widening_or_autocast(source: fx.Node, cast: fx.Node) -> bool:
+def _is_looked_through(source: fx.Node, cast: fx.Node) -> bool:
     """A cast between floating dtypes; layout or device changes (`_to_copy` has more arguments) are left alone."""
-    only_dtype = set(cast.kwargs) <= {"dtype"}
-    value = source.meta["val"]
-    return only_dtype and value.is_floating_point() and cast.meta["val"].is_floating_point() and value.dtype in READABLE
+    value, made = source.meta["val"], cast.meta["val"]
+    if not (set(cast.kwargs) <= {"dtype"} and value.is_floating_point() and made.is_floating_point() and value.dtype in READABLE):
+        return False
+    return made.dtype.itemsize >= value.dtype.itemsize or _is_given(source)
+
+
+def _is_given(node: fx.Node) -> bool:
+    """A parameter or an input, or a view of one."""
+    while node.op == "call_function" and node.target in (PERMUTE, EXPAND, *VIEWS, *ALIASES):
+        node = node.args[0]  # type: ignore[assignment]
+    return node.op == "placeholder"
 
 
 def _same_shape(a: Iterable[object], b: Iterable[object]) -> bool:

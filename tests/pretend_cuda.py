@@ -43,6 +43,7 @@ from triton.backends.driver import DriverBase
 
 from passes import graph as graph_helpers
 from passes import steps
+from qcompile import ops
 from qcompile.backend import compiler, inductor, kernel_names
 from qcompile.kernels.select import gemm_kernel
 from qcompile.recipes import get_recipe
@@ -288,9 +289,11 @@ def main() -> None:
     with pretended_gpu(), inductor_config.patch(joint_graph_constant_folding=False, compile_threads=1):
         for (model, recipe), (halves, kernels) in traced.items():
             for phase, half in halves.items():
+                nodes = half.graph.find_nodes(op="call_function", target=ops.quantize_transposed)
+                quantized = sorted(str(node.args[0].meta["val"].dtype) for node in nodes)
                 code = generated_code(half)
                 hashes = {"uint32": code.count("* 0x7FEB352D"), "int64": code.count(f"{0x7FEB352D}")}
-                facts = {"calls": calls(code), "gemms": kernels, "hashes": hashes}
+                facts = {"calls": calls(code), "gemms": kernels, "hashes": hashes, "quantized": quantized}
                 found.append({"model": model, "recipe": recipe, "phase": phase, **facts})
                 if len(sys.argv) > 1:
                     print(code, file=sys.stderr)

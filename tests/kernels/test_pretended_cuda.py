@@ -135,6 +135,12 @@ def test_a_tensor_with_a_dynamic_scale_is_quantized_both_ways_at_once():
         assert ours("mlp", DYNAMIC, phase)["qtrain.transpose_codes"] == 0
 
 
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+def test_what_waits_for_its_scale_is_written_in_two_bytes(phase):
+    """Not as the fp32 in which a LayerNorm, a GELU and its gradient are computed."""
+    assert set(generated()["mlp", DYNAMIC, phase]["quantized"]) == {"torch.bfloat16"}
+
+
 @pytest.mark.parametrize("recipe", ["int8_in_hindsight", "int8_tensorwise"])
 def test_random_rounding_costs_four_small_kernels_at_most(recipe):
     """Draws are made where the codes are. Beside them: the seed, its step, and keys where Inductor makes the codes."""

@@ -77,7 +77,7 @@ def test_a_remembered_value_lies_as_the_computed_one(data, order, name):
     x = torch.zeros(sizes, dtype=dtype).permute(order)
     x = x[:1].expand(3, -1, -1) if stretched else x
     scale = torch.ones([size if data.draw(st.booleans()) else 1 for size in x.shape])
-    rest = {"quantize": (None, 8, None, 0), "dequantize": (None, torch.bfloat16), "codes": (8, None)}[name]
+    rest = {"quantize": (None, 8, None, 0), "dequantize": (None, torch.bfloat16), "codes": (None, 8, None)}[name]
     operator = getattr(ops, name)
     want = operator(x, scale, *rest)
     mode = FakeTensorMode()

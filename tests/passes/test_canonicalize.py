@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from passes.canonicalize import canonicalize
-from passes.graph import CAST, PERMUTE, TRANSPOSES, VIEWS, aten, call
+from passes.graph import CAST, CASTS, PERMUTE, TRANSPOSES, VIEWS, aten, call
 from passes.pipeline import Pipeline
 from passes.steps import joint_steps
 from tests.passes.graphs import TENSORWISE, assert_same_outputs, joint_graph, linear, linear_inputs, mlp, mlp_inputs
@@ -47,6 +47,19 @@ def test_views_of_views_read_the_root_and_equal_views_are_one():
     joint, changes = run_on(function, torch.randn(2, 3, 4))
     views = [n for n in joint.graph.nodes if n.target in VIEWS]
     assert len(views) == 1 and views[0].args[0].op == "placeholder" and changes > 0
+
+
+def test_equal_casts_are_one():
+    """Autocast casts for each layer that reads a tensor."""
+
+    def function(x):
+        a, b = x.sin(), x.to(torch.bfloat16)
+        read = [a.to(torch.bfloat16).view(6, 4), a.to(torch.bfloat16).view(6, 4), a.to(torch.float64).view(6, 4)]
+        return read[0].cos(), read[1].sin(), read[2].cos(), b.cos(), x.to(torch.bfloat16).sin()
+
+    joint, changes = run_on(function, torch.randn(2, 3, 4))
+    assert sum(map(joint.count, CASTS)) == 3 and changes > 0, "of a to bf16 and fp64, of x to bf16"
+    assert len([n for n in joint.graph.nodes if n.target in VIEWS]) == 2
 
 
 def test_permutes_compose():

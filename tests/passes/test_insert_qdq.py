@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from passes.graph import DEQUANTIZE, PERMUTE, QUANTIZE, RANGE, SEED, aten
+from passes.graph import CAST, DEQUANTIZE, PERMUTE, QUANTIZE, RANGE, SEED, aten
 from passes.insert_qdq import insert_qdq
 from qcompile.estimators import InHindsight
 from qcompile.recipe import Recipe
@@ -77,6 +77,20 @@ def test_codes_come_from_the_source_of_a_cast():
             "grad_weight": [grad, torch.float32],
         }[role]
         assert all(m.meta["val"].dtype is torch.bfloat16 for m in node.args[-2:])  # what the GEMM reads
+
+
+def test_codes_of_what_the_graph_computes_come_from_what_the_gemm_was_to_read():
+    """Two bytes a value where they are written before they are quantized. Of a view of a parameter it is still the parameter."""
+
+    def autocast(x, w):
+        return nn.functional.linear(x.sin().bfloat16(), w.view(5, 8).bfloat16()).float().cos()
+
+    joint = inserted(TENSORWISE, function=autocast, inputs=(torch.randn(6, 8), torch.randn(40)), parameters=(1,))
+    sources = {role: [quantize_of(m).args[0] for m in node.args[-2:]] for role, node in gemms(joint).items()}
+    (x, w), (grad, again) = sources["output"], sources["grad_input"]
+    assert x.target is CAST and grad.target is CAST and {x.meta["val"].dtype, grad.meta["val"].dtype} == {torch.bfloat16}
+    assert {w.meta["val"].dtype, again.meta["val"].dtype} == {torch.float32}
+    assert sources["grad_weight"] == [grad, x]
 
 
 def test_rows_are_along_the_axis_that_is_not_summed():
