@@ -287,12 +287,22 @@ def test_nothing_is_held(name, draw):
     assert seen and all(tensor() is None for tensor in seen)
 
 
-def test_memory_that_is_not_aligned():
-    operator = prepared.prepared(Counted("general"), cuda._prepare_mm)
-    a, b, *rest = products((40,), torch.float32)
-    operator(a, b, *rest)
-    other = misaligned(a), misaligned(b.t()).t(), *rest
-    assert same(operator(*other), reference("scaled_mm", other))
+@pytest.mark.parametrize("kernel", ["triton", "triton_tma"])
+def test_memory_that_is_not_aligned(kernel, monkeypatch):
+    """A descriptor cannot be made for it: that call goes the general way, which copies."""
+    if cuda.reasons_against(kernel, torch.device(DEVICE)):
+        pytest.skip(f"no {kernel} here")
+    monkeypatch.setenv("QTRAIN_CUDA_GEMM", kernel)
+    general = Counted("general")
+    operator = prepared.prepared(general, cuda._prepare_mm)
+    a, b, *rest = products((40,), torch.float32, k=64)
+    aligned, other = (a, b, *rest), (misaligned(a), misaligned(b.t()).t(), *rest)
+    operator(*aligned)
+    assert same(operator(*aligned), reference("scaled_mm", aligned)) and general.calls == 1
+    if kernel == "triton":
+        assert same(operator(*other), reference("scaled_mm", other)) and general.calls == 1
+    else:
+        assert operator(*other) == "general" and cuda._prepare_mm(*other) is None
 
 
 def test_prepared_gemms_are_recorded():

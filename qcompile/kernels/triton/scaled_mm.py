@@ -244,6 +244,8 @@ def prepare(
     (m, k), n = a.shape, b_t.shape[0]
     if 0 in (m, n, k) or k > tuning.max_k(0) or a.stride(1) != 1 or b_t.stride(1) != 1:
         return None
+    if kernel != "triton" and not (takes(a) and takes(b_t)):
+        return None
     packing = Packing(False, False, 1, k)
     given = Epilogue(a.new_empty((m, n), dtype=out_dtype), None, a_scale, b_scale, bias=bias)
     tensors, constants = given.complete(a, b_t, packing)
