@@ -26,6 +26,9 @@ from qcompile.kernels.triton.tuning import max_k
 __all__ = ["operators", "prepare"]
 
 Operators = dict[str, Callable[..., Tensor]]
+KERNEL = "triton conv"
+
+
 def operators(gathered: Operators, uses_triton: Callable[[torch.device], bool]) -> Operators:
     """The implementations of `qtrain::scaled_conv` and its gradients, for checked operands, by the operators' names.
 
@@ -62,9 +65,6 @@ def prepare(op: str) -> Callable[..., Callable[..., Tensor] | None]:
         return None if work is None or has_failed(KERNEL, first.codes.device) else as_operator(work.run_and_note)
 
     return as_operator(prepare_op)
-
-
-KERNEL = "triton conv"
 
 
 class _Work(NamedTuple):
@@ -116,7 +116,6 @@ def _grad_weight(g: QuantizedTensor, x: QuantizedTensor, weight_size: Sequence[i
     images = max_k(big.zero is not None) // max(math.prod(small.codes.shape[2:]), 1)
     if small.zero is not None or not _one(big.zero) or shape[2] == 0 or images == 0:
         return None
-
     size = _three(small.codes.shape[2:])
 
     def prepare_sum(g_t: Tensor, x: Tensor, zero: Tensor | None) -> Callable[..., Tensor]:
