@@ -5,9 +5,10 @@ these: at the tensor itself, laid out as the 2-D matrix that the GEMM sees, not 
 weight reached by two chains of permutes is quantized once. A batch of matrices is looked for through whatever only views it, a
 convolution's tensor through casts.
 
-Codes of a parameter or an input come from itself and not from its bf16 copy, which then nobody makes. What the graph computes is
-quantized as autocast hands it to the GEMM: where it is written to memory, to wait for its scale or to be transposed, that is half
-the bytes; and where it is not, Inductor leaves out the rounding.
+Codes of a parameter or an input come from itself and not from its bf16 copy, which then nobody makes; codes that a quantizer of the
+model's own has made are found through a cast, too. What else the graph computes is quantized as autocast hands it to the GEMM: where
+it is written to memory, to wait for its scale or to be transposed, that is half the bytes; and where it is not, Inductor leaves out
+the rounding.
 """
 
 from __future__ import annotations
@@ -151,10 +152,10 @@ def _is_looked_through(source: fx.Node, cast: fx.Node) -> bool:
 
 
 def _is_given(node: fx.Node) -> bool:
-    """A parameter or an input, or a view of one."""
+    """A parameter, an input, or codes that a quantizer of the model's own has made; or a view of one."""
     while node.op == "call_function" and node.target in (PERMUTE, EXPAND, *VIEWS, *ALIASES):
         node = node.args[0]  # type: ignore[assignment]
-    return node.op == "placeholder"
+    return node.op == "placeholder" or node.target is DEQUANTIZE
 
 
 def _same_shape(a: Iterable[object], b: Iterable[object]) -> bool:
