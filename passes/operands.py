@@ -5,10 +5,10 @@ these: at the tensor itself, laid out as the 2-D matrix that the GEMM sees, not 
 weight reached by two chains of permutes is quantized once. A batch of matrices is looked for through whatever only views it, a
 convolution's tensor through casts.
 
-Codes of a parameter or an input come from itself and not from its bf16 copy, which then nobody makes; codes that a quantizer of the
-model's own has made are found through a cast, too. What else the graph computes is quantized as autocast hands it to the GEMM: where
-it is written to memory, to wait for its scale or to be transposed, that is half the bytes; and where it is not, Inductor leaves out
-the rounding.
+Codes of a parameter or an input come from itself and not from its bf16 copy, which then nobody makes; codes that a quantizer of
+the model's own has made are found through a cast, too. What else the graph computes is quantized as autocast hands it to the GEMM:
+where it is written to memory, to wait for its scale or to be transposed, that is half the bytes; and where it is not, Inductor
+leaves out the rounding.
 """
 
 from __future__ import annotations
