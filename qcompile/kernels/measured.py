@@ -62,7 +62,7 @@ def _sources() -> str:
     """sha256 of the kernels' sources and of what launches them."""
     here = Path(__file__).parent
     digest = hashlib.sha256()
-    for path in (here / "cuda.py", here / "autotune.py", *sorted((here / "triton").glob("*.py"))):
+    for path in (here / "autotune.py", *sorted((here / "cuda").glob("*.py")), *sorted((here / "triton").glob("*.py"))):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 

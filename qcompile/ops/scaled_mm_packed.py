@@ -64,7 +64,7 @@ def _on_cpu(a: Tensor, b: Tensor, *rest: Any) -> Tensor:
 def _on_cuda(*args: Any) -> Tensor:
     from qcompile.kernels import cuda
 
-    return cuda.scaled_mm_packed_cuda(*args)
+    return cuda.scaled_mm_packed(*args)
 
 
 scaled_mm_packed = define(

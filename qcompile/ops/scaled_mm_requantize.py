@@ -94,7 +94,7 @@ def _fake(a: Tensor, b: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
 def _on_cuda(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     from qcompile.kernels import cuda
 
-    return cuda.scaled_mm_requantize_cuda(*args)
+    return cuda.scaled_mm_requantize(*args)
 
 
 scaled_mm_requantize = define(

@@ -149,7 +149,7 @@ def test_nor_do_the_first_steps_once_they_are_compiled(model):
 @pytest.mark.parametrize("mode", ["reduce-overhead", pytest.param("max-autotune", marks=needs_cuda)])
 def test_a_mode_changes_neither_losses_nor_ranges(model, mode, monkeypatch):
     """Over replays of CUDA graphs too: a step updates every range once, and in the place where the next one reads it."""
-    monkeypatch.setattr(cuda, "_tuned", {})
+    monkeypatch.setattr(cuda.choice, "_tuned", {})
     other = nn.Sequential(Block()).to(DEVICE)
     other.load_state_dict(model.state_dict())
     want, _ = train(model, WARM + 6)
@@ -166,7 +166,7 @@ def test_a_mode_changes_neither_losses_nor_ranges(model, mode, monkeypatch):
             torch.testing.assert_close(value, expected[name], rtol=5e-2, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
     if DEVICE == "cuda":
         assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
-        assert (len(cuda._tuned) > 0) == (mode == "max-autotune")
+        assert (len(cuda.choice._tuned) > 0) == (mode == "max-autotune")
 
 
 @needs_cuda
@@ -179,7 +179,7 @@ def test_cuda_graphs_are_replayed(model):
 
 @needs_cuda
 def test_tuning_measures_on_the_gpu(monkeypatch):
-    monkeypatch.setattr(cuda, "_tuned", {})
+    monkeypatch.setattr(cuda.choice, "_tuned", {})
     device = torch.device("cuda", torch.cuda.current_device())
     best = autotune.tune(device, 512, 256, 512, torch.bfloat16)
     assert best in autotune.candidates(device, 512, 512) and cuda.gemm_for(device, 512, 256, 512) == best.kernel

@@ -19,8 +19,7 @@ import torch
 import triton
 from tabulate import tabulate
 
-from qcompile.kernels import cuda, cuda_conv, prepared
-from qcompile.kernels.convolution import operators
+from qcompile.kernels import cuda, prepared
 from qcompile.kernels.quantized_tensor import as_operator
 from qcompile.kernels.triton import conv, kernel_call, scaled_mm
 from qcompile.ops._library import checked
@@ -56,12 +55,14 @@ CALLS = {
 
 def implementations():
     """Operator -> (its general way, what prepares it), as they are registered for a GPU."""
-    convolutions = cuda_conv.operators(operators(cuda.product, lambda *sizes, **options: "triton"), lambda device: True)
     return {
-        "scaled_mm": (checked(check_scaled_mm, as_operator(cuda.scaled_mm_cuda)), cuda._prepare_mm),
-        "quantize_transposed": (checked(check_quantize_transposed, cuda.quantize_transposed_cuda), cuda._prepare_quantize),
-        "transpose_codes": (cuda.transpose_codes_cuda, cuda._prepare_transpose),
-    } | {name: (checked(CHECKS[name], as_operator(run)), cuda_conv.prepare(name)) for name, run in convolutions.items()}
+        "scaled_mm": (checked(check_scaled_mm, as_operator(cuda.scaled_mm)), cuda.prepare_scaled_mm),
+        "quantize_transposed": (checked(check_quantize_transposed, cuda.quantize_transposed), cuda.prepare_quantize_transposed),
+        "transpose_codes": (cuda.transpose_codes, cuda.prepare_transpose_codes),
+    } | {
+        name: (checked(CHECKS[name], as_operator(convolution)), cuda.prepare_convolution(name))
+        for name, convolution in cuda.convolutions().items()
+    }
 
 
 def pretend():
@@ -69,8 +70,9 @@ def pretend():
     pretended_driver.install(record=False)
     for module in (scaled_mm, conv):
         module.family = lambda device: "sm_90"
-    cuda.kernel_for = lambda device, capability=None: "triton"
-    cuda.unavailable_reasons = lambda *asked, **options: ()
+    cuda.choice.kernel_for = lambda device, capability=None: "triton"
+    for module in (cuda.quantize, cuda.transpose):
+        module.unavailable_reasons = lambda *asked, **options: ()
 
 
 def microseconds(operator, operands, calls, *, forget):

@@ -28,7 +28,7 @@ SIZES = (100, 40, 64)
 def nothing_measured(monkeypatch):
     monkeypatch.delenv("QTRAIN_CUDA_GEMM", raising=False)
     monkeypatch.setattr(tuning, "_chosen", {})
-    monkeypatch.setattr(cuda, "_tuned", {})
+    monkeypatch.setattr(cuda.choice, "_tuned", {})
     monkeypatch.setattr(errors, "_warned", set())
     monkeypatch.setattr(autotune, "_recalled", set())
     monkeypatch.setenv("QTRAIN_CACHE_DIR", "")
@@ -69,7 +69,7 @@ def test_the_fastest_runs_from_then_on(times, best):
     a, b = (torch.ones(shape, dtype=torch.int8, device=HERE) for shape in ((120, 64), (64, 40)))
     one = torch.ones((), device=HERE)
     with record_launches() as launches:  # 120 rows: the same bucket
-        cuda.scaled_mm_cuda(QuantizedTensor(a, one), QuantizedTensor(b, one), None, torch.float32)
+        cuda.scaled_mm(QuantizedTensor(a, one), QuantizedTensor(b, one), None, torch.float32)
     assert [launched.kernel for launched in launches] == [best.kernel] == [cuda.gemm_for(HERE, *SIZES)]
     if best.config is not None:
         assert tuning.choose(launch.family(HERE), 120, 40, 64) == best.config
@@ -109,7 +109,7 @@ def test_the_tma_kernel_is_measured_where_it_can_run(monkeypatch):
     a, b = (torch.ones(shape, dtype=torch.int8, device=HERE) for shape in ((120, 64), (64, 40)))
     one = torch.ones((), device=HERE)
     with record_launches() as launches:
-        got = cuda.scaled_mm_cuda(QuantizedTensor(a, one), QuantizedTensor(b, one), None, torch.float32)
+        got = cuda.scaled_mm(QuantizedTensor(a, one), QuantizedTensor(b, one), None, torch.float32)
     assert [launched.kernel for launched in launches] == ["triton_tma"] and got.eq(64).all()
 
 

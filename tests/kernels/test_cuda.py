@@ -18,7 +18,7 @@ from qcompile.kernels.triton import launch, tuning
 from tests.kernels.triton_device import DEVICE, QUIET, misaligned
 
 GPU = torch.device("cuda")
-scaled_mm_cuda = as_operator(cuda.scaled_mm_cuda)
+scaled_mm_cuda = as_operator(cuda.scaled_mm)
 pytestmark = QUIET
 HERE = [name for name in cuda.CANDIDATES if not cuda.reasons_against(name, torch.device(DEVICE))]
 
@@ -26,9 +26,9 @@ HERE = [name for name in cuda.CANDIDATES if not cuda.reasons_against(name, torch
 @pytest.fixture(autouse=True)
 def clean(monkeypatch):
     monkeypatch.delenv("QTRAIN_CUDA_GEMM", raising=False)
-    cuda._kernel_for.cache_clear()
+    cuda.choice._kernel_for.cache_clear()
     yield
-    cuda._kernel_for.cache_clear()
+    cuda.choice._kernel_for.cache_clear()
 
 
 @pytest.fixture
@@ -205,7 +205,7 @@ def test_empty_launches_nothing(candidate, shape, bias):
 @pytest.mark.parametrize("rows", [True, False])
 def test_transpose(rows):
     codes = int8(30, 200) if rows else int8(200, 30).t()
-    got = cuda.transpose_codes_cuda(codes)
+    got = cuda.transpose_codes(codes)
     assert torch.equal(got, codes.t()) and got.is_contiguous() and got.data_ptr() != codes.data_ptr()
 
 
@@ -232,7 +232,7 @@ def test_quantize_transposed(case, dtype, with_triton, monkeypatch, triton_versi
     bound = None if bound is None else torch.tensor(bound, device=DEVICE)
     seed = torch.tensor(7, dtype=torch.int64, device=DEVICE)
     operands = (x, torch.tensor(0.02, device=DEVICE), zero, 8, seed, 5, codes, amax, bound)
-    got, want = cuda.quantize_transposed_cuda(*operands), ops.quantize_transposed_reference(*operands)
+    got, want = cuda.quantize_transposed(*operands), ops.quantize_transposed_reference(*operands)
     assert len(got) == len(want) == codes + 1 + amax + (bound is not None)
     for here, there in zip(got, want, strict=True):
         torch.testing.assert_close(here, there, rtol=0, atol=0)

@@ -5,7 +5,7 @@ import torch
 
 from qcompile import ops
 from qcompile.geometry import Geometry
-from qcompile.kernels import cuda_conv, record_launches
+from qcompile.kernels import cuda, record_launches
 from qcompile.kernels.quantized_tensor import as_operator
 from tests.kernels.triton_device import DEVICE
 from tests.ops.test_scaled_conv import codes, parameters, spelled
@@ -23,7 +23,7 @@ def refuse(*operands):
 
 
 def operator(name, gathered):
-    return as_operator(cuda_conv.operators({name: gathered}, lambda device: True)[name])
+    return as_operator(cuda.convolutions({name: gathered})[name])
 
 
 def ran_on_triton(name, operands):
@@ -71,9 +71,9 @@ def test_a_weight_gradient_over_more_places_than_int32_holds_is_summed_by_images
         operands = (g, x, one, one, *zeros, weight_size, *spelled(geometry), torch.float32)
         want = ops.scaled_conv_grad_weight_reference(*operands)
         for images in (1, 2, 5):
-            monkeypatch.setattr(cuda_conv, "max_k", lambda zero_points, most=images * places[0] * places[1]: most)
+            monkeypatch.setattr(cuda.conv, "max_k", lambda zero_points, most=images * places[0] * places[1]: most)
             assert torch.equal(ran_on_triton("scaled_conv_grad_weight", operands), want)
-        monkeypatch.setattr(cuda_conv, "max_k", lambda zero_points: places[0] * places[1] - 1)
+        monkeypatch.setattr(cuda.conv, "max_k", lambda zero_points: places[0] * places[1] - 1)
         run = operator("scaled_conv_grad_weight", lambda *operands: "gathered")
         assert run(*operands) == "gathered", "one image alone is too much"
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from qcompile import KernelError, QtrainWarning, ops
 from qcompile.geometry import Geometry
-from qcompile.kernels import cpu, cuda, cuda_conv, fallback, record_launches
+from qcompile.kernels import cpu, cuda, fallback, record_launches
 from qcompile.kernels.cpu import choice, matmul
 from qcompile.kernels.fallback import first_that_runs
 from qcompile.kernels.quantized_tensor import as_operator, flat
@@ -101,9 +101,9 @@ def on_gpu_kernels(monkeypatch):
     if launch.unavailable_reasons("cpu"):
         pytest.skip("no tested Triton here")
     monkeypatch.delenv("QTRAIN_CUDA_GEMM", raising=False)
-    monkeypatch.setattr(cuda, "_tuned", {})
+    monkeypatch.setattr(cuda.choice, "_tuned", {})
     monkeypatch.setattr(fallback, "_failed", set())
-    cuda._kernel_for.cache_clear()
+    cuda.choice._kernel_for.cache_clear()
 
 
 def int8(*shape):
@@ -130,16 +130,16 @@ def convolution():
 
 def convolve(*operands):
     gathered = {"scaled_conv": lambda x, w, *rest: ops.scaled_conv_reference(*flat(x, w), *rest)}
-    return as_operator(cuda_conv.operators(gathered, lambda device: True)["scaled_conv"])(*operands)
+    return as_operator(cuda.convolutions(gathered)["scaled_conv"])(*operands)
 
 
 QUANTIZE = (torch.randn(70, 40), torch.tensor(0.02), None, 8, None, 5, True, True, None)
 FORMS = {
-    "GEMM": ("scaled_mm.scaled_mm", as_operator(cuda.scaled_mm_cuda), ops.scaled_mm_reference, lambda: GEMM),
-    "packed GEMM": ("scaled_mm.scaled_mm", as_operator(cuda.scaled_mm_packed_cuda), ops.scaled_mm_packed_reference, packed),
+    "GEMM": ("scaled_mm.scaled_mm", as_operator(cuda.scaled_mm), ops.scaled_mm_reference, lambda: GEMM),
+    "packed GEMM": ("scaled_mm.scaled_mm", as_operator(cuda.scaled_mm_packed), ops.scaled_mm_packed_reference, packed),
     "convolution": ("conv.prepare_conv", convolve, ops.scaled_conv_reference, convolution),
-    "quantize": ("quantize.quantize", cuda.quantize_transposed_cuda, ops.quantize_transposed_reference, lambda: QUANTIZE),
-    "transpose": ("transpose.transpose", cuda.transpose_codes_cuda, torch.t, lambda: GEMM[:1]),
+    "quantize": ("quantize.quantize", cuda.quantize_transposed, ops.quantize_transposed_reference, lambda: QUANTIZE),
+    "transpose": ("transpose.transpose", cuda.transpose_codes, torch.t, lambda: GEMM[:1]),
 }
 
 

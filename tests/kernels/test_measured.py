@@ -31,7 +31,7 @@ def home(tmp_path, monkeypatch):
 
 def forget(monkeypatch):
     monkeypatch.setattr(tuning, "_chosen", {})
-    monkeypatch.setattr(cuda, "_tuned", {})
+    monkeypatch.setattr(cuda.choice, "_tuned", {})
     monkeypatch.setattr(autotune, "_recalled", set())
 
 

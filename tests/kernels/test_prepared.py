@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from qcompile.errors import KernelError
-from qcompile.kernels import cuda, cuda_conv, prepared, record_launches
+from qcompile.kernels import cuda, prepared, record_launches
 from qcompile.kernels.fallback import ours_or_plain
 from qcompile.kernels.registry import register_kernel, unregister_kernel
 from qcompile.kernels.triton import kernel_call, tuning
@@ -125,7 +125,7 @@ CHANGES = {
 
 @pytest.mark.cpu
 def test_what_changes_a_choice_ends_it(parts, monkeypatch):
-    monkeypatch.setattr(cuda, "_tuned", {})
+    monkeypatch.setattr(cuda.choice, "_tuned", {})
     monkeypatch.setattr(tuning, "_chosen", {})
     operator, *_ = parts
     for change, make in CHANGES.items():
@@ -171,8 +171,13 @@ def normal(*shape, dtype=torch.bfloat16):
     return torch.randn(shape, device=DEVICE).to(dtype)
 
 
-def products(bias, out_dtype, m=70, n=40, k=48):
-    return int8(m, k), int8(n, k).t(), uniform(m, 1), uniform(1, n), None, None, None if bias is None else uniform(*bias), out_dtype
+def products(bias, out_dtype, m=70, n=40, k=48, a_zero=None, b_zero=None):
+    zeros = (None if shape is None else zero_points(*shape) for shape in (a_zero, b_zero))
+    return int8(m, k), int8(n, k).t(), uniform(m, 1), uniform(1, n), *zeros, None if bias is None else uniform(*bias), out_dtype
+
+
+def zero_points(*shape):
+    return torch.randint(-100, 100, shape, dtype=torch.int32, device=DEVICE)
 
 
 def quantized(x, *shapes, zero=False, seed=None, codes=True, amax=False, bound=False):
@@ -180,7 +185,7 @@ def quantized(x, *shapes, zero=False, seed=None, codes=True, amax=False, bound=F
     return (
         x,
         uniform(*shape),
-        torch.randint(-100, 100, shape, dtype=torch.int32, device=DEVICE) if zero else None,
+        zero_points(*shape) if zero else None,
         8,
         None if seed is None else torch.randint(2**40, (), device=DEVICE),
         seed or 0,
@@ -209,7 +214,7 @@ def input_gradients(geometry=PLANE, groups=1):
 
 def weight_gradients(geometry=PLANE, groups=1, zero=False):
     g = int8(*((3, 8, 9, 9) if geometry is PLANE else (3, 8, 4, 7))).contiguous(memory_format=torch.channels_last)
-    x_zero = torch.randint(-100, 100, (), dtype=torch.int32, device=DEVICE) if zero else None
+    x_zero = zero_points() if zero else None
     return g, int8(3, 8, 9, 9), uniform(1, 8, 1, 1), uniform(), None, x_zero, [8, 8 // groups, 3, 3], *geometry, torch.bfloat16
 
 
@@ -217,6 +222,9 @@ CASES = {
     "mm, no bias": ("scaled_mm", lambda: products(None, torch.float16)),
     "mm, a bias for all rows": ("scaled_mm", lambda: products((40,), torch.float32)),
     "mm, a bias for each value": ("scaled_mm", lambda: products((70, 40), torch.float16)),
+    "mm, a zero point": ("scaled_mm", lambda: products((40,), torch.float32, a_zero=())),
+    "mm, a zero point for each column": ("scaled_mm", lambda: products(None, torch.float32, b_zero=(1, 40))),
+    "mm, zero points for rows and columns": ("scaled_mm", lambda: products((40,), torch.float16, a_zero=(70, 1), b_zero=(1, 40))),
     "quantize": ("quantize_transposed", lambda: quantized(normal(70, 40))),
     "quantize, transposed alone, a scale a row": ("quantize_transposed", lambda: quantized(normal(70, 40), (70, 1), codes=False)),
     "quantize, column by column": (
@@ -237,10 +245,10 @@ CASES = {
     ),
 }  # fmt: skip
 PREPARES = {
-    "scaled_mm": cuda._prepare_mm,
-    "quantize_transposed": cuda._prepare_quantize,
-    "transpose_codes": cuda._prepare_transpose,
-} | {name: cuda_conv.prepare(name) for name in ("scaled_conv", "scaled_conv_grad_input", "scaled_conv_grad_weight")}
+    "scaled_mm": cuda.prepare_scaled_mm,
+    "quantize_transposed": cuda.prepare_quantize_transposed,
+    "transpose_codes": cuda.prepare_transpose_codes,
+} | {name: cuda.prepare_convolution(name) for name in ("scaled_conv", "scaled_conv_grad_input", "scaled_conv_grad_weight")}
 each_case = pytest.mark.parametrize(("name", "draw"), CASES.values(), ids=CASES)
 
 
@@ -294,7 +302,7 @@ def test_memory_that_is_not_aligned(kernel, monkeypatch):
         pytest.skip(f"no {kernel} here")
     monkeypatch.setenv("QTRAIN_CUDA_GEMM", kernel)
     general = Counted("general")
-    operator = prepared.prepared(general, cuda._prepare_mm)
+    operator = prepared.prepared(general, cuda.prepare_scaled_mm)
     a, b, *rest = products((40,), torch.float32, k=64)
     aligned, other = (a, b, *rest), (misaligned(a), misaligned(b.t()).t(), *rest)
     operator(*aligned)
@@ -302,7 +310,7 @@ def test_memory_that_is_not_aligned(kernel, monkeypatch):
     if kernel == "triton":
         assert same(operator(*other), reference("scaled_mm", other)) and general.calls == 1
     else:
-        assert operator(*other) == "general" and cuda._prepare_mm(*other) is None
+        assert operator(*other) == "general" and cuda.prepare_scaled_mm(*other) is None
 
 
 def test_prepared_gemms_are_recorded():
@@ -321,18 +329,17 @@ def test_prepared_gemms_are_recorded():
         lambda: products(None, torch.float32, m=0),
         lambda: (int8(48, 70).t(), *products(None, torch.float32)[1:]),
         lambda: (*products(None, torch.float32)[:2], uniform(70, 2)[:, :1], *products(None, torch.float32)[3:]),
-        lambda: (*products(None, torch.float32)[:4], torch.zeros((), dtype=torch.int32, device=DEVICE), None, None, torch.float32),
     ],
-    ids=["nothing to sum", "no rows", "rows that are not contiguous", "scales that lie apart", "zero points"],
+    ids=["nothing to sum", "no rows", "rows that are not contiguous", "scales that lie apart"],
 )
 def test_products_of_more_than_one_launch_go_the_general_way(operands):
-    assert cuda._prepare_mm(*operands()) is None
+    assert cuda.prepare_scaled_mm(*operands()) is None
 
 
 def test_users_kernels_go_the_general_way():
     register_kernel("theirs", print, device="cuda")
     try:
-        assert cuda._prepare_mm(*products(None, torch.float32)) is None
+        assert cuda.prepare_scaled_mm(*products(None, torch.float32)) is None
     finally:
         unregister_kernel("theirs")
 

@@ -58,14 +58,14 @@ def gpu(monkeypatch):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
         monkeypatch.setattr(torch.version, "hip", None)
         monkeypatch.setattr(launch, "_triton_version", lambda: triton)
-        monkeypatch.setattr(cuda, "_tuned", {})
+        monkeypatch.setattr(cuda.choice, "_tuned", {})
         monkeypatch.setattr(errors, "_warned", set())
         monkeypatch.setattr(inductor, "compile_plain", lambda gm, *_: "plain")
         monkeypatch.setattr(compiler.Compilation, "run", lambda self: "ours")
-        cuda._kernel_for.cache_clear()
+        cuda.choice._kernel_for.cache_clear()
 
     yield pretend
-    cuda._kernel_for.cache_clear()
+    cuda.choice._kernel_for.cache_clear()
 
 
 def on_gpu(**options):

@@ -20,15 +20,15 @@ from qcompile.kernels.triton.requantize import scaled_mm_requantize
 
 pytestmark = [*QUIET, pytest.mark.skipif(not launch.is_available(DEVICE), reason="no tested Triton here")]
 M, K, N = 100, 45, 70
-scaled_mm_requantize_cuda = as_operator(cuda.scaled_mm_requantize_cuda)
+scaled_mm_requantize_cuda = as_operator(cuda.scaled_mm_requantize)
 
 
 @pytest.fixture(autouse=True)
 def default(monkeypatch):
     monkeypatch.delenv("QTRAIN_CUDA_GEMM", raising=False)
-    cuda._kernel_for.cache_clear()
+    cuda.choice._kernel_for.cache_clear()
     yield
-    cuda._kernel_for.cache_clear()
+    cuda.choice._kernel_for.cache_clear()
 
 
 def int8(*shape, low=-127):
@@ -105,7 +105,7 @@ def test_where_it_cannot_run_the_parts_do(monkeypatch):
     assert all(torch.equal(g, w) for g, w in zip(got, want, strict=True))
     assert not any("requantize" in launch.kernel for launch in launches)
     monkeypatch.delenv("QTRAIN_CUDA_GEMM")
-    monkeypatch.setattr(cuda, "max_k", lambda zero_points: K - 1)
+    monkeypatch.setattr(cuda.matmul, "max_k", lambda zero_points: K - 1)
     with record_launches() as launches:
         scaled_mm_requantize_cuda(*args)
     assert not any("requantize" in launch.kernel for launch in launches)

@@ -15,7 +15,7 @@ from qcompile.kernels.triton import scaled_bmm as module
 from qcompile.kernels.triton.scaled_bmm import scaled_bmm
 
 pytestmark = QUIET
-scaled_bmm_cuda = as_operator(cuda.scaled_bmm_cuda)
+scaled_bmm_cuda = as_operator(cuda.scaled_bmm)
 SHAPES = [(1, 1, 1, 1), (3, 5, 7, 9), (4, 65, 70, 33), (2, 130, 3, 64), (5, 17, 40, 200)]
 SHARED = {
     "one value": ((), ()),
@@ -91,9 +91,8 @@ def test_what_it_does_not_take_is_refused(monkeypatch):
 @pytest.fixture
 def on_triton(monkeypatch):
     """The CUDA operator on this device, with Triton as the GEMM."""
-    monkeypatch.setattr(cuda, "gemm_for", lambda *sizes: "triton")
-    monkeypatch.setattr(cuda, "unavailable_reasons", lambda *args, **kwargs: ())
-    monkeypatch.setattr(cuda, "reasons_against", lambda *args, **kwargs: ())
+    monkeypatch.setattr(cuda.matmul, "gemm_for", lambda *sizes: "triton")
+    monkeypatch.setattr(cuda.transpose, "unavailable_reasons", lambda *args, **kwargs: ())
     monkeypatch.setattr(fallback, "_failed", set())
 
 
@@ -113,10 +112,10 @@ def test_longer_sums_and_another_gemm_go_matrix_by_matrix(on_triton, monkeypatch
     one = torch.ones((), device=DEVICE)
     operands = (int8(2, 20, 32), int8(2, 32, 24), one, one, None, None, None, torch.float32)
     with monkeypatch.context() as patch:
-        patch.setattr(cuda, "max_k", lambda zero_points: 31)
-        patch.setattr(cuda, "product", lambda a, b, *rest: ops.scaled_mm_reference(*flat(a, b), *rest))
+        patch.setattr(cuda.matmul, "max_k", lambda zero_points: 31)
+        patch.setattr(cuda.matmul, "product", lambda a, b, *rest: ops.scaled_mm_reference(*flat(a, b), *rest))
         assert torch.equal(scaled_bmm_cuda(*operands), ops.scaled_bmm_reference(*operands))
-    monkeypatch.setattr(cuda, "gemm_for", lambda *sizes: "int_mm")
+    monkeypatch.setattr(cuda.matmul, "gemm_for", lambda *sizes: "int_mm")
     with record_launches() as launches:
         scaled_bmm_cuda(*operands)
     assert launches == [Launch("int_mm", 20, 24, 32, "bmm", 2)]

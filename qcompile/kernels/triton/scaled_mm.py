@@ -235,27 +235,38 @@ Run = Callable[[Tensor, Tensor, "Epilogue"], None]
 
 
 def prepare(
-    a: Tensor, b_t: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype, kernel: str
-) -> Callable[[Tensor, Tensor, Tensor, Tensor, Tensor | None], Tensor] | None:
-    """`scaled_mm` of checked operands without zero points, as a function of others that differ from these in their values alone.
+    a: Tensor,
+    b_t: Tensor,
+    a_scale: Tensor,
+    b_scale: Tensor,
+    a_zero: Tensor | None,
+    b_zero: Tensor | None,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    *,
+    kernel: str,
+) -> Callable[..., Tensor] | None:
+    """`scaled_mm` of checked operands, as a function of others, up to the bias, that differ from these in their values alone.
 
     None where that is more than one launch: nothing to sum, a K that is split, values to be copied first.
     """
     (m, k), n = a.shape, b_t.shape[0]
-    if 0 in (m, n, k) or k > tuning.max_k(0) or a.stride(1) != 1 or b_t.stride(1) != 1:
+    if 0 in (m, n, k) or k > tuning.max_k(zero_point_count(a_zero, b_zero)) or a.stride(1) != 1 or b_t.stride(1) != 1:
         return None
     if kernel != "triton" and not (takes(a) and takes(b_t)):
         return None
     packing = Packing(False, False, 1, k)
-    given = Epilogue(a.new_empty((m, n), dtype=out_dtype), None, a_scale, b_scale, bias=bias)
+    given = Epilogue(a.new_empty((m, n), dtype=out_dtype), None, a_scale, b_scale, a_zero, b_zero, bias=bias)
     tensors, constants = given.complete(a, b_t, packing)
-    if any(tensor is not before for tensor, before in zip(tensors, given, strict=True)):
+    if any(getattr(tensors, name) is not getattr(given, name) for name in _LAYOUTS):
         return None
     run = _RUNS[kernel](a, b_t, tensors, constants, tuning.choose(family(a.device), m, n, k, kernel), packing)
 
-    def again(a: Tensor, b_t: Tensor, a_scale: Tensor, b_scale: Tensor, bias: Tensor | None) -> Tensor:
+    def again(a: Tensor, b_t: Tensor, *applied: Tensor | None) -> Tensor:
+        a_scale, b_scale, a_zero, b_zero, bias = applied
         out = a.new_empty((m, n), dtype=out_dtype)
-        run(a, b_t, Epilogue(out, None, a_scale, b_scale, bias=bias))
+        epilogue = Epilogue(out, None, a_scale, b_scale, a_zero, b_zero, bias=bias)
+        run(a, b_t, epilogue if a_zero is b_zero is None else epilogue.with_sums(a, b_t, packing))
         return out
 
     return again
@@ -351,9 +362,13 @@ class Epilogue(NamedTuple):
                 else:
                     shared[name] = values.contiguous()
             constants[name.upper()] = int(layout)
+        return self._replace(**shared).with_sums(a, b_t, packing), constants
+
+    def with_sums(self, a: Tensor, b_t: Tensor, packing: Packing) -> Epilogue:
+        """With the sums over K that zero points ask for."""
         a_sum = None if self.b_zero is None else _row_sums(a, packing.fields if packing.a else 1)
         b_sum = None if self.a_zero is None else _row_sums(b_t, packing.fields if packing.b else 1)
-        return self._replace(a_sum=a_sum, b_sum=b_sum, **shared), constants
+        return self._replace(a_sum=a_sum, b_sum=b_sum)
 
 
 _LAYOUTS = {

@@ -1,7 +1,7 @@
 """INT8 convolutions on GPUs: Triton's implicit GEMM where it can run, else products of gathered codes.
 
     triton    `qcompile.kernels.triton.conv`: no column matrix in memory; capability 8.0 or newer
-    gathered  `qcompile.kernels.convolution` on the GEMM of `qcompile.kernels.cuda`
+    gathered  `qcompile.kernels.convolution` on the GEMM of `matmul`
 
 The Triton kernels take a zero point on one operand only, one value of it, and as many products as an int32 sum holds; asymmetric
 weights or gradients, a zero point for each sample and longer sums go the other way. A weight's gradient sums over all images: where
@@ -19,27 +19,31 @@ from torch import Tensor
 
 from qcompile.geometry import Geometry
 from qcompile.kernels import note_launch
+from qcompile.kernels.convolution import operators
+from qcompile.kernels.cuda.choice import gemm_for, uses_triton
+from qcompile.kernels.cuda.matmul import product
+from qcompile.kernels.cuda.transpose import transpose_codes
 from qcompile.kernels.fallback import has_failed, ours_or_plain
 from qcompile.kernels.quantized_tensor import QuantizedTensor, as_operator
 from qcompile.kernels.triton.tuning import max_k
 
-__all__ = ["operators", "prepare"]
+__all__ = ["convolutions", "prepare_convolution"]
 
 Operators = dict[str, Callable[..., Tensor]]
 KERNEL = "triton conv"
 
 
-def operators(gathered: Operators, uses_triton: Callable[[torch.device], bool]) -> Operators:
-    """The implementations of `qtrain::scaled_conv` and its gradients, for checked operands, by the operators' names.
+def convolutions(gathered: Operators | None = None) -> Operators:
+    """`qtrain::scaled_conv` and its gradients for checked operands, by name.
 
-    gathered     the implementations to fall back on
-    uses_triton  whether a device's GEMM is Triton's
+    gathered  the implementations to fall back on (None: products of gathered codes)
     """
+    others = gathered or operators(product, lambda device, *sizes, integer: gemm_for(device, *sizes))
 
     def either(op: str, plan: Callable[..., _Work | None]) -> Callable[..., Tensor]:
         def run(first: QuantizedTensor, second: QuantizedTensor, *rest: Any) -> Tensor:
             def plain() -> Tensor:
-                return gathered[op](first, second, *rest)
+                return others[op](first, second, *rest)
 
             device = first.codes.device
             work = plan(first, second, *rest) if uses_triton(device) else None
@@ -57,14 +61,15 @@ def operators(gathered: Operators, uses_triton: Callable[[torch.device], bool]) 
     return {op: either(op, plan) for op, plan in _PLANS.items()}
 
 
-def prepare(op: str) -> Callable[..., Callable[..., Tensor] | None]:
-    """For the operands of one of these operators on a GPU whose GEMM is Triton's (`qcompile.kernels.prepared`)."""
+def prepare_convolution(op: str) -> Callable[..., Callable[..., Tensor] | None]:
+    """For the operands of one of these operators (`qcompile.kernels.prepared`). None for what Triton's kernels do not do."""
 
-    def prepare_op(first: QuantizedTensor, second: QuantizedTensor, *rest: Any) -> Callable[..., Tensor] | None:
-        work = _PLANS[op](first, second, *rest)
-        return None if work is None or has_failed(KERNEL, first.codes.device) else as_operator(work.run_and_note)
+    def prepare(first: QuantizedTensor, second: QuantizedTensor, *rest: Any) -> Callable[..., Tensor] | None:
+        device = first.codes.device
+        work = None if has_failed(KERNEL, device) or not uses_triton(device) else _PLANS[op](first, second, *rest)
+        return None if work is None else as_operator(work.run_and_note)
 
-    return as_operator(prepare_op)
+    return as_operator(prepare)
 
 
 class _Work(NamedTuple):
@@ -127,12 +132,10 @@ def _grad_weight(g: QuantizedTensor, x: QuantizedTensor, weight_size: Sequence[i
     sums = [_prepared_by_the_first(prepare_sum) for _ in range(0, small.codes.shape[0], images)]
 
     def run(g: QuantizedTensor, x: QuantizedTensor, *_: Any) -> Tensor:
-        from qcompile.kernels.cuda import transpose_codes_cuda
-
         small, big = _by_places(geometry, g, x)
         parts = zip(sums, small.codes.split(images), big.codes.split(images), strict=True)
         acc, *further = [
-            sum_of(transpose_codes_cuda(some.movedim(1, -1).reshape(-1, some.shape[1])), _lifted(others), big.zero)
+            sum_of(transpose_codes(some.movedim(1, -1).reshape(-1, some.shape[1])), _lifted(others), big.zero)
             for sum_of, some, others in parts
         ]
         for part in further:
