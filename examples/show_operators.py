@@ -18,11 +18,29 @@ from torch import Tensor, nn
 
 import qcompile
 from passes import meta
-from qcompile.kernels.select import KERNELS
 
 BEGIN, END = "<!-- made by examples/show_operators.py -->", "<!-- end -->"
 RECIPE = qcompile.get_recipe("int8_tensorwise")
 EVERYTHING = RECIPE.replace(ops=("linear", "conv", "bmm"))
+
+_GEMM = {"cpu": "oneDNN, `_int_mm` or exact fp32 parts", "cuda": "Triton, else `_int_mm`", "cuda 7.5": "`_int_mm`"}
+_EACH = {device: f"{text}, matrix by matrix" for device, text in _GEMM.items()} | {
+    "cuda": "Triton, all matrices in one launch, else `_int_mm`, matrix by matrix"
+}
+_CONVOLUTION = {
+    "cpu": "the GEMM, on gathered codes",
+    "cuda": "Triton implicit GEMM, else the GEMM on gathered codes",
+    "cuda 7.5": "the GEMM, on gathered codes",
+}
+
+KERNELS = {
+    "scaled_mm": _GEMM,
+    "scaled_bmm": _EACH,
+    "scaled_conv": _CONVOLUTION,
+    "scaled_conv_grad_input": _CONVOLUTION,
+    "scaled_conv_grad_weight": _CONVOLUTION,
+}
+"""Operator -> what it runs on, in words: on a CPU, on GPUs of capability 8.0 and newer, and on 7.5."""
 
 
 class Function(nn.Module):

@@ -10,28 +10,9 @@ from qcompile.errors import KernelError
 from qcompile.kernels import cpu, cuda
 from qcompile.kernels.registry import find_kernel
 
-__all__ = ["KERNELS", "fallback_reason", "gemm_kernel", "reads_packed", "unsupported_device"]
+__all__ = ["fallback_reason", "gemm_kernel", "reads_packed", "unsupported_device"]
 
 SUPPORTED = ("cpu", "cuda")
-
-_GEMM = {"cpu": "oneDNN, `_int_mm` or exact fp32 parts", "cuda": "Triton, else `_int_mm`", "cuda 7.5": "`_int_mm`"}
-_EACH = {device: f"{text}, matrix by matrix" for device, text in _GEMM.items()} | {
-    "cuda": "Triton, all matrices in one launch, else `_int_mm`, matrix by matrix"
-}
-_CONVOLUTION = {
-    "cpu": "the GEMM, on gathered codes",
-    "cuda": "Triton implicit GEMM, else the GEMM on gathered codes",
-    "cuda 7.5": "the GEMM, on gathered codes",
-}
-
-KERNELS = {
-    "scaled_mm": _GEMM,
-    "scaled_bmm": _EACH,
-    "scaled_conv": _CONVOLUTION,
-    "scaled_conv_grad_input": _CONVOLUTION,
-    "scaled_conv_grad_weight": _CONVOLUTION,
-}
-"""Operator -> what it runs on, in words: on a CPU, on GPUs of capability 8.0 and newer, and on 7.5."""
 
 
 def unsupported_device(devices: Iterable[torch.device]) -> str | None:
