@@ -1,8 +1,9 @@
-"""How long the host takes to launch our Triton kernels, on a driver that is not there: all but the launch itself.
+"""How long the host takes to launch our Triton kernels, on a driver library that is not there: all but what NVIDIA's would do.
 
     python -m tests.kernels.host_time
 
-"in general" is a call that is checked, chosen and bound anew, as `kernel[grid](...)` does; "prepared" one like an earlier call.
+"in general" is a call that is checked, chosen and bound anew, as `kernel[grid](...)` does; "prepared" one like an earlier call. The
+fastest tenth of the rounds counts: others may have shared the machine.
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import statistics
 import time
 
 os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported
@@ -21,7 +21,7 @@ from tabulate import tabulate
 
 from qcompile.kernels import cuda, prepared
 from qcompile.kernels.quantized_tensor import as_operator
-from qcompile.kernels.triton import conv, kernel_call, scaled_mm
+from qcompile.kernels.triton import kernel_call
 from qcompile.ops._library import checked
 from qcompile.ops.quantize_transposed import check_quantize_transposed
 from qcompile.ops.scaled_conv import CHECKS
@@ -67,9 +67,7 @@ def implementations():
 
 def pretend():
     """Tensors on the CPU are those of an H200."""
-    pretended_driver.install(record=False)
-    for module in (scaled_mm, conv):
-        module.family = lambda device: "sm_90"
+    pretended_driver.install()
     cuda.choice.kernel_for = lambda device, capability=None: "triton"
     for module in (cuda.quantize, cuda.transpose):
         module.unavailable_reasons = lambda *asked, **options: ()
@@ -100,14 +98,14 @@ def main(rounds: int, calls: int) -> None:
         for _ in range(rounds + 1):  # the first one compiles
             for way, operator in found.items():
                 times[way].append(microseconds(operator, CALLS[name], calls, forget=way == "general"))
-        rows.append((name, *(statistics.median(times[way][1:]) for way in ("general", "prepared"))))
+        rows.append((name, *(sorted(times[way][1:])[rounds // 10] for way in ("general", "prepared"))))
     print(f"{platform.processor() or platform.machine()}, torch {torch.__version__}, Triton {triton.__version__}")
     print(tabulate(rows, ("operator", "in general, us", "prepared, us"), tablefmt="github", floatfmt=".0f"))
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--calls", type=int, default=300)
+    parser.add_argument("--rounds", type=int, default=80)
+    parser.add_argument("--calls", type=int, default=60)
     options = parser.parse_args()
     main(options.rounds, options.calls)

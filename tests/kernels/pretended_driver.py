@@ -1,63 +1,144 @@
-"""A GPU driver for Triton that is not there: all up to the launch is real, and the code is for compute capability 9.0."""
+"""An NVIDIA GPU of compute capability 9.0 that is not there, for Triton: its own driver and launchers on a pretended libcuda.
+
+All is real down to the driver library (`pretended_driver.c`), which checks what it is asked to launch and keeps it. Tensors are on
+the CPU, and nothing is computed.
+"""
 
 from __future__ import annotations
 
+import atexit
+import ctypes
+import functools
+import os
+import shutil
+import subprocess
 import sys
-import types
-from typing import Any, NamedTuple
+import sysconfig
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
 
-import torch
-from triton.backends.compiler import GPUTarget
+import triton
+from triton import knobs
+from triton.backends.nvidia.driver import CudaDriver
 from triton.runtime import driver
-from triton.tools.tensor_descriptor import TensorDescriptor
+
+import qcompile.kernels.triton.launch  # noqa: F401  (which `install` changes)
+
+SOURCE = Path(__file__).with_suffix(".c")
+NVIDIA = Path(triton.__file__).parent / "backends/nvidia"
+KEPT, PARAMETERS, BYTES = 64, 64, 2048  # as in the source
+DIRECTORY = "QTRAIN_PRETENDED_DRIVER"
 
 
 class Launched(NamedTuple):
-    """A launch: who asked for it, the number of the compiled kernel, the addresses of tensors, and the other arguments."""
+    """What the driver library was asked to launch."""
 
-    by: str
-    code: int
-    addresses: list[int]
-    rest: list[Any]
+    function: int  # the handle: every compiled kernel has one
+    name: str
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    shared: int
+    stream: int
+    attributes: tuple[tuple[int, ...], ...]
+    parameters: tuple[bytes, ...]
+
+    @property
+    def addresses(self) -> list[int]:
+        """Those in the parameters: pointers, and what tensor maps begin with."""
+        words = [int.from_bytes(value[:8], "little") for value in self.parameters if len(value) >= 8]
+        return [word for word in words if word >= 2**32]
+
+    @property
+    def rest(self) -> list[object]:
+        """All but the addresses."""
+        hidden = set(self.addresses)
+        others = [value[8:] if int.from_bytes(value[:8], "little") in hidden else value for value in self.parameters]
+        return [self.name, self.grid, self.block, self.shared, self.stream, self.attributes, [value.hex() for value in others]]
 
 
-def install(*, record: bool = True) -> list[Launched]:
-    """Make it Triton's driver, for tensors on the CPU. What is launched from then on is in the list, if it is to be recorded."""
-    launched: list[Launched] = []
-    codes: dict[str, int] = {}
+class _Launch(ctypes.Structure):
+    """`struct launch` of the library."""
 
-    class Launcher:
-        """What Triton 3.6 and 3.7 make of a compiled kernel, and call with (three sizes, stream, ..., *arguments)."""
+    _fields_ = [
+        ("function", ctypes.c_uint64),
+        ("stream", ctypes.c_uint64),
+        ("name", ctypes.c_char_p),
+        ("grid", ctypes.c_uint * 3),
+        ("block", ctypes.c_uint * 3),
+        ("shared", ctypes.c_uint),
+        ("attributes", ctypes.c_uint),
+        ("attribute", ctypes.c_uint * 4 * 4),
+        ("count", ctypes.c_uint),
+        ("size", ctypes.c_uint * PARAMETERS),
+        ("bytes", ctypes.c_ubyte * BYTES),
+    ]
 
-        launch_cooperative_grid = False
+    def read(self) -> Launched:
+        ends = [sum(self.size[: i + 1]) for i in range(self.count)]
+        parameters = tuple(bytes(self.bytes[end - size : end]) for end, size in zip(ends, self.size, strict=False))
+        attributes = tuple(tuple(self.attribute[i]) for i in range(self.attributes))
+        where = tuple(self.grid), tuple(self.block), self.shared, self.stream
+        return Launched(self.function, self.name.decode(), *where, attributes, parameters)
 
-        def __init__(self, src: Any, metadata: Any) -> None:
-            self.code = codes.setdefault(f"{src.fn.fn.__name__} {src.signature} {src.attrs} {src.constants}", len(codes))
 
-        def __call__(self, *given: Any) -> None:
-            if not record:
-                return
-            addresses, rest = [], [*given[:3]]
-            for argument in given[9:]:  # behind the grid: stream, function, two kinds of metadata, two hooks
-                tensor = argument.base if isinstance(argument, TensorDescriptor) else argument
-                if isinstance(tensor, torch.Tensor):
-                    addresses.append(tensor.data_ptr())
-                else:
-                    rest.append(argument)
-            by = "Triton's launch" if sys._getframe(1).f_code.co_name == "run" else "ours"
-            launched.append(Launched(by, self.code, addresses, rest))
+class Library:
+    """The pretended driver library."""
 
-    utils = types.SimpleNamespace(
-        load_binary=lambda name, kernel, shared, device: (1, 2, 100, 0, 1024),
-        get_device_properties=lambda device: {"max_shared_mem": 232_448, "multiprocessor_count": 132, "warpSize": 32},
-    )
-    driver.set_active(
-        types.SimpleNamespace(
-            launcher_cls=Launcher,
-            utils=utils,
-            get_current_device=lambda: 0,
-            get_current_stream=lambda device: 0,
-            get_current_target=lambda: GPUTarget("cuda", 90, 32),
-        )
-    )
-    return launched
+    def __init__(self) -> None:
+        self.directory = os.environ.get(DIRECTORY) or tempfile.mkdtemp()
+        path = Path(self.directory) / "libcuda.so.1"
+        if not path.exists():
+            command = [os.environ.get("CC", "gcc"), "-shared", "-fPIC", "-O1", f"-Wl,-soname,{path.name}", "-o", path, SOURCE]
+            subprocess.run([*command, f"-I{NVIDIA / 'include'}"], check=True)
+        library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+        # Whoever asks for this name gets the first library that had it. With a GPU's driver here that is another, which cuBLAS asks
+        # for when torch is imported: then once more from the start.
+        if ctypes.CDLL(path.name)._handle != library._handle:
+            assert DIRECTORY not in os.environ, "another libcuda.so.1 is loaded first"
+            environment = os.environ | {DIRECTORY: self.directory, "LD_PRELOAD": f"{path}:{os.environ.get('LD_PRELOAD', '')}"}
+            os.execve(sys.executable, sys.orig_argv, environment)
+        atexit.register(shutil.rmtree, self.directory, ignore_errors=True)
+        self._launches = (_Launch * KEPT).in_dll(library, "launches")
+        self._number = ctypes.c_uint.in_dll(library, "launched")
+        self._taken = 0
+
+    def take(self) -> list[Launched]:
+        """What was launched since this was last asked."""
+        first, self._taken = self._taken, self._number.value
+        assert self._taken - first <= KEPT
+        return [self._launches[i % KEPT].read() for i in range(first, self._taken)]
+
+
+class _Driver(CudaDriver):
+    """Triton's, but for what it asks of torch.cuda."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.get_current_device = lambda: 0
+        self.get_current_stream = lambda device: 0
+        self.get_device_capability = lambda device: (9, 0)
+
+
+def missing() -> str | None:
+    """Why it cannot be built here, or None."""
+    compiler = os.environ.get("CC", "gcc")  # as Triton chooses
+    if shutil.which(compiler) is None:
+        return f"no C compiler ({compiler})"
+    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
+        return "no Python.h, with which Triton compiles its launcher"
+    return next((f"this Triton has no {part}" for part in ("include/cuda.h", "bin/ptxas") if not (NVIDIA / part).exists()), None)
+
+
+@functools.cache
+def install() -> Library:
+    """Make it Triton's driver in this process, which must have no other; our launchers take the CPU for an H200 from then on."""
+    library = Library()
+    knobs.nvidia.libcuda_path = library.directory  # what Triton compiles is linked with it: 3.6 compiles a launcher for each kernel
+    driver.set_active(_Driver())
+    answers = {"family": lambda device: "sm_90", "multiprocessors": lambda device: 132, "takes_ptx": lambda device: True}
+    for module in [module for name, module in sys.modules.items() if name.startswith("qcompile.kernels.triton.")]:
+        for name, answer in answers.items():
+            if hasattr(module, name):  # modules that are imported later find it in `launch`
+                setattr(module, name, answer)
+    return library

@@ -371,69 +371,78 @@ def test_a_call_is_found_again():
         kernel_call.kernel_call(transpose_kernel, (1,), rest | {"BLOCK": 16}, num_warps=4)
 
 
-ON_A_PRETENDED_DRIVER = """
-import json, torch
-from tests.kernels import pretended_driver
-launched = pretended_driver.install()
-from qcompile.kernels.triton.quantize import quantize
-from qcompile.kernels.triton import launch, scaled_mm, transpose
-scaled_mm.family = lambda device: "sm_90"
-scaled_mm.multiprocessors = lambda device: 132
-
-def product(a, b_t, scale, kernel):
-    return scaled_mm.scaled_mm(a, b_t, scale, scale, kernel=kernel, out_dtype=torch.bfloat16)
-
-def misaligned(x):
-    return x.new_empty(x.numel() + 1)[1:].view(x.shape).copy_(x)
-
-codes, scale = torch.ones(64, 64, dtype=torch.int8), torch.tensor(0.5)
-calls = {
-    "triton": lambda some, scale: product(some, codes, scale, "triton"),
-    "triton_tma": lambda some, scale: product(codes, codes, scale, "triton_tma"),
-    "quantize": lambda some, scale: quantize(some.to(torch.bfloat16), scale, codes_t=True),
-    "transpose": lambda some, scale: transpose.transpose(some),
-}
-found = {}
-for name, call in calls.items():
-    kept = []
-    for operands in ((codes, scale), (codes.clone(), scale.clone()), (misaligned(codes), misaligned(scale)), (codes, scale)):
-        result = call(*operands)
-        kept.append((operands, result))  # alive: addresses differ
-        del launched[:-1]
-        kept[-1] += (launched[-1],)
-    found[name] = [{"by": one.by, "code": one.code, "rest": one.rest, "addresses": one.addresses} for *_, one in kept]
-print(json.dumps(found))
-"""
+CALLED = ["triton", "triton int4", "triton int2", "triton_tma", "triton_tma, prepared", "bmm", "requantize"]
+CALLED += ["quantize", "transpose", "conv", "conv_weight", *PREPARES]
+"""What we launch, by the names in `launches`; the kernel in Gluon is launched by Triton each time."""
+COPYING = ("scaled_conv_grad_input", "scaled_conv_grad_weight")
+"""What launches something for copies of its operands."""
 
 
 @functools.cache
-def launches_on_a_pretended_driver():
+def output_on_a_pretended_driver():
+    """What the process said: (exit status, stdout, stderr). A failure is kept, too: it takes as long as a success."""
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", ON_A_PRETENDED_DRIVER], capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    command = [sys.executable, "-m", "tests.kernels.launches"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300)
+    return done.returncode, done.stdout, done.stderr
+
+
+def on_a_pretended_driver(name):
+    needs_a_pretended_driver()
+    status, output, errors = output_on_a_pretended_driver()
+    assert status == 0, errors[-3000:]
+    return json.loads(output.splitlines()[-1])[name]
+
+
+def needs_a_pretended_driver():
+    pytest.importorskip("triton.backends.nvidia.driver", reason="no Triton for NVIDIA GPUs")
+    from tests.kernels import pretended_driver
+
+    if reason := pretended_driver.missing():
+        pytest.skip(reason)
 
 
 @pytest.mark.cpu
-@pytest.mark.parametrize("kernel", ["triton", "triton_tma", "quantize", "transpose"])
+@pytest.mark.parametrize("kernel", CALLED)
 def test_what_triton_compiled_is_launched_again_with_the_same_arguments(kernel):
-    first, second, misaligned, again = launches_on_a_pretended_driver()[kernel]
+    first, second, misaligned, again = on_a_pretended_driver(kernel)["as used"]
     assert first["by"] == "Triton's launch" and second["by"] == again["by"] == "ours"
     assert first["code"] == second["code"] == again["code"] and first["rest"] == second["rest"] == again["rest"]
-    assert len(first["addresses"]) == len(second["addresses"]) and first["addresses"] != second["addresses"]
+    assert list(map(len, first["addresses"])) == list(map(len, second["addresses"])) and first["addresses"] != second["addresses"]
 
 
 @pytest.mark.cpu
-@pytest.mark.parametrize("kernel", ["triton", "quantize", "transpose"])
+@pytest.mark.parametrize("kernel", CALLED)
 def test_code_for_aligned_memory_is_not_launched_on_other(kernel):
-    first, _, misaligned, _ = launches_on_a_pretended_driver()[kernel]
+    first, _, misaligned, _ = on_a_pretended_driver(kernel)["as used"]
     assert misaligned["by"] == "Triton's launch" and misaligned["code"] != first["code"]
 
 
 @pytest.mark.cpu
+@pytest.mark.parametrize("kernel", [*(name for name in CALLED if name not in COPYING), "triton_gluon"])
+def test_a_launch_is_given_the_memory_of_all_operands_and_results(kernel):
+    for launch in on_a_pretended_driver(kernel)["as used"]:
+        assert set(launch["tensors"]) <= {address for addresses in launch["addresses"] for address in addresses}
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("kernel", CALLED)
+def test_the_driver_is_handed_what_triton_would_hand_it(kernel):
+    """The same function, grid, block, shared memory, attributes, and bytes of parameters."""
+    for compared in on_a_pretended_driver(kernel)["compared"]:
+        assert compared["launches"] > 0 and compared["differences"] == []
+
+
+@pytest.mark.cpu
+def test_descriptors_are_made_of_what_is_said_to_be_taken():
+    found = on_a_pretended_driver("descriptors")
+    assert {how: made for how, (_, made) in found.items()} == {how: taken for how, (taken, _) in found.items()}
+    assert 0 < sum(taken for taken, _ in found.values()) < len(found)
+
+
+@pytest.mark.cpu
 def test_the_hosts_time_is_measured():
+    needs_a_pretended_driver()
     environment = os.environ | {"TRITON_INTERPRET": "0", "PYTHONPATH": str(ROOT)}
     command = [sys.executable, "-m", "tests.kernels.host_time", "--rounds", "1", "--calls", "2"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300)
