@@ -66,7 +66,7 @@ def mm_prepared(kernel):
 
     def run(*operands):
         if not ready:
-            ready.append(scaled_mm.prepare(*operands, BF16, kernel))
+            ready.append(scaled_mm.prepare(*operands, BF16, kernel=kernel))
         return ready[0](*operands)
 
     return run
@@ -131,7 +131,7 @@ CASES: dict[str, list[tuple[Callable[..., Any], Callable[[], tuple[Any, ...]]]]]
         (mm("triton_tma"), product),
         (mm("triton_tma", FP32), lambda: product(torch.rand(M, 1), m=(M, 1), n=(1, N), zero_points=True)),
     ],
-    "triton_tma, prepared": [(mm_prepared("triton_tma"), lambda: (*product(k=2 * K)[:4], None))],
+    "triton_tma, prepared": [(mm_prepared("triton_tma"), lambda: product(k=2 * K))],
     "triton_gluon": [
         (mm("triton_gluon"), product),
         (mm("triton_gluon", FP32), lambda: product(torch.rand(M, 1), m=(M, 1), n=(1, N), zero_points=True)),
