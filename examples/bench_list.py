@@ -332,6 +332,8 @@ SCRIPTS = [
             "--batch 16 --rounds 15", "--batch 256 --image 224 --rounds 20"),
     _script("resnet_channels_last", "speed", "the same with model and images in channels_last", "benchmarks.resnet",
             "--batch 16 --rounds 15 --channels-last", "--batch 256 --image 224 --rounds 20 --channels-last"),
+    _script("resnet_224", "speed", "the same, of larger images on a CPU", "benchmarks.resnet",
+            "--batch 8 --image 224 --rounds 9 --channels-last", None),
     _script("growth", "speed", "a GPT's step, saved bytes and compile time by size", "benchmarks.growth",
             "--layers 1,2,4 --widths 64,128,256 --sequences 64,128,256 --batches 2,4,8 --rounds 5",
             "--base-layers 6 --base-width 1024 --base-sequence 1024 --base-batch 8 --layers 2,4,8,12 --widths 512,1024,2048,4096 "

@@ -28,9 +28,9 @@ _EACH = {device: f"{text}, matrix by matrix" for device, text in _GEMM.items()} 
     "cuda": "Triton, all matrices in one launch, else `_int_mm`, matrix by matrix"
 }
 _CONVOLUTION = {
-    "cpu": "the GEMM, on gathered codes",
+    "cpu": "oneDNN's convolution, or the GEMM on gathered codes",
     "cuda": "Triton implicit GEMM, else the GEMM on gathered codes",
-    "cuda 7.5": "the GEMM, on gathered codes",
+    "cuda 7.5": "the GEMM on gathered codes",
 }
 
 KERNELS = {
@@ -38,7 +38,7 @@ KERNELS = {
     "scaled_bmm": _EACH,
     "scaled_conv": _CONVOLUTION,
     "scaled_conv_grad_input": _CONVOLUTION,
-    "scaled_conv_grad_weight": _CONVOLUTION,
+    "scaled_conv_grad_weight": _CONVOLUTION | {"cpu": "the GEMM on gathered codes"},
 }
 """Operator -> what it runs on, in words: on a CPU, on GPUs of capability 8.0 and newer, and on 7.5."""
 

@@ -4,14 +4,15 @@
     choice        which of them: by what the CPU has, what its self-test says, and what the user asks for
     matmul        `scaled_mm`: a product with zero points, scales, bias and one rounding; `codes_mm`: the product alone
     requantize    `scaled_mm_requantize`: one whose result leaves as codes
+    conv          convolutions: oneDNN's own, or products of gathered codes
     transpose     `transpose_codes`
 
-Matrix by matrix and convolutions are made of products on every device (`qcompile.kernels.batched`, `.convolution`). The thread
-count is torch's, and nothing global is changed.
+The thread count is torch's, and nothing global is changed.
 """
 
 from qcompile.kernels.cpu.choice import capability, forced, kernel_name, self_test
-from qcompile.kernels.cpu.matmul import codes_mm, convolutions, product, scaled_bmm, scaled_mm, writes_out_epilogue
+from qcompile.kernels.cpu.conv import convolutions
+from qcompile.kernels.cpu.matmul import codes_mm, product, scaled_bmm, scaled_mm, writes_out_epilogue
 from qcompile.kernels.cpu.products import CANDIDATES, FLOAT_PRODUCTS, MAX_K
 from qcompile.kernels.cpu.requantize import scaled_mm_requantize
 from qcompile.kernels.cpu.transpose import transpose_codes

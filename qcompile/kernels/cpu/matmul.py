@@ -6,7 +6,7 @@ The integer sum is exact and every rounding is the reference's, in its order (`q
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -14,20 +14,16 @@ from torch import Tensor
 
 from qcompile._sizes import LARGE
 from qcompile.kernels import batched, note_launch
-from qcompile.kernels.columns import Tiling
-from qcompile.kernels.convolution import operators
 from qcompile.kernels.cpu.choice import choices, give_up, kernel_name, prefers_int_mm
 from qcompile.kernels.cpu.products import CANDIDATES, INT32_MAX, MAX_K, onednn, onednn_product, onednn_weight
-from qcompile.kernels.cpu.scratch import scratch
-from qcompile.kernels.cpu.transpose import transpose_codes
 from qcompile.kernels.fallback import first_that_runs
 from qcompile.kernels.quantized_tensor import QuantizedTensor, flat, zero_point_count
 from qcompile.kernels.registry import find_kernel
 
 __all__ = [
     "codes_mm",
-    "convolutions",
     "epilogue",
+    "epilogue_fuses",
     "integer_sum",
     "product",
     "scaled_bmm",
@@ -40,9 +36,6 @@ EPILOGUE_ELEMENTS = 2**18
 """Elements of an epilogue block: an fp32 block and its scales (2 MB) about fill a level-2 cache. 2**17 to
 2**20 measured equal on 2048 x 8192, and 3.5 times faster than one pass per operation over the whole
 matrix."""
-
-COLUMNS_AT_ONCE = 2**22
-"""Bytes of a convolution's gathered codes that are multiplied at a time."""
 
 
 def scaled_mm(a: QuantizedTensor, b: QuantizedTensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
@@ -155,10 +148,6 @@ def integer_sum(a: Tensor, b: Tensor, product: Callable[[Tensor, Tensor], Tensor
     return total
 
 
-def _integer_sum_by(a: Tensor, b: Tensor, name: str) -> Tensor:
-    return integer_sum(a, b, CANDIDATES[name])
-
-
 def without_zero_points(acc: Tensor, a: QuantizedTensor, b: QuantizedTensor) -> Tensor:
     """sum (a - a_zero)(b - b_zero) = sum a b - a_zero * (sum b - K * b_zero) - b_zero * sum a; `acc` is sum a b.
 
@@ -218,42 +207,3 @@ def scaled_bmm(a: QuantizedTensor, b: QuantizedTensor, bias: Tensor | None, out_
     (m, k), n = a.codes.shape[1:], b.codes.shape[2]
     name = functools.partial(kernel_name, m, n, k, zero_points=zero_point_count(a.zero, b.zero) > 0)
     return batched.scaled_bmm(product, name, a, b, bias, out_dtype)
-
-
-def convolutions(columns_at_once: int = COLUMNS_AT_ONCE) -> dict[str, Callable[..., Tensor]]:
-    """`qtrain::scaled_conv` and its gradients for checked operands, by name: products of gathered codes."""
-    return operators(
-        _gathered_product,
-        lambda device, *sizes, integer: kernel_name(*sizes, zero_points=integer),
-        Tiling(columns_at_once, scratch, _summed),
-    )
-
-
-def _gathered_product(a: QuantizedTensor, b: QuantizedTensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-    """`product` for an `a` that may be a transposed view: gradients of weights."""
-    return product(_row_major(a), b, bias, out_dtype)
-
-
-def _row_major(a: QuantizedTensor) -> QuantizedTensor:
-    turned = a.codes.t()
-    return a if a.codes.is_contiguous() or not turned.is_contiguous() else a._replace(codes=transpose_codes(turned))
-
-
-def _summed(pieces: Iterable[tuple[QuantizedTensor, QuantizedTensor]], out_dtype: torch.dtype) -> Tensor:
-    """`qcompile.kernels.columns.Summed`."""
-    total, summed = None, 0
-    for left, b in pieces:
-        a = _row_major(left)
-        (m, k), n = a.codes.shape, b.codes.shape[1]
-        names = choices(m, n, k, zero_points=True)  # the sum is complete with the last piece only
-        run = functools.partial(_integer_sum_by, a.codes, b.codes)
-        ran, acc = first_that_runs(names, run, f"a GEMM of {m} x {n} x {k}")
-        give_up(names[: names.index(ran)])
-        acc = without_zero_points(acc, a, b)
-        summed += k
-        # Beyond `MAX_K` int32 may overflow; zero points can make every summand four times as large.
-        if summed > MAX_K // (1 if zero_point_count(a.zero, b.zero) == 0 else 4):
-            acc = acc.to(torch.int64)
-        total = acc if total is None else total.add_(acc) if total.dtype is acc.dtype else total + acc
-    assert total is not None, "a sum that was cut has several pieces"
-    return epilogue(total, a.scale, b.scale, None, out_dtype)
