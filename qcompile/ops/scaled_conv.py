@@ -241,12 +241,9 @@ def _fake(input: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     return channels_last(input, [input.shape[0], geometry.channels(weight.shape)[1], *spatial], rest[-1])
 
 
-def _fake_grad_input(grad_output: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-    return channels_last(grad_output, rest[4], rest[-1])
-
-
-def _fake_grad_weight(grad_output: Tensor, input: Tensor, *rest: Any) -> Tensor:
-    return channels_last(grad_output, rest[4], rest[-1])
+def _fake_gradient(grad_output: Tensor, other: Tensor, *rest: Any) -> Tensor:
+    *_, size, _stride, _padding, _dilation, _transposed, _output_padding, _groups, out_dtype = rest
+    return channels_last(grad_output, size, out_dtype)
 
 
 scaled_conv = define(
@@ -268,7 +265,7 @@ scaled_conv_grad_input = define(
     "scaled_conv_grad_input(Tensor grad_output, Tensor weight, Tensor grad_scale, Tensor weight_scale, Tensor? grad_zero, "
     f"Tensor? weight_zero, SymInt[] input_size, {GEOMETRY}, ScalarType out_dtype) -> Tensor",
     checked(check_scaled_conv_grad_input, scaled_conv_grad_input_reference),
-    fake=checked(check_scaled_conv_grad_input, _fake_grad_input),
+    fake=checked(check_scaled_conv_grad_input, _fake_gradient),
 )
 """grad_output int8 [N, C_out, *spatial], weight int8 -> out_dtype of `input_size`, channels last.
 
@@ -280,7 +277,7 @@ scaled_conv_grad_weight = define(
     "scaled_conv_grad_weight(Tensor grad_output, Tensor input, Tensor grad_scale, Tensor input_scale, Tensor? grad_zero, "
     f"Tensor? input_zero, SymInt[] weight_size, {GEOMETRY}, ScalarType out_dtype) -> Tensor",
     checked(check_scaled_conv_grad_weight, scaled_conv_grad_weight_reference),
-    fake=checked(check_scaled_conv_grad_weight, _fake_grad_weight),
+    fake=checked(check_scaled_conv_grad_weight, _fake_gradient),
 )
 """grad_output int8 [N, C_out, *spatial], input int8 [N, C_in, *spatial] -> out_dtype of `weight_size`, channels last.
 
