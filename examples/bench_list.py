@@ -233,6 +233,8 @@ ACCURACY = [
     _task("mobilenet", "MobileNetV2 on Fashion-MNIST",
           {**_QUARTER, **_SHORT, "recipes": ["fp32", "int8", "int8_in_hindsight"], "seeds": MANY},
           {"model": "mobilenet_v2", **_FULL_ALL}, _cnn, _images),
+    _task("mobilenet_longer", "the same, three times as long",
+          {**_QUARTER, **_SHORT, "epochs": 12, "recipes": ["fp32", "int8", "int8_in_hindsight"]}, None, _cnn, _images),
     _task("vit", "a vision transformer on Fashion-MNIST, from scratch",
           {**_VIT, **_SHORT_FEW, "epochs": 12, "model_width": 1 / 3}, {**_VIT, **_FULL_ALL, "epochs": 60}, _cnn, _images),
     _task("efficientnet", "EfficientNet-Lite0 with ImageNet's weights, fine-tuned on Fashion-MNIST",
