@@ -59,6 +59,7 @@ GATHERED = {
     "small images": convolved(images=1, side=8, channels=64),
     "a zero point": convolved(zero=torch.tensor(3, dtype=torch.int32)),
     "a kernel that covers padding alone": convolved(geometry=IMAGE._replace(padding=[3, 1])),
+    "a kernel with holes that does": convolved(size=[2, 8, 64, 1], geometry=IMAGE._replace(dilation=[1, 2]), kernel=(3, 2)),
     "a channel for each group": convolved(geometry=IMAGE._replace(groups=8)),
     "nothing to gather": convolved(geometry=IMAGE._replace(padding=[0, 0]), kernel=(1, 1)),
     "three axes": convolved(size=[2, 8, 8, 16, 16], geometry=Geometry(*[[1] * 3] * 3, False, [0] * 3, 1), kernel=(3, 3, 3)),

@@ -41,6 +41,9 @@ COLUMNS_AT_ONCE = 2**22
 REORDERED = 32
 """To reorder a byte of the weight takes as long as to gather this many: 7 ns against 0.2 to 0.3 (AMD EPYC, one thread)."""
 
+PER_GROUP = 2**18
+"""What a group costs besides when codes are gathered, in bytes gathered: groups of few channels are narrow products, one by one."""
+
 KERNEL = "onednn conv"
 SIGN = -128  # XOR with it turns a code into the unsigned one of the same value with a zero point of 128
 
@@ -103,18 +106,17 @@ class _Direct(NamedTuple):
         if choices(*shape, zero_points=False)[0] != "onednn" or not _is_exact():
             return None
         kernel, groups, (stride, padding, dilation) = w.codes.shape[2:], geometry.groups, geometry.steps
-        reaches = [d * (taps - 1) for d, taps in zip(dilation, kernel, strict=True)]
         if not geometry.correlates(gemm):
             if any(s != 1 for s in stride):
                 return None
-            padding = [reach - p for reach, p in zip(reaches, padding, strict=True)]
+            padding = [d * (taps - 1) - p for d, taps, p in zip(dilation, kernel, padding, strict=True)]
             w = _turned(w, groups)
         if list(places) != Geometry(stride, padding, dilation, False, [], groups).output_size(x.codes.shape[2:], kernel):
             return None  # the output_padding of a transposed convolution
         # Where the kernel would cover padding alone, and in groups with one channel of the input each, oneDNN of torch 2.13 leaves
         # what lay in memory. The sum of unsigned codes may be twice as large.
-        covers = all(0 <= p <= reach for reach, p in zip(reaches, padding, strict=True))
-        if not covers or (groups > 1 and w.codes.shape[1] == 1) or w.codes[0].numel() > MAX_K // 2:
+        axes = zip(x.codes.shape[2:], places, kernel, stride, padding, dilation, strict=True)
+        if not all(_covers(*axis) for axis in axes) or (groups > 1 and w.codes.shape[1] == 1) or w.codes[0].numel() > MAX_K // 2:
             return None
         return cls(w, stride, padding, dilation, groups, places, shape)
 
@@ -164,7 +166,15 @@ def _pays(x: Tensor, w: Tensor, geometry: Geometry, places: Sequence[int]) -> bo
     """Whether gathering takes longer than to reorder the weight."""
     taps = math.prod(w.shape[2:])
     gathers = geometry.groups > 1 or taps > 1 or any(s != 1 for s in geometry.stride)
-    return gathers and x.shape[0] * math.prod(places) * x.shape[1] * taps >= REORDERED * w.numel()
+    gathered = x.shape[0] * math.prod(places) * x.shape[1] * taps
+    return gathers and gathered + PER_GROUP * (geometry.groups - 1) >= REORDERED * w.numel()
+
+
+@functools.lru_cache(maxsize=4096)
+def _covers(size: int, places: int, taps: int, stride: int, padding: int, dilation: int) -> bool:
+    """Whether at each place a tap of the kernel lies on the input, along one axis."""
+    begins = (place * stride - padding for place in range(places))
+    return padding >= 0 and all(any(0 <= begin + tap * dilation < size for tap in range(taps)) for begin in begins)
 
 
 def _turned(w: QuantizedTensor, groups: int) -> QuantizedTensor:
