@@ -2,14 +2,16 @@
 
 import pytest
 import torch
-from torch import nn
+import torch._inductor.utils
+import torch.nn.functional as F
+from torch import fx, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import qcompile
 from passes.context import PassContext
 from passes.state_layout import SEED_FIELDS
 from qcompile import range_state
-from qcompile.backend import halves
+from qcompile.backend import compiler, halves, inductor
 from qcompile.estimators import InHindsight, IntervalUpdate
 from qcompile.estimators.step import initial_state
 from qcompile.recipes import get_recipe
@@ -18,7 +20,7 @@ from qcompile.state import binding, replicas
 from qcompile.state.layout import Entry, StateLayout, initial_values
 from qcompile.state.replicas import Replicas
 from qcompile.state.store import RangeStore
-from tests.compiling import AVERAGE, compiled
+from tests.compiling import AVERAGE, all_equal, compiled
 from tests.device import seeded
 from tests.passes.graphs import joint_graph
 
@@ -115,6 +117,62 @@ def test_how_far_a_gpu_has_come_does_not_decide_how_a_step_is_run(interpreted, m
         run(seeded(8, WIDTH, seed=number)).sum().backward()
         counts.append((len(waits), len(slow)))
     assert counts == [(2, 2), (2, 0), (0, 0), (0, 0)], "both halves: interpreted once, and then known to be steady"
+
+
+class Tokens(nn.Module):
+    """Images as tokens, with random numbers for tensors whose sizes are products of symbols."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(4, WIDTH, bias=False)
+
+    def forward(self, x):
+        tokens = F.dropout(self.first(x).flatten(1, 2), 0.5)
+        return tokens, torch.randn_like(tokens.reshape(-1, WIDTH))
+
+
+def test_random_numbers_of_a_step_by_operator_where_sizes_are_products_of_symbols():
+    """Those of generated code, also where Inductor's cache has it already."""
+
+    def draws(recipe):
+        torch._dynamo.reset()
+        torch.manual_seed(0)
+        run = torch.compile(Tokens(), backend=compiler.qtrain, options={"recipe": recipe}, dynamic=True)
+        found = []
+        for height, width in ((8, 12), (12, 16)):
+            tokens, noise = run(seeded(2, height, width, 4, seed=0))
+            (tokens.sum() + noise.sum()).backward()
+            found += [tokens == 0, noise]
+        return found
+
+    with torch._inductor.utils.fresh_cache(), torch._inductor.config.patch(fx_graph_cache=True):
+        want = draws("none")
+        assert all_equal(draws(AVERAGE), want) and all_equal(draws(AVERAGE), want)
+
+
+def test_random_numbers_are_drawn_before_they_are_read():
+    """Those of one size wait for what is computed from others: they are not drawn together."""
+    prims, graph = torch.ops.prims, fx.Graph()
+    seeds = graph.call_function(prims.inductor_seeds.default, (2, torch.device("cpu")))
+    found = [seeds, *(graph.call_function(prims.inductor_lookup_seed.default, (seeds, i)) for i in range(2))]
+    found.append(graph.call_function(prims.inductor_random.default, ([4], found[1], "rand")))
+    size = graph.call_function(torch.ops.aten.sym_size.int, (found[-1], 0))
+    found.append(graph.call_function(prims.inductor_random.default, ([size], found[2], "rand")))
+    graph.output((found[-2], found[-1]))
+    for node in graph.nodes:
+        node.meta["val"] = 4 if node is size else torch.zeros(4)
+    half, drawn = fx.GraphModule({}, graph), []
+
+    def compile_inner(made, inputs, **options):
+        made.graph.lint()
+        drawn.append([node.target for node in made.graph.nodes if node.target is prims.inductor_random.default])
+        outputs = made.graph.find_nodes(op="output")[0].args[0]
+        return lambda args: [torch.zeros(4)] * len(outputs)
+
+    inductor.draw_as_generated_code_does(half, compile_inner)
+    half.graph.lint()
+    half.recompile()
+    assert [len(numbers) for numbers in drawn] == [1, 1] and all_equal(half(), [torch.zeros(4)] * 2)
 
 
 def test_inference_before_the_first_step_leaves_training_as_it_is(interpreted):

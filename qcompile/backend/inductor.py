@@ -24,6 +24,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitioner
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from passes.context import PassContext
 from passes.partition import min_cut_partition
@@ -292,20 +293,38 @@ def draw_as_generated_code_does(half: fx.GraphModule, compile_inner: InnerCompil
     Run as operators, Inductor's random primitives draw other numbers than in generated code: a user's dropout would depend on
     how a step is run.
     """
-    random = [n for n in half.graph.nodes if n.op == "call_function" and n.target in _RANDOM]
-    if not random:
-        return
+    for i, random in enumerate(_drawn_together(half)):
+        _draw(half, random, compile_inner, f"random_numbers_{i}")
+
+
+def _drawn_together(half: fx.GraphModule) -> list[list[fx.Node]]:
+    """The random primitives, in as few groups as can be: where the sizes of the last are known, none is read yet."""
+    groups: list[list[fx.Node]] = []
+    for node in half.graph.nodes:
+        if node.op != "call_function" or node.target not in _RANDOM:
+            continue
+        readers = [user for n in (groups[-1] if groups else ()) for user in n.users if user.target not in _RANDOM]
+        known = [n for n in node.all_input_nodes if n.target not in _RANDOM]
+        if not groups or (readers and known and min(readers) <= max(known)):
+            groups.append([])
+        groups[-1].append(node)
+    return groups
+
+
+def _draw(half: fx.GraphModule, random: list[fx.Node], compile_inner: InnerCompile, name: str) -> None:
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     inputs: list[fx.Node] = []
 
     def copy_of(node: fx.Node) -> fx.Node:
-        if node not in copies:  # seeds of the other half, or a symbolic size
+        if node not in copies:  # seeds of the other half, or a size
             inputs.append(node)
             copies[node] = graph.placeholder(node.name)
             copies[node].meta = dict(node.meta)
         return copies[node]
 
+    for node in _symbols(half, random):
+        copy_of(node)
     for node in random:
         copies[node] = graph.node_copy(node, copy_of)
     read = [n for n in random if any(user not in copies for user in n.users)]
@@ -313,18 +332,29 @@ def draw_as_generated_code_does(half: fx.GraphModule, compile_inner: InnerCompil
     # No CUDA graph: its memory would be written again by the first replay of the half, while backward still waits for what is here.
     with _as_no_half(), inductor_config.patch({"triton.cudagraphs": False}):
         compiled = compile_inner(fx.GraphModule({}, graph), [n.meta["val"] for n in inputs], is_inference=True)
-    half.add_submodule("random_numbers", _Boxed(compiled))
+    half.add_submodule(name, _Boxed(compiled))
     start = max(inputs).next if inputs else next(iter(half.graph.nodes))
     while start.op == "placeholder":
         start = start.next
     with half.graph.inserting_before(start):
-        drawn = half.graph.call_module("random_numbers", tuple(inputs))
+        drawn = half.graph.call_module(name, tuple(inputs))
         for i, node in enumerate(read):
             item = half.graph.call_function(operator.getitem, (drawn, i))
             item.meta = dict(node.meta)
             node.replace_all_uses_with(item)
     for node in reversed(random):
         half.graph.erase_node(node)
+
+
+def _symbols(half: fx.GraphModule, nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """The half's nodes for the symbols in the sizes of these: generated code, and its cache's guards, do not take a product's
+    factors from the product."""
+    holders: dict[Any, fx.Node] = {}
+    for node in half.graph.nodes:
+        if isinstance(value := node.meta.get("val"), torch.SymInt):
+            holders.setdefault(value.node.expr, node)
+    wanted = free_symbols([node.meta.get("val") for node in nodes])
+    return [node for symbol, node in holders.items() if symbol in wanted]
 
 
 @contextlib.contextmanager
