@@ -12,7 +12,10 @@ from torch.utils.checkpoint import checkpoint
 
 from passes.steps import joint_steps, without
 from qcompile import (
+    Percentile,
+    PerRow,
     QtrainWarning,
+    QuantSpec,
     UnsupportedError,
     compare,
     compiled_graphs,
@@ -24,6 +27,7 @@ from qcompile import (
 )
 from qcompile.backend.compiler import qtrain
 from qcompile.deploy.trained_ranges import _stored
+from qcompile.estimators import Sigma
 from qcompile.kernels import record_launches
 from qcompile.qat.quantizer import _least_error
 from tests.compiling import STOCHASTIC, all_equal, compiled, gradients, nearest
@@ -647,3 +651,59 @@ def test_two_functions_that_evaluate_are_no_two_sides_of_a_break(interpreted):
             for function in functions:
                 got = compiled(function, "int8_in_hindsight")(x)
                 assert all(torch.equal(a, b) for a, b in zip(got, want, strict=False))
+
+
+class Experts(nn.Module):
+    """Each takes the rows that are routed to it: how many is known at run time only."""
+
+    def __init__(self, *, found: bool) -> None:
+        super().__init__()
+        self.experts, self.found = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2)), found
+
+    def forward(self, x: Tensor, rows: Tensor) -> Tensor:
+        if not self.found:
+            return torch.cat([expert(part) for expert, part in zip(self.experts, torch.split(x, rows.tolist()), strict=True)])
+        of = (torch.arange(len(x)) >= rows[0]).long()
+        out = torch.zeros_like(x)
+        for i, expert in enumerate(self.experts):
+            mine = (of == i).nonzero().squeeze(1)
+            out = out.index_add(0, mine, expert(x[mine]))
+        return out
+
+
+EXPERTS = [("int8", False), ("int8_in_hindsight", False), ("int8_in_hindsight", True), ("int4_interval", False)]
+EXPERTS += [
+    (get_recipe("int8").replace(input=spec, grad_output=spec), False)
+    for spec in (QuantSpec(estimator=Percentile(), symmetric=False, granularity=PerRow()), QuantSpec(estimator=Sigma()))
+]
+
+
+def experts_that_idle(recipe: object, found: bool) -> None:
+    torch.manual_seed(0)
+    model = Experts(found=found)
+    run = compiled(model, recipe)
+    with torch._dynamo.config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True):
+        for rows in ([0, 24], [10, 14], [24, 0], [1, 23]):
+            before = {name: value.clone() for name, value in range_state(model).state_dict().items()}
+            model.zero_grad()
+            x, routed = torch.randn(24, WIDTH), torch.tensor(rows)
+            y, want = run(x, routed), model(x, routed)
+            (y * y).sum().backward()
+            assert (y - want).norm() < 0.4 * want.norm()
+            for name, value in range_state(model).state_dict().items():
+                assert value.isfinite().all(), name
+                _, expert, operand = name.split(".")[:3]
+                if name in before and operand in ("input", "grad_output") and rows[int(expert)] == 0:
+                    assert value.equal(before[name]), name
+            for count, expert in zip(rows, model.experts, strict=True):
+                assert expert.weight.grad.isfinite().all() and expert.weight.grad.any() == (count > 0)
+
+
+@pytest.mark.parametrize("recipe, found", EXPERTS)
+def test_an_expert_without_rows_learns_nothing(interpreted, recipe, found):
+    """Sizes that no guard can tell from 0: gradients are zero, ranges stay, and nothing is refused at run time."""
+    experts_that_idle(recipe, found)
+
+
+def test_an_expert_without_rows_in_generated_code():
+    experts_that_idle("int8_in_hindsight", found=False)

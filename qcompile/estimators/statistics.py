@@ -14,18 +14,36 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 
 from qcompile.estimators.base import STATISTICS, IntegerFormat, scale_and_zero_point
 
 if TYPE_CHECKING:
     from qcompile.specs import QuantSpec
 
-__all__ = ["Elements", "clipped_share", "coarser", "statistics"]
+__all__ = ["Elements", "clipped_share", "coarser", "never_empty", "statistics"]
 
 
 def statistics(x: Tensor, dims: Sequence[int], names: Iterable[str]) -> dict[str, Tensor]:
     """The named statistics of `x` over `dims`, of `STATISTICS`. Those of no element are 0."""
-    return {name: _reduced(x, list(dims), name) for name in names}
+    filled = never_empty(x, dims)
+    return {name: _reduced(x if name == "count" else filled, list(dims), name) for name in names}
+
+
+def never_empty(x: Tensor, dims: Sequence[int]) -> Tensor:
+    """The tensor itself; with a zero where one of these axes turns out to be empty, if that is known at run time only.
+
+    Such sizes ("unbacked", of data: the rows that were routed to an expert) have no graph of their own for 0 as others have, and
+    amax of nothing is an error.
+    """
+    missing = [0] * x.ndim
+    for d in dims:
+        size = x.shape[d]
+        if free_unbacked_symbols(size) and not statically_known_true(size > 0):
+            missing[d] = torch.sym_max(1 - size, 0)
+    if not any(isinstance(m, torch.SymInt) for m in missing):
+        return x
+    return torch.constant_pad_nd(x, [n for m in reversed(missing) for n in (0, m)], 0)
 
 
 def _reduced(x: Tensor, dims: list[int], name: str) -> Tensor:
@@ -53,6 +71,7 @@ def _reduced(x: Tensor, dims: list[int], name: str) -> Tensor:
 
 def coarser(value: Tensor, name: str) -> Tensor | None:
     """A statistic over all axes from the same one over some of them, where that is exact; else None."""
+    value = never_empty(value, range(value.ndim))
     match name:
         case "amax" | "max":
             return value.amax()
@@ -70,7 +89,7 @@ def _count(x: Tensor, dims: Sequence[int]) -> int:
 
 def clipped_share(x: Tensor, dims: Sequence[int], low: Tensor | None, high: Tensor) -> Tensor:
     """Share of the elements outside [low, high] (of |x| above `high` if `low` is None), 0..1, in the shape of a statistic."""
-    x = x.to(torch.float32)
+    x = never_empty(x, dims).to(torch.float32)
     outside = x.abs() > high if low is None else (x < low) | (x > high)
     count = _count(x, dims)
     if isinstance(count, int) and count == 0:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from qcompile.estimators.base import BOOKKEEPING, STATISTICS, RangeEstimator, State, Stats, scale_and_zero_point
-from qcompile.estimators.statistics import Elements, clipped_share, statistics
+from qcompile.estimators.statistics import Elements, clipped_share, never_empty, statistics
 
 if TYPE_CHECKING:
     from qcompile.specs import QuantSpec
@@ -51,7 +51,7 @@ def measured(
     spec: QuantSpec, x: Tensor, dims: Sequence[int], stats: Stats, state: State | None
 ) -> dict[str, Tensor]:
     """The statistics and what the estimator's `measure` adds. State None: as before the first update."""
-    elements = Elements(x.to(torch.float32), tuple(dims), spec)
+    elements = Elements(never_empty(x, dims).to(torch.float32), tuple(dims), spec)
     if state is None:
         state = {f: elements.constant(v) for f, v in initial_state(spec.estimator, spec.symmetric).items()}
     return dict(stats) | spec.estimator.measure(elements, stats, state)
