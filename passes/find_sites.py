@@ -35,7 +35,7 @@ from passes import meta
 from passes.context import PassContext
 from passes.gemms import BATCHED, CONVOLUTION, CONVOLUTIONS, GEMMS, geometry, operands, product_shape
 from passes.graph import BACKWARD, CONV_GRAD_INPUT, CONV_GRAD_WEIGHT, phase_of, size_hint
-from passes.operands import Operand, resolve_operand, unquantized
+from passes.operands import Operand, identity, resolve_operand, unquantized
 from passes.sites import Gemm, Reason, Site
 from qcompile.wrappers import without_private_wrappers
 
@@ -96,6 +96,7 @@ class _Forward:
     site: Site
     node: fx.Node
     operands: dict[str, Operand]
+    identities: dict[str, object]  # what a gradient's operands are compared with
     grads: set[fx.Node] = field(default_factory=set)  # gradients of its output that its backward GEMMs read
 
     @property
@@ -199,7 +200,11 @@ def _forward_site(node: fx.Node, context: PassContext, names: Counter[str], weig
     site.weight = weight.name if weight is not None and weight.name in context.parameters else None
     context.sites.append(site)
     _add_gemm(site, "output", node, operand_names)
-    return _Forward(site, node, found)
+    return _Forward(site, node, found, dict(zip(operand_names, _identities(node), strict=True)))
+
+
+def _identities(node: fx.Node) -> list[object]:
+    return [identity(o, batched=node.target in BATCHED) for o in operands(node)]
 
 
 def _layer(node: fx.Node, kind: str, module: str, in_linear: bool, weight_name: str | None) -> str | None:
@@ -272,9 +277,10 @@ class _Gradient:
 
 def _gradients(node: fx.Node, candidates: list[_Forward]) -> list[_Gradient]:
     sides = [resolve_operand(o, batched=node.target in BATCHED) for o in operands(node)]
+    matrices = _identities(node)
     found = []
     for f in candidates:
-        if (node.target in CONVOLUTIONS) == (f.site.kind == "conv") and (role := _role(node, sides, f)):
+        if (node.target in CONVOLUTIONS) == (f.site.kind == "conv") and (role := _role(node, matrices, f)):
             found.append(_Gradient(f, *role, sides[role[1].index("grad_output")].source))
     return found
 
@@ -294,19 +300,19 @@ def _record_unknown(node: fx.Node, context: PassContext, names: Counter[str]) ->
     context.sites.append(site)
 
 
-def _role(node: fx.Node, sides: list[Operand], f: _Forward) -> tuple[str, tuple[str, str]] | None:
+def _role(node: fx.Node, matrices: list[object], f: _Forward) -> tuple[str, tuple[str, str]] | None:
     """Which of a site's gradients a node is, and its operands' names."""
     role_of = {"input": "grad_weight", f.second: "grad_input"}
     if node.target in (CONV_GRAD_INPUT, CONV_GRAD_WEIGHT):
         name = f.second if node.target is CONV_GRAD_INPUT else "input"
-        fits = f.operands[name].identity == sides[1].identity and role_of[name] not in f.site.gemms
+        fits = f.identities[name] == matrices[1] and role_of[name] not in f.site.gemms
         return (role_of[name], ("grad_output", name)) if fits else None
     for name in (f.second, "input"):
         if role_of[name] in f.site.gemms:
             continue
         # For x @ x.T both operands are one tensor, and either gradient may be called that of either: the first is grad_input.
-        for side, operand in enumerate(sides):
-            if operand.identity == f.operands[name].identity and _fits(node, f, role_of[name]):
+        for side, matrix in enumerate(matrices):
+            if matrix == f.identities[name] and _fits(node, f, role_of[name]):
                 return role_of[name], (name, "grad_output") if side == 0 else ("grad_output", name)
     return None
 

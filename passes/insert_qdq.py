@@ -103,6 +103,7 @@ class _Plan:
 def insert_qdq(graph: fx.Graph, context: PassContext) -> int:
     """Return the number of operands that were quantized, or whose existing codes are now dequantized for their GEMM."""
     inserted = 0
+    sources: dict[tuple[str, str], fx.Node] = {}
     model_quantizes = bool(graph.find_nodes(op="call_function", target=DEQUANTIZE))
     ends = _ends(graph, context) if context.recipe.skip_first_last else ()
     for node in [n for n in graph.nodes if n.target in GEMMS and meta.GEMM in n.meta]:
@@ -112,13 +113,15 @@ def insert_qdq(graph: fx.Graph, context: PassContext) -> int:
         if node.meta.get(meta.QUANTIZED) or node.meta.get(meta.HP):  # by an earlier run; kept by the profit filter
             gemm.reason = gemm.reason or context.left_out(site, where.role)
             continue
-        plans = _plans(node, where, site, context, ends, model_quantizes)
+        plans = _plans(node, where, site, context, ends, model_quantizes, sources)
         if isinstance(plans, Reason):
             gemm.reason = plans
             if all(m.target is DEQUANTIZE for m in operands(node)):  # the model's own quantizers: not to be fused
                 node.meta[meta.HP] = True
             continue
         for plan in plans:
+            if where.role == "output":
+                sources[site.name, plan.name] = plan.operand.source
             new = _reuse(graph, node, plan) if plan.dims is None else _quantize(graph, node, plan, plan.dims, where)
             if new is not plan.matrix:
                 _set_operand(node, plan.matrix, new)
@@ -132,7 +135,13 @@ def insert_qdq(graph: fx.Graph, context: PassContext) -> int:
 
 
 def _plans(
-    node: fx.Node, where: GemmNode, site: Site, context: PassContext, ends: tuple[str, ...], model_quantizes: bool
+    node: fx.Node,
+    where: GemmNode,
+    site: Site,
+    context: PassContext,
+    ends: tuple[str, ...],
+    model_quantizes: bool,
+    sources: dict[tuple[str, str], fx.Node],
 ) -> list[_Plan] | Reason:
     """What to do with both operands of a GEMM, or why it stays in high precision."""
     resolved = context.resolve(site)
@@ -144,7 +153,10 @@ def _plans(
     specs = dict(zip(site.operands(where.role), pair, strict=True))
     plans: list[_Plan] = []
     for side, name in enumerate(where.operands):
-        plan = _plan(node, side, name, specs[name], model_quantizes, resolved.hadamard(where.role))
+        operand = resolve_operand(
+            operands(node)[side], batched=node.target in BATCHED, forward=sources.get((site.name, name))
+        )
+        plan = _plan(node, side, name, operand, specs[name], model_quantizes, resolved.hadamard(where.role))
         if isinstance(plan, Reason):
             return plan
         plans.append(plan)
@@ -163,11 +175,10 @@ def _why_emulated(node: fx.Node, plans: list[_Plan]) -> Reason | None:
 
 
 def _plan(
-    node: fx.Node, side: int, name: str, spec: QuantSpec, model_quantizes: bool, hadamard: int | None = None
+    node: fx.Node, side: int, name: str, operand: Operand, spec: QuantSpec, model_quantizes: bool, hadamard: int | None = None
 ) -> _Plan | Reason:
     """What to do with an operand, or why it cannot be codes."""
     matrix = operands(node)[side]
-    operand = resolve_operand(matrix, batched=node.target in BATCHED)
     learned = isinstance(spec.estimator, Learned)
     if hadamard is not None and (why := _no_hadamard(hadamard, node, side, name, operand)):
         return Reason(why)

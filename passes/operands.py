@@ -13,7 +13,7 @@ leaves out the rounding.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +21,7 @@ from torch import fx
 
 from passes.graph import ALIASES, CASTS, DEQUANTIZE, EXPAND, PERMUTE, QUANTIZE, VIEWS, aten
 
-__all__ = ["READABLE", "Operand", "resolve_operand", "unquantized"]
+__all__ = ["READABLE", "Operand", "identity", "resolve_operand", "unquantized"]
 
 READABLE = (torch.float32, torch.bfloat16, torch.float16)
 """What every kernel of quantize reads."""
@@ -40,16 +40,34 @@ class Operand:
     view: tuple[object, ...] | None
     transposed: bool
 
-    @property
-    def identity(self) -> tuple[fx.Node, tuple[str, ...] | None]:
-        """Equal for operands that are the same matrix (transposed or not)."""
-        return self.source, None if self.view is None else tuple(str(s) for s in self.view)
+
+def resolve_operand(node: fx.Node, *, batched: bool = False, forward: fx.Node | None = None) -> Operand:
+    """Walk from a GEMM's operand up to the tensor it is made of.
+
+    batched  it is a batch of matrices
+    forward  of a gradient's GEMM: the tensor that the same operand of the forward GEMM is made of; its codes serve both
+    """
+    if forward is not None and (found := _resolve(node, batched, _is_float_cast)).source is forward:
+        return found
+    return _resolve(node, batched, _is_looked_through)
 
 
-def resolve_operand(node: fx.Node, *, batched: bool = False) -> Operand:
-    """Walk from a GEMM's operand up to the tensor it is made of. `batched`: it is a batch of matrices."""
+def identity(node: fx.Node, *, batched: bool = False) -> tuple[fx.Node, tuple[str, ...] | None]:
+    """Equal for operands of GEMMs that are the same matrix, transposed or not and in whatever dtype.
+
+    Backward is traced under the outer autocast: the gradient of a layer where forward had switched it off reads a copy in bf16.
+    """
+    found = _resolve(node, batched, _is_float_cast)
+    return found.source, None if found.view is None else tuple(str(s) for s in found.view)
+
+
+_Through = Callable[[fx.Node, fx.Node], bool]
+"""(source, cast) -> whether the walk goes on at the source."""
+
+
+def _resolve(node: fx.Node, batched: bool, through: _Through) -> Operand:
     if node.meta["val"].ndim != 2:
-        return _resolve_batch(node) if batched else _resolve_tensor(node)
+        return _resolve_batch(node, through) if batched else _resolve_tensor(node, through)
     transposed = False
     view: tuple[object, ...] | None = None
     while node.op == "call_function":
@@ -61,7 +79,7 @@ def resolve_operand(node: fx.Node, *, batched: bool = False) -> Operand:
             view = view if view is not None else _sizes(node)
             if source.meta["val"].ndim == 2 and _same_shape(source.meta["val"].shape, node.meta["val"].shape):
                 view = None
-        elif not (node.target in ALIASES or (node.target in CASTS and _is_looked_through(source, node))):
+        elif not (node.target in ALIASES or (node.target in CASTS and through(source, node))):
             break
         node = source
     if view is not None and node.meta["val"].ndim == 2 and _same_shape(node.meta["val"].shape, view):
@@ -91,9 +109,9 @@ def unquantized(source: fx.Node) -> fx.Node:
     return tensor
 
 
-def _resolve_tensor(node: fx.Node) -> Operand:
+def _resolve_tensor(node: fx.Node, through: _Through) -> Operand:
     """Of a convolution: through casts only."""
-    while node.op == "call_function" and _is_transparent(node):
+    while node.op == "call_function" and _is_transparent(node, through):
         node = node.args[0]  # type: ignore[assignment]
     return Operand(node, None, False)
 
@@ -101,7 +119,7 @@ def _resolve_tensor(node: fx.Node) -> Operand:
 _ONLY_VIEWS = (PERMUTE, EXPAND, aten.view.default, aten.unsqueeze.default, aten.squeeze.dim, aten.squeeze.dims)
 
 
-def _resolve_batch(node: fx.Node) -> Operand:
+def _resolve_batch(node: fx.Node, through: _Through) -> Operand:
     """Of a product of batches: through casts and views, up to the last tensor that is this batch of matrices, turned or not.
 
     einsum reaches a product by a chain of them. As none moves an element, equal sizes and strides say that it is the same batch.
@@ -110,7 +128,7 @@ def _resolve_batch(node: fx.Node) -> Operand:
     rows, columns = _axes(node, (0, 1, 2)), _axes(node, (0, 2, 1))
     while node.op == "call_function":
         source = node.args[0]
-        moves = node.target not in _ONLY_VIEWS and not _is_transparent(node)
+        moves = node.target not in _ONLY_VIEWS and not _is_transparent(node, through)
         if moves or (node.target in CASTS and node.meta["val"].stride() != source.meta["val"].stride()):
             break
         node = source
@@ -139,16 +157,21 @@ def _axes(node: fx.Node, order: Iterable[int]) -> list[tuple[str, str]]:
     return [(str(value.shape[a]), "" if str(value.shape[a]) == "1" else str(value.stride(a))) for a in order]
 
 
-def _is_transparent(node: fx.Node) -> bool:
-    return node.target in ALIASES or (node.target in CASTS and _is_looked_through(node.args[0], node))  # type: ignore[arg-type]
+def _is_transparent(node: fx.Node, through: _Through) -> bool:
+    return node.target in ALIASES or (node.target in CASTS and through(node.args[0], node))  # type: ignore[arg-type]
+
+
+def _is_float_cast(source: fx.Node, cast: fx.Node) -> bool:
+    """A cast between floating dtypes; layout or device changes (`_to_copy` has more arguments) are left alone."""
+    value, made = source.meta["val"], cast.meta["val"]
+    floating = value.is_floating_point() and made.is_floating_point()
+    return set(cast.kwargs) <= {"dtype"} and floating and value.dtype in READABLE
 
 
 def _is_looked_through(source: fx.Node, cast: fx.Node) -> bool:
-    """A cast between floating dtypes; layout or device changes (`_to_copy` has more arguments) are left alone."""
-    value, made = source.meta["val"], cast.meta["val"]
-    if not (set(cast.kwargs) <= {"dtype"} and value.is_floating_point() and made.is_floating_point() and value.dtype in READABLE):
-        return False
-    return made.dtype.itemsize >= value.dtype.itemsize or _is_given(source)
+    """Not where autocast narrows what the graph computes."""
+    narrows = cast.meta["val"].dtype.itemsize < source.meta["val"].dtype.itemsize
+    return _is_float_cast(source, cast) and (not narrows or _is_given(source))
 
 
 def _is_given(node: fx.Node) -> bool:

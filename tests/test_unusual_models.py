@@ -707,3 +707,36 @@ def test_an_expert_without_rows_learns_nothing(interpreted, recipe, found):
 
 def test_an_expert_without_rows_in_generated_code():
     experts_that_idle("int8_in_hindsight", found=False)
+
+
+class Routed(nn.Module):
+    """A router in fp32, as experts have, in front of a layer under autocast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.router, self.layer = nn.LayerNorm(WIDTH), nn.Linear(WIDTH, 8), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm(x)
+        with torch.autocast("cpu", enabled=False):
+            routing = self.router(x.float()).softmax(-1)
+        return self.layer(x) * routing[..., :1]
+
+
+@pytest.mark.cpu
+@pytest.mark.parametrize("shape", [(48, WIDTH), (4, 12, WIDTH)], ids=str)
+@pytest.mark.parametrize("recipe", ["int8", "int8_in_hindsight"])
+def test_a_layer_where_autocast_is_off_has_its_gradients(interpreted, recipe, shape):
+    """Backward runs under the outer autocast: the weight's gradient reads a copy in bf16 of what forward read."""
+    torch.manual_seed(0)
+    model = Routed()
+    run = compiled(model, recipe, strict=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = run(torch.randn(shape, requires_grad=True))
+    with record_launches() as launches:
+        y.float().square().sum().backward()
+    assert len(launches) == 4
+    state = range_state(model).state_dict()
+    if recipe == "int8_in_hindsight":
+        assert "router.input@grad_weight.amax" not in state, "one range, from one quantize"
+        assert state["router.input.steps"] == 1
