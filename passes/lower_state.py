@@ -13,12 +13,12 @@ Requires  a graph after the partitioner, or an inference graph; before fuse_quan
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, fx
+from torch import fx
 
 from passes.context import PassContext
 from passes.graph import READ, SELECT, WRITE, aten, call, erase_unused, meta_of, replace
 from passes.inlining import write_out
+from qcompile.ops.range_state import select_range_reference
 
 __all__ = ["assume_valid", "lower_state"]
 
@@ -29,7 +29,7 @@ def lower_state(graph: fx.Graph, context: PassContext | None = None, *, steady: 
     nodes = [n for n in graph.nodes if n.target in (SELECT, READ, WRITE)]
     for node in nodes:
         if node.target is SELECT:
-            write_out(graph, node, _where_valid)
+            write_out(graph, node, select_range_reference)
         else:
             state, index, *values = node.args
             target = aten.index.Tensor if node.target is READ else aten.index_put_.default
@@ -37,10 +37,6 @@ def lower_state(graph: fx.Graph, context: PassContext | None = None, *, steady: 
                 replace(node, call(graph, target, state, [index], *values, scope=meta_of(node)))
     erase_unused(graph)
     return lowered + len(nodes)
-
-
-def _where_valid(stored: Tensor, valid: Tensor, present: Tensor) -> Tensor:
-    return torch.where(valid > 0, stored, present)
 
 
 def assume_valid(graph: fx.Graph) -> int:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, Literal
 
 from qcompile._checks import refuse, suggestion
-from qcompile.errors import RecipeError
+from qcompile.errors import QtrainWarning, RecipeError
 from qcompile.estimators import (
     EWGS,
     LGLSQ,
@@ -280,6 +281,8 @@ def get_recipe(recipe: str | Recipe | Mapping[str, Any] | os.PathLike[str]) -> R
 def register_recipe(recipe: Recipe) -> Recipe:
     """Make a recipe known under its name, and return it. One of that name is replaced, unless built in.
 
+    Replacing another recipe warns: torch.compile compares options by the name and takes what it compiled under it before.
+
     Errors: `RecipeError` for what is no `Recipe`, and for a name that is built in, "custom", marked as
     changed ("int8*"), or looks like a file.
     """
@@ -292,6 +295,13 @@ def register_recipe(recipe: Recipe) -> Recipe:
             f"register_recipe: the name {name!r} cannot be used; allowed: any that is not built in "
             f"({', '.join(_BUILT_IN)}), not 'custom', and does not end in '*', {', '.join(SUFFIXES)}. "
             "Give it another: recipe.replace(name='mine')."
+        )
+    if _REGISTRY.get(name, recipe) != recipe:
+        warnings.warn(
+            f"register_recipe: {name!r} was another recipe. What is compiled keeps that one, and so do new models of its code: "
+            "torch.compile compares options by the name. Pass the Recipe itself, or call torch._dynamo.reset().",
+            QtrainWarning,
+            stacklevel=2,
         )
     _REGISTRY[name] = recipe
     return recipe

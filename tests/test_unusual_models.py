@@ -740,3 +740,13 @@ def test_a_layer_where_autocast_is_off_has_its_gradients(interpreted, recipe, sh
     if recipe == "int8_in_hindsight":
         assert "router.input@grad_weight.amax" not in state, "one range, from one quantize"
         assert state["router.input.steps"] == 1
+
+
+def test_an_edited_recipe_file_counts_as_another_recipe_where_it_is_read_before(interpreted, tmp_path):
+    """torch.compile compares options: a path is the same text, a Recipe another value."""
+    file, graphs = tmp_path / "recipe.toml", []
+    for name in ("int8", "int8", "int8_tensorwise"):
+        get_recipe(name).replace(name="mine").save(file)
+        compiled(Routed(), get_recipe(file))(torch.randn(8, WIDTH)).sum().backward()
+        graphs.append(len(compiled_graphs()))
+    assert graphs[0] == graphs[1] == graphs[2] - 1

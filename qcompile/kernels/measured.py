@@ -27,7 +27,7 @@ import torch
 from qcompile.cache_folders import make_private, open_to_others
 from qcompile.errors import warn_once
 from qcompile.kernels.triton import tuning
-from qcompile.kernels.triton.launch import _triton_version, family
+from qcompile.kernels.triton.launch import family, triton_version
 
 __all__ = ["folder", "identity", "load", "store"]
 
@@ -52,7 +52,7 @@ def identity(device: torch.device) -> dict[str, str]:
         "device": name,
         "torch": torch.__version__,
         "cuda": torch.version.cuda or torch.version.hip or "none",
-        "triton": _triton_version() or "none",
+        "triton": triton_version() or "none",
         "kernels": _sources(),
     }
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from qcompile.errors import UnsupportedError
 from qcompile.ops._library import LIBRARY, define
 
-__all__ = ["range_", "read_state", "seed_", "select_range", "unpack", "write_state_"]
+__all__ = ["range_", "read_state", "seed_", "select_range", "select_range_reference", "unpack", "write_state_"]
 
 
 def _read_state(state: Tensor, index: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def _write_state_(state: Tensor, index: Tensor, values: Tensor) -> Tensor:
     return state.index_put_((index,), values)
 
 
-def _select_range(stored: Tensor, valid: Tensor, present: Tensor) -> Tensor:
+def select_range_reference(stored: Tensor, valid: Tensor, present: Tensor) -> Tensor:
     return torch.where(valid > 0, stored, present)
 
 
@@ -94,7 +94,9 @@ unpack = define(
     _unpack,
     fake=lambda values, sizes: [values.new_empty(size) for size in sizes],
 )
-select_range = define("select_range(Tensor stored, Tensor valid, Tensor present) -> Tensor", _select_range, fake=_select_range)
+select_range = define(
+    "select_range(Tensor stored, Tensor valid, Tensor present) -> Tensor", select_range_reference, fake=select_range_reference
+)
 range_ = define("range(Tensor x, int[] dims, str spec, str site) -> (Tensor, Tensor)", range_reference, fake=_range_fake)
 seed_ = define(
     "seed(Tensor x) -> Tensor",

@@ -273,9 +273,6 @@ def _by_entry(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         entries.setdefault(name, {})[field] = value
     return entries
 
-def _unclaimed_names(self) -> dict[str, tuple[nn.Parameter, list[str]]]:
-    return {name: (parameter, names) for names, parameter in self._parameters() for name in names}
-
 
 def _warn_of_other_decisions(made: Mapping[str, Decision], loaded: list[tuple[str, nn.Parameter, str, Decision]]) -> None:
     """A graph that is compiled cannot change its mind."""

@@ -33,7 +33,7 @@ def clean(monkeypatch):
 
 @pytest.fixture
 def triton_version(monkeypatch):
-    return lambda version: monkeypatch.setattr(launch, "_triton_version", lambda: version)
+    return lambda version: monkeypatch.setattr(launch, "triton_version", lambda: version)
 
 
 def int8(*shape):

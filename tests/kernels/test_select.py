@@ -57,7 +57,7 @@ def gpu(monkeypatch):
         monkeypatch.delenv("QTRAIN_CUDA_GEMM", raising=False)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
         monkeypatch.setattr(torch.version, "hip", None)
-        monkeypatch.setattr(launch, "_triton_version", lambda: triton)
+        monkeypatch.setattr(launch, "triton_version", lambda: triton)
         monkeypatch.setattr(cuda.choice, "_tuned", {})
         monkeypatch.setattr(errors, "_warned", set())
         monkeypatch.setattr(inductor, "compile_plain", lambda gm, *_: "plain")

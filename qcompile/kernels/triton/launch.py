@@ -56,7 +56,7 @@ def interpreting() -> bool:
 
 
 @functools.cache
-def _triton_version() -> str | None:
+def triton_version() -> str | None:
     with suppress(importlib.metadata.PackageNotFoundError):
         return importlib.metadata.version("triton")
     try:
@@ -95,7 +95,7 @@ def unavailable_reasons(
     under the interpreter.
     """
     device = torch.device(device)
-    reasons = [reason] if (reason := version_reason(_triton_version())) else []
+    reasons = [reason] if (reason := version_reason(triton_version())) else []
     if device.type == "cpu":
         if kernel == "triton_gluon":
             reasons.append("Gluon has no interpreter")
