@@ -8,7 +8,7 @@ convolution's tensor through casts.
 Codes of a parameter or an input come from itself and not from its bf16 copy, which then nobody makes; codes that a quantizer of
 the model's own has made are found through a cast, too. What else the graph computes is quantized as autocast hands it to the GEMM:
 where it is written to memory, to wait for its scale or to be transposed, that is half the bytes; and where it is not, Inductor
-leaves out the rounding.
+leaves out the rounding. A gradient's GEMM reads what its forward GEMM read, though backward may have made a copy of it in bf16.
 """
 
 from __future__ import annotations
