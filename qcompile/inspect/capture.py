@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx, nn
 from torch._dynamo.exc import BackendCompilerFailed
+from torch.utils import _pytree as pytree
 
 from passes.sites import Site
 from passes.steps import Step
@@ -54,6 +55,7 @@ class Capture:
     range_state   the ranges after the step, by name: `capture.range_state["up.input"]["amax"]`
     seconds       how long it took
     loss          what drove the backward pass; None: the default
+    outputs       what the model returned, detached; those that had a gradient require one
     """
 
     model: nn.Module
@@ -63,6 +65,7 @@ class Capture:
     range_state: RangeState | None = None
     seconds: float = 0.0
     loss: Callable[[Any], Tensor] | None = None
+    outputs: Any = None
     gradients: dict[str, Tensor] = field(default_factory=dict)  # of the Parameters, by name, in the captured step
 
     @property
@@ -109,8 +112,8 @@ class Capture:
     def refresh(self, model: nn.Module) -> None:
         """Let the graphs run with the current weights and ranges of a model: the one that was captured, further trained.
 
-        The gradients of the outputs are those of the default loss at the current outputs. They stay what they
-        were where `capture` was given a loss, and where there are several graphs.
+        The gradients of the outputs are those of the loss at the current outputs. They stay what they were where there are
+        several graphs, and where the graph's outputs are not the model's, one for one.
         """
         model = uncompiled(model)
         clean = clean_names(model)
@@ -119,12 +122,25 @@ class Capture:
             self.range_state.load_state_dict(range_state(model).state_dict(), strict=False)
         for graph in self.graphs:
             graph.refresh(tensors)
-        if self.loss is None and len(self.graphs) == 1 and self.backward is not None:
-            outputs = [o for o in self.first.run_forward() if isinstance(o, Tensor) and o.is_floating_point()]
-            if [o.shape for o in outputs] == [t.shape for t in self.first.tangents]:
-                self.first.tangents = tuple(
-                    (2 * o.float() / o.numel()).to(t.dtype) for o, t in zip(outputs, self.first.tangents, strict=True)
-                )
+        if len(self.graphs) == 1 and self.first.tangents:
+            self.first.tangents = self._current_tangents(self.first)
+
+    def _current_tangents(self, graph: CapturedGraph) -> tuple[Any, ...]:
+        leaves, spec = pytree.tree_flatten(self.outputs)
+        places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        now = [o for o in graph.run_forward() if isinstance(o, Tensor)]
+        with_gradient = [i for i in places if leaves[i].requires_grad]
+        matched = [o.shape for o in now] == [leaves[i].shape for i in places]
+        if not matched or [leaves[i].shape for i in with_gradient] != [t.shape for t in graph.tangents]:
+            return graph.tangents
+        with torch.enable_grad():
+            for i, output in zip(places, now, strict=True):
+                leaves[i] = output.detach().requires_grad_(leaves[i].requires_grad)
+            value = _scalar(pytree.tree_unflatten(leaves, spec), self.loss)
+            assert value is not None
+            found = torch.autograd.grad(value, [leaves[i] for i in with_gradient], allow_unused=True)
+        pairs = zip(found, graph.tangents, strict=True)
+        return tuple(torch.zeros_like(t) if g is None else g.to(t.dtype) for g, t in pairs)
 
     def run(self, *, lowered: bool = False) -> tuple[tuple[Any, ...], dict[str, Tensor]]:
         """Run the first graph forward and backward again: see `CapturedGraph.run`."""
@@ -192,9 +208,11 @@ def capture(
 
     recipe, strict, passes, profit_filter    as in `torch.compile(model, backend="qtrain", options={...})`; what
             the filter has decided for this model holds, the rest is measured
-    loss    outputs -> scalar, to drive the backward pass; default: the mean square of every floating-point
-            output, added up. It must depend on the outputs alone. It decides about values only, not about
-            graphs.
+    loss    outputs -> scalar, to drive the backward pass; default: the model's own loss, if it returns one (the
+            output called `loss`, else the first that is a scalar, a 0-d tensor), else the mean square of every
+            floating-point output, added up. It must depend on the outputs alone. It decides about values only,
+            not about graphs. Ranges of gradients are in units of the loss that was trained with: if that was
+            scaled (GradScaler), scale it here too.
     ranges  what `range_state(model).state_dict()` returned: the step starts with these ranges, where the
             recipe keeps such. Default: it is a first step, with dynamic ranges
 
@@ -246,13 +264,17 @@ def capture_call(
             if isinstance(error.inner_exception, _OURS):
                 raise error.inner_exception from None
             raise
-        _backward(outputs, loss)
+        value = _scalar(outputs, loss)
+        if value is not None:
+            value.backward()
     clean = clean_names(copied)
     gradients = {clean(n): p.grad.detach().clone() for n, p in copied.named_parameters() if p.grad is not None}
     copied.zero_grad()
     graphs = [r.captured() for r in recordings if r.calls]
     state = RangeState(copied, store)
-    return Capture(copied, options.recipe, graphs, notes.graph_breaks, state, time.perf_counter() - start, loss, gradients)
+    seconds = time.perf_counter() - start
+    kept = pytree.tree_map_only(Tensor, lambda o: o.detach().requires_grad_(o.requires_grad), outputs)
+    return Capture(copied, options.recipe, graphs, notes.graph_breaks, state, seconds, loss, kept, gradients)
 
 
 def _names(model: nn.Module) -> dict[int, list[str]]:
@@ -267,22 +289,29 @@ def _names(model: nn.Module) -> dict[int, list[str]]:
     return names
 
 
-def _backward(outputs: Any, loss: Callable[[Any], Tensor] | None) -> None:
-    if loss is not None:
-        value = loss(outputs)
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            given = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
-            raise TypeError(f"loss: it returned {given}; it must return a tensor with one element")
-    else:
-        value = default_loss(outputs)
-        if value is None:
-            return
-    if value.requires_grad:
-        value.backward()
+def _scalar(outputs: Any, loss: Callable[[Any], Tensor] | None) -> Tensor | None:
+    """What to call `backward` on; None where there is no gradient. Errors: `TypeError` for a loss that returned no scalar."""
+    if loss is None:
+        return default_loss(outputs)
+    value = loss(outputs)
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        given = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+        raise TypeError(f"loss: it returned {given}; it must return a tensor with one element")
+    return value if value.requires_grad else None
 
 
 def default_loss(outputs: Any) -> Tensor | None:
-    """The mean square of every floating-point output that has a gradient, added up; None where there is none."""
-    floats = (o for o in tensors_in(outputs) if o.is_floating_point() and o.requires_grad)
+    """The model's own loss, if it returns one; else the mean square of every floating-point output, added up.
+
+    Its own loss is the output called `loss` (an entry, or an attribute), else the first that is a scalar (0-d). Outputs
+    without a gradient do not count; None where there are no others.
+    """
+    named = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+    floats = [o for o in tensors_in(outputs) if o.is_floating_point() and o.requires_grad]
+    scalars = [o for o in floats if o.ndim == 0]
+    if isinstance(named, Tensor) and named.numel() == 1 and named.requires_grad:
+        return named
+    if scalars:
+        return scalars[0]
     parts = [o.float().square().mean() for o in floats]
     return torch.stack(parts).sum() if parts else None

@@ -92,7 +92,8 @@ class TensorNumerics:
 
 @dataclass
 class Comparison:
-    """What `compare` measured. `integer_launches` counts the integer GEMMs that the fused step ran."""
+    """What `compare` measured. `integer_launches` counts the integer GEMMs that the fused step ran; `misfits`, one of the notes,
+    says whose stored ranges are of another loss ("": nobody's)."""
 
     recipe: Recipe
     gemms: list[GemmNumerics]
@@ -101,6 +102,7 @@ class Comparison:
     integer_launches: int = 0
     notes: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    misfits: str = ""
 
     def ranked(self) -> list[GemmNumerics]:
         """The quantized GEMMs, the largest error of their own first."""
@@ -210,9 +212,11 @@ def compare(
 ) -> Comparison:
     """Measure what a recipe does to one training step of `model(*inputs, **kwargs)`, against the same step in hp.
 
-    loss  outputs -> scalar; default as in `capture`, and so is everything else: the caller's autocast, all on
-          copies. Both steps get the gradients of the outputs that the quantized step had, so a model that
-          returns its loss is compared whole.
+    loss  outputs -> scalar; default as in `capture` (the model's own loss, if it returns one), and so is everything
+          else: the caller's autocast, all on copies. Both steps get the gradients of the outputs that the
+          quantized step had, so a model that returns its loss is compared whole. Stored ranges of gradients are
+          in units of the loss that was trained with: give that one, times the loss scale (GradScaler) if there
+          is one. A note says so where they are evidently of another.
 
     Where the model has range state (it was trained with a static recipe), the step uses those ranges; else it
     is a first step, with dynamic ones. It needs the memory of two training steps.
@@ -245,7 +249,31 @@ def compare_captured(found: Capture) -> Comparison:
             f"{len(found.graphs)} graphs: each ran on the inputs that the quantized step gave it, so total errors "
             "start from zero in every graph"
         )
+    result.misfits = _misfits(result, found)
+    result.notes += [result.misfits] if result.misfits else []
     return result
+
+
+def _misfits(result: Comparison, found: Capture) -> str:
+    """Whether stored ranges of gradients are of another loss than that of this step. Dynamic ranges fit by themselves."""
+    operand = "grad_output"
+    entries = {g.calls[0].site_name(s): g.state.get(f"{s.name}.{operand}") for g in found.graphs for s in g.sites}
+    stored = {f"{site}.{operand}" for site, entry in entries.items() if entry is not None and entry.spec is not None}
+    seen = {f"{g.site}.{operand}": g.operands[operand].rounding for g in result.gemms if operand in g.operands}
+    wrong = {name: r for name, r in seen.items() if name in stored and _far_off(r)}
+    if not wrong:
+        return ""
+    name, r = next(iter(wrong.items()))
+    return (
+        f"the stored ranges of {len(wrong)} of {len(stored)} gradients do not fit this step's gradients ({name}: up to "
+        f"{r.amax:.2g}, its range reaches {r.limit:.2g}): the loss here is likely not the training loss, its scale (GradScaler) "
+        "included; give it as loss=..."
+    )
+
+
+def _far_off(r: Rounding) -> bool:
+    """Farther than a bad batch, and than an estimator that clips on purpose."""
+    return r.clipped > 0.5 or r.amax > 30 * r.limit or 0 < 1000 * r.amax < r.limit
 
 
 # ---- one graph

@@ -22,6 +22,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -31,7 +32,7 @@ from torch import nn
 
 from qcompile._packages import require
 from qcompile.backend.options import Options
-from qcompile.errors import StateError
+from qcompile.errors import QtrainWarning, StateError
 from qcompile.inspect.capture import Capture, capture_call
 from qcompile.inspect.compare import compare_captured
 from qcompile.recipe import Recipe
@@ -72,15 +73,16 @@ class Monitor:
         probe_every: int,
         recipe: str | Recipe | Mapping[str, Any] | None,
         budget: float | None,
+        loss: Callable[[Any], torch.Tensor] | None,
     ) -> None:
-        self.model, self.every, self.sinks = model, every, sinks
+        self.model, self.every, self.sinks, self.loss = model, every, sinks, loss
         self.probe, self.probe_every, self.recipe, self.budget = probe, probe_every, recipe, budget
         self.history: list[Measurement] = []
         self.seconds = 0.0
         self.count = 0
         self._started = 0.0
         self._captured: Capture | None = None
-        self._range_due = self._probe_due = False
+        self._range_due = self._probe_due = self._told = False
 
     def step(self, step: int | None = None) -> None:
         """Call it after every training step. `step`: the number to write down; default: how many calls there were."""
@@ -131,9 +133,13 @@ class Monitor:
             inputs, named = ((), self.probe) if isinstance(self.probe, Mapping) else (self.probe or (), {})
             recipe, autocast = self._as_compiled()
             with _autocast(autocast):
-                self._captured = capture_call(self.model, inputs, named, Options.checked({"recipe": recipe}), ranges=ranges)
+                options = Options.checked({"recipe": recipe})
+                self._captured = capture_call(self.model, inputs, named, options, loss=self.loss, ranges=ranges)
         self._captured.refresh(self.model)
         found = compare_captured(self._captured)
+        if found.misfits and not self._told:
+            self._told = True
+            warnings.warn(f"monitor: {found.misfits}", QtrainWarning, stacklevel=2)
         rows = []
         for gemm in found.gemms:
             if gemm.own is not None:
@@ -181,6 +187,7 @@ def monitor(
     probe_every: int | None = None,
     recipe: str | Recipe | Mapping[str, Any] | None = None,
     budget: float | None = 0.02,
+    loss: Callable[[Any], torch.Tensor] | None = None,
 ) -> Monitor:
     """Watch a model (compiled or not) while it trains: call `.step()` on what this returns after each step.
 
@@ -194,6 +201,8 @@ def monitor(
     recipe       of the probe; default: the one that the model was compiled with last
     budget       the share of the run's time that samples may take (0.02: 2 %): while they have taken more, a
                  sample that is due waits. None: no sample waits
+    loss         of the probe: outputs -> scalar; default: as in `capture`, the model's own if it returns one. Give the loss that
+                 is trained with, times the loss scale if there is one: ranges of gradients are in its units
 
     Errors: `ValueError` for numbers out of range and a .csv in a folder that is not there; `TypeError` for a sink that is none
     of these; `MissingPackageError` for a folder without TensorBoard being installed.
@@ -207,7 +216,7 @@ def monitor(
         raise ValueError(f"monitor: budget is {budget!r}; allowed: a share of the time, above 0 and up to 1, or None")
     sinks = [_sink(s) for s in (to if isinstance(to, list | tuple) else [to]) if s is not None]
     inputs = probe if probe is None or isinstance(probe, tuple | Mapping) else (probe,)
-    return Monitor(model, every, sinks, inputs, 10 * every if probe_every is None else probe_every, recipe, budget)
+    return Monitor(model, every, sinks, inputs, 10 * every if probe_every is None else probe_every, recipe, budget, loss)
 
 
 @contextlib.contextmanager

@@ -89,12 +89,14 @@ class Rounding:
     """What quantizing a tensor did to it.
 
     amax       the largest magnitude of the tensor
+    limit      the largest magnitude that a code stands for: how far the range reaches
     clipped    share of the elements that lay outside the range, by more than rounding
     underflow  share of the elements other than zero that got the code of zero
     snr_db     of the dequantized tensor against the tensor
     """
 
     amax: float
+    limit: float
     clipped: float
     underflow: float
     snr_db: float
@@ -106,8 +108,10 @@ def rounding(x: Tensor, dequantized: Tensor, scale: Tensor, zero_point: Tensor |
     zero = 0 if zero_point is None else zero_point.double()
     x, dequantized, scale = x.detach().double(), dequantized.detach().double(), scale.double()
     code = x / scale + zero  # before rounding and clamping
+    reach = torch.maximum((qmax - zero) * scale, (zero - qmin) * scale)
     return Rounding(
         amax=float(x.abs().amax()) if x.numel() else 0.0,
+        limit=float(reach.amax()) if reach.numel() else 0.0,
         clipped=_share((code > qmax + 0.5) | (code < qmin - 0.5)),
         underflow=_share(dequantized[x != 0] == 0),
         snr_db=_snr(x.square().sum(), (dequantized - x).square().sum()),

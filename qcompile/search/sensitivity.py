@@ -95,6 +95,8 @@ def _tangents(graph: CapturedGraph, module: fx.GraphModule, loss: Loss | None) -
     """
     if not graph.tangents:  # of a part that computes nothing with a gradient
         return ()
+    if loss is None and any(t.ndim == 0 for t in graph.tangents):  # the loss itself: its gradient does not depend on its value
+        return graph.tangents
     forward = fx.GraphModule(module, copy_graph(module.graph))
     output = forward.graph.output_node()
     output.args = (tuple(output.args[0])[: graph.n_outputs],)

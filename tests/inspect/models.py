@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -58,3 +60,16 @@ class Broken(nn.Module):
         for block in self.blocks:
             x = block(x)
         return self.head(x)
+
+
+class WithLoss(nn.Module):
+    """16 -> 32 -> 8; returns its loss, the cross entropy: alone, as (logits, loss), or in a mapping."""
+
+    def __init__(self, returns: str = "loss") -> None:
+        super().__init__()
+        self.up, self.down, self.returns = nn.Linear(16, 32), nn.Linear(32, 8), returns
+
+    def forward(self, x: Tensor, targets: Tensor) -> Any:
+        logits = self.down(self.up(x).relu())
+        loss = nn.functional.cross_entropy(logits, targets)
+        return {"loss": loss, "tuple": (logits, loss), "mapping": {"z": 3 * loss, "loss": loss}}[self.returns]

@@ -12,7 +12,7 @@ from qcompile.__main__ import main as command_line
 from qcompile.recipe import Recipe
 from qcompile.specs import QuantSpec
 from tests.compiling import AVERAGE, compiled, nearest, poke
-from tests.inspect.models import MLP, Broken
+from tests.inspect.models import MLP, Broken, WithLoss
 
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 
@@ -239,3 +239,31 @@ def test_the_command_uses_the_ranges_that_the_model_has(interpreted, capsys):
     assert command_line(["compare", f"{__name__}:with_ranges", "--recipe", "int8_in_hindsight", "--json"]) == 0
     (gemm,) = [g for g in json.loads(capsys.readouterr().out)["gemms"] if (g["site"], g["role"]) == ("up", "output")]
     assert gemm["operands"]["input"]["rounding"]["clipped"] > 0.1
+
+
+# The loss of the measured step
+
+
+@pytest.mark.parametrize("returns", ["loss", "tuple", "mapping"])
+def test_a_model_that_returns_its_loss_is_measured_with_that(interpreted, returns):
+    model, x, targets = WithLoss(returns), torch.randn(64, 16), torch.randint(8, (64,))
+    step = compiled(model, "int8_in_hindsight")
+    pick = {"loss": lambda out: out, "tuple": lambda out: out[1], "mapping": lambda out: out["loss"]}[returns]
+    for _ in range(4):
+        pick(step(x, targets)).backward()
+    found = qcompile.compare(model, x, targets, recipe="int8_in_hindsight")
+    assert found.worst_snr_db() > 25 and not found.misfits
+    given = qcompile.compare(model, x, targets, recipe="int8_in_hindsight", loss=pick)
+    assert found.worst_snr_db() == pytest.approx(given.worst_snr_db(), abs=1e-3)
+
+
+@pytest.mark.parametrize("scale", [2.0**16, 2.0**-16])
+def test_ranges_of_another_loss_are_told(interpreted, scale):
+    model, x, targets = WithLoss(), torch.randn(64, 16), torch.randint(8, (64,))
+    step = compiled(model, "int8_in_hindsight")
+    for _ in range(4):
+        (scale * step(x, targets)).backward()
+    found = qcompile.compare(model, x, targets, recipe="int8_in_hindsight")
+    assert "of 2 gradients do not fit" in found.misfits and "GradScaler" in found.misfits and found.misfits in str(found)
+    given = qcompile.compare(model, x, targets, recipe="int8_in_hindsight", loss=lambda loss: scale * loss)
+    assert given.misfits == "" and given.notes == [] and given.worst_snr_db() > 25

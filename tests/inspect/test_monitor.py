@@ -10,10 +10,10 @@ from torch import nn
 
 import qcompile
 from qcompile import InHindsightMax, PerChannel, QuantSpec
-from qcompile.errors import MissingPackageError, StateError
+from qcompile.errors import MissingPackageError, QtrainWarning, StateError
 from qcompile.inspect.monitor import read_csv
 from tests.compiling import AVERAGE, amax, compiled
-from tests.inspect.models import MLP
+from tests.inspect.models import MLP, WithLoss
 
 
 def train(model, step, x, steps=1):
@@ -251,3 +251,29 @@ def test_a_probe_of_a_model_that_runs_anothers_graphs_asks_for_the_recipe(interp
     watch = qcompile.monitor(nn.Linear(64, 64), every=1, probe=torch.randn(16, 64), probe_every=1)
     with pytest.raises(StateError, match="several recipes .int8_tensorwise, int4.*pass recipe="):
         watch.step()
+
+
+@pytest.mark.parametrize("returns", ["loss", "tuple"])
+def test_a_probe_has_the_loss_of_the_training(interpreted, returns):
+    """Its gradients are those at the current weights: after training they are a fraction of what they were, as the ranges are."""
+    model, x, targets = WithLoss(returns), torch.randn(64, 16), torch.randint(8, (64,))
+    step, scale = compiled(model, "int8_in_hindsight"), 2.0**16
+    loss = (lambda out: scale * out[1]) if returns == "tuple" else (lambda out: scale * out)
+    monitor = qcompile.monitor(step, every=1, probe=(x, targets), probe_every=1, budget=None, loss=loss)
+    other = qcompile.monitor(step, every=1, probe=(x, targets), probe_every=1, budget=None)
+    for number in range(30):
+        loss(step(x, targets)).backward()
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= 0.5 * p.grad / scale
+                p.grad = None
+        if number in (1, 29):
+            monitor.sample(number, probe=True)
+    found = {(r.step, r.name): r.value for r in monitor.history if r.metric == "total_db" and r.name.startswith("gradient")}
+    assert len(found) == 8 and min(value for (_, name), value in found.items() if "down" in name) > 20
+    compared = qcompile.compare(model, x, targets, recipe="int8_in_hindsight", loss=loss)
+    expected = {f"gradient {t.name}": t.total.snr_db for t in compared.gradients}
+    assert {name: value for (n, name), value in found.items() if n == 29} == pytest.approx(expected, abs=1e-2)
+    with pytest.warns(QtrainWarning, match="likely not the training loss"):
+        other.sample(29, probe=True)
+    other.sample(30, probe=True)  # once is enough
