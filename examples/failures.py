@@ -91,7 +91,7 @@ class Signs:
 
     def _capture(self, recipe: Recipe | str) -> Capture:
         with self.run.autocast():
-            return qcompile.capture(self.run.model, *self.inputs, recipe=recipe)
+            return qcompile.capture(self.run.model, *self.inputs, recipe=recipe, ranges={})  # of this batch
 
     def of(self, recipe: Recipe) -> dict[str, float]:
         found = self._capture(recipe)

@@ -30,15 +30,13 @@ def picture(text: str) -> Path:
 def run(arguments: argparse.Namespace) -> int:
     from qcompile.inspect import capture
     from qcompile.inspect.compare import compare_captured
-    from qcompile.state import range_state
 
     if arguments.heatmap:
         require("--heatmap", "matplotlib", extra="demo")
     made = target.load(arguments)
     with progress(2, "compiling") as bar:
         with made.autocast():
-            ranges = range_state(made.model).state_dict()  # as `qcompile.compare` does
-            found = capture(made.model, *made.args, recipe=arguments.recipe, ranges=ranges, **made.kwargs)
+            found = capture(made.model, *made.args, recipe=arguments.recipe, **made.kwargs)
         bar.update()
         bar.set_description("measuring")
         comparison = compare_captured(found)

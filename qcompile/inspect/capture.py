@@ -213,8 +213,9 @@ def capture(
             floating-point output, added up. It must depend on the outputs alone. It decides about values only,
             not about graphs. Ranges of gradients are in units of the loss that was trained with: if that was
             scaled (GradScaler), scale it here too.
-    ranges  what `range_state(model).state_dict()` returned: the step starts with these ranges, where the
-            recipe keeps such. Default: it is a first step, with dynamic ranges
+    ranges  what the step starts with, as `range_state(model).state_dict()` returned it. Default: the model's own, if it
+            has any; those that this recipe does not keep, or keeps in another width, are left out. {}: none, as in
+            a first step, with dynamic ranges. It decides about values only, not about graphs
 
     Autocast and grad mode are the caller's: under `torch.no_grad()` there are inference graphs and no
     backward half. All of it happens on copies: the model, its gradients and ranges, random generators and
@@ -242,8 +243,10 @@ def capture_call(
     inputs, kwargs = copy_inputs(inputs), copy_inputs(dict(kwargs))
     names = _names(copied)
     alive = {storage_of(t) for t in [*copied.parameters(), *copied.buffers(), *tensors_in((inputs, kwargs))]}
-    store = RangeStore()
-    if options.profit_filter:
+    store = RangeStore(lenient=ranges is None)
+    if ranges is None:
+        ranges = range_state(model).state_dict()
+    elif options.profit_filter:
         decided = {f"{n}.{f}": v for n, d in range_state(model).decisions().items() for f, v in d.to_tensors().items()}
         RangeState(copied, store).load_state_dict(decided, strict=False)
     if ranges:

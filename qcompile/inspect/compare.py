@@ -38,7 +38,6 @@ from qcompile.inspect.replay import Replay, joint_at, shared_random_numbers
 from qcompile.kernels import record_launches
 from qcompile.ops import dequantize_reference
 from qcompile.recipe import Recipe
-from qcompile.state.range_state import range_state
 
 __all__ = ["Comparison", "GemmNumerics", "OperandNumerics", "TensorNumerics", "compare", "compare_captured", "quantized_operands"]
 
@@ -208,6 +207,7 @@ def compare(
     *inputs: Any,
     recipe: str | Recipe | Mapping[str, Any] = "int8",
     loss: Callable[[Any], Tensor] | None = None,
+    ranges: Mapping[str, Tensor] | None = None,
     **kwargs: Any,
 ) -> Comparison:
     """Measure what a recipe does to one training step of `model(*inputs, **kwargs)`, against the same step in hp.
@@ -218,13 +218,14 @@ def compare(
           in units of the loss that was trained with: give that one, times the loss scale (GradScaler) if there
           is one. A note says so where they are evidently of another.
 
-    Where the model has range state (it was trained with a static recipe), the step uses those ranges; else it
-    is a first step, with dynamic ones. It needs the memory of two training steps.
+    ranges  as in `capture`: where the model has range state (it was trained with a static recipe), the step uses
+            those ranges; else, and with {}, it is a first step, with dynamic ones
+
+    It needs the memory of two training steps.
 
     Errors: those of `capture`; `ValueError` for a recipe that quantizes nothing.
     """
     start = time.perf_counter()
-    ranges = range_state(model).state_dict() if isinstance(model, nn.Module) else None
     found = capture(model, *inputs, recipe=recipe, loss=loss, ranges=ranges, **kwargs)
     result = compare_captured(found)
     result.seconds = time.perf_counter() - start

@@ -40,6 +40,7 @@ def explain(
     passes: Sequence[Step] | None = None,
     timed: bool = False,
     profit_filter: bool = False,
+    ranges: Mapping[str, Tensor] | None = None,
     **kwargs: Any,
 ) -> Report:
     """What the backend makes of a training step of `model(*inputs, **kwargs)` under a recipe.
@@ -51,19 +52,21 @@ def explain(
             by operator
     profit_filter  as in `torch.compile(model, backend="qtrain", options={...})`: the reasons of the GEMMs that it
             keeps in high precision have the measured times; what it has decided for this model holds
+    ranges  as in `capture`: by default the model's own, if it has any. The scales that `timed` reads are of these
 
     It goes through the compiler twice, up to code generation: under the recipe, and as plain Inductor, for
     what that saves; under `compress_saved` a third time, without it, for what that does to gradients.
 
     Errors: those of `capture`, but for strict.
     """
-    found = capture(model, *inputs, recipe=recipe, loss=loss, passes=passes, profit_filter=profit_filter, **kwargs)
-    hp = found if found.recipe.quantizes_nothing() else capture(model, *inputs, recipe="none", loss=loss, **kwargs)
+    given: dict[str, Any] = {"loss": loss, "ranges": ranges, **kwargs}
+    found = capture(model, *inputs, recipe=recipe, passes=passes, profit_filter=profit_filter, **given)
+    hp = found if found.recipe.quantizes_nothing() else capture(model, *inputs, recipe="none", **given)
     times = [measure(graph) if timed else {} for graph in found.graphs]
     report = _report(found, hp, times)
     if found.recipe.compress_saved is not None:
         without = found.recipe.replace(compress_saved=None)
-        exact = capture(model, *inputs, recipe=without, loss=loss, passes=passes, profit_filter=profit_filter, **kwargs)
+        exact = capture(model, *inputs, recipe=without, passes=passes, profit_filter=profit_filter, **given)
         report.crossings = [crossing for graph in found.graphs for crossing in graph.context.crossings]
         report.gradient_snr_db = {n: snr_db(g, exact.gradients[n]) for n, g in found.gradients.items() if n in exact.gradients}
     return report

@@ -129,12 +129,11 @@ class Monitor:
 
     def _errors(self, step: int) -> list[Measurement]:
         if self._captured is None:
-            ranges = range_state(self.model).state_dict()
             inputs, named = ((), self.probe) if isinstance(self.probe, Mapping) else (self.probe or (), {})
             recipe, autocast = self._as_compiled()
             with _autocast(autocast):
                 options = Options.checked({"recipe": recipe})
-                self._captured = capture_call(self.model, inputs, named, options, loss=self.loss, ranges=ranges)
+                self._captured = capture_call(self.model, inputs, named, options, loss=self.loss)
         self._captured.refresh(self.model)
         found = compare_captured(self._captured)
         if found.misfits and not self._told:
@@ -198,7 +197,7 @@ def monitor(
                  under the autocast of the model's last compilation
     probe_every  steps between two probes; 0: none but those of `sample(step, probe=True)`; default: 10 * every. A probe costs a
                  capture once, and then some steps that run operator by operator
-    recipe       of the probe; default: the one that the model was compiled with last
+    recipe       of the probe; default: the one that the model was compiled with last. Its step has the ranges that the model has
     budget       the share of the run's time that samples may take (0.02: 2 %): while they have taken more, a
                  sample that is due waits. None: no sample waits
     loss         of the probe: outputs -> scalar; default: as in `capture`, the model's own if it returns one. Give the loss that

@@ -27,7 +27,6 @@ from qcompile.recipes import get_recipe
 from qcompile.search.choose import HP, Choice, GemmOptions, Infeasible, choose, total
 from qcompile.search.options import CapturedRecipe, gemm_options, integer_gemms, reference, sensitivities, together
 from qcompile.search.result import SearchResult, Totals, mixed_recipe
-from qcompile.state.range_state import range_state
 
 __all__ = ["KINDS", "Search", "search_recipe"]
 
@@ -61,9 +60,10 @@ def search_recipe(
     candidates  uniform recipes, by name or themselves; they agree on what they leave out (ops, skip)
     loss        outputs -> scalar, as in `capture`, or one for each batch; give it where the model does not return its loss
 
-    Everything happens on copies, under the caller's autocast. A model that has trained for a while tells more than one at its
-    start. It takes a captured step for each candidate and batch, and a step operator by operator for each GEMM of each; kernels are
-    timed unless the budget is on memory without time. For several budgets, `Search` measures once.
+    Everything happens on copies, under the caller's autocast, with the ranges that the model has (as in `capture`). A model that
+    has trained for a while tells more than one at its start. It takes a captured step for each candidate and batch, and a step operator
+    by operator for each GEMM of each; kernels are timed unless the budget is on memory without time. For several budgets, `Search`
+    measures once.
 
     Errors: `ValueError` for no batches, a step without gradients, no GEMM to quantize, a budget of another kind or that no choice
     meets, and candidates that disagree; `RecipeError`; those of `capture`.
@@ -95,7 +95,6 @@ class Search:
         self._model = model
         self._steps = [_arguments(batch) for batch in _checked_batches(batches)]
         self._losses = _checked_losses(loss, len(self._steps))
-        self._ranges = range_state(model).state_dict() if isinstance(model, nn.Module) else None
         with progress(1 + len(self._recipes) * len(self._steps), "capturing") as bar:
             hp = self._capture("none")
             if hp.graphs and not any(graph.tangents for graph in hp.graphs):
@@ -117,7 +116,7 @@ class Search:
 
     def _capture(self, recipe: Recipe | str, number: int = 0) -> Capture:
         args, kwargs = self._steps[number]
-        return capture(self._model, *args, recipe=recipe, loss=self._losses[number], ranges=self._ranges, **kwargs)
+        return capture(self._model, *args, recipe=recipe, loss=self._losses[number], **kwargs)
 
     def _measured(self, recipe: Recipe, bar: Progress) -> CapturedRecipe:
         """A candidate with its losses, means over the batches; the capture is that of the first."""

@@ -22,7 +22,7 @@ from qcompile.state.arena import Slot
 from qcompile.state.decisions import Decision
 from qcompile.state.names import by_alias, entry_name, owner_and_key
 from qcompile.state.parameters import as_graphs_see_them, gather_once
-from qcompile.state.store import BITS, STORE, RangeStore, check_bits
+from qcompile.state.store import BITS, STORE, RangeStore, check_bits, fits
 from qcompile.wrappers import clean_names
 
 __all__ = ["LoadResult", "RangeState", "range_state"]
@@ -172,6 +172,8 @@ class RangeState:
             slot, place = slots.get(name) or aliases.get(name), owner_and_key(name, parameters)
             if Decision.is_one(fields) and place is not None:
                 found.decisions.append((name, *place, Decision.of(fields)))
+            elif slot is not None and self.store.lenient and not fits(fields, slot):
+                found.unexpected += [f"{name}.{field}" for field in fields]
             elif slot is not None:
                 check_bits(name, fields, slot.bits)
                 fields = {field: value for field, value in fields.items() if field != BITS}

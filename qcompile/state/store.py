@@ -23,7 +23,7 @@ from qcompile.state.arena import Arena, Slot
 from qcompile.state.layout import Entry
 from qcompile.state.uses import Place, Use, Uses, numbers_in
 
-__all__ = ["BITS", "STORE", "RangeStore", "Request", "check_bits"]
+__all__ = ["BITS", "STORE", "RangeStore", "Request", "check_bits", "fits"]
 
 BITS = "bits"
 """Beside the fields of an entry in a saved state: the width of the codes that its range is for. 8 where it is not there."""
@@ -58,9 +58,11 @@ class RangeStore:
     `epoch` grows whenever something other than a compiled graph changes state (loading, resetting, a move to another device):
     whoever caches what state looks like compares it. `numberings` grows when a use of a Parameter gets a number, or state is loaded
     for one: a graph that only reads may then find ranges nearer to its own place than those that it has found before.
+    A `lenient` store leaves out what was loaded and does not fit: another width, or the fields of another estimator.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, lenient: bool = False) -> None:
+        self.lenient = lenient
         self.epoch = 0
         self.numberings = 0
         self._claims = 0
@@ -198,6 +200,8 @@ class RangeStore:
         if slot is not None and slot.arena is arena:
             return slot
         record = self._owner(owner)
+        if self.lenient and key in record.pending and not fits(record.pending[key], entry):
+            del record.pending[key]
         if slot is None and key in record.pending:
             check_bits(f"{entry.site}.{entry.operand}", record.pending[key], entry.bits)
         offset = arena.take(entry.numel)
@@ -258,6 +262,12 @@ def check_bits(name: str, fields: Mapping[str, Tensor], bits: int) -> None:
             f"width. Resume with the recipe that it was saved under, or leave the state out and start with dynamic ranges. If the "
             f"ranges are to serve all the same, set the state's '.{BITS}' entries to {bits} (none: 8)"
         )
+
+
+def fits(fields: Mapping[str, Tensor], entry: Entry | Slot) -> bool:
+    """Whether saved fields are those of this entry, in its width."""
+    bits, values = (int(fields[BITS].item()) if BITS in fields else 8), {n: v.numel() for n, v in fields.items() if n != BITS}
+    return bits == entry.bits and values == dict.fromkeys(entry.fields, entry.size)
 
 
 def _shapes(fields: Mapping[str, Tensor | int]) -> str:

@@ -203,3 +203,32 @@ def test_times_and_scales_are_measured_where_asked_for():
     amax = x.abs().amax(1) / 127
     assert (rows.count, rows.low, rows.high) == (ROWS, pytest.approx(amax.min().item()), pytest.approx(amax.max().item()))
     assert all(g.seconds is None for g in qcompile.explain(model, x).gemms)
+
+
+def scales_of(model, x, recipe, **options):
+    """Operand -> the largest scale that a step reads."""
+    report = qcompile.explain(model, x, recipe=recipe, timed=True, **options)
+    return {f"{gemm.site}.{operand}": scale.high for gemm in report.gemms for operand, scale in gemm.scales.items()}
+
+
+def test_scales_are_of_the_ranges_that_the_model_has(interpreted):
+    model, x = MLP(), torch.randn(24, 16)
+    step = compiled(model, "int8_in_hindsight")
+    for _ in range(3):
+        step(3 * x).square().mean().backward()
+    ranges = qcompile.range_state(model).snapshot()
+    stored = {name: fields["amax"].item() / 127 for name, fields in ranges.items() if "amax" in fields}
+    scales = scales_of(model, x, "int8_in_hindsight")
+    assert {name: scales[name] for name in stored} == pytest.approx(stored)
+    first = scales_of(model, x, "int8_in_hindsight", ranges={})
+    assert first["up.input"] == pytest.approx(x.abs().max().item() / 127) != pytest.approx(stored["up.input"])
+
+
+def test_ranges_that_a_recipe_does_not_keep_are_left_out(interpreted):
+    model, x = MLP(), torch.randn(24, 16)
+    compiled(model, "int8_in_hindsight")(3 * x).square().mean().backward()
+    other = "int4_interval"
+    assert scales_of(model, x, other)["up.input"] == scales_of(model, x, other, ranges={})["up.input"]
+    monitor = qcompile.monitor(model, every=1, probe=x, recipe=other)
+    assert "snr_db" in {row.metric for row in monitor.sample(1, probe=True)}
+    assert "snr_db" in {row.metric for row in monitor.sample(2, probe=True)}
