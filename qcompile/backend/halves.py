@@ -131,7 +131,8 @@ def forward_with_state(
             dynamic.warned = True
             warnings.warn(
                 "no training step has left ranges yet: a call without grad (evaluation, or the first run of a reentrant "
-                "checkpoint) uses dynamic ones",
+                "checkpoint) uses dynamic ones. A copy of a trained model (AveragedModel, copy.deepcopy) takes over its ranges: "
+                "qcompile.range_state(copy).load_state_dict(qcompile.range_state(model).state_dict())",
                 QtrainWarning,
                 stacklevel=2,
             )

@@ -189,7 +189,9 @@ def _read(name: str, node: fx.Node, gemm: Gemm, values: _Values, recipe: Recipe)
     if not values.has_memory(input_scale):
         raise StateError(
             f"convert: the input of {name!r} has no stored range. Train a step under recipe {recipe.name!r} in this process, "
-            "or load what was saved: qcompile.range_state(model).load_state_dict(ranges)."
+            "or load what was saved: qcompile.range_state(model).load_state_dict(ranges). A copy of a trained model "
+            "(AveragedModel, copy.deepcopy) takes over its ranges: "
+            "qcompile.range_state(copy).load_state_dict(qcompile.range_state(model).state_dict())."
         )
     scale = values[input_scale]
     if scale.numel() != 1:

@@ -61,9 +61,9 @@ def search_recipe(
     loss        outputs -> scalar, as in `capture`, or one for each batch; give it where the model does not return its loss
 
     Everything happens on copies, under the caller's autocast, with the ranges that the model has (as in `capture`). A model that
-    has trained for a while tells more than one at its start. It takes a captured step for each candidate and batch, and a step operator
-    by operator for each GEMM of each; kernels are timed unless the budget is on memory without time. For several budgets, `Search`
-    measures once.
+    has trained for a while tells more than one at its start. It takes a captured step for each candidate and batch, and a step
+    operator by operator for each GEMM of each; kernels are timed unless the budget is on memory without time. For several budgets,
+    `Search` measures once.
 
     Errors: `ValueError` for no batches, a step without gradients, no GEMM to quantize, a budget of another kind or that no choice
     meets, and candidates that disagree; `RecipeError`; those of `capture`.

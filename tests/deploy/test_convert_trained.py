@@ -1,11 +1,13 @@
 """convert: a model that the backend trained becomes integer layers with the ranges that are stored for it."""
 
+import copy
 import io
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 import qcompile
 from qcompile import LSQ, GemmSpec, InHindsight, PerChannel, PerRow, QuantSpec, Recipe, Sigma
@@ -300,3 +302,22 @@ def test_computed_weights_go_on_from_the_deployed_ones():
     going_on = qcompile.continue_training(normed(), deployed.state_dict(), recipe="int8_in_hindsight")
     deployed_weight = deployed[0].codes.float() * deployed[0].weight_scale
     torch.testing.assert_close(going_on[0].weight.detach(), deployed_weight)
+
+
+COPIES = {"averaged": AveragedModel, "copied": copy.deepcopy, "compiled": lambda m: AveragedModel(torch.compile(m))}
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
+def test_a_copy_takes_over_the_ranges_of_its_model(net, copied):
+    model, x, want = net
+    other = copied(model)
+    with pytest.raises(StateError, match=r"no stored range.*A copy .* takes over its ranges: qcompile.range_state\(copy\)"):
+        qcompile.convert(other, x, recipe=HINDSIGHT)
+    with torch.no_grad(), pytest.warns(QtrainWarning, match=r"no training step.*its ranges: qcompile.range_state\(copy\)"):
+        compiled(copied(model))(x)
+
+    loaded = qcompile.range_state(other).load_state_dict(qcompile.range_state(model).state_dict())
+    assert loaded == ([], [])
+    with torch.no_grad():
+        assert torch.equal(qcompile.convert(other, x, recipe=HINDSIGHT)(x), want)
+        assert torch.equal(compiled(other)(x), want)
