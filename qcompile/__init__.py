@@ -46,7 +46,7 @@ if TYPE_CHECKING:
         register_estimator,
         scale_learning_rates,
     )
-    from qcompile.inspect import capture, compare, explain, monitor, saved_bytes  # type: ignore[no-redef]
+    from qcompile.inspect import capture, check_compiled, compare, explain, monitor, saved_bytes  # type: ignore[no-redef]
     from qcompile.kernels.registry import GemmShape, check_kernel, register_kernel, unregister_kernel
     from qcompile.qat import (
         BlockReplacement,
@@ -99,7 +99,7 @@ _HOME = {
         "scale_learning_rates",
     ),
     "qcompile.backend.hooks": ("inductor_hooks", "with_range_state"),
-    "qcompile.inspect": ("capture", "compare", "explain", "monitor", "saved_bytes"),
+    "qcompile.inspect": ("capture", "check_compiled", "compare", "explain", "monitor", "saved_bytes"),
     "qcompile.kernels.registry": ("GemmShape", "check_kernel", "register_kernel", "unregister_kernel"),
     "qcompile.qat": (
         "BlockReplacement",

@@ -53,7 +53,7 @@ from qcompile.state.parameters import as_graphs_see_them
 from qcompile.state.store import STORE, RangeStore
 from qcompile.torch_private import compiled_function
 
-__all__ = ["CompiledGraph", "compiled_graphs", "qtrain"]
+__all__ = ["CompiledGraph", "compiled_graphs", "qtrain", "ran_compiled"]
 
 
 @dataclass
@@ -128,9 +128,18 @@ def qtrain(
     return compiled
 
 
+_RAN_FOR = WeakIdKeyDictionary()  # as a set: the Parameters that compiled graphs have run with
+
+
+def ran_compiled(parameter: Any) -> bool:
+    """Whether a graph that was compiled since the last `torch.compiler.reset()` has run with this Parameter."""
+    return parameter in _RAN_FOR
+
+
 def _reset() -> None:
     with _COMPILED_LOCK:
         _COMPILED.clear()
+    _RAN_FOR.clear()
     forget()
 
 
@@ -168,6 +177,7 @@ class Compilation:
 
     store: RangeStore = STORE
     replicates = True  # ranks that hold replicas agree on what it learns
+    ran_for = _RAN_FOR
 
     def __init__(self, gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> None:
         self.gm: fx.GraphModule | None = gm
@@ -290,7 +300,7 @@ class Compilation:
                 run = forward_with_state(
                     compiled, dynamic, state_inputs, self.binder, training=training, replicated=self._shares_ranges()
                 )
-            run = watch_instances(run, state_inputs.users, self.context)
+            run = watch_instances(run, state_inputs.users, self.context, self.ran_for)
         return strictly(run) if self.context.strict else run
 
     def _lower(self, half: fx.GraphModule, phase: str) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from dataclasses import replace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from passes.context import PassContext
@@ -19,19 +19,22 @@ from qcompile.state.decisions import StoredDecisions
 __all__ = ["watch_instances"]
 
 
-def watch_instances(forward: CompiledHalf, names: list[str], context: PassContext) -> CompiledHalf:
+def watch_instances(
+    forward: CompiledHalf, names: list[str], context: PassContext, ran_for: MutableMapping[Tensor, None]
+) -> CompiledHalf:
     """The forward half, with what is to be done when it runs for other Parameters than before.
 
     Dynamo runs one graph for equal modules. Each keeps what the profit filter has decided; and where the recipe means another
     of them to be compiled otherwise, a warning says so.
 
-    names  the function's arguments
+    names    the function's arguments
+    ran_for  gets the Parameters that it runs for, as keys
     """
     recipe = context.recipe
     positions = {name: names.index(name) for name in context.parameters if name in names}
     profit = context.profit if isinstance(context.profit, StoredDecisions) else None
     patterns = (recipe.skip or recipe.overrides) and context.prefixes != ("",)
-    if not positions or not (profit or patterns):
+    if not positions:
         return forward
     first = next(iter(positions.values()))
     known = WeakIdKeyDictionary()  # as a set: tensors compare elementwise, and addresses are used again
@@ -40,6 +43,7 @@ def watch_instances(forward: CompiledHalf, names: list[str], context: PassContex
         if args[first] not in known:
             known[args[first]] = None
             parameters = {name: args[i] for name, i in positions.items()}
+            ran_for.update(dict.fromkeys(parameters.values()))
             if profit is not None:
                 profit.adopt(parameters)
             if patterns:

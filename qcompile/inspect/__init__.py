@@ -2,6 +2,7 @@
 
 from qcompile.inspect.capture import Capture, capture
 from qcompile.inspect.captured_graph import CapturedGraph
+from qcompile.inspect.check_compiled import check_compiled
 from qcompile.inspect.compare import Comparison, GemmNumerics, compare
 from qcompile.inspect.explain import explain
 from qcompile.inspect.listing import format_graph
@@ -21,6 +22,7 @@ __all__ = [
     "SavedTensor",
     "SiteReport",
     "capture",
+    "check_compiled",
     "compare",
     "explain",
     "format_graph",

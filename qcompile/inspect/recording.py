@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from passes import meta
 from passes.canonicalize import canonicalize
@@ -40,6 +41,7 @@ class Recording(Compilation):
     """
 
     replicates = False
+    ran_for = WeakIdKeyDictionary()  # of copies: nobody asks
     tensor_names: dict[int, list[str]]
     alive: set[int]  # storages of what the model has and the step was given
 
