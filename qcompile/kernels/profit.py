@@ -28,6 +28,7 @@ from qcompile.errors import first_line, warn_once
 from qcompile.estimators.base import scale_and_zero_point
 from qcompile.estimators.statistics import clipped_share
 from qcompile.estimators.step import current_statistics, first_range, initial_state, measured, stored_range
+from qcompile.kernels import trial_launches
 from qcompile.kernels.cpu import kernel_name, writes_out_epilogue
 from qcompile.kernels.registry import registered_kernels
 from qcompile.specs import QuantSpec
@@ -118,7 +119,7 @@ def measure(trials: Sequence[Trial], device: torch.device, timer: Timer | None =
     if unknown:
         timer = timer or (functools.partial(_on_gpu, device) if device.type == "cuda" else _on_cpu)
         # A compiler's fake tensors and modes are around us: what is measured is real.
-        with real_tensors(), torch.no_grad():
+        with real_tensors(), torch.no_grad(), trial_launches():
             found = _alternately(unknown, device, timer)
         with _lock:
             _known.update((keys[trial], seconds) for trial, seconds in found.items())
