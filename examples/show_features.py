@@ -31,7 +31,7 @@ FEATURES = {
     "decisions of the profit filter: saved, resumed, equal on all ranks": ["state/test_decisions.py"],
     "a range of the past is used, and learnt by its formula": ["state/test_proof.py"],
     "activation checkpointing: both modes, selective, nested, inside and around; several forwards before a backward; "
-    "`retain_graph`": ["state/test_checkpointing.py"],
+    "`retain_graph`, where torch keeps the buffers ([faults](#faults))": ["state/test_checkpointing.py"],
     "GradScaler with skipped steps, accumulation, `no_grad` inside, a module compiled twice, second derivatives (refused)": [
         "state/test_training_loops.py"
     ],

@@ -750,3 +750,29 @@ def test_an_edited_recipe_file_counts_as_another_recipe_where_it_is_read_before(
         compiled(Routed(), get_recipe(file))(torch.randn(8, WIDTH)).sum().backward()
         graphs.append(len(compiled_graphs()))
     assert graphs[0] == graphs[1] == graphs[2] - 1
+
+
+class TwoLayers(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x):
+        return self.last(F.gelu(self.first(x)))
+
+
+@pytest.mark.parametrize("donated", [True, False])
+def test_a_second_backward_pass_needs_buffers_that_are_not_donated(donated):
+    """What docs/training.md says about `retain_graph`: torch's rule, for generated code that may write over what is saved."""
+    torch._dynamo.reset()
+    model, x, found = TwoLayers(), torch.randn(24, WIDTH), []
+    run = torch.compile(model, backend=qtrain, options={"recipe": TENSORWISE})
+    with torch._functorch.config.patch(donated_buffer=donated):
+        run(x).square().sum().backward()  # compiles the backward half, for passes that keep nothing
+        loss = run(x).square().sum()
+        with pytest.raises(RuntimeError, match="non-empty donated buffers") if donated else nullcontext():
+            for retain in (True, False):
+                model.zero_grad()
+                loss.backward(retain_graph=retain)
+                found.append(gradients(model))
+    assert found == [] if donated else all_equal(*found)

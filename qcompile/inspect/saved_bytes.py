@@ -77,7 +77,8 @@ def saved_bytes(
     parameters  tensors to leave out beside those found: the parameters and buffers of a module, and every
                 leaf that requires grad and was used. Name here what a plain function uses and does not train.
 
-    The run is a real one: dropout draws, batch norm and forward ranges move on by one step.
+    The run is a real one, under the recipe that `fn` has: dropout draws, batch norm and forward ranges move on by one step. On a
+    copy, and under any recipe, the same is `qcompile.capture(model, *inputs, recipe=...).saved_bytes()`.
     """
     named = _named_parameters(fn)
     known = [*named.values(), *parameters]
