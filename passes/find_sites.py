@@ -35,11 +35,11 @@ from passes import meta
 from passes.context import PassContext
 from passes.gemms import BATCHED, CONVOLUTION, CONVOLUTIONS, GEMMS, geometry, operands, product_shape
 from passes.graph import BACKWARD, CONV_GRAD_INPUT, CONV_GRAD_WEIGHT, phase_of, size_hint
+from passes.module_names import has_modules, innermost_module, module_path, parameter_name
 from passes.operands import Operand, identity, resolve_operand, unquantized
 from passes.sites import Gemm, Reason, Site
-from qcompile.wrappers import without_private_wrappers
 
-__all__ = ["GemmNode", "enclosing_module", "find_sites", "gemm_of", "module_path"]
+__all__ = ["GemmNode", "find_sites", "gemm_of"]
 
 FUSED_ATTENTION = Reason(
     "recipe: fused attention stays in high precision; with 'bmm' among ops it is taken apart and quantized", "recipe"
@@ -184,7 +184,7 @@ def _weights(graph: fx.Graph, context: PassContext) -> set[fx.Node]:
 
 def _forward_site(node: fx.Node, context: PassContext, names: Counter[str], weights: set[fx.Node]) -> _Forward:
     left, right = (resolve_operand(o, batched=node.target in BATCHED) for o in operands(node))
-    module, in_linear = _module_of(node)
+    module, in_linear = innermost_module(node)
     kind, operand_names = _kind(node, left, right, in_linear, context, weights)
     found = dict(zip(operand_names, (left, right), strict=True))
     weight = unquantized(found["weight"].source) if "weight" in found else None
@@ -211,10 +211,11 @@ def _layer(node: fx.Node, kind: str, module: str, in_linear: bool, weight_name: 
     """The name of the layer whose forward a GEMM is: of the module that owns the weight. None for a functional operation."""
     if kind == "bmm" or (kind == "linear" and node.target in BATCHED):
         return None
-    if weight_name and not in_linear and _leaf(weight_name) != "weight":  # a module may have several: each has its own name
+    # A module may have several weights: each has its own name.
+    if weight_name and not in_linear and parameter_name(weight_name) != "weight":
         return None
     owner = module_path(weight_name) if weight_name else None
-    if owner is not None and "_parameters[" in str(weight_name) and not _has_modules(node):
+    if owner is not None and "_parameters[" in str(weight_name) and not has_modules(node):
         return owner or "self"  # of a graph without modules nothing but its Parameters' names is known
     if (in_linear and kind == "linear") or owner == module:
         return module or "self"
@@ -291,7 +292,7 @@ def _assign(node: fx.Node, gradient: _Gradient) -> None:
 
 
 def _record_unknown(node: fx.Node, context: PassContext, names: Counter[str]) -> None:
-    module, _ = _module_of(node)
+    module, _ = innermost_module(node)
     op = _packet(node)
     name = _unique(f"{module}:{node.name}" if module else node.name, names, functional=True)
     site = Site(name, op, kind="unknown", module=module)
@@ -332,7 +333,7 @@ def _sizes(shape: Sequence[object]) -> list[int | str]:
 
 def _record_distances(node: fx.Node, context: PassContext, names: Counter[str]) -> Site:
     """The product inside `cdist`, which PyTorch writes out while it is traced: a site that stays in high precision."""
-    module, _ = _module_of(node)
+    module, _ = innermost_module(node)
     site = Site(_unique(f"{module}:cdist" if module else "cdist", names, functional=True), "cdist", kind="bmm", module=module)
     site.gemms["output"] = Gemm("output", node=node.name, shape=product_shape(node), reason=DISTANCES)
     context.sites.append(site)
@@ -354,7 +355,7 @@ def _record_fused(node: fx.Node, reason: Reason, context: PassContext, names: Co
     """A fused operation: its forward, and its backward under the same sequence number, as one site."""
     op = _packet(node).removeprefix("_")
     op = "scaled_dot_product_attention" if op.startswith("scaled_dot_product") else op
-    module, _ = _module_of(node)
+    module, _ = innermost_module(node)
     seconds = node.all_input_nodes if reason is BODY else [node.args[1]] if reason is GROUPED else []
     kind = "linear" if any(n in weights for n in seconds) else "bmm"
     site = Site(_unique(f"{module}:{op}" if module else op, names, functional=True), op, kind=kind, module=module)
@@ -387,54 +388,6 @@ def _unsupported(node: fx.Node) -> Reason | None:
         if dtype not in (torch.float32, torch.bfloat16, torch.float16):
             return Reason(f"operands are {str(dtype).removeprefix('torch.')}; integer GEMMs take float32, bfloat16 and float16")
     return None
-
-
-_PREFIX = re.compile(r"^[LG]\[(['\"])[^'\"]*\1\]\.?")  # a local or a global name of the function that was compiled
-_GETATTR = re.compile(r"getattr\(((?:[^()]|\([^()]*\))*), (['\"])([^'\"]*)\2\)")
-
-
-def module_path(source: str) -> str:
-    """A module's or a Parameter's path as in `named_modules()`, from Dynamo's source name; the Parameter's own name is dropped.
-
-    >>> module_path("L['self']._modules['layers']._modules['0']._parameters['weight']")
-    'layers.0'
-    >>> module_path("getattr(getattr(G['model'], 'layers'), '0')")
-    'layers.0'
-    """
-    path = source.split("@")[0]
-    while (plain := _GETATTR.sub(r"\1.\3", path)) != path:
-        path = plain
-    path = _PREFIX.sub("", path)
-    path = re.sub(r"\._parameters\[(['\"])[^'\"]*\1\]$|^_parameters\[(['\"])[^'\"]*\2\]$", "", path)
-    path = re.sub(r"\.?__dict__\[(['\"])_modules\1\]", "._modules", path)
-    path = re.sub(r"\.?_modules\[(['\"])([^'\"]*)\1\]", r".\2", path)
-    path = re.sub(r"\[(['\"]?)([^'\"\]]*)\1\]", r".\2", path)
-    return without_private_wrappers(path)
-
-
-def _leaf(source: str) -> str:
-    """A Parameter's own name, from Dynamo's source name."""
-    return re.split(r"[.\[\]'\"]+", source.split("@")[0].rstrip("]'\""))[-1]
-
-
-def enclosing_module(node: fx.Node) -> str:
-    """The path of the innermost module that a node belongs to; "" for the root."""
-    return _module_of(node)[0]
-
-
-def _module_of(node: fx.Node) -> tuple[str, bool]:
-    """(path of the innermost module, whether that module is a linear layer)."""
-    stack = node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack") or {}
-    if not stack:
-        return "", False
-    path, cls = list(stack.values())[-1][:2]
-    if isinstance(cls, str):
-        return module_path(path), cls.rsplit(".", 1)[-1] in ("Linear", "Conv1D")
-    return module_path(path), issubclass(cls, torch.nn.Linear) or cls.__name__ == "Conv1D"
-
-
-def _has_modules(node: fx.Node) -> bool:
-    return bool(node.meta.get("nn_module_stack") or node.meta.get("fwd_nn_module_stack"))
 
 
 def _unique(base: str, names: Counter[str], *, functional: bool) -> str:

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from passes.find_sites import enclosing_module
+from passes.module_names import enclosing_module
 from qcompile.recipe import Recipe
 
 __all__ = ["attention", "multi_head_attention", "unfuse_attention"]

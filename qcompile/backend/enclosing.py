@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping
 
 from torch import fx, nn
 
-from passes.find_sites import module_path
+from passes.module_names import module_path
 from qcompile.wrappers import clean_names
 
 __all__ = ["layers_around", "prefixes"]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import networkx as nx
 from torch import fx
 
-from passes.find_sites import enclosing_module
+from passes.module_names import enclosing_module
 from qcompile.inspect.captured_graph import CapturedGraph
 from qcompile.inspect.labels import first_name
 

@@ -13,8 +13,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from passes import meta
 from passes.canonicalize import canonicalize
 from passes.dynamo_inputs import input_positions
-from passes.find_sites import find_sites, module_path
+from passes.find_sites import find_sites
 from passes.graph import copy_graph, primals
+from passes.module_names import module_path
 from passes.split_convolution_backward import split_convolution_backward
 from qcompile.backend import inductor
 from qcompile.backend.compiler import Compilation

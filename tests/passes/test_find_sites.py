@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from passes.find_sites import GemmNode, find_sites, module_path
+from passes.find_sites import GemmNode, find_sites
 from passes.graph import aten
+from passes.module_names import module_path
 from qcompile import compiled_graphs
 from tests.compiling import compiled
 from tests.passes.graphs import attention_like, joint_graph, linear, linear_inputs, mlp, mlp_inputs
