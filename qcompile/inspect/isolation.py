@@ -11,7 +11,7 @@ What a call of `torch.compile` leaves behind, beside the result:
                                                 void, and does not count for the recompile limit
     Dynamo's memory of which sizes vary         put back, and so are its counters
 
-Private API of Dynamo, used here only; checked on torch 2.13.
+Private API of Dynamo, used here only; checked on torch 2.11 and 2.13.
 """
 
 from __future__ import annotations
