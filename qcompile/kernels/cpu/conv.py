@@ -155,7 +155,7 @@ class _Direct(NamedTuple):
         where = [*stride], [*padding], [*dilation], self.groups
         scale = scale.contiguous()
         reordered = torch.ops.onednn.qconv_prepack.default(w, scale, 1.0, -SIGN, *where, [*x.shape])
-        no_zeros = torch.zeros(scale.shape, dtype=torch.int32)
+        no_zeros = scale.new_zeros(scale.shape, dtype=torch.int32)
         out = torch.ops.onednn.qconv2d_pointwise.default(
             x, 1.0, -SIGN, reordered, scale, no_zeros, bias, *where, 1.0, 0, out_dtype, "none", [], ""
         )
