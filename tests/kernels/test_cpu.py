@@ -282,6 +282,16 @@ def test_environment_chooses(monkeypatch):
         assert cpu.kernel_name(2, 2, 2) == name
 
 
+@pytest.mark.parametrize(("capability", "few_rows"), [("vnni", "int_mm"), ("amx", "onednn")])
+def test_few_rows_are_not_worth_reordering_the_right_operand_for(capability, few_rows, monkeypatch):
+    monkeypatch.delenv("QTRAIN_CPU_GEMM", raising=False)
+    monkeypatch.setattr(choice, "capability", lambda: capability)
+    monkeypatch.setattr(choice, "_usable", lambda: choice._PREFERENCE[capability])
+    assert cpu.kernel_name(64, 512, 4608) == few_rows
+    assert choice.choices(64, 512, 4608, False) == (few_rows, *(name for name in choice._PREFERENCE["vnni"] if name != few_rows))
+    assert cpu.kernel_name(4608, 512, 64) == "onednn"
+
+
 def test_a_candidate_that_is_wrong_is_not_used(monkeypatch):
     """Wrong by one in one element, or absent: the self-test notices, and the next one is taken."""
 

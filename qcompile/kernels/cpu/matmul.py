@@ -178,19 +178,24 @@ def epilogue(
     reference.
     """
     m, n = acc.shape
+    rows = max(1, EPILOGUE_ELEMENTS // max(1, n))
+    if m <= rows:
+        return _scaled(acc, a_scale * b_scale, bias).to(out_dtype)
     a_scale, b_scale = _as_matrix(a_scale), _as_matrix(b_scale)
     bias = None if bias is None else _as_matrix(bias)
     out = acc if acc.dtype is out_dtype else acc.new_empty((m, n), dtype=out_dtype)
-    rows = max(1, EPILOGUE_ELEMENTS // max(1, n))
     for start in range(0, m, rows):
         part = slice(start, start + rows)
-        block = acc[part].to(torch.float32)  # `acc` itself if it is fp32
-        block.mul_(_rows(a_scale, part) * b_scale)
-        if bias is not None:
-            block.add_(_rows(bias, part).to(torch.float32))
+        block = _scaled(acc[part], _rows(a_scale, part) * b_scale, None if bias is None else _rows(bias, part))
         if out is not acc:
             out[part].copy_(block)
     return out
+
+
+def _scaled(acc: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """float32(acc) * scale + bias, in place if `acc` is fp32."""
+    out = acc.mul_(scale) if acc.dtype is torch.float32 else acc * scale
+    return out if bias is None else out.add_(bias.to(torch.float32))
 
 
 def _as_matrix(values: Tensor) -> Tensor:
