@@ -87,67 +87,80 @@ class Gather(NamedTuple):
 
 class Columns:
     """The columns of codes [B, *spatial, groups * C], tile by tile and for the channels of one group: matrices with a row for each
-    place and T * C columns."""
+    place and T * C columns. Worked out for codes of one shape with certain strides; they and the zero point come with each call."""
 
-    def __init__(self, codes: Tensor, zero: Tensor | None, gather: Gather, groups: int, tiling: Tiling | None) -> None:
-        self.codes, self.zero, self.gather = codes, zero, gather
-        self.memory = tiling.memory if tiling is not None else lambda name, elements: codes.new_empty(elements)
+    def __init__(self, codes: Tensor, gather: Gather, groups: int, tiling: Tiling | None) -> None:
+        batch, *spatial, channels = codes.shape
+        begin, step, dilation, taps, places = gather
+        self._channels = channels // groups
+        self.width = math.prod(taps) * self._channels
+        self._memory = tiling.memory if tiling is not None else None
         at_most = tiling.at_most if tiling is not None and (gather.copies or groups > 1) else None
-        self.width = math.prod(gather.taps) * (codes.shape[-1] // groups)
-        self.tiles = tiles(codes.shape[0], gather.places, self.width, at_most)
+        self.tiles = tiles(batch, places, self.width, at_most)
+
+        last = [b + (p - 1) * s + (t - 1) * d for b, p, s, t, d in zip(begin, places, step, taps, dilation, strict=True)]
+        before = [max(0, -b) for b in begin]
+        behind = [max(0, n - (size - 1)) for n, size in zip(last, spatial, strict=True)]
+        self._padded = None
+        strides = list(codes.stride())
+        self._copies = strides[-1] != 1 and self._channels > 1
+        if any(before) or any(behind):
+            padded = (batch, *(size + b + a for size, b, a in zip(spatial, before, behind, strict=True)), self._channels)
+            strides = _contiguous_strides(padded)
+            self._padded = padded, before
+        elif self._copies:
+            strides = _contiguous_strides((batch, *spatial, self._channels))
+        by_place = [n * s for n, s in zip(strides[1:-1], step, strict=True)]
+        by_tap = [n * d for n, d in zip(strides[1:-1], dilation, strict=True)]
+        self._strides = (strides[0], *by_place, *by_tap, strides[-1])
+        start = sum(n * (b + pad) for n, b, pad in zip(strides[1:-1], begin, before, strict=True))
+        self._views = []
+        for tile in self.tiles:
+            shape = (tile.images.stop - tile.images.start, *tile.of(places), *taps, self._channels)
+            offset = start + tile.images.start * strides[0] + tile.rows.start * by_place[0]
+            self._views.append((tile, shape, offset, math.prod(shape[: 1 + len(places)])))
 
     @property
     def whole(self) -> bool:
         return len(self.tiles) == 1
 
-    def of(self, channels: slice) -> Iterator[tuple[Tile, Tensor]]:
+    def of(self, codes: Tensor, zero: Tensor | None, channels: slice) -> Iterator[tuple[Tile, Tensor]]:
         """(tile, its columns), one at a time: the next one may overwrite it."""
-        zero = self.zero
-        if zero is not None and zero.ndim > 0 and zero.shape[-1] > 1:
-            zero = zero[..., channels]
-        windows = _windows(self.codes[..., channels], zero, self.gather, self.memory)
-        for tile in self.tiles:
-            seen = windows[tile.images, tile.rows]
-            columns = seen if seen.is_contiguous() else self.memory("columns", seen.numel()).view(seen.shape).copy_(seen)
-            yield tile, columns.view(math.prod(seen.shape[: len(self.gather.places) + 1]), self.width)
+        if self._channels < codes.shape[-1]:
+            codes = codes[..., channels]
+            zero = zero if zero is None or zero.ndim == 0 or zero.shape[-1] == 1 else zero[..., channels]
+        if not self._views or 0 in self._views[0][1]:
+            yield from ((tile, codes.new_empty((rows, self.width))) for tile, _, _, rows in self._views)
+            return
+        if self._padded is not None:
+            codes = self._pad(codes, zero)
+        elif self._copies:
+            codes = codes.contiguous()
+        begin = codes.storage_offset()
+        for tile, shape, offset, rows in self._views:
+            seen = codes.as_strided(shape, self._strides, begin + offset)
+            columns = seen if seen.is_contiguous() else self._new("columns", codes, shape).copy_(seen)
+            yield tile, columns.view(rows, self.width)
+
+    def _pad(self, codes: Tensor, zero: Tensor | None) -> Tensor:
+        assert self._padded is not None
+        shape, before = self._padded
+        out = self._new("padded", codes, shape)
+        if zero is None:
+            out.zero_()
+        else:
+            out.copy_(zero.expand(shape))
+        strides = out.stride()
+        begin = out.storage_offset() + sum(n * b for n, b in zip(strides[1:-1], before, strict=True))
+        out.as_strided(codes.shape, strides, begin).copy_(codes)
+        return out
+
+    def _new(self, name: str, codes: Tensor, shape: Sequence[int]) -> Tensor:
+        return codes.new_empty(shape) if self._memory is None else self._memory(name, math.prod(shape)).view(shape)
 
 
-def _windows(codes: Tensor, zero: Tensor | None, gather: Gather, memory: Callable[[str, int], Tensor]) -> Tensor:
-    """The columns of all tiles as a view [B, *places, *taps, C] of the codes, or of a padded copy of them in `memory`."""
-    begin, step, dilation, taps, places = gather
-    batch, *spatial, channels = codes.shape
-    shape = (batch, *places, *taps, channels)
-    if 0 in shape:
-        return codes.new_empty(shape)
-    pads, starts = [], []
-    for axis, size in enumerate(spatial):
-        last = begin[axis] + (places[axis] - 1) * step[axis] + (taps[axis] - 1) * dilation[axis]
-        before, behind = max(0, -begin[axis]), max(0, last - (size - 1))
-        pads.append((before, behind))
-        starts.append(begin[axis] + before)
-    if any(b or a for b, a in pads):
-        codes = _padded(codes, pads, zero, memory)
-    elif codes.stride(-1) != 1 and channels > 1:
-        codes = codes.contiguous()
-    strides = codes.stride()
-    offset = sum(s * k for s, k in zip(starts, strides[1:-1], strict=True))
-    by_place = [k * s for k, s in zip(strides[1:-1], step, strict=True)]
-    by_tap = [k * d for k, d in zip(strides[1:-1], dilation, strict=True)]
-    return codes.as_strided(shape, (strides[0], *by_place, *by_tap, strides[-1]), codes.storage_offset() + offset)
-
-
-def _padded(
-    codes: Tensor, pads: Sequence[tuple[int, int]], zero: Tensor | None, memory: Callable[[str, int], Tensor]
-) -> Tensor:
-    batch, *spatial, channels = codes.shape
-    shape = (batch, *(s + b + a for s, (b, a) in zip(spatial, pads, strict=True)), channels)
-    out = memory("padded", math.prod(shape)).view(shape)
-    if zero is None:
-        out.zero_()
-    else:
-        out.copy_(zero.expand(out.shape))
-    inner = out
-    for axis, (size, (before, _)) in enumerate(zip(spatial, pads, strict=True)):
-        inner = inner.narrow(axis + 1, before, size)
-    inner.copy_(codes)
-    return out
+def _contiguous_strides(shape: Sequence[int]) -> list[int]:
+    strides = [1]
+    for size in reversed(shape[1:]):
+        strides.insert(0, strides[0] * max(1, size))
+    return strides

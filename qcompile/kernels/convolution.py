@@ -1,4 +1,4 @@
-"""Convolutions as products of matrices of codes, on any device that has a `scaled_mm`: `operators(product)` makes the three.
+"""Convolutions as products of matrices of codes, on any device that has a `scaled_mm`: `plans(product)` makes the three.
 
 Three computations, each a product with one im2col matrix ("columns", `qcompile.kernels.columns`):
 
@@ -13,11 +13,15 @@ ever computed, and every sum is exact in the accumulator of the one product that
 Groups are products side by side, and small ones are taken together: between two of them the weight is zero, or its gradient thrown
 away. A product for 4 channels takes little less time than one for 64.
 
+A *plan* is worked out once for operands of some shapes, strides and dtypes, and then run with such operands: what it works out
+takes longer than the products of a small layer.
+
 B batches, P places (output positions), C channels, T taps (positions of the kernel).
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -29,9 +33,16 @@ from torch import Tensor
 from qcompile.geometry import Geometry
 from qcompile.kernels import note_launch
 from qcompile.kernels.columns import Columns, Gather, Tile, Tiling
+from qcompile.kernels.prepared import planned
 from qcompile.kernels.quantized_tensor import MatrixProduct, QuantizedTensor, zero_point_count
 
-__all__ = ["correlate", "operators", "spread", "weight_grad"]
+__all__ = ["correlate", "operators", "plans", "spread", "weight_grad"]
+
+Convolution = Callable[[QuantizedTensor, QuantizedTensor, Tensor | None], Tensor]
+"""(the input or grad_output, the weight, bias) -> the output, or the gradient of the input."""
+
+WeightGradient = Callable[[QuantizedTensor, QuantizedTensor], Tensor]
+"""`weight_grad`'s (small, big) -> the gradient of the weight."""
 
 TOGETHER = 64
 """The most channels, on either side, of groups that are taken together."""
@@ -42,11 +53,10 @@ def correlate(
     x: QuantizedTensor,
     w: QuantizedTensor,
     geometry: Geometry,
-    bias: Tensor | None,
     places: Sequence[int],
     out_dtype: torch.dtype,
     tiling: Tiling | None = None,
-) -> Tensor:
+) -> Convolution:
     """x [B, groups * C, *spatial] against w [O, C, *kernel] -> [B, O, *places], channels last.
 
     The ranges of x are 0-d or [B, 1, ...], those of w 0-d or [O, 1, ...].
@@ -55,19 +65,25 @@ def correlate(
     outputs, groups = w.codes.shape[0], geometry.groups
     gather = Gather([-p for p in geometry.padding], geometry.stride, geometry.dilation, w.codes.shape[2:], places)
     columns = _columns(x, gather, groups, tiling)
-    out = None if groups == 1 and columns.whole else x.codes.new_empty((batch, *places, outputs), dtype=out_dtype)
-    for from_channels, to_channels in _groups(groups, channels, outputs):
-        matrix = QuantizedTensor(_taps_by_columns(w.codes[to_channels]), *_per_column(w, to_channels))
-        bias_part = None if bias is None else bias[to_channels]
-        for tile, codes in columns.of(from_channels):
-            rows = QuantizedTensor(codes, *_per_row(x, tile, len(codes)))
-            result = product(rows, matrix, bias_part, out_dtype)
-            result = result.view(-1, *tile.of(places), outputs // groups)
-            if out is None:
-                return result.movedim(-1, 1)
-            out[tile.images, tile.rows, ..., to_channels] = result
-    assert out is not None, "an undivided one has been returned"
-    return out.movedim(-1, 1)
+    parts = _groups(groups, channels, outputs)
+    undivided = groups == 1 and columns.whole
+
+    def run(x: QuantizedTensor, w: QuantizedTensor, bias: Tensor | None) -> Tensor:
+        codes, zero = _channels_innermost(x)
+        out = None if undivided else codes.new_empty((batch, *places, outputs), dtype=out_dtype)
+        for from_channels, to_channels in parts:
+            matrix = QuantizedTensor(_taps_by_columns(w.codes[to_channels]), *_per_column(w, to_channels))
+            bias_part = None if bias is None else bias[to_channels]
+            for tile, rows in columns.of(codes, zero, from_channels):
+                result = product(QuantizedTensor(rows, *_per_row(x, tile, len(rows))), matrix, bias_part, out_dtype)
+                result = result.view(-1, *tile.of(places), outputs // groups)
+                if out is None:
+                    return result.movedim(-1, 1)
+                out[tile.images, tile.rows, ..., to_channels] = result
+        assert out is not None, "an undivided one has been returned"
+        return out.movedim(-1, 1)
+
+    return run
 
 
 def spread(
@@ -75,11 +91,10 @@ def spread(
     g: QuantizedTensor,
     w: QuantizedTensor,
     geometry: Geometry,
-    bias: Tensor | None,
     places: Sequence[int],
     out_dtype: torch.dtype,
     tiling: Tiling | None = None,
-) -> Tensor:
+) -> Convolution:
     """g [B, O, *spatial] through w [O, C, *kernel] -> [B, groups * C, *places], channels last: `correlate` turned around.
 
     The ranges of g are 0-d or [B, 1, ...], those of w 0-d or [1, C, 1, ...].
@@ -89,28 +104,36 @@ def spread(
     axes = [
         [_Phase(r, *axis) for r in range(min(axis[0], axis[4]))] for axis in zip(*geometry.steps, kernel, places, strict=True)
     ]
-    phases = [(phase, _columns(g, _gather_of(phase), groups, tiling)) for phase in itertools.product(*axes)]
+    device = w.codes.device
+    phases = [
+        (phase, _columns(g, _gather_of(phase), groups, tiling), _taps_of(phase, kernel, device))
+        for phase in itertools.product(*axes)
+    ]
     undivided = groups == 1 and all(s == 1 for s in geometry.stride) and len(phases) == 1 and phases[0][1].whole
-    out = None if undivided else g.codes.new_empty((batch, *places, groups * inner), dtype=out_dtype)
-    w_ranges = _per_column(w, slice(None))
-    for from_channels, to_channels in _groups(groups, outputs, groups * inner):
-        by_tap = w.codes[from_channels].permute(*range(2, w.codes.ndim), 0, 1)  # [*kernel, O, C]
-        bias_part = None if bias is None else bias[to_channels]
-        for phase, columns in phases:
-            taps = _taps_of(phase, by_tap).reshape(math.prod(len(p.taps) for p in phase) * (outputs // groups), inner)
-            matrix = QuantizedTensor(taps, *w_ranges)
-            for tile, codes in columns.of(from_channels):
-                rows = QuantizedTensor(codes, *_per_row(g, tile, len(codes)))
-                result = product(rows, matrix, bias_part, out_dtype)
-                result = result.view(-1, *tile.of([p.places for p in phase]), inner)
-                if out is None:
-                    return result.movedim(-1, 1)
-                first, *others = phase
-                where = (tile.images, first.where(tile.rows), *(p.where(slice(0, p.places)) for p in others), to_channels)
-                out[where] = result
-    if out is None:  # no phase has a place
-        out = g.codes.new_empty((batch, *places, groups * inner), dtype=out_dtype)
-    return out.movedim(-1, 1)
+    parts = _groups(groups, outputs, groups * inner)
+
+    def run(g: QuantizedTensor, w: QuantizedTensor, bias: Tensor | None) -> Tensor:
+        codes, zero = _channels_innermost(g)
+        out = None if undivided else codes.new_empty((batch, *places, groups * inner), dtype=out_dtype)
+        w_ranges = _per_column(w, slice(None))
+        for from_channels, to_channels in parts:
+            by_tap = w.codes[from_channels].permute(*range(2, w.codes.ndim), 0, 1).reshape(-1, outputs // groups, inner)
+            bias_part = None if bias is None else bias[to_channels]
+            for phase, columns, taps in phases:
+                chosen = by_tap if taps is None else by_tap.index_select(0, taps)
+                matrix = QuantizedTensor(chosen.view(columns.width, inner), *w_ranges)
+                for tile, rows in columns.of(codes, zero, from_channels):
+                    result = product(QuantizedTensor(rows, *_per_row(g, tile, len(rows))), matrix, bias_part, out_dtype)
+                    result = result.view(-1, *tile.of([p.places for p in phase]), inner)
+                    if out is None:
+                        return result.movedim(-1, 1)
+                    first, *others = phase
+                    where = (tile.images, first.where(tile.rows), *(p.where(slice(0, p.places)) for p in others), to_channels)
+                    out[where] = result
+        assert out is not None, "an undivided one has been returned"
+        return out.movedim(-1, 1)
+
+    return run
 
 
 def _gather_of(phase: Sequence[_Phase]) -> Gather:
@@ -118,12 +141,12 @@ def _gather_of(phase: Sequence[_Phase]) -> Gather:
     return Gather([p.begin for p in phase], [1] * len(phase), [p.dilation for p in phase], taps, places)
 
 
-def _taps_of(phase: Sequence[_Phase], by_tap: Tensor) -> Tensor:
-    """The taps of a phase among those of the kernel, which lie on the first axes."""
-    for axis, p in enumerate(phase):
-        if list(p.taps) != list(range(by_tap.shape[axis])):
-            by_tap = by_tap.index_select(axis, torch.tensor(p.taps, dtype=torch.int64, device=by_tap.device))
-    return by_tap
+def _taps_of(phase: Sequence[_Phase], kernel: Sequence[int], device: torch.device) -> Tensor | None:
+    """The numbers that a phase's taps have among those of the kernel; None: all of them, in their order."""
+    strides = [math.prod(kernel[axis + 1 :]) for axis in range(len(kernel))]
+    taps = itertools.product(*(p.taps for p in phase))
+    numbers = [sum(t * s for t, s in zip(tap, strides, strict=True)) for tap in taps]
+    return None if numbers == list(range(math.prod(kernel))) else torch.tensor(numbers, dtype=torch.int64, device=device)
 
 
 class _Phase:
@@ -155,87 +178,115 @@ def weight_grad(
     geometry: Geometry,
     out_dtype: torch.dtype,
     tiling: Tiling | None = None,
-) -> tuple[Tensor, bool]:
-    """small [B, A, *P], big [B, groups * C, *spatial] -> [A, C, *kernel], channels last; and whether its sum was cut.
+) -> tuple[WeightGradient, bool]:
+    """small [B, A, *P], big [B, groups * C, *spatial] -> [A, C, *kernel], channels last; and whether its sum is cut.
 
     `small` has a value for each place of the kernel over `big`: it is a convolution's grad_output and `big` its input; of a
     transposed convolution it is the input, and `big` is grad_output. Ranges: 0-d, or [1, A, 1, ...] and [1, groups * C, 1, ...].
     """
     outputs, places, groups = small.codes.shape[1], small.codes.shape[2:], geometry.groups
-    inner, taps = big.codes.shape[1] // groups, math.prod(kernel)
-    left = small.codes.movedim(1, -1)
+    inner, taps, width = big.codes.shape[1] // groups, math.prod(kernel), outputs // groups
     gather = Gather([-p for p in geometry.padding], geometry.stride, geometry.dilation, kernel, places)
     columns = _columns(big, gather, groups, tiling)
-    is_cut = tiling is not None and len(columns.tiles) > 1
-    found = []
-    for to_channels, from_channels in _groups(groups, outputs, big.codes.shape[1]):
-        a_ranges, b_ranges = _per_channel(small, to_channels), _per_column(big, from_channels, taps)
-        part, width = left[..., to_channels], outputs // groups
-        pieces = (
-            (
-                QuantizedTensor(part[tile.images, tile.rows].reshape(-1, width).t(), *a_ranges),
-                QuantizedTensor(codes, *b_ranges),
+    cut = tiling if len(columns.tiles) > 1 else None
+    parts = _groups(groups, outputs, big.codes.shape[1])
+
+    def run(small: QuantizedTensor, big: QuantizedTensor) -> Tensor:
+        left = small.codes.movedim(1, -1)
+        codes, zero = _channels_innermost(big)
+        found = []
+        for to_channels, from_channels in parts:
+            a_ranges, b_ranges = _per_channel(small, to_channels), _per_column(big, from_channels, taps)
+            part = left[..., to_channels]
+            pieces = (
+                (
+                    QuantizedTensor(part[tile.images, tile.rows].reshape(-1, width).t(), *a_ranges),
+                    QuantizedTensor(rows, *b_ranges),
+                )
+                for tile, rows in columns.of(codes, zero, from_channels)
             )
-            for tile, codes in columns.of(from_channels)
-        )
-        if is_cut:
-            assert tiling is not None
-            result = tiling.summed(pieces, out_dtype)
-        else:
-            no_rows = QuantizedTensor(left.new_empty((width, 0)), *a_ranges)
-            no_columns = QuantizedTensor(left.new_empty((0, taps * inner)), *b_ranges)
-            result = product(*next(pieces, (no_rows, no_columns)), None, out_dtype)
-        found.append(result.view(width, *kernel, inner))
-    return (found[0] if groups == 1 else torch.cat(found)).movedim(-1, 1), is_cut
+            if cut is not None:
+                result = cut.summed(pieces, out_dtype)
+            else:
+                no_rows = QuantizedTensor(left.new_empty((width, 0)), *a_ranges)
+                no_columns = QuantizedTensor(left.new_empty((0, taps * inner)), *b_ranges)
+                result = product(*next(pieces, (no_rows, no_columns)), None, out_dtype)
+            found.append(result.view(width, *kernel, inner))
+        return (found[0] if groups == 1 else torch.cat(found)).movedim(-1, 1)
+
+    return run, cut is not None
 
 
-def operators(
+def plans(
     product: MatrixProduct, kernel_name: Callable[..., str], tiling: Tiling | None = None
-) -> dict[str, Callable[..., Tensor]]:
-    """The implementations of `qtrain::scaled_conv` and its gradients, for checked operands, by the operators' names.
+) -> dict[str, Callable[..., Callable[..., Tensor]]]:
+    """What runs `qtrain::scaled_conv` and its gradients for checked operands like the given ones, by the operators' names.
 
     kernel_name  (device, m, n, k, integer=) -> the name to note a launch under when it has run; "none": nothing is launched.
                  integer: the sum must stay one until it is complete, because of zero points or because it was cut
     """
 
-    def note(out: Tensor, op: str, gemm: str, geometry: Geometry, sizes: Sequence[Sequence[int]], integer: bool) -> None:
+    def noted(
+        run: Callable[..., Tensor], op: str, gemm: str, geometry: Geometry, sizes: Sequence[Sequence[int]], integer: bool
+    ) -> Callable[..., Tensor]:
         m, n, k = geometry.product(gemm, *sizes)
-        name = kernel_name(out.device, m, n, k, integer=integer)
-        if name != "none":
-            note_launch(name, m, n, k, op, geometry.groups)
 
-    def scaled_conv(x: QuantizedTensor, w: QuantizedTensor, bias: Tensor | None, *rest: Any) -> Tensor:
+        def run_and_note(*operands: Any) -> Tensor:
+            out = run(*operands)
+            name = kernel_name(out.device, m, n, k, integer=integer)
+            if name != "none":
+                note_launch(name, m, n, k, op, geometry.groups)
+            return out
+
+        return run_and_note
+
+    def scaled_conv(x: QuantizedTensor, w: QuantizedTensor, bias: Tensor | None, *rest: Any) -> Callable[..., Tensor]:
         *spelled, out_dtype = rest
         geometry = Geometry(*spelled)
         places = geometry.output_size(x.codes.shape[2:], w.codes.shape[2:])
-        run = correlate if geometry.correlates("output") else spread
-        result = run(product, x, *_together(w, geometry), bias, places, out_dtype, tiling)
+        how = correlate if geometry.correlates("output") else spread
+        convolve = _together(functools.partial(how, product), x, w, geometry, places, out_dtype, tiling)
         sizes = (x.codes.shape, w.codes.shape, (x.codes.shape[0], 0, *places))
-        note(result, "conv", "output", geometry, sizes, zero_point_count(x.zero, w.zero) > 0)
-        return result
+        integer = zero_point_count(x.zero, w.zero) > 0
+        return noted(lambda x, w, bias, *_: convolve(x, w, bias), "conv", "output", geometry, sizes, integer)
 
-    def scaled_conv_grad_input(g: QuantizedTensor, w: QuantizedTensor, input_size: Sequence[int], *rest: Any) -> Tensor:
+    def scaled_conv_grad_input(
+        g: QuantizedTensor, w: QuantizedTensor, input_size: Sequence[int], *rest: Any
+    ) -> Callable[..., Tensor]:
         *spelled, out_dtype = rest
         geometry = Geometry(*spelled)
-        run = correlate if geometry.correlates("grad_input") else spread
-        result = run(product, g, *_together(w, geometry), None, input_size[2:], out_dtype, tiling)
+        how = correlate if geometry.correlates("grad_input") else spread
+        convolve = _together(functools.partial(how, product), g, w, geometry, input_size[2:], out_dtype, tiling)
         sizes = (input_size, w.codes.shape, g.codes.shape)
-        note(result, "conv_grad_input", "grad_input", geometry, sizes, zero_point_count(g.zero, w.zero) > 0)
-        return result
+        integer = zero_point_count(g.zero, w.zero) > 0
+        return noted(lambda g, w, *_: convolve(g, w, None), "conv_grad_input", "grad_input", geometry, sizes, integer)
 
-    def scaled_conv_grad_weight(g: QuantizedTensor, x: QuantizedTensor, weight_size: Sequence[int], *rest: Any) -> Tensor:
+    def scaled_conv_grad_weight(
+        g: QuantizedTensor, x: QuantizedTensor, weight_size: Sequence[int], *rest: Any
+    ) -> Callable[..., Tensor]:
         *spelled, out_dtype = rest
         geometry = Geometry(*spelled)
-        small, big = (x, g) if geometry.transposed else (g, x)
         several = _several(geometry.groups, weight_size)
         fewer = geometry._replace(groups=geometry.groups // several)
-        result, is_cut = weight_grad(product, small, big, weight_size[2:], fewer, out_dtype, tiling)
-        result = _own_groups(result, geometry.groups, several)
+        pair = (x, g) if geometry.transposed else (g, x)
+        multiply, is_cut = weight_grad(product, *pair, weight_size[2:], fewer, out_dtype, tiling)
+
+        def run(g: QuantizedTensor, x: QuantizedTensor, *_: Any) -> Tensor:
+            small, big = (x, g) if geometry.transposed else (g, x)
+            return _own_groups(multiply(small, big), geometry.groups, several)
+
         sizes = (x.codes.shape, weight_size, g.codes.shape)
-        note(result, "conv_grad_weight", "grad_weight", geometry, sizes, is_cut or zero_point_count(g.zero, x.zero) > 0)
-        return result
+        integer = is_cut or zero_point_count(g.zero, x.zero) > 0
+        return noted(run, "conv_grad_weight", "grad_weight", geometry, sizes, integer)
 
     return {f.__name__: f for f in (scaled_conv, scaled_conv_grad_input, scaled_conv_grad_weight)}
+
+
+def operators(
+    product: MatrixProduct, kernel_name: Callable[..., str], tiling: Tiling | None = None
+) -> dict[str, Callable[..., Tensor]]:
+    """The implementations of these operators, for checked operands, by name: each call is planned."""
+    return {name: planned(plan) for name, plan in plans(product, kernel_name, tiling).items()}
 
 
 def _several(groups: int, weight_size: Sequence[int]) -> int:
@@ -244,18 +295,26 @@ def _several(groups: int, weight_size: Sequence[int]) -> int:
     return max((n for n in range(2, min(groups, TOGETHER // channels) + 1) if groups % n == 0), default=1)
 
 
-def _together(w: QuantizedTensor, geometry: Geometry) -> tuple[QuantizedTensor, Geometry]:
-    """The weight of a convolution with fewer groups that computes the same. Its codes of 0 stand for 0: not with zero points."""
+def _together(
+    how: Callable[..., Convolution], x: QuantizedTensor, w: QuantizedTensor, geometry: Geometry, *rest: Any
+) -> Convolution:
+    """A convolution with fewer groups that computes the same. A weight's codes of 0 stand for 0: not with zero points."""
     several = 1 if w.zero is not None else _several(geometry.groups, w.codes.shape)
     if several == 1:
-        return w, geometry
-    outputs, inner, *kernel = w.codes.shape
+        return how(x, w, geometry, *rest)
     fewer = geometry.groups // several
-    codes = w.codes.new_zeros((fewer, several, outputs // geometry.groups, several, inner, *kernel))
-    own = codes.diagonal(dim1=1, dim2=3)  # [fewer, O, C, *kernel, several]
-    own.copy_(w.codes.reshape(fewer, several, -1, inner, *kernel).movedim(1, -1))
+    convolve = how(x, _joined(w, fewer, several), geometry._replace(groups=fewer), *rest)
+    return lambda x, w, bias: convolve(x, _joined(w, fewer, several), bias)
+
+
+def _joined(w: QuantizedTensor, groups: int, several: int) -> QuantizedTensor:
+    """The weight [O, C, *kernel] of `groups * several` groups as one of `groups`: [O, several * C, *kernel]."""
+    outputs, inner, *kernel = w.codes.shape
+    codes = w.codes.new_zeros((groups, several, outputs // (groups * several), several, inner, *kernel))
+    own = codes.diagonal(dim1=1, dim2=3)  # [groups, O, C, *kernel, several]
+    own.copy_(w.codes.reshape(groups, several, -1, inner, *kernel).movedim(1, -1))
     scale = w.scale if w.scale.ndim == 0 or w.scale.shape[1] == 1 else w.scale.repeat(1, several, *[1] * len(kernel))
-    return QuantizedTensor(codes.view(outputs, several * inner, *kernel), scale), geometry._replace(groups=fewer)
+    return QuantizedTensor(codes.view(outputs, several * inner, *kernel), scale)
 
 
 def _own_groups(gradient: Tensor, groups: int, several: int) -> Tensor:
@@ -275,17 +334,23 @@ def _groups(groups: int, first: int, second: int) -> list[tuple[slice, slice]]:
 
 
 def _taps_by_columns(w: Tensor) -> Tensor:
-    """[O, C, *kernel] -> [T * C, O], row-major. In two steps: a transpose of a matrix, then whole rows into their order."""
+    """[O, C, *kernel] -> [T * C, O]: a view of a weight that is channels last, else row-major, in two steps: a transpose of a
+    matrix, then whole rows into their order."""
     outputs, inner, taps = w.shape[0], w.shape[1], math.prod(w.shape[2:])
-    if taps == 1:
-        return w.reshape(outputs, inner).t()
+    rows = w.movedim(1, -1)
+    if taps == 1 or rows.is_contiguous():
+        return rows.reshape(outputs, taps * inner).t()
     return w.permute(*range(2, w.ndim), 1, 0).reshape(taps * inner, outputs)
 
 
+def _channels_innermost(x: QuantizedTensor) -> tuple[Tensor, Tensor | None]:
+    """The codes [B, *spatial, C], and the zero point, which is what their padding holds."""
+    return x.codes.movedim(1, -1), x.zero if x.zero is None or x.zero.ndim == 0 else x.zero.movedim(1, -1)
+
+
 def _columns(x: QuantizedTensor, gather: Gather, groups: int, tiling: Tiling | None) -> Columns:
-    """Of codes [B, C, *spatial], whose zero point is what their padding holds."""
-    zero = x.zero if x.zero is None or x.zero.ndim == 0 else x.zero.movedim(1, -1)
-    return Columns(x.codes.movedim(1, -1), zero, gather, groups, tiling)
+    """Of codes [B, C, *spatial]."""
+    return Columns(x.codes.movedim(1, -1), gather, groups, tiling)
 
 
 def _per_row(x: QuantizedTensor, tile: Tile, rows: int) -> tuple[Tensor, Tensor | None]:

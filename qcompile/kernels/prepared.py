@@ -19,10 +19,13 @@ from torch import Tensor
 
 from qcompile.errors import KernelError
 
-__all__ = ["forget_prepared", "prepared"]
+__all__ = ["forget_prepared", "planned", "prepared"]
 
 KEPT = 4096
 """How many calls are kept of an operator: a process whose sizes never repeat would keep them all."""
+
+CHOSEN_BY = ("QTRAIN_CUDA_GEMM", "QTRAIN_CPU_GEMM")
+"""Environment variables that choose kernels."""
 
 Operator = Callable[..., Any]
 _known: list[dict[tuple[Any, ...], Operator]] = []
@@ -37,7 +40,7 @@ def prepared(general: Operator, prepare: Callable[..., Operator | None]) -> Oper
     _known.append(known)
 
     def call(*operands: Any) -> Any:
-        signature = (os.environ.get("QTRAIN_CUDA_GEMM"), *[_looked_at(operand) for operand in operands])
+        signature = (*[os.environ.get(name) for name in CHOSEN_BY], *[_looked_at(operand) for operand in operands])
         ready = known.get(signature)
         if ready is None:
             out = general(*operands)
@@ -56,6 +59,11 @@ def prepared(general: Operator, prepare: Callable[..., Operator | None]) -> Oper
             return general(*operands)
 
     return call
+
+
+def planned(prepare: Callable[..., Operator]) -> Operator:
+    """The operator that works everything out at each call: a `general` for a `prepare` that takes all operands."""
+    return lambda *operands: prepare(*operands)(*operands)
 
 
 def forget_prepared() -> None:

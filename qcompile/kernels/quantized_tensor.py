@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["MatrixProduct", "QuantizedTensor", "as_operator", "flat", "zero_point_count"]
+__all__ = ["MatrixProduct", "QuantizedTensor", "as_operator", "as_plan", "flat", "zero_point_count"]
 
 
 class QuantizedTensor(NamedTuple):
@@ -48,6 +48,12 @@ def as_operator(compute: Callable[..., Any]) -> Callable[..., Any]:
         return compute(QuantizedTensor(a, a_scale, a_zero), QuantizedTensor(b, b_scale, b_zero), *rest)
 
     return call
+
+
+def as_plan(prepare: Callable[..., Callable[..., Any]]) -> Callable[..., Callable[..., Any]]:
+    """`as_operator` of what works out a call (`qcompile.kernels.prepared`), and of what it returns."""
+    prepare = as_operator(prepare)
+    return lambda *operands: as_operator(prepare(*operands))
 
 
 def flat(a: QuantizedTensor, b: QuantizedTensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:

@@ -24,7 +24,8 @@ from torch import Tensor
 from qcompile.errors import KernelError
 from qcompile.geometry import GEOMETRY, Geometry
 from qcompile.kernels import cpu
-from qcompile.kernels.quantized_tensor import as_operator
+from qcompile.kernels.prepared import planned, prepared
+from qcompile.kernels.quantized_tensor import as_plan
 from qcompile.ops._checks import FLOATS, OUTPUTS, check_dtype, check_shared
 from qcompile.ops._library import LIBRARY, checked, define
 from qcompile.ops.convolution import channels_last
@@ -292,5 +293,6 @@ CHECKS: dict[str, Callable[..., None]] = {
 }
 """Operator -> its check."""
 
-for _name, _implementation in cpu.convolutions().items():
-    LIBRARY.impl(_name, checked(CHECKS[_name], as_operator(_implementation)), "CPU")
+for _name, _plan in cpu.convolutions().items():
+    _prepare = as_plan(_plan)
+    LIBRARY.impl(_name, prepared(checked(CHECKS[_name], planned(_prepare)), _prepare), "CPU")

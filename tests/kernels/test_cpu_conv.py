@@ -12,7 +12,8 @@ from qcompile.errors import KernelError, QtrainWarning
 from qcompile.geometry import Geometry
 from qcompile.kernels import Launch, cpu, fallback, record_launches
 from qcompile.kernels.cpu import conv
-from qcompile.kernels.quantized_tensor import as_operator
+from qcompile.kernels.prepared import forget_prepared, planned
+from qcompile.kernels.quantized_tensor import as_plan
 from tests.ops.test_scaled_conv import cases, codes, parameters, spelled
 
 if cpu.kernel_name(8, 8, 8) != "onednn":
@@ -93,8 +94,10 @@ def test_where_it_is_not_exact_codes_are_gathered(monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(conv, "_convolves", lambda extremes: False)
         conv._is_exact.cache_clear()
+        forget_prepared()
         assert run("scaled_conv", *convolved())[2] == 0
     conv._is_exact.cache_clear()
+    forget_prepared()
     assert conv._is_exact() and run("scaled_conv", *convolved())[2] == 1
 
 
@@ -128,7 +131,7 @@ def test_every_geometry_bit_for_bit(case, kind, with_bias, seed):
     bias = torch.randn(outputs) if with_bias else None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(conv, "REORDERED", 0)
-        found = {name: as_operator(implementation) for name, implementation in cpu.convolutions().items()}
+        found = {name: planned(as_plan(plan)) for name, plan in cpu.convolutions().items()}
         for name, operands in (
             ("scaled_conv", (x, w, xs, ws, None, None, bias, *where, dtype)),
             ("scaled_conv_grad_input", (g, w, gs, vs, None, None, input_size, *where, dtype)),
@@ -155,5 +158,6 @@ def test_a_model_trains_on_it_as_on_gathered_codes(monkeypatch):
 
     direct, count = gradients()
     monkeypatch.setattr(conv, "REORDERED", 10**9)
+    forget_prepared()
     gathered, none = gradients()
     assert (count, none) == (4, 0) and all(map(torch.equal, direct, gathered))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from qcompile.errors import KernelError
 from qcompile.kernels.cpu.products import CANDIDATES, FLOAT_PRODUCTS, MAX_K
+from qcompile.kernels.prepared import forget_prepared
 from qcompile.torch_private import real_tensors
 
 __all__ = ["capability", "choices", "forced", "give_up", "kernel_name", "prefers_int_mm", "self_test"]
@@ -27,9 +28,10 @@ _PREFERENCE = {
     "none": ("portable", "int_mm"),
 }
 
-REORDERED = 4
-"""With VNNI, an element of the right operand takes as long to reorder for "onednn" as this many of the output take to scale behind
-"int_mm": 0.2 to 0.4 ns against 0.06 to 0.1 (AMD EPYC, two threads)."""
+FEW_ROWS = 4
+"""With VNNI, rows are few where the sum is at least this many times as long. "onednn" reorders the K * N codes of the right
+operand, 0.2 ns each and twice that for a transposed view; "int_mm" leaves M * N sums to be scaled, 0.3 to 0.6 ns each (AMD EPYC,
+two threads)."""
 
 _forced: str | None = None
 _failed: set[str] = set()  # passed the self-test, and then failed in use
@@ -82,10 +84,12 @@ def forced(name: str) -> Iterator[None]:
     global _forced
     _check_candidate(name, "forced()")
     before, _forced = _forced, name
+    forget_prepared()
     try:
         yield
     finally:
         _forced = before
+        forget_prepared()
 
 
 def kernel_name(m: int, n: int, k: int, *, zero_points: bool = False) -> str:
@@ -106,7 +110,7 @@ def choices(m: int, n: int, k: int, zero_points: bool) -> tuple[str, ...]:
     if choice:
         _check_candidate(choice, "QTRAIN_CPU_GEMM")
     usable = tuple(name for name in _usable() if name not in _failed)
-    if k >= REORDERED * m and capability() == "vnni" and "int_mm" in usable:  # K * N to reorder, M * N to scale
+    if k >= FEW_ROWS * m and capability() == "vnni" and "int_mm" in usable:
         usable = ("int_mm", *(name for name in usable if name != "int_mm"))
     names = (choice, *usable) if choice else usable
     if zero_points or k > MAX_K:
@@ -126,9 +130,11 @@ def prefers_int_mm() -> bool:
     return capability() == "vnni" and "int_mm" in _usable() and "int_mm" not in _failed
 
 
-def give_up(names: Iterable[str]) -> None:
+def give_up(names: Collection[str]) -> None:
     """Leave candidates out from now on."""
-    _failed.update(names)
+    if not _failed.issuperset(names):
+        _failed.update(names)
+        forget_prepared()
 
 
 def _check_candidate(name: str, source: str) -> None:

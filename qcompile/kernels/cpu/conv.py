@@ -23,13 +23,14 @@ from torch import Tensor
 from qcompile.geometry import Geometry
 from qcompile.kernels import note_launch
 from qcompile.kernels.columns import Tiling
-from qcompile.kernels.convolution import operators
+from qcompile.kernels.convolution import plans
 from qcompile.kernels.cpu.choice import choices, give_up, kernel_name
 from qcompile.kernels.cpu.matmul import epilogue, epilogue_fuses, integer_sum, product, without_zero_points
 from qcompile.kernels.cpu.products import CANDIDATES, MAX_K
 from qcompile.kernels.cpu.scratch import scratch
 from qcompile.kernels.cpu.transpose import transpose_codes
 from qcompile.kernels.fallback import first_that_runs, ours_or_plain
+from qcompile.kernels.prepared import planned
 from qcompile.kernels.quantized_tensor import QuantizedTensor, zero_point_count
 from qcompile.torch_private import real_tensors
 
@@ -48,28 +49,28 @@ KERNEL = "onednn conv"
 SIGN = -128  # XOR with it turns a code into the unsigned one of the same value with a zero point of 128
 
 
-def convolutions(columns_at_once: int = COLUMNS_AT_ONCE) -> dict[str, Callable[..., Tensor]]:
-    """`qtrain::scaled_conv` and its gradients for checked operands, by name."""
-    gathered = operators(
+def convolutions(columns_at_once: int = COLUMNS_AT_ONCE) -> dict[str, Callable[..., Callable[..., Tensor]]]:
+    """What runs `qtrain::scaled_conv` and its gradients for checked operands like the given ones, by name
+    (`qcompile.kernels.prepared`)."""
+    gathered = plans(
         _gathered_product,
         lambda device, *sizes, integer: kernel_name(*sizes, zero_points=integer),
         Tiling(columns_at_once, scratch, _summed),
     )
 
-    def scaled_conv(x: QuantizedTensor, w: QuantizedTensor, bias: Tensor | None, *rest: Any) -> Tensor:
-        geometry = Geometry(*rest[:-1])
+    def scaled_conv(x: QuantizedTensor, w: QuantizedTensor, bias: Tensor | None, *rest: Any) -> Callable[..., Tensor]:
+        geometry, plan = Geometry(*rest[:-1]), gathered["scaled_conv"]
         places = geometry.output_size(x.codes.shape[2:], w.codes.shape[2:])
         sizes = (x.codes.shape, w.codes.shape, (x.codes.shape[0], 0, *places))
-        work = _Direct.of("output", x, w, geometry, places, sizes)
-        plain = functools.partial(gathered["scaled_conv"], x, w, bias, *rest)
-        return plain() if work is None else work.run("conv", x, bias, rest[-1], plain)
+        direct = _Direct.of("output", x, w, geometry, places, sizes)
+        return plan(x, w, bias, *rest) if direct is None else direct.or_plain("conv", planned(plan))
 
-    def scaled_conv_grad_input(g: QuantizedTensor, w: QuantizedTensor, input_size: Sequence[int], *rest: Any) -> Tensor:
-        geometry = Geometry(*rest[:-1])
-        sizes = (input_size, w.codes.shape, g.codes.shape)
-        work = _Direct.of("grad_input", g, w, geometry, input_size[2:], sizes)
-        plain = functools.partial(gathered["scaled_conv_grad_input"], g, w, input_size, *rest)
-        return plain() if work is None else work.run("conv_grad_input", g, None, rest[-1], plain)
+    def scaled_conv_grad_input(
+        g: QuantizedTensor, w: QuantizedTensor, input_size: Sequence[int], *rest: Any
+    ) -> Callable[..., Tensor]:
+        geometry, plan = Geometry(*rest[:-1]), gathered["scaled_conv_grad_input"]
+        direct = _Direct.of("grad_input", g, w, geometry, input_size[2:], (input_size, w.codes.shape, g.codes.shape))
+        return plan(g, w, input_size, *rest) if direct is None else direct.or_plain("conv_grad_input", planned(plan))
 
     return gathered | {f.__name__: f for f in (scaled_conv, scaled_conv_grad_input)}
 
@@ -78,10 +79,13 @@ def convolutions(columns_at_once: int = COLUMNS_AT_ONCE) -> dict[str, Callable[.
 
 
 class _Direct(NamedTuple):
-    """A convolution for oneDNN: of a weight [O, C / groups, *kernel], its ranges 0-d or for each O, with as many places, and noted
-    as (M, N, K)."""
+    """A convolution by oneDNN of a weight [O, C / groups, *kernel] with as many places, whose ranges are 0-d or those of each O.
 
-    weight: QuantizedTensor
+    turned  the weight is to be turned around first
+    shape   (M, N, K) that it is noted under
+    """
+
+    turned: bool
     stride: Sequence[int]
     padding: Sequence[int]
     dilation: Sequence[int]
@@ -99,57 +103,64 @@ class _Direct(NamedTuple):
         places: Sequence[int],
         sizes: Sequence[Sequence[int]],
     ) -> _Direct | None:
-        """For "output" or "grad_input"; None where products of gathered codes are to do it."""
+        """For "output" or "grad_input" of operands like these; None where products of gathered codes are to do it."""
         shape = geometry.product(gemm, *sizes)
         if not _pays(x.codes, w.codes, geometry, places) or zero_point_count(x.zero, w.zero) > 0 or w.codes.ndim > 4:
             return None
         if choices(*shape, zero_points=False)[0] != "onednn" or not _is_exact():
             return None
         kernel, groups, (stride, padding, dilation) = w.codes.shape[2:], geometry.groups, geometry.steps
-        if not geometry.correlates(gemm):
+        turned = not geometry.correlates(gemm)
+        if turned:
             if any(s != 1 for s in stride):
                 return None
             padding = [d * (taps - 1) - p for d, taps, p in zip(dilation, kernel, padding, strict=True)]
-            w = _turned(w, groups)
         if list(places) != Geometry(stride, padding, dilation, False, [], groups).output_size(x.codes.shape[2:], kernel):
             return None  # the output_padding of a transposed convolution
         # Where the kernel would cover padding alone, and in groups with one channel of the input each, oneDNN of torch 2.13 leaves
         # what lay in memory. The sum of unsigned codes may be twice as large.
         axes = zip(x.codes.shape[2:], places, kernel, stride, padding, dilation, strict=True)
-        if not all(_covers(*axis) for axis in axes) or (groups > 1 and w.codes.shape[1] == 1) or w.codes[0].numel() > MAX_K // 2:
+        inner = x.codes.shape[1] // groups
+        if not all(_covers(*axis) for axis in axes) or (groups > 1 and inner == 1) or inner * math.prod(kernel) > MAX_K // 2:
             return None
-        return cls(w, stride, padding, dilation, groups, places, shape)
+        return cls(turned, stride, padding, dilation, groups, places, shape)
 
-    def run(self, op: str, x: QuantizedTensor, bias: Tensor | None, out_dtype: torch.dtype, plain: Callable[[], Tensor]) -> Tensor:
-        """`plain()` if oneDNN fails."""
-
-        def direct() -> Tensor:
-            out = self.of_codes(x, bias, out_dtype)
-            note_launch("onednn", *self.shape, op, self.groups)
-            return out
-
+    def or_plain(self, op: str, plain: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """The operator's implementation for operands like those that this was made for; `plain` if oneDNN fails."""
         m, n, k = self.shape
-        return ours_or_plain(KERNEL, x.codes.device, direct, plain, f"a convolution's GEMM of {m} x {n} x {k}")
 
-    def of_codes(self, x: QuantizedTensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+        def run(x: QuantizedTensor, w: QuantizedTensor, *rest: Any) -> Tensor:
+            def direct() -> Tensor:
+                weight = _turned(w, self.groups) if self.turned else w
+                out = self.of_codes(x, weight, rest[0] if op == "conv" else None, rest[-1])
+                note_launch("onednn", m, n, k, op, self.groups)
+                return out
+
+            what = f"a convolution's GEMM of {m} x {n} x {k}"
+            return ours_or_plain(KERNEL, x.codes.device, direct, lambda: plain(x, w, *rest), what)
+
+        return run
+
+    def of_codes(self, x: QuantizedTensor, w: QuantizedTensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         """Of x [B, C, *spatial], its scale 0-d or [B, 1, ...] -> out_dtype [B, O, *places], channels last."""
-        batch, outputs = x.codes.shape[0], self.weight.codes.shape[0]
-        scale = self.weight.scale.reshape(-1).expand(outputs)
+        batch, outputs = x.codes.shape[0], w.codes.shape[0]
+        scale = w.scale.reshape(-1).expand(outputs)
         if epilogue_fuses(x.scale, bias, out_dtype):
-            out = self._onednn(x.codes, x.scale.reshape(1) * scale, None if bias is None else bias.to(torch.float32), out_dtype)
+            fused = None if bias is None else bias.to(torch.float32)
+            out = self._onednn(x.codes, w.codes, x.scale.reshape(1) * scale, fused, out_dtype)
         else:
-            acc = self._onednn(x.codes, torch.ones_like(scale), None, torch.float32)
+            acc = self._onednn(x.codes, w.codes, torch.ones_like(scale), None, torch.float32)
             by_image = x.scale.reshape(-1, 1)
             by_place = by_image.expand(len(by_image), len(acc) // batch).reshape(-1, 1) if len(by_image) > 1 else by_image
             out = epilogue(acc, by_place, scale, bias, out_dtype)
         return out.view(batch, *self.places, outputs).movedim(-1, 1)
 
-    def _onednn(self, codes: Tensor, scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    def _onednn(self, codes: Tensor, w: Tensor, scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         """cast(float32(sum) * scale + bias), a row for each place. It wants unsigned codes, and takes their zero point out of the
         integer sum."""
         unsigned = scratch("unsigned", codes.numel()).view(codes.movedim(1, -1).shape)
         torch.bitwise_xor(codes.movedim(1, -1), SIGN, out=unsigned)
-        x, w, (stride, padding, dilation) = unsigned.view(torch.uint8).movedim(-1, 1), self.weight.codes, self[1:4]
+        x, stride, padding, dilation = unsigned.view(torch.uint8).movedim(-1, 1), self.stride, self.padding, self.dilation
         if w.ndim == 3:  # two axes, the first of size 1
             x, w, stride, padding, dilation = x.unsqueeze(2), w.unsqueeze(2), [1, *stride], [0, *padding], [1, *dilation]
         where = [*stride], [*padding], [*dilation], self.groups
@@ -215,8 +226,9 @@ def _convolves(codes: Tensor) -> bool:
     for size, weight_size, stride, padding, dilation, groups in SELF_TEST:
         x, w = filled(size), filled(weight_size)
         want = torch.nn.functional.conv2d(x.to(torch.float64), w.to(torch.float64), None, stride, padding, dilation, groups)
-        conv = _Direct(QuantizedTensor(w, one), stride, padding, dilation, groups, want.shape[2:], (0, 0, 0))
-        if not torch.equal(conv.of_codes(QuantizedTensor(x, one), None, torch.float32), want.to(torch.float32)):
+        conv = _Direct(False, stride, padding, dilation, groups, want.shape[2:], (0, 0, 0))
+        found = conv.of_codes(QuantizedTensor(x, one), QuantizedTensor(w, one), None, torch.float32)
+        if not torch.equal(found, want.to(torch.float32)):
             return False
     return True
 
