@@ -230,12 +230,14 @@ def plans(
         run: Callable[..., Tensor], op: str, gemm: str, geometry: Geometry, sizes: Sequence[Sequence[int]], integer: bool
     ) -> Callable[..., Tensor]:
         m, n, k = geometry.product(gemm, *sizes)
+        ran = ""
 
         def run_and_note(*operands: Any) -> Tensor:
+            nonlocal ran
             out = run(*operands)
-            name = kernel_name(out.device, m, n, k, integer=integer)
-            if name != "none":
-                note_launch(name, m, n, k, op, geometry.groups)
+            ran = ran or kernel_name(out.device, m, n, k, integer=integer)  # known once it has run: another may have failed
+            if ran != "none":
+                note_launch(ran, m, n, k, op, geometry.groups)
             return out
 
         return run_and_note
@@ -334,12 +336,10 @@ def _groups(groups: int, first: int, second: int) -> list[tuple[slice, slice]]:
 
 
 def _taps_by_columns(w: Tensor) -> Tensor:
-    """[O, C, *kernel] -> [T * C, O]: a view of a weight that is channels last, else row-major, in two steps: a transpose of a
-    matrix, then whole rows into their order."""
+    """[O, C, *kernel] -> [T * C, O], a view of a weight that is channels last."""
     outputs, inner, taps = w.shape[0], w.shape[1], math.prod(w.shape[2:])
-    rows = w.movedim(1, -1)
-    if taps == 1 or rows.is_contiguous():
-        return rows.reshape(outputs, taps * inner).t()
+    if taps == 1:
+        return w.reshape(outputs, inner).t()
     return w.permute(*range(2, w.ndim), 1, 0).reshape(taps * inner, outputs)
 
 

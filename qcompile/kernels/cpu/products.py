@@ -99,6 +99,8 @@ FLOAT_PRODUCTS = ("onednn",)
 def _dense(codes: Tensor) -> Tensor:
     """The matrix row-major or column-major, with the strides that go with it: those of an axis of size 1 may be any number,
     and libraries read them."""
+    if codes.is_contiguous() and 1 not in codes.shape:
+        return codes
     if codes.t().is_contiguous() and not codes.is_contiguous():
         return codes.t().reshape(-1).view(codes.shape[1], codes.shape[0]).t()
     return codes.reshape(-1).view(codes.shape)
