@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from passes.find_sites import gemm_of
 from passes.gemm_costs import GemmCost, gemm_costs, measured_costs, quantized_tensor_of
-from qcompile.inspect.capture import Capture
+from qcompile.inspect.capture import Capture, default_loss
 from qcompile.inspect.captured_graph import CapturedGraph
 from qcompile.inspect.compare import quantized_operands
 from qcompile.kernels import profit
@@ -39,8 +39,8 @@ def reference(found: Capture) -> list[Gradients]:
 
 
 def _loss(found: Capture) -> Loss | None:
-    """The loss of the outputs of a graph; None where there are several graphs, of which it is not known."""
-    return found.loss if len(found.graphs) == 1 else None
+    """The loss of a graph's outputs. None where there are several graphs, most of whose outputs are other graphs' inputs."""
+    return (found.loss or default_loss) if len(found.graphs) == 1 else None
 
 
 def _share(losses: Sequence[Lost]) -> float:

@@ -57,7 +57,7 @@ def exact_gradients(graph: CapturedGraph, loss: Loss | None = None) -> Gradients
     """The step in high precision.
 
     loss  outputs -> scalar, where the graph does not contain the loss: the gradients of the outputs are then those at the outputs
-          that the step really has. None: the default of `capture`.
+          that the step really has. None: those that the captured step had.
     """
     return _run(graph, joint_at(graph, _step_before(graph, "insert_qdq")), loss)
 
@@ -95,8 +95,8 @@ def _tangents(graph: CapturedGraph, module: fx.GraphModule, loss: Loss | None) -
     """
     if not graph.tangents:  # of a part that computes nothing with a gradient
         return ()
-    if loss is None and any(t.ndim == 0 for t in graph.tangents):  # the loss itself: its gradient does not depend on its value
-        return graph.tangents
+    if loss is None or (loss is default_loss and any(t.ndim == 0 for t in graph.tangents)):
+        return graph.tangents  # the gradient of the loss itself, 0-d, does not depend on its value
     forward = fx.GraphModule(module, copy_graph(module.graph))
     output = forward.graph.output_node()
     output.args = (tuple(output.args[0])[: graph.n_outputs],)
@@ -105,11 +105,11 @@ def _tangents(graph: CapturedGraph, module: fx.GraphModule, loss: Loss | None) -
     with shared_random_numbers(graph):
         outputs = Replay(forward).step(graph)
     floats = [o for o in outputs if isinstance(o, Tensor) and o.is_floating_point()][-len(graph.tangents) :]
-    if [o.shape for o in floats] != [t.shape for t in graph.tangents] or (loss is not None and len(floats) != 1):
+    if [o.shape for o in floats] != [t.shape for t in graph.tangents] or (loss is not default_loss and len(floats) != 1):
         return graph.tangents
     with torch.enable_grad():
         floats = [o.detach().clone().requires_grad_() for o in floats]
-        value = default_loss(floats) if loss is None else loss(floats[0])
+        value = loss(floats if loss is default_loss else floats[0])
         assert value is not None
         found = torch.autograd.grad(value, floats)
     return tuple(f.to(t.dtype) for f, t in zip(found, graph.tangents, strict=True))

@@ -15,6 +15,7 @@ from qcompile.kernels.profit import Product
 from qcompile.recipe_files import tomllib
 from qcompile.search import Search
 from qcompile.search.choose import HP, GemmOptions, Option
+from qcompile.search.options import reference
 from qcompile.search.result import mixed_recipe
 from qcompile.search.sensitivity import Lost, exact_gradients, lost_alone, with_one_quantized
 from qcompile.site_recipe import GEMM_OPERANDS
@@ -273,6 +274,34 @@ class Chosen(nn.Module):
         rows = self.choose(x).argmax(1)
         torch._dynamo.graph_break()
         return self.rest(x[rows]) if self.trained else rows
+
+
+class Broken(nn.Module):
+    """Two graphs. What the first one hands over is not what its gradient points at."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(32, 48), nn.Linear(48, 16)
+
+    def forward(self, x):
+        hidden = self.first(x).relu()
+        torch._dynamo.graph_break()
+        return self.second(hidden)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch's own, at the break
+@pytest.mark.parametrize("loss", [None, lambda y: (y - 3).abs().mean()], ids=["default", "given"])
+def test_of_several_graphs_the_gradients_are_the_steps(loss):
+    torch.manual_seed(0)
+    model, x = Broken(), torch.randn(24, 32)
+    found = qcompile.capture(model, x, recipe="int8", loss=loss)
+    assert len(found.graphs) == 2
+    exact = {name: gradient for graph in reference(found) for name, gradient in graph.items()}
+    y = model(x)
+    (y.square().mean() if loss is None else loss(y)).backward()
+    for name, parameter in model.named_parameters():
+        cosine = torch.cosine_similarity(exact[name].flatten(), parameter.grad.flatten(), dim=0)
+        assert cosine > 0.999, name  # what the second graph hands back is the int8 step's
 
 
 def test_a_part_without_gradients_is_no_obstacle():
