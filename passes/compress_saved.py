@@ -15,11 +15,12 @@ zero points that backward GEMMs read, and these masks. What stays as it is: a te
 all; one that backward divides by (the gradients of square roots, logarithms and quotients): a small value would become a code of
 0; copies of weights; statistics, which are tensors of less than 1/64 of the largest one, and all results but the first of an
 operator with several (the log-sum-exp of attention). What an exponential of a softmax reads is stored in 8 bits even where the
-spec says 4: an error there multiplies.
+spec says 4: an error there multiplies. A mask in it (-inf, or a very negative number) is no part of a group's range: it has a code
+of its own and comes back as -inf.
 
 Numerics  changes gradients: everything that backward computes from h sees it rounded, and clipped where its own codes are of a
           static range. The forward result and all integer GEMMs' forward operands are as before. A group that is not finite
-          stays not finite: its scale is NaN or infinite.
+          stays not finite: its scale is NaN or infinite, but for a softmax's -inf.
 Requires  the two graphs after the partitioner, before lowering. Ensures: outputs and inputs of the cut still correspond; every
           tensor that was looked at is in `context.crossings`, with the reason if it stayed.
 """
@@ -78,7 +79,8 @@ def compress_saved(
     for s in tensors:
         if sizes[s] * SMALLEST_SHARE < largest or sizes[s] < SMALLEST_GROUP:
             continue
-        bits = 8 if feeds_softmax(s.placeholder) else spec.bits
+        masked = feeds_softmax(s.placeholder)
+        bits = 8 if masked else spec.bits
         group = math.gcd(fixed_size(s.value), spec.group)
         reason = _why_not(s, group, context, gradients)
         stored = None
@@ -87,7 +89,7 @@ def compress_saved(
             if not signs and any(c.node.args[3] >= bits and restore_from_codes(cut, s, c) for c in codes):
                 stored = 0
             else:
-                _store(cut, s, bits, group, signs=signs)
+                _store(cut, s, bits, group, signs=signs, masked=masked)
                 stored = SavedSpec(bits=bits, group=group).stored(sizes[s])
             compressed += 1
         size = sizes[s] * s.value.dtype.itemsize
@@ -124,23 +126,33 @@ def _why_not(saved: Saved, group: int, context: PassContext, gradients: set[fx.N
     return None
 
 
-def _store(cut: Cut, saved: Saved, bits: int, group: int, *, signs: bool) -> None:
+def _store(cut: Cut, saved: Saved, bits: int, group: int, *, signs: bool, masked: bool) -> None:
     value = saved.value
     order = memory_order(value)
     shape = view_shape([value.shape[i] for i in order])
 
     def store(scope: dict[str, object]) -> list[tuple[str, fx.Node]]:
-        codes, scale = inline(cut.forward, _compress, saved.node, order, bits, group, signs, scope=scope)
+        codes, scale = inline(cut.forward, _compress, saved.node, order, bits, group, signs, masked, scope=scope)
         return [("codes", codes), ("scale", scale)]
 
     def restore(parts: list[fx.Node], scope: dict[str, object]) -> fx.Node:
-        constants = bits, signs, value.dtype, shape, inverse_permutation(order)
+        constants = bits, signs, masked, value.dtype, shape, inverse_permutation(order)
         return inline(cut.backward, _decompress, *parts, *constants, scope=scope)
 
     cut.store(saved, store, restore)
 
 
-def _compress(x: Tensor, order: tuple[int, ...], bits: int, group: int, signs: bool) -> tuple[Tensor, Tensor]:
+MASKED = -128
+"""The code of what a softmax's mask has hidden; `code_range` of 8 symmetric bits ends at -127."""
+
+FAR = 512.0
+"""What lies further below the largest of its group is hidden: e**-512 is 0 in a softmax. In a range as wide as that, a step of
+codes would be a factor of 56 in every probability."""
+
+
+def _compress(
+    x: Tensor, order: tuple[int, ...], bits: int, group: int, signs: bool, masked: bool
+) -> tuple[Tensor, Tensor]:
     """x -> codes int8 [groups, group] (4 bits: [groups, group / 2]), scale bf16 [groups, 1].
 
     scale = bf16(amax / qmax), codes = round_half_even(x / scale) with this rounded scale: qmax * 2**-9 at most is lost in it, less
@@ -148,20 +160,33 @@ def _compress(x: Tensor, order: tuple[int, ...], bits: int, group: int, signs: b
 
     signs  codes = sign(x) (floor(|x| / scale) + 1): only 0 is 0. A code k > 0 stands for the middle of its step, (k - 1/2) scale:
            as exact where values fill the steps, but a value much smaller than a step is no longer as good as 0.
+    masked  what is -inf, or `FAR` below the largest of its group, has the code `MASKED`, and no part in the scale
     """
     _, qmax = code_range(bits, symmetric=True)
     x = x.permute(order).reshape(-1, group).to(torch.float32)
+    if masked:
+        hidden = torch.logical_or(x < x.amax(1, keepdim=True) - FAR, x == -math.inf)
+        x = torch.where(hidden, 0.0, x)
     scale = (x.abs().amax(1, keepdim=True) / qmax).clamp_min(torch.finfo(torch.float32).tiny).to(torch.bfloat16)
     x = x * torch.reciprocal(scale.to(torch.float32))
     codes = torch.sign(x) * (torch.floor(x.abs()) + 1.0).clamp_max(qmax) if signs else torch.round(x).clamp(-qmax, qmax)
     if bits == 4:  # the first half of a group in the low nibbles; in fp32, exact, and the form that vectorizes on a CPU
         low, high = codes[:, : group // 2], codes[:, group // 2 :]
         codes = 16.0 * high + low + 8.0
+    if masked:
+        codes = torch.where(hidden, float(MASKED), codes)
     return codes.to(torch.int8), scale
 
 
 def _decompress(
-    codes: Tensor, scale: Tensor, bits: int, signs: bool, dtype: torch.dtype, shape: tuple[int, ...] | None, axes: tuple[int, ...]
+    codes: Tensor,
+    scale: Tensor,
+    bits: int,
+    signs: bool,
+    masked: bool,
+    dtype: torch.dtype,
+    shape: tuple[int, ...] | None,
+    axes: tuple[int, ...],
 ) -> Tensor:
     """What `_compress` stored -> `dtype`, of `shape` (in memory order), its axes then put in order."""
     assert shape is not None
@@ -171,4 +196,7 @@ def _decompress(
         values = torch.cat([values - 16.0 * high - 8.0, high], 1)
     if signs:
         values = values - 0.5 * values.clamp(-1.0, 1.0)
-    return (values * scale.to(torch.float32)).to(dtype).view(shape).permute(axes)
+    values = values * scale.to(torch.float32)
+    if masked:
+        values = torch.where(codes == MASKED, -math.inf, values)
+    return values.to(dtype).view(shape).permute(axes)

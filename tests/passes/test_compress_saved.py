@@ -1,5 +1,6 @@
 """compress_saved: fewer bytes cross the cut, forward and codes stay as they were, gradients lose what the bits say."""
 
+import copy
 import functools
 import math
 from collections import Counter
@@ -250,6 +251,45 @@ def test_softmax_inputs_keep_eight_bits():
 
     found = capture(Loss(), torch.randn(64, 64), recipe=Recipe(compress_saved=4))
     assert [c.bits for c in found.first.context.crossings if c.reason is None] == [8]
+
+
+class Masked(nn.Module):
+    """Attention whose mask is part of its product, and a router that leaves all but four experts out."""
+
+    def __init__(self, hidden: float, router: bool) -> None:
+        super().__init__()
+        self.query, self.key, self.value = (nn.Linear(C, C, bias=False) for _ in range(3))
+        self.hidden, self.router = hidden, router
+
+    def forward(self, x: Tensor) -> Tensor:
+        query, key, value = self.query(x), self.key(x), self.value(x)
+        scores = torch.baddbmm(torch.full((C, C), self.hidden).triu(1), query, key.mT, alpha=C**-0.5)
+        if self.router:
+            largest, places = scores.topk(4, -1)
+            scores = torch.full_like(scores, self.hidden).scatter(-1, places, largest)
+        return torch.softmax(scores, -1) @ value
+
+
+@pytest.mark.parametrize("router", [False, True])
+@pytest.mark.parametrize("hidden", [-math.inf, -1e4])
+def test_a_mask_of_a_softmax_is_no_part_of_a_range(engine, hidden, router):
+    recipe = nearest("int8").replace(ops=("linear", "bmm"))
+    x, found = torch.randn(2, C, C), {}
+    start = Masked(hidden, router)
+    for bits in (None, 8):
+        model = copy.deepcopy(start)
+        compiled(model, recipe.replace(compress_saved=bits))(x).square().sum().backward()
+        found[bits] = gradients(model)
+    for got, want in zip(found[8], found[None], strict=True):
+        assert torch.equal(got, want) or 25 < 10 * torch.log10(want.square().sum() / (got - want).square().sum()) < 60
+
+
+def test_a_group_that_a_mask_hides():
+    x = torch.tensor([[0.0, 1.5, -300.0], [-math.inf] * 3, [2.0, -math.inf, -1e30], [math.inf, 0.0, -1.0], [math.nan, 0.0, 1.0]])
+    got = module._decompress(*module._compress(x, (0, 1), 8, 3, False, True), 8, False, True, x.dtype, x.shape, (0, 1))
+    assert torch.allclose(got[1:3], torch.tensor([[-math.inf] * 3, [2.0, -math.inf, -math.inf]]), rtol=2**-9)
+    assert (got[0] - x[0]).abs().max() < 300 / 127
+    assert not got[3].isfinite().all() and not got[4].isfinite().all()
 
 
 @pytest.mark.parametrize("value", [math.inf, math.nan])
