@@ -71,16 +71,28 @@ def _lasts(source: str, example: Tensor) -> bool:
 
 
 def input_positions(graph: fx.Graph) -> Iterator[tuple[str, int]]:
-    """(placeholder, which of Dynamo's inputs it is, or belongs to) of a joint or inference graph."""
+    """(placeholder, which of Dynamo's inputs it is, or belongs to) of a joint or inference graph.
+
+    AOTAutograd may have dropped inputs, and what it has added (tokens that keep effects in order, sizes of tensor subclasses) is
+    none of Dynamo's.
+    """
     for position, node in enumerate(primals(graph)):
-        yield node.name, getattr(_whole(node.meta.get("desc")), "idx", position)  # AOTAutograd may have dropped or added inputs
+        description = node.meta.get("desc")
+        if description is None:
+            yield node.name, position
+        elif (index := _input_index(description)) is not None:
+            yield node.name, index
 
 
-def _whole(desc: Any) -> Any:
-    """The input that a part belongs to: AOTAutograd takes a tensor subclass, such as a DTensor, apart into its tensors."""
-    while not hasattr(desc, "idx") and hasattr(desc, "base"):
-        desc = desc.base
-    return desc
+def _input_index(description: Any) -> int | None:
+    """Which input AOTAutograd's description is of: it takes a tensor subclass, such as a DTensor, apart into its tensors, and views
+    of one tensor together into that. Other kinds of descriptions have numbers of their own."""
+    while type(description).__name__ in _PARTS:
+        description = getattr(description, "base", None) or description.base_of
+    return description.idx if type(description).__name__ == "PlainAOTInput" else None
+
+
+_PARTS = ("SubclassGetAttrAOTInput", "ViewBaseAOTInput", "SyntheticBaseAOTInput")
 
 
 def _source_name(placeholder: fx.Node) -> str:

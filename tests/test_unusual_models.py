@@ -6,10 +6,12 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._functorch._aot_autograd import descriptors
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
+from passes.dynamo_inputs import input_positions
 from passes.steps import joint_steps, without
 from qcompile import (
     Percentile,
@@ -776,3 +778,46 @@ def test_a_second_backward_pass_needs_buffers_that_are_not_donated(donated):
                 loss.backward(retain_graph=retain)
                 found.append(gradients(model))
     assert found == [] if donated else all_equal(*found)
+
+
+class Solved(nn.Module):
+    """The first Parameter is only used through an operator that checks for errors: AOTAutograd orders its effects by tokens."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.skew = nn.Parameter(torch.randn(WIDTH, WIDTH) / 6)
+        self.out = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.skew - self.skew.T
+        unit = torch.eye(WIDTH)
+        return self.out(x @ torch.linalg.solve(unit + a, unit))
+
+
+def test_tokens_of_effects_are_none_of_the_inputs(interpreted):
+    model = Solved()
+    run = compiled(model, nearest("int8_in_hindsight"))
+    x = torch.randn(8, WIDTH)
+    for _ in range(2):
+        with record_launches() as launches:
+            run(x).square().sum().backward()
+        assert len(launches) == 5
+    assert {entry.rpartition(".")[0] for entry in range_state(model).state_dict() if entry.endswith(".amax")} == {
+        "skew:mm.input", "skew:mm.grad_output", "out.input", "out.grad_output"
+    }  # fmt: skip
+    assert explain(model, x, recipe="int8_in_hindsight").to_dict()
+
+
+def test_what_autograd_adds_to_a_graph_is_none_of_its_inputs():
+    plain = descriptors.PlainAOTInput
+    described = {
+        "token": descriptors.ForwardTokenAOTInput(0),
+        "weight": plain(0),
+        "local": descriptors.SubclassGetAttrAOTInput(plain(2), "_local_tensor"),
+        "size": descriptors.SubclassSizeAOTInput(plain(2), 0),
+        "base": descriptors.ViewBaseAOTInput(plain(3)),
+    }
+    graph = fx.Graph()
+    for name, description in described.items():
+        graph.placeholder(name).meta["desc"] = description
+    assert dict(input_positions(graph)) == {"weight": 0, "local": 2, "base": 3}
