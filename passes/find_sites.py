@@ -13,7 +13,8 @@ or another input among `context.constants`), "conv", or "bmm", a product of two 
 module. A backward GEMM belongs to the forward GEMM with the same autograd sequence number (`seq_nr`) with which it shares an
 operand, or else to the only one that lacks this gradient: the shared operand tells its role. Of a product of activations the second
 operand is `other`, and its gradient has the role "grad_weight". A GEMM that no rule explains is recorded with the reason, never
-dropped, and so are fused operations that contain GEMMs: what stays in high precision is reported.
+dropped, and so are fused operations that contain GEMMs: what stays in high precision is reported. Products in the gradient of
+another operation (`linalg.solve`, `affine_grid`) are no recipe's business.
 
 Numerics  exact: only metadata is written.
 Requires  a canonical graph without `convolution_backward`. Ensures: every GEMM node has meta["qtrain_gemm"] or is listed in
@@ -113,17 +114,21 @@ def find_sites(graph: fx.Graph, context: PassContext) -> int:
     names: Counter[str] = Counter()
     distances: dict[object, Site] = {}
     weights = _weights(graph, context)
+    products: set[object] = set()  # sequence numbers
     for node in graph.nodes:
         if node.op != "call_function":
             continue
         if node.target in GEMMS:
             if phase_of(node) == BACKWARD:
                 backward.append(node)
-            elif str(node.meta.get("original_aten")) == "aten._euclidean_dist.default":  # PyTorch makes several objects of it
+                continue
+            products.add(node.meta.get("seq_nr"))
+            if str(node.meta.get("original_aten")) == "aten._euclidean_dist.default":  # PyTorch makes several objects of it
                 distances[node.meta.get("seq_nr")] = _record_distances(node, context, names)
             else:
                 forward.append(_forward_site(node, context, names, weights))
         elif phase_of(node) != BACKWARD and (reason := _fused(node)):
+            products.add(node.meta.get("seq_nr"))
             _record_fused(node, reason, context, names, weights)
     uses: Counter[str] = Counter()
     places: Counter[tuple[str, ...]] = Counter()
@@ -133,7 +138,7 @@ def find_sites(graph: fx.Graph, context: PassContext) -> int:
             uses[f.site.weight] += 1
         f.site.place = _place(f, places)
     for node in _assign_backward(backward, forward, distances):
-        _record_unknown(node, context, names)
+        _record_unknown(node, context, names, None if node.meta.get("seq_nr") in products else _forward_operation(node))
     return len(forward) + len(distances) + len(backward)
 
 
@@ -291,12 +296,25 @@ def _assign(node: fx.Node, gradient: _Gradient) -> None:
     _add_gemm(gradient.forward.site, gradient.role, node, gradient.operands)
 
 
-def _record_unknown(node: fx.Node, context: PassContext, names: Counter[str]) -> None:
+def _forward_operation(node: fx.Node) -> str | None:
+    """The operation of the forward pass whose gradient a node is a part of."""
+    sequence = node.meta.get("seq_nr")
+    if sequence is None:
+        return None
+    alike = (n for n in node.graph.nodes if n.meta.get("seq_nr") == sequence and phase_of(n) != BACKWARD)
+    first = next(alike, None)
+    return None if first is None else str(first.meta.get("original_aten", first.target)).removesuffix(".default")
+
+
+def _record_unknown(node: fx.Node, context: PassContext, names: Counter[str], operation: str | None) -> None:
+    """operation  whose gradient it is a part of, where that has no GEMM; None: nobody knows"""
     module, _ = innermost_module(node)
     op = _packet(node)
     name = _unique(f"{module}:{node.name}" if module else node.name, names, functional=True)
     site = Site(name, op, kind="unknown", module=module)
     reason = Reason("not recognised as the gradient of a forward GEMM of this graph")
+    if operation is not None:
+        reason = Reason(f"part of the gradient of {operation}, which is no matrix product: recipes leave it alone", "recipe")
     site.gemms["unknown"] = Gemm("unknown", node=node.name, shape=product_shape(node), reason=reason)
     context.sites.append(site)
 

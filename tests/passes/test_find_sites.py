@@ -118,6 +118,16 @@ def test_a_gradient_that_no_forward_explains_is_recorded():
     assert len(joint.find(MM)) == sum(len(s.gemms) for s in joint.context.sites)  # none is dropped
 
 
+def test_a_product_in_the_gradient_of_another_operation_is_no_ones_to_quantize(interpreted):
+    def function(x, w):
+        return torch.linalg.solve(w + 9 * torch.eye(8), x @ w)
+
+    run = compiled(function, "int8", strict=True)
+    run(torch.randn(8, 8, requires_grad=True), torch.randn(8, 8, requires_grad=True)).sum().backward()
+    (unknown,) = (g for _, g in compiled_graphs()[-1].context.gemms() if g.role == "unknown")
+    assert unknown.reason.by_choice and "gradient of aten._linalg_solve_ex" in unknown.reason.text
+
+
 @pytest.mark.parametrize(
     "source, path",
     [
