@@ -13,10 +13,10 @@ absolute value, a ReLU that saves its result), h gets codes that keep every sign
 No GEMM's operand and no other mask sees the difference: before, `save_codes` has had the forward half save the codes, scales and
 zero points that backward GEMMs read, and these masks. What stays as it is: a tensor from which codes would be recomputed after
 all; one that backward divides by (the gradients of square roots, logarithms and quotients): a small value would become a code of
-0; copies of weights; statistics, which are tensors of less than 1/64 of the largest one, and all results but the first of an
-operator with several (the log-sum-exp of attention). What an exponential of a softmax reads is stored in 8 bits even where the
-spec says 4: an error there multiplies. A mask in it (-inf, or a very negative number) is no part of a group's range: it has a code
-of its own and comes back as -inf.
+0; one whose sine it takes: a step of codes may be more than a period; copies of weights; statistics, which are tensors of less
+than 1/64 of the largest one, and all results but the first of an operator with several (the log-sum-exp of attention). What an
+exponential of a softmax reads is stored in 8 bits even where the spec says 4: an error there multiplies. A mask in it (-inf, or a
+very negative number) is no part of a group's range: it has a code of its own and comes back as -inf.
 
 Numerics  changes gradients: everything that backward computes from h sees it rounded, and clipped where its own codes are of a
           static range. The forward result and all integer GEMMs' forward operands are as before. A group that is not finite

@@ -33,6 +33,7 @@ _SINGULAR = (
     aten.reciprocal.default, aten.rsqrt.default, aten.log.default, aten.log2.default, aten.log10.default, aten.log1p.default,
     aten.digamma.default, aten.polygamma.default,
 )  # fmt: skip
+_PERIODIC = (aten.sin.default, aten.cos.default, aten.tan.default)
 _EQUALITY = (aten.eq.Tensor, aten.eq.Scalar, aten.ne.Tensor, aten.ne.Scalar)
 
 _NEVER_SMALL = (aten.exp.default, aten.sigmoid.default)
@@ -53,7 +54,7 @@ def needs_its_values(node: fx.Node, gradients: set[fx.Node]) -> str | None:
     """Why codes are too coarse for what backward does with a tensor, or with what it computes from that element by element.
 
     It may divide by it (gradients are no divisors), or ask where it equals something, as that of a maximum does: it divides by the
-    number of those places.
+    number of those places. Of a sine it may be many periods, and a step of codes more than one.
     """
 
     def element_by_element(value: fx.Node) -> list[fx.Node]:
@@ -65,6 +66,8 @@ def needs_its_values(node: fx.Node, gradients: set[fx.Node]) -> str | None:
                 continue
             if user.target in _EQUALITY:
                 return "backward asks where it equals something, as for a maximum: codes would not"
+            if user.target in _PERIODIC:
+                return "backward takes its sine or cosine: a step of codes may be more than a period"
             negative_power = user.target is aten.pow.Tensor_Scalar and user.args[1] < 0
             unknown_power = user.target is aten.pow.Tensor_Tensor and user.args[0] is value
             divisor = user.target is aten.div.Tensor and user.args[1] is value

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from passes import compress_saved as module
 from passes import steps
 from passes.graph import DEQUANTIZE, FORWARD, QUANTIZE, SCALED_MM, phase_of, source_placeholders
-from qcompile import Recipe, RecipeError, SavedSpec, capture, explain, get_recipe, saved_bytes
+from qcompile import Recipe, RecipeError, SavedSpec, capture, compiled_graphs, explain, get_recipe, saved_bytes
 from qcompile.kernels import record_launches
 from tests.compiling import compiled, gradients, nearest
 
@@ -468,6 +468,29 @@ def test_what_backward_divides_by_is_not_stored_as_codes(interpreted, function, 
     assert all(g.isfinite().all() for g in got)
     (inner, _, outer, _) = [10 * torch.log10(w.square().sum() / (g - w).square().sum()) for g, w in zip(got, want, strict=True)]
     assert min(inner, outer) > (25 if bits == 8 else 12)
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_what_backward_takes_the_sine_of_is_not_stored_as_codes(interpreted, bits):
+    class Waves(nn.Module):
+        """Two layers of a network whose activations are sines of many periods."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner, self.outer = nn.Linear(C, C), nn.Linear(C, C)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.outer(torch.sin(30 * self.inner(x)))
+
+    model, x = Waves(), torch.randn(128, C)
+    model(x).square().mean().backward()
+    want = gradients(model)
+    model.zero_grad()
+    compiled(model, Recipe(compress_saved=bits))(x).square().mean().backward()
+    (inner, *_) = [10 * torch.log10(w.square().sum() / (g - w).square().sum()) for g, w in zip(gradients(model), want, strict=True)]
+    assert inner > 60
+    (crossing,) = (c for c in compiled_graphs()[-1].context.crossings if "sine" in (c.reason or ""))
+    assert crossing.stored is None
 
 
 def test_why_it_is_not_is_told(interpreted):
