@@ -297,13 +297,14 @@ def _assign(node: fx.Node, gradient: _Gradient) -> None:
 
 
 def _forward_operation(node: fx.Node) -> str | None:
-    """The operation of the forward pass whose gradient a node is a part of."""
+    """PyTorch's own operation of the forward pass whose gradient a node is a part of. What another library's does is not known."""
     sequence = node.meta.get("seq_nr")
     if sequence is None:
         return None
-    alike = (n for n in node.graph.nodes if n.meta.get("seq_nr") == sequence and phase_of(n) != BACKWARD)
-    first = next(alike, None)
-    return None if first is None else str(first.meta.get("original_aten", first.target)).removesuffix(".default")
+    alike = [n for n in node.graph.nodes if n.meta.get("seq_nr") == sequence and phase_of(n) != BACKWARD]
+    if not alike or any(getattr(n.target, "namespace", "aten") not in ("aten", "prims", "higher_order") for n in alike):
+        return None
+    return str(alike[0].meta.get("original_aten", alike[0].target)).removesuffix(".default")
 
 
 def _record_unknown(node: fx.Node, context: PassContext, names: Counter[str], operation: str | None) -> None:

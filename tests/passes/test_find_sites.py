@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._dynamo.exc import BackendCompilerFailed
 
 from passes.find_sites import GemmNode, find_sites
 from passes.graph import aten
@@ -126,6 +127,24 @@ def test_a_product_in_the_gradient_of_another_operation_is_no_ones_to_quantize(i
     run(torch.randn(8, 8, requires_grad=True), torch.randn(8, 8, requires_grad=True)).sum().backward()
     (unknown,) = (g for _, g in compiled_graphs()[-1].context.gemms() if g.role == "unknown")
     assert unknown.reason.by_choice and "gradient of aten._linalg_solve_ex" in unknown.reason.text
+
+
+@torch.library.custom_op("qtrain_tests::product", mutates_args=())
+def product(a: Tensor, b: Tensor) -> Tensor:
+    return a @ b
+
+
+product.register_fake(lambda a, b: a.new_empty(a.shape[0], b.shape[1]))
+product.register_autograd(
+    lambda ctx, grad: (grad @ ctx.saved_tensors[1].T, ctx.saved_tensors[0].T @ grad),
+    setup_context=lambda ctx, inputs, output: ctx.save_for_backward(*inputs),
+)
+
+
+def test_gradients_of_an_operator_of_ones_own_are_not_taken_for_granted(interpreted):
+    run = compiled(lambda x, w: product(x, w).cos(), "int8", strict=True)
+    with pytest.raises(BackendCompilerFailed, match="(?s)2 GEMM.*not recognised as the gradient"):
+        run(torch.randn(8, 8, requires_grad=True), torch.randn(8, 8, requires_grad=True))
 
 
 @pytest.mark.parametrize(
