@@ -296,3 +296,12 @@ def test_state_as_buffers_draws_by_step_and_rank(monkeypatch):
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.distributed, "get_rank", lambda: 1)
     assert not torch.equal(first, initial_values(made, "0"))
+
+
+def test_asking_for_a_range_before_there_is_any_says_what_makes_it(interpreted):
+    model = nn.Sequential(nn.Linear(8, 8))
+    with pytest.raises(KeyError, match="The model has none: a training step makes it"):
+        range_state(model)["0.input"]
+    compiled(model, "int8_in_hindsight")(torch.randn(4, 8)).sum().backward()
+    with pytest.raises(KeyError, match="'0.inputs'. Did you mean '0.input'"):
+        range_state(model)["0.inputs"]

@@ -89,7 +89,8 @@ class RangeState:
         slots = dict(self._slots())
         slot = slots.get(name) or by_alias(slots).get(name)
         if slot is None:
-            raise KeyError(f"no range state is called {name!r}. {suggestion(name, list(slots))}")
+            none_yet = "The model has none: a training step makes it, under a recipe with static ranges or random rounding."
+            raise KeyError(f"no range state is called {name!r}. {suggestion(name, list(slots)) if slots else none_yet}".rstrip())
         return {f: slot.read(f) for f in slot.fields}
 
     def snapshot(self) -> dict[str, dict[str, Tensor]]:
