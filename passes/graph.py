@@ -231,9 +231,15 @@ def on_gpu(node: fx.Node) -> bool:
 
 
 def start_of(graph: fx.Graph, phase: str) -> fx.Node:
-    """The first operation of a half of the graph; the output if the half has none."""
-    nodes = (n for n in graph.nodes if n.op != "placeholder")
-    return next(n for n in nodes if phase == FORWARD or n.op == "output" or phase_of(n) == phase)
+    """The first operation of a half of the graph behind the inputs; the output if the half has none.
+
+    AOTAutograd makes the tokens that order effects in front of the inputs.
+    """
+    inputs = primals(graph)
+    node = inputs[-1].next if inputs else next(iter(graph.nodes))
+    while node.op == "placeholder" or not (phase == FORWARD or node.op == "output" or phase_of(node) == phase):
+        node = node.next
+    return node
 
 
 @contextlib.contextmanager

@@ -806,6 +806,10 @@ def test_tokens_of_effects_are_none_of_the_inputs(interpreted):
         "skew:mm.input", "skew:mm.grad_output", "out.input", "out.grad_output"
     }  # fmt: skip
     assert explain(model, x, recipe="int8_in_hindsight").to_dict()
+    with torch.no_grad(), record_launches() as launches:  # a graph whose tokens are made in front of its inputs
+        found = run(x)
+    assert len(launches) == 2
+    assert 25 < row_snr_db(want=model(x), got=found).median() < 50
 
 
 def test_what_autograd_adds_to_a_graph_is_none_of_its_inputs():
