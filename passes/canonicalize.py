@@ -8,18 +8,23 @@ Before                                          After
   e = detach(y); f = alias(y)                     y
   t(w), transpose(w, 0, 1)                        permute(w, [1, 0]), and so for more axes
   expand(x, [its own size])                       x
+  bmm(x, expand(w, [8, 16, 4]))                   view(mm(view(x, [-1, 16]), w), [8, -1, 4])
   mm(grad, w), without a tag                      the same, tagged as backward
   convolution(x, w, None, [1], [0], ...)          convolution(x, w, None, [1, 1], [0, 0], ...)
 
-Numerics  exact: only views, aliases and their order change.
+Numerics  exact: only views, aliases and their order change; where a batch becomes one product, the order of its sums.
 Requires  meta["val"] on every node. Ensures: no detach/alias; no permute of a permute; no view of a view; equal views of one
           tensor are one node, and equal casts (autocast casts for each linear layer that reads it); what depends on a gradient is
-          tagged as backward (AOTAutograd puts no tag on what a user's `autograd.Function` computes in its backward).
-Skips     an alias that is a graph output of its own (AOTAutograd counts outputs by position, and it may alias an input).
+          tagged as backward (AOTAutograd puts no tag on what a user's `autograd.Function` computes in its backward); a linear layer
+          is `mm` whether its weight is trained or not (PyTorch makes it a `bmm` with an expanded weight if that is frozen and the
+          input is not contiguous).
+Skips     an alias that is a graph output of its own (AOTAutograd counts outputs by position, and it may alias an input); a `bmm`
+          with an expanded matrix whose gradient is a `bmm`, too.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 
 from passes.context import PassContext
@@ -43,7 +48,7 @@ from passes.graph import (
 
 def canonicalize(graph: fx.Graph, context: PassContext | None = None) -> int:
     """Return the number of nodes that were removed or rewritten."""
-    changes = _tag_backward(graph) + _write_out_geometry(graph)
+    changes = _tag_backward(graph) + _write_out_geometry(graph) + _fold_batches(graph)
     output = graph.output_node()
     seen: dict[object, fx.Node] = {}
     for node in list(graph.nodes):
@@ -101,6 +106,63 @@ def _tag_backward(graph: fx.Graph) -> int:
                 node.meta["partitioner_tag"] = "is_backward"
                 changes += 1
     return changes
+
+
+def _fold_batches(graph: fx.Graph) -> int:
+    """Products of a batch with one matrix become one product: that of an operation and those of its gradients, or none of them."""
+    by_operation: dict[object, list[fx.Node]] = {}
+    for node in graph.find_nodes(op="call_function", target=aten.bmm.default):
+        by_operation.setdefault(node.meta.get("seq_nr"), []).append(node)
+    folded = 0
+    for nodes in by_operation.values():
+        matrices = [found for node in nodes if (found := _expanded(node.args[1])) is not None]
+        if len(matrices) < len(nodes):
+            continue
+        for node, (matrix, is_turned) in zip(nodes, matrices, strict=True):
+            _fold(node, matrix, is_turned)
+        folded += len(nodes)
+    return folded
+
+
+def _expanded(node: fx.Node) -> tuple[fx.Node, bool] | None:
+    """The matrix that a batch [B, K, N] repeats, and whether it is turned around [N, K]; None if it repeats none."""
+    is_turned = False
+    while node.op == "call_function" and node.target is not EXPAND:
+        source = node.args[0]
+        if node.target in VIEWS and _same_matrix(node, source):
+            pass
+        elif node.target is PERMUTE and [d % 3 for d in node.args[1]] == [0, 2, 1]:
+            is_turned = not is_turned
+        elif node.target is aten.transpose.int and sorted(d % 3 for d in node.args[1:]) == [1, 2] and node.meta["val"].ndim == 3:
+            is_turned = not is_turned
+        else:
+            return None
+        node = source
+    is_matrix = node.target is EXPAND and node.args[0].meta["val"].ndim == 2 and _same_matrix(node, node.args[0])
+    return (node.args[0], is_turned) if is_matrix else None
+
+
+def _same_matrix(node: fx.Node, source: fx.Node) -> bool:
+    """Whether two tensors are batches of matrices of the same size."""
+    sizes = [list(n.meta["val"].shape[-2:]) for n in (node, source)]
+    return sizes[0] == sizes[1] and all(isinstance(s, int) for s in sizes[0])
+
+
+def _fold(node: fx.Node, matrix: fx.Node, is_turned: bool) -> None:
+    graph, scope = node.graph, scope_of(node, phase_of(node))
+    k, n = node.args[1].meta["val"].shape[1:]
+    with graph.inserting_before(node):
+        left = node.args[0]
+        if not left.meta["val"].is_contiguous():
+            left = call(graph, aten.clone.default, left, scope=scope, memory_format=torch.contiguous_format)
+        rows = call(graph, aten.view.default, left, [-1, k], scope=scope)
+        right = call(graph, PERMUTE, matrix, [1, 0], scope=scope) if is_turned else matrix
+        product = call(graph, aten.mm.default, rows, right, scope=scope)
+        sizes = [
+            s if isinstance(s, int) else call(graph, aten.sym_size.int, node.args[0], axis, scope=scope)
+            for axis, s in enumerate(node.args[0].meta["val"].shape[:2])
+        ]
+        replace(node, call(graph, aten.view.default, product, [*sizes, n], scope=scope))
 
 
 _GEOMETRY = ("stride", "padding", "dilation", "output_padding")

@@ -825,3 +825,39 @@ def test_what_autograd_adds_to_a_graph_is_none_of_its_inputs():
     for name, description in described.items():
         graph.placeholder(name).meta["desc"] = description
     assert dict(input_positions(graph)) == {"weight": 0, "local": 2, "base": 3}
+
+
+class EverySecond(nn.Module):
+    """Its second layer's input is not contiguous: frozen, PyTorch makes it a batch of products."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return self.head(self.body(x).transpose(0, 1)[:, ::2])
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_layer_that_is_frozen_stays_what_it_is(dynamic):
+    torch.manual_seed(0)
+    model = EverySecond()
+    run = torch.compile(model, backend="qtrain", dynamic=dynamic, options={"recipe": nearest("int8_in_hindsight")})
+
+    def step(batch):
+        model.zero_grad()
+        with record_launches() as launches:
+            run(torch.randn(6, batch, WIDTH)).square().sum().backward()
+        return len(launches)
+
+    assert [step(8), step(8)] == [5, 5]
+    names, before = set(range_state(model).state_dict()), range_state(model)["head.input"]["amax"].clone()
+    model.head.requires_grad_(False)
+    assert [step(8), step(12)] == [4, 4]
+    assert set(range_state(model).state_dict()) == names
+    assert not torch.equal(range_state(model)["head.input"]["amax"], before)
+    with torch.no_grad(), record_launches() as launches:
+        run(torch.randn(6, 8, WIDTH))
+    assert len(launches) == 2
+    report = explain(model, torch.randn(6, 8, WIDTH), recipe="int8_in_hindsight")
+    assert {gemm.site for gemm in report.gemms} == {"body", "head"} and report.integer_gemms == 4

@@ -115,3 +115,38 @@ def test_a_geometry_of_one_number_holds_for_all_axes(how):
     assert all(gemm.reason is None for _, gemm in joint.context.gemms()) and len(list(joint.context.gemms())) == 3
     for want, got in zip(before, joint.run(), strict=True):
         assert 10 * torch.log10(want.square().sum() / (want - got).square().sum()) > 25
+
+
+def integers(*size):
+    """Products of these are exact, in whatever order they are added."""
+    return torch.randint(-8, 9, size).float()
+
+
+@pytest.mark.parametrize(
+    ("product", "bmm"),
+    [
+        (lambda x, w: torch.bmm(x, w.expand(3, 5, 4)), 0),
+        (lambda x, w: torch.bmm(x.transpose(0, 1).contiguous().transpose(0, 1), w.expand(3, 5, 4)), 0),
+        (lambda x, w: torch.bmm(x, w.t().contiguous().expand(3, 4, 5).transpose(1, 2)), 0),
+        (lambda x, w: torch.bmm(x, w.expand(1, 3, 5, 4).reshape(3, 5, 4)), 0),
+        (lambda x, w: torch.bmm(x, w.reshape(5, 2, 2).expand(3, 5, 2, 2).reshape(3, 5, 4)), 1),  # a matrix, but not as it lies
+        (lambda x, w: torch.bmm(w.t().expand(3, 4, 5), x.transpose(1, 2)), 1),  # on the left
+    ],
+    ids=["plain", "not contiguous", "turned", "two axes", "another matrix", "left"],
+)
+def test_a_batch_times_one_matrix_is_one_product(product, bmm):
+    """What PyTorch makes of a linear layer with a frozen weight whose input is not contiguous."""
+    joint, _ = run_on(lambda x, w: product(x, w) + 1.0, integers(3, 7, 5), integers(5, 4))
+    assert (len(joint.find(aten.bmm.default)), len(joint.find(aten.mm.default))) == (bmm, 1 - bmm)
+
+
+@pytest.mark.parametrize("trained", [False, True])
+def test_it_is_one_product_in_the_gradients_as_well_or_in_none(trained):
+    def loss(x, w):
+        return torch.bmm(x, (w if trained else w.detach()).expand(3, 5, 4)).square().sum()
+
+    joint = joint_graph(loss, integers(3, 7, 5).requires_grad_(), integers(5, 4).requires_grad_(), decomposed=False)
+    before = joint.run()
+    joint.apply(canonicalize)
+    torch.testing.assert_close(joint.run(), before)
+    assert (len(joint.find(aten.bmm.default)), len(joint.find(aten.mm.default))) == ((3, 0) if trained else (0, 2))
