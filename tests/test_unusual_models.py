@@ -853,6 +853,7 @@ def test_a_layer_that_is_frozen_stays_what_it_is(dynamic):
     assert [step(8), step(8)] == [5, 5]
     names, before = set(range_state(model).state_dict()), range_state(model)["head.input"]["amax"].clone()
     model.head.requires_grad_(False)
+    torch.compiler.reset()  # torch 2.11 does not guard on it
     assert [step(8), step(12)] == [4, 4]
     assert set(range_state(model).state_dict()) == names
     assert not torch.equal(range_state(model)["head.input"]["amax"], before)
