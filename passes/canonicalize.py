@@ -129,23 +129,26 @@ def _expanded(node: fx.Node) -> tuple[fx.Node, bool] | None:
     is_turned = False
     while node.op == "call_function" and node.target is not EXPAND:
         source = node.args[0]
-        if node.target in VIEWS and _same_matrix(node, source):
-            pass
-        elif node.target is PERMUTE and [d % 3 for d in node.args[1]] == [0, 2, 1]:
+        if _turns_matrices(node):
             is_turned = not is_turned
-        elif node.target is aten.transpose.int and sorted(d % 3 for d in node.args[1:]) == [1, 2] and node.meta["val"].ndim == 3:
-            is_turned = not is_turned
-        else:
+        elif node.target not in VIEWS or not _same_matrix(node, source):
             return None
         node = source
     is_matrix = node.target is EXPAND and node.args[0].meta["val"].ndim == 2 and _same_matrix(node, node.args[0])
     return (node.args[0], is_turned) if is_matrix else None
 
 
+def _turns_matrices(node: fx.Node) -> bool:
+    """Whether a node turns the matrices of a batch [B, K, N] around."""
+    if node.target is PERMUTE:
+        return [d % 3 for d in node.args[1]] == [0, 2, 1]
+    return node.target is aten.transpose.int and node.meta["val"].ndim == 3 and sorted(d % 3 for d in node.args[1:]) == [1, 2]
+
+
 def _same_matrix(node: fx.Node, source: fx.Node) -> bool:
-    """Whether two tensors are batches of matrices of the same size."""
-    sizes = [list(n.meta["val"].shape[-2:]) for n in (node, source)]
-    return sizes[0] == sizes[1] and all(isinstance(s, int) for s in sizes[0])
+    """Whether two tensors are batches of matrices of the same size, which is known and not empty."""
+    size, other = (list(n.meta["val"].shape[-2:]) for n in (node, source))
+    return size == other and all(isinstance(s, int) and s > 0 for s in size)
 
 
 def _fold(node: fx.Node, matrix: fx.Node, is_turned: bool) -> None:

@@ -117,6 +117,11 @@ def test_a_geometry_of_one_number_holds_for_all_axes(how):
         assert 10 * torch.log10(want.square().sum() / (want - got).square().sum()) > 25
 
 
+def test_products_without_a_sum_stay():
+    joint, _ = run_on(lambda x, w: torch.bmm(x, w.expand(3, 0, 4)) + 1.0, torch.ones(3, 7, 0), torch.ones(0, 4))
+    assert len(joint.find(aten.bmm.default)) == 1
+
+
 def integers(*size):
     """Products of these are exact, in whatever order they are added."""
     return torch.randint(-8, 9, size).float()
