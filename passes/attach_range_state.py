@@ -213,7 +213,7 @@ def _replace_dynamic(graph: fx.Graph, node: fx.Node, use: RangeUse, stats: dict[
     scope = meta_of(node, without=(meta.RANGE,))
     with after(graph, max([node, *stats.values()])):
         extremes = _extremes(stats)
-        stats = _measure(graph, node, use.spec, stats, {}, scope)
+        stats = _with_own_measures(graph, node, use.spec, stats, {}, scope)
         low, high = inline(graph, formulas.first_range, use.spec, tuple(stats), *stats.values(), scope=scope)
         scale, zero = _scale(graph, use.spec, low, high, scope)
         # The scale of extremes is not finite where they are not; a quantile, of a sample too, may miss them.
@@ -235,7 +235,7 @@ def _replace_static(
         for name in item.entry.fields:
             piece = pieces[item.entry.owner, item.entry.key, name]
             memory[name] = call(graph, aten.view.default, piece, shape, scope=ours)
-        item.stats = _measure(graph, node, spec, item.stats, memory, ours)
+        item.stats = _with_own_measures(graph, node, spec, item.stats, memory, ours)
         read = {} if spec.estimator.static else item.stats
         tensors = (*read.values(), *memory.values())
         stored = inline(graph, formulas.stored_range, spec, tuple(read), tuple(memory), *tensors, scope=ours)
@@ -276,7 +276,7 @@ def _mirrored(low: fx.Node, high: fx.Node) -> bool:
     return low.target is aten.neg.default and low.args[0] is high
 
 
-def _measure(
+def _with_own_measures(
     graph: fx.Graph,
     node: fx.Node,
     spec: QuantSpec,

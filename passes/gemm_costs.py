@@ -40,10 +40,10 @@ from qcompile.kernels.cpu import writes_out_epilogue
 from qcompile.kernels.profit import Cast, Hadamard, Like, Product, Quantize, Transpose, Trial
 from qcompile.specs import QuantSpec
 
-__all__ = ["GemmCost", "Measure", "gemm_costs", "measured_costs", "quantized_copy", "quantized_tensor_of"]
+__all__ = ["GemmCost", "TimeTrials", "gemm_costs", "quantized_copy", "quantized_tensor_of", "time_costs"]
 
-Measure = Callable[[Sequence[Trial], torch.device], dict[Trial, float]]
-"""Trials -> seconds of each; `qcompile.kernels.profit.measure`."""
+TimeTrials = Callable[[Sequence[Trial], torch.device], dict[Trial, float]]
+"""Trials -> seconds of each; `qcompile.kernels.profit.time_trials`."""
 
 Part = tuple[str, str]
 """What and the node that it is made of: ("quantize", "q_3"), ("transpose", "q_3"), ("cast", "primals_1").
@@ -57,7 +57,7 @@ rather too much than too little: it matters where a layer takes less than a mill
 
 @dataclass
 class GemmCost:
-    """One GEMM that the recipe wants in integers. Seconds are filled by `measured_costs`."""
+    """One GEMM that the recipe wants in integers. Seconds are filled by `time_costs`."""
 
     site: str
     role: str
@@ -98,12 +98,12 @@ def gemm_costs(graph: fx.Graph, context: PassContext) -> list[GemmCost]:
     return found
 
 
-def measured_costs(costs: Sequence[GemmCost], device: torch.device, measure: Measure) -> None:
+def time_costs(costs: Sequence[GemmCost], device: torch.device, time_trials: TimeTrials) -> None:
     """Measure what the costs are made of, the two forms of a GEMM alternately."""
     for cost in costs:
         parts = cost.integer_parts | cost.hp_parts
         trials = [cost.integer, cost.hp, *(trial for trial in parts.values() if trial is not None)]
-        seconds = measure(list(dict.fromkeys(trials)), device)
+        seconds = time_trials(list(dict.fromkeys(trials)), device)
         cost.integer_seconds, cost.hp_seconds = seconds[cost.integer], seconds[cost.hp]
         cost.part_seconds = {part: STATE_SECONDS if trial is None else seconds[trial] for part, trial in parts.items()}
 

@@ -33,7 +33,7 @@ from torch import fx
 from passes import meta
 from passes.context import PassContext
 from passes.find_sites import gemm_of
-from passes.gemm_costs import GemmCost, gemm_costs, measured_costs, quantized_copy
+from passes.gemm_costs import GemmCost, gemm_costs, quantized_copy, time_costs
 from passes.graph import is_joint
 from passes.sites import Reason
 from qcompile.kernels import profit
@@ -87,7 +87,7 @@ def _decided(costs: Sequence[GemmCost], context: PassContext, *, learns: bool) -
         return known
 
     def decide() -> list[Decision]:
-        measured_costs(costs, context.device, profit.measure)
+        time_costs(costs, context.device, profit.time_trials)
         chosen = least_time(costs, {gemm: d.integer for gemm, d in known.items()})
         return [_decision(c, costs, chosen) for c in costs if (c.site, c.role) not in known]
 

@@ -7,7 +7,7 @@ folder, which it makes for all to read, is closed to others; what the environmen
 
 A group may write: on many systems every user has a group of their own, and teams share caches on purpose.
 
-What others could have written of our own measurements (`qcompile.kernels.measured`) is left aside; it is no code.
+What others could have written of our own measurements (`qcompile.kernels.kept_choices`) is left aside; it is no code.
 """
 
 from __future__ import annotations

@@ -170,7 +170,7 @@ def train_through_a_reset(before, alive):
 @pytest.mark.filterwarnings("ignore:profit filter:qcompile.QtrainWarning")
 @pytest.mark.parametrize("options", [{}, {"profit_filter": True}])
 def test_compiled_code_keeps_neither_model_nor_batch(interpreted, options, monkeypatch):
-    monkeypatch.setattr(profit, "measure", lambda trials, device: dict.fromkeys(trials, 1.0))
+    monkeypatch.setattr(profit, "time_trials", lambda trials, device: dict.fromkeys(trials, 1.0))
     for recipe in ("int8", "int8_in_hindsight"):
         gone = train_and_leave(recipe, options)
         gc.collect()

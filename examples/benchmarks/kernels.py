@@ -37,7 +37,7 @@ def gemms(
     found = autotune.candidates(device, m, k, everything=True)
     first = found[:1] if only is not None and found[0].kernel not in only else []  # what the others are compared with
     found = first + [c for c in found if only is None or c.kernel in only]
-    times |= {str(c): t for c, t in autotune.measure(found, device, (m, n, k), torch.bfloat16, timer).items()}
+    times |= {str(c): t for c, t in autotune.time_candidates(found, device, (m, n, k), torch.bfloat16, timer).items()}
     subject = {"shape": name, "m": m, "n": n, "k": k}
     return [{**subject, "kernel": kernel, "ms": ms, "tera_ops": 2 * m * n * k / ms / 1e9} for kernel, ms in times.items()]
 

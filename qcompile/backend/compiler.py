@@ -287,7 +287,7 @@ class Compilation:
         if until_valid is not None and state_inputs:
             inductor.draw_as_generated_code_does(until_valid, compile_inner)
             strides = inductor.output_strides(compiled)
-            dynamic = Interpreted(until_valid, self.context, strides, replayed=inductor.makes_cuda_graphs())
+            dynamic = Interpreted(until_valid, self.context, strides, cuda_graph=inductor.makes_cuda_graphs())
         if backward:
             run = backward_with_state(compiled, dynamic, state_inputs)
             run = agreeing(run) if self._shares_ranges() else run

@@ -155,7 +155,7 @@ def backward_with_state(compiled: CompiledHalf, dynamic: Interpreted | None, inp
             args[state] = binding.tensor
         if dynamic is None or (binding is not None and binding.steady()):
             return compiled(args)
-        if dynamic.replayed:
+        if dynamic.cuda_graph:
             tell_cuda_graphs_of_backward(args[index].device)
         return dynamic(args, binding)
 
@@ -183,13 +183,15 @@ never: those of a channel that is always zero, of a layer that is not used yet."
 class Interpreted:
     """A half for calls in which some range has no memory yet: run operator by operator, so that nothing is compiled twice.
 
-    Its outputs get the strides of the compiled half, for which the other half was compiled. `replayed`: that one is a CUDA graph.
+    Its outputs get the strides of the compiled half, because the other half was compiled for them.
+
+    cuda_graph  whether the compiled half runs as a CUDA graph
     """
 
     def __init__(
-        self, half: fx.GraphModule, context: PassContext, strides: list[tuple[int, ...] | None] | None, *, replayed: bool = False
+        self, half: fx.GraphModule, context: PassContext, strides: list[tuple[int, ...] | None] | None, *, cuda_graph: bool = False
     ) -> None:
-        self.half, self.context, self.strides, self.replayed = half, context, strides, replayed
+        self.half, self.context, self.strides, self.cuda_graph = half, context, strides, cuda_graph
         self.ready = False
         self.calls: weakref.WeakKeyDictionary[Binding, int] = weakref.WeakKeyDictionary()
         self.warned = False  # that a call without grad ran this way

@@ -38,12 +38,12 @@ def run(arguments: argparse.Namespace) -> int:
     recipes = {BASELINE: get_recipe(BASELINE), **{name: get_recipe(name) for name in names}}
     made = target.load(arguments)
     with progress(len(recipes) * (arguments.steps + 1), "compiling") as bar:
-        rows = measure(made, recipes, arguments.steps, bar)
+        rows = time_steps(made, recipes, arguments.steps, bar)
     print(json.dumps({"threads": torch.get_num_threads(), "variants": rows}, indent=2) if arguments.json else _table(rows))
     return 0
 
 
-def measure(made: target.Target, recipes: dict[str, Any], steps: int, bar: Progress) -> list[dict[str, Any]]:
+def time_steps(made: target.Target, recipes: dict[str, Any], steps: int, bar: Progress) -> list[dict[str, Any]]:
     """One row for each recipe: seconds to compile, seconds a step (median and quartiles), launches, saved bytes."""
     from qcompile.inspect.saved_bytes import saved_bytes
     from qcompile.kernels import record_launches

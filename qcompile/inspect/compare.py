@@ -33,8 +33,8 @@ from passes.graph import DEQUANTIZE, PERMUTE, QUANTIZE, ROUND_TO_POWERS, VIEWS
 from qcompile.errors import GraphError
 from qcompile.inspect.capture import Capture, capture
 from qcompile.inspect.captured_graph import CapturedGraph
+from qcompile.inspect.joint_run import JointRun, joint_at, shared_random_numbers
 from qcompile.inspect.numerics import Agreement, Rounding, agreement, rounding
-from qcompile.inspect.replay import Replay, joint_at, shared_random_numbers
 from qcompile.kernels import record_launches
 from qcompile.ops import dequantize_reference
 from qcompile.recipe import Recipe
@@ -285,15 +285,15 @@ def _compare_graph(graph: CapturedGraph, result: Comparison, prefix: str) -> Non
     hp = joint_at(graph, names[names.index("insert_qdq") - 1])
     with shared_random_numbers(graph):
         reference = _Reference(hp)
-        want = reference.step(graph)
+        want = reference.run_captured(graph)
     quantized = joint_at(graph, names[names.index("fuse_matmul") - 1] if "fuse_matmul" in names else names[-1])
     with shared_random_numbers(graph):
         measured = _Measuring(quantized, reference.products)
-        measured.step(graph)
+        measured.run_captured(graph)
     del reference
     with shared_random_numbers(graph), record_launches() as launches:
         graph.reset_state([graph.joint])
-        got = Replay(graph.joint).step(graph)
+        got = JointRun(graph.joint).run_captured(graph)
     call = graph.calls[0]
     full = {site.name: call.site_name(site) for site in graph.sites}
     for site in graph.sites:
@@ -316,7 +316,7 @@ def _comparable(value: Any, reference: Any) -> bool:
     return both and value.is_floating_point() and value.shape == reference.shape
 
 
-class _Reference(Replay):
+class _Reference(JointRun):
     """Keeps the result of every GEMM, by site and role."""
 
     def __init__(self, module: fx.GraphModule) -> None:
@@ -331,7 +331,7 @@ class _Reference(Replay):
         return value
 
 
-class _Measuring(Replay):
+class _Measuring(JointRun):
     """Measures every GEMM while it runs.
 
     What a quantize reads and makes is kept until the last GEMM that multiplies its codes has run.

@@ -21,10 +21,10 @@ from passes.steps import Step
 from qcompile.inspect.capture import Capture, capture
 from qcompile.inspect.captured_graph import Call, CapturedGraph
 from qcompile.inspect.drawing import overview_svg
-from qcompile.inspect.measuring import Measured, measure
 from qcompile.inspect.modules import module_of_site
 from qcompile.inspect.numerics import snr_db
 from qcompile.inspect.report import GemmReport, RangeReport, Report, SiteReport
+from qcompile.inspect.timing import GemmTimes, time_gemms
 from qcompile.recipe import Recipe
 from qcompile.specs import Granularity, QuantSpec
 from qcompile.wrappers import clean_names
@@ -62,7 +62,7 @@ def explain(
     given: dict[str, Any] = {"loss": loss, "ranges": ranges, **kwargs}
     found = capture(model, *inputs, recipe=recipe, passes=passes, profit_filter=profit_filter, **given)
     hp = found if found.recipe.quantizes_nothing() else capture(model, *inputs, recipe="none", **given)
-    times = [measure(graph) if timed else {} for graph in found.graphs]
+    times = [time_gemms(graph) if timed else {} for graph in found.graphs]
     report = _report(found, hp, times)
     if found.recipe.compress_saved is not None:
         without = found.recipe.replace(compress_saved=None)
@@ -72,7 +72,7 @@ def explain(
     return report
 
 
-def _report(found: Capture, hp: Capture, times: list[dict[tuple[str, str], Measured]]) -> Report:
+def _report(found: Capture, hp: Capture, times: list[dict[tuple[str, str], GemmTimes]]) -> Report:
     sites = [
         _site(site, call, number, times[number])
         for number, graph in enumerate(found.graphs)
@@ -157,7 +157,7 @@ def _coverage(number: int, sites: list[SiteReport]) -> dict[str, int]:
     return {"sites": len(own), "gemms": len(gemms), "integer": sum(gemm.integer for gemm in gemms)}
 
 
-def _site(site: Site, call: Call, graph: int, times: dict[tuple[str, str], Measured]) -> SiteReport:
+def _site(site: Site, call: Call, graph: int, times: dict[tuple[str, str], GemmTimes]) -> SiteReport:
     name = call.site_name(site)
     return SiteReport(
         name=name,
@@ -167,7 +167,7 @@ def _site(site: Site, call: Call, graph: int, times: dict[tuple[str, str], Measu
     )
 
 
-def _gemm(name: str, site: Site, gemm: Gemm, measured: Measured | None) -> GemmReport:
+def _gemm(name: str, site: Site, gemm: Gemm, times: GemmTimes | None) -> GemmReport:
     operands: dict[str, str] = {}
     if gemm.specs is not None:
         operands = {operand: _spec_text(spec) for operand, spec in zip(site.operands(gemm.role), gemm.specs, strict=True)}
@@ -180,9 +180,9 @@ def _gemm(name: str, site: Site, gemm: Gemm, measured: Measured | None) -> GemmR
         reason=None if gemm.reason is None else gemm.reason.text,
         cause=None if gemm.reason is None else gemm.reason.cause,
         operands=operands,
-        seconds=_finite(measured.seconds) if measured else None,
-        hp_seconds=_finite(measured.hp_seconds) if measured else None,
-        scales=measured.scales if measured else {},
+        seconds=_finite(times.seconds) if times else None,
+        hp_seconds=_finite(times.hp_seconds) if times else None,
+        scales=times.scales if times else {},
     )
 
 

@@ -12,8 +12,8 @@ import torch
 from passes.context import Crossing
 from passes.sites import Cause
 from qcompile.inspect import report_page, report_text
-from qcompile.inspect.measuring import Scale
 from qcompile.inspect.saved_bytes import SavedBytes
+from qcompile.inspect.timing import Scale
 from qcompile.recipe import Recipe
 
 __all__ = ["GemmReport", "RangeReport", "Report", "SiteReport"]

@@ -1,8 +1,8 @@
 """Measure the candidates for a GEMM on the GPU at hand, once for each bucket of sizes: `mode="max-autotune"`.
 
 The candidates are the rows of the Triton tables for this hardware and the library's product. The fastest is remembered for the
-process, and on disk for the next one (`qcompile.kernels.measured`): `tuning.choose` returns its configuration, `cuda.gemm_for` its
-name. Measured when a graph is compiled, on codes of its own: nothing waits for the GPU in a training step, and nothing is measured
+process, and on disk for the next one (`qcompile.kernels.kept_choices`): `tuning.choose` returns its configuration, `cuda.gemm_for`
+its name. Candidates are timed when a graph is compiled, on codes of their own: no training step waits for that, and nothing is timed
 inside a CUDA graph.
 
 A candidate that does not run (out of memory, too much shared memory, an error of Triton's), or whose product is not the first
@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from qcompile.errors import KernelError, first_line, warn_once
-from qcompile.kernels import cuda, measured
+from qcompile.kernels import cuda, kept_choices
 from qcompile.kernels.quantized_tensor import QuantizedTensor
 from qcompile.kernels.triton import tuning
 from qcompile.kernels.triton.launch import device_guard, family
 from qcompile.torch_private import real_tensors
 
-__all__ = ["Candidate", "Timer", "bench_on_gpu", "candidates", "measure", "tune"]
+__all__ = ["Candidate", "Timer", "bench_on_gpu", "candidates", "time_candidates", "tune"]
 
 PROVEN = ("triton", "triton_tma")
 """Kernels that may be measured without being asked for: Triton's own pipeline orders their copies and products."""
@@ -80,13 +80,13 @@ def tune(device: torch.device, m: int, n: int, k: int, out_dtype: torch.dtype, t
     if 0 in (m, n, k) or len(found) < 2:
         return None
     with real_tensors(), torch.no_grad():
-        times = measure(found, device, (m, n, k), out_dtype, timer or bench_on_gpu)
+        times = time_candidates(found, device, (m, n, k), out_dtype, timer or bench_on_gpu)
     if not times:
         return None
     best = min(times, key=times.__getitem__)  # the first of equals
     _remember(device, (m, n, k), best)
     if not forced:
-        measured.store(device, tuning.bucket(m, n, k), best, times[best])
+        kept_choices.store(device, tuning.bucket(m, n, k), best, times[best])
     return best
 
 
@@ -103,11 +103,11 @@ def _recall(device: torch.device) -> None:
     """Take over what an earlier process measured, once in this one."""
     if device not in _recalled:
         _recalled.add(device)
-        for sizes, choice in measured.load(device).items():
+        for sizes, choice in kept_choices.load(device).items():
             _remember(device, sizes, Candidate(*choice))
 
 
-def measure(
+def time_candidates(
     found: list[Candidate], device: torch.device, sizes: tuple[int, int, int], out_dtype: torch.dtype, timer: Timer
 ) -> dict[Candidate, float]:
     """Candidate -> its time for a product of M x N x K, of those that run."""

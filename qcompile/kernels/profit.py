@@ -1,9 +1,9 @@
 """What the parts of a GEMM's two forms take on this device, measured: for the profit filter and for `search_recipe`.
 
 A *trial* is a value that says what is run: the product on codes or in high precision (`Product`), a quantize with the statistics of
-its range (`Quantize`), a transposed copy of codes (`Transpose`), a cast (`Cast`). `measure` makes random operands of these shapes,
-strides and dtypes, lets the trials take turns, and returns the median of each, in seconds. A trial that has been measured in this
-process is not measured again: a model's equal layers are one trial.
+its range (`Quantize`), a transposed copy of codes (`Transpose`), a cast (`Cast`). `time_trials` makes random operands of these
+shapes, strides and dtypes, lets the trials take turns, and returns the median of each, in seconds. A trial that has been timed in
+this process is not timed again: a model's equal layers are one trial.
 
 Quantizes are compiled, as they are in a model. There Inductor may fuse one into whatever makes its tensor, which is cheaper than
 the kernel of its own that is measured here: the measured costs of the integer form are upper bounds.
@@ -34,7 +34,7 @@ from qcompile.kernels.registry import registered_kernels
 from qcompile.specs import QuantSpec
 from qcompile.torch_private import real_tensors
 
-__all__ = ["Cast", "Hadamard", "Like", "Product", "Quantize", "Timer", "Transpose", "Trial", "forget", "measure"]
+__all__ = ["Cast", "Hadamard", "Like", "Product", "Quantize", "Timer", "Transpose", "Trial", "forget", "time_trials"]
 
 Timer = Callable[[Callable[[], object]], float]
 """A function -> the seconds that one call of it takes."""
@@ -107,7 +107,7 @@ def forget() -> None:
         _known.clear()
 
 
-def measure(trials: Sequence[Trial], device: torch.device, timer: Timer | None = None) -> dict[Trial, float]:
+def time_trials(trials: Sequence[Trial], device: torch.device, timer: Timer | None = None) -> dict[Trial, float]:
     """Trial -> median seconds, of every trial; infinite for one that does not run, with a warning that says why.
 
     timer  default: the clock on a CPU, events on a GPU

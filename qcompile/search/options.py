@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from passes.find_sites import gemm_of
-from passes.gemm_costs import GemmCost, gemm_costs, measured_costs, quantized_tensor_of
+from passes.gemm_costs import GemmCost, gemm_costs, quantized_tensor_of, time_costs
 from qcompile.inspect.capture import Capture, default_loss
 from qcompile.inspect.captured_graph import CapturedGraph
 from qcompile.inspect.compare import quantized_operands
@@ -103,7 +103,7 @@ def _costs(found: Capture, timed: bool) -> dict[GemmKey, GemmCost]:
             continue
         own = gemm_costs(graph.steps["share_quantized"], graph.context)
         if timed:
-            measured_costs(own, graph.context.device, profit.measure)
+            time_costs(own, graph.context.device, profit.time_trials)
         costs |= {(number, cost.site, cost.role): cost for cost in own}
     order = [(n, site, role) for n, graph in enumerate(found.graphs) for site, role in integer_gemms(graph)]
     return {gemm: costs[gemm] for gemm in order if gemm in costs}

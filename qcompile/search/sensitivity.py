@@ -25,7 +25,7 @@ from passes.graph import ROUND_TO_POWERS, copy_graph, erase_unused
 from qcompile.inspect.capture import default_loss
 from qcompile.inspect.captured_graph import CapturedGraph
 from qcompile.inspect.compare import quantized_operands
-from qcompile.inspect.replay import Replay, joint_at, shared_random_numbers
+from qcompile.inspect.joint_run import JointRun, joint_at, shared_random_numbers
 
 __all__ = ["Loss", "Lost", "exact_gradients", "lost_alone", "lost_together", "with_one_quantized"]
 
@@ -83,7 +83,7 @@ def _run(graph: CapturedGraph, module: fx.GraphModule, loss: Loss | None) -> Gra
     here = replace(graph, tangents=_tangents(graph, module, loss))
     graph.reset_state([module])
     with shared_random_numbers(graph):
-        outputs = Replay(module).step(here)
+        outputs = JointRun(module).run_captured(here)
     named = zip(graph.gradient_names, outputs[graph.n_outputs :], strict=True)
     return {n: v for n, v in named if n is not None and isinstance(v, Tensor) and v.is_floating_point()}
 
@@ -103,7 +103,7 @@ def _tangents(graph: CapturedGraph, module: fx.GraphModule, loss: Loss | None) -
     erase_unused(forward.graph)
     graph.reset_state([forward])
     with shared_random_numbers(graph):
-        outputs = Replay(forward).step(graph)
+        outputs = JointRun(forward).run_captured(graph)
     floats = [o for o in outputs if isinstance(o, Tensor) and o.is_floating_point()][-len(graph.tangents) :]
     if [o.shape for o in floats] != [t.shape for t in graph.tangents] or (loss is not default_loss and len(floats) != 1):
         return graph.tangents

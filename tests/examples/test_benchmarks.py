@@ -210,7 +210,7 @@ def test_growth_measures_every_size(tmp_path, quick):
 def test_linear_says_where_the_profit_filter_did_not_help(capsys, monkeypatch):
     from qcompile.kernels import profit
 
-    monkeypatch.setattr(profit, "measure", lambda trials, device: dict.fromkeys(trials, 1.0))  # nothing is faster in integers
+    monkeypatch.setattr(profit, "time_trials", lambda trials, device: dict.fromkeys(trials, 1.0))  # nothing is faster in integers
     monkeypatch.setattr(harness, "milliseconds", lambda step, device, repeats=1: 1.0)
     arguments = "--shapes 64x64x48 --rounds 2 --device cpu --variants bf16,int8 --profit-filter"
     with pytest.warns(QtrainWarning, match="3 of 3 GEMMs stay"):

@@ -15,7 +15,7 @@ def made_up_times(monkeypatch):
     def measure(trials, device):
         return {t: 2e-3 if str(getattr(t, "operator", "")).startswith("aten.") else 1e-4 for t in trials}
 
-    monkeypatch.setattr(profit, "measure", measure)
+    monkeypatch.setattr(profit, "time_trials", measure)
 
 
 COMMON = "--seeds 0,1 --warm 2 --hp-backend eager --uniform int8,int4 --kinds memory"

@@ -300,7 +300,7 @@ def test_the_command_draws_what_it_reports(monkeypatch, tmp_path, capsys):
     def measure(trials, device):
         return {trial: 1.0 if isinstance(trial, Product) and "qtrain" in str(trial.operator) else 1e-3 for trial in trials}
 
-    monkeypatch.setattr(profit, "measure", measure)
+    monkeypatch.setattr(profit, "time_trials", measure)
     path = tmp_path / "model.svg"
     assert command_line(["explain", f"{__name__}:make", "--profit-filter", "--draw", str(path)]) == 0
     assert "0 of 5 GEMMs integer" in capsys.readouterr().out

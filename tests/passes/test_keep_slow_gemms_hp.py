@@ -44,7 +44,7 @@ def times(monkeypatch, *, integer=1.0, hp=2.0, quantize=0.0, transpose=0.0, cast
             found[trial] = own(trial) if callable(own) else own
         return found
 
-    monkeypatch.setattr(profit, "measure", measure)
+    monkeypatch.setattr(profit, "time_trials", measure)
     return asked
 
 
@@ -172,7 +172,7 @@ def test_convolutions_are_measured_with_their_geometry(monkeypatch):
     assert joint.count(SCALED_CONV) == 1
     monkeypatch.undo()
     profit.forget()
-    found = profit.measure([t for t in asked if isinstance(t, Product)], torch.device("cpu"), lambda r: r() is None or 1.0)
+    found = profit.time_trials([t for t in asked if isinstance(t, Product)], torch.device("cpu"), lambda r: r() is None or 1.0)
     assert len(found) == 6 and set(found.values()) == {1.0}  # all six products run
 
 
@@ -268,7 +268,7 @@ FEW = 4
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # Dynamo looks, after a break
 @pytest.mark.parametrize("evaluated_first", [False, True])
 def test_each_use_of_a_layer_has_a_decision_of_its_own(interpreted, monkeypatch, evaluated_first):
-    monkeypatch.setattr(profit, "measure", made_up([(FEW, 16, 12)]))
+    monkeypatch.setattr(profit, "time_trials", made_up([(FEW, 16, 12)]))
     model, x = OnBothSidesOfABreak(), torch.randn(ROWS, 12)
     run = compiled(model, "int8", profit_filter=True)
     if evaluated_first:
@@ -284,7 +284,7 @@ def test_each_use_of_a_layer_has_a_decision_of_its_own(interpreted, monkeypatch,
 
     saved = range_state(model).state_dict()
     torch.compiler.reset()
-    monkeypatch.setattr(profit, "measure", made_up([]))
+    monkeypatch.setattr(profit, "time_trials", made_up([]))
     other = OnBothSidesOfABreak()
     range_state(other).load_state_dict(saved)
     compiled(other, "int8", profit_filter=True)(x).backward()

@@ -9,7 +9,7 @@ from torch import nn
 import qcompile
 from qcompile import Recipe, RecipeError, compiled_graphs
 from qcompile.__main__ import main as command_line
-from qcompile.inspect.replay import joint_at
+from qcompile.inspect.joint_run import joint_at
 from qcompile.kernels import profit
 from qcompile.kernels.profit import Product
 from qcompile.recipe_files import tomllib
@@ -33,7 +33,7 @@ def clock():
         return 1e-4
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(profit, "measure", lambda trials, device: {trial: seconds(trial) for trial in trials})
+        patch.setattr(profit, "time_trials", lambda trials, device: {trial: seconds(trial) for trial in trials})
         yield
 
 
@@ -252,7 +252,7 @@ def test_nothing_is_timed_for_a_budget_on_memory_alone(monkeypatch):
     def measure(trials, device):
         raise AssertionError("timed")
 
-    monkeypatch.setattr(profit, "measure", measure)
+    monkeypatch.setattr(profit, "time_trials", measure)
     torch.manual_seed(0)
     model = Planted()
     found = qcompile.search_recipe(model, batches(), budget={"memory": 0.9}, candidates=["int8"])

@@ -51,7 +51,7 @@ def clock(monkeypatch):
 
     def say(*slow):
         asked = []
-        monkeypatch.setattr(profit, "measure", made_up(slow, asked))
+        monkeypatch.setattr(profit, "time_trials", made_up(slow, asked))
         return asked
 
     return say
@@ -210,7 +210,7 @@ def test_the_command_shows_the_measured_times(clock, capsys):
 def _on_a_rank(rank):
     """Every rank's own clock says otherwise; the first one's counts."""
     asked = []
-    profit.measure = made_up([UP_OUTPUT] if rank == 0 else [], asked)
+    profit.time_trials = made_up([UP_OUTPUT] if rank == 0 else [], asked)
     run = compiled(nn.parallel.DistributedDataParallel(model()), "int8", profit_filter=True)
     launched = step(run)
     decided = {name: float(d.integer) for name, d in range_state(run).decisions().items()}

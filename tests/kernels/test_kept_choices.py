@@ -10,7 +10,7 @@ import torch
 
 from qcompile import errors
 from qcompile.errors import QtrainWarning
-from qcompile.kernels import autotune, cuda, measured
+from qcompile.kernels import autotune, cuda, kept_choices
 from qcompile.kernels.triton import launch, tuning
 from tests.kernels.triton_device import DEVICE, QUIET
 
@@ -60,9 +60,9 @@ def test_the_next_process_measures_nothing(home, monkeypatch):
 
 
 def test_choices_of_several_buckets_lie_side_by_side_in_a_private_folder(home):
-    measured.store(HERE, SIZES, ("triton", row()), 1.5)
-    measured.store(HERE, (256, 40, 64), ("int_mm", None), 2.5)
-    assert measured.load(HERE) == {SIZES: ("triton", row()), (256, 40, 64): ("int_mm", None)}
+    kept_choices.store(HERE, SIZES, ("triton", row()), 1.5)
+    kept_choices.store(HERE, (256, 40, 64), ("int_mm", None), 2.5)
+    assert kept_choices.load(HERE) == {SIZES: ("triton", row()), (256, 40, 64): ("int_mm", None)}
     path = kept_file(home)
     assert stat.S_IMODE(home.stat().st_mode) == 0o700 and stat.S_IMODE(path.stat().st_mode) == 0o600
     kept = json.loads(path.read_text())
@@ -72,15 +72,15 @@ def test_choices_of_several_buckets_lie_side_by_side_in_a_private_folder(home):
 
 @pytest.mark.parametrize("what", ["device", "torch", "triton", "cuda", "kernels"])
 def test_another_device_version_or_source_has_a_file_of_its_own(what, home, monkeypatch):
-    measured.store(HERE, SIZES, ("triton", row()), 1.5)
-    here = measured.identity(HERE)
-    monkeypatch.setattr(measured, "identity", lambda device: here | {what: "another"})
+    kept_choices.store(HERE, SIZES, ("triton", row()), 1.5)
+    here = kept_choices.identity(HERE)
+    monkeypatch.setattr(kept_choices, "identity", lambda device: here | {what: "another"})
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert measured.load(HERE) == {}
-    kept_file(home).rename(measured._path(HERE))  # as if two of them had one name
+        assert kept_choices.load(HERE) == {}
+    kept_file(home).rename(kept_choices._path(HERE))  # as if two of them had one name
     with pytest.warns(QtrainWarning, match="measured for something else"):
-        assert measured.load(HERE) == {}
+        assert kept_choices.load(HERE) == {}
 
 
 def change(**entry):
@@ -107,15 +107,15 @@ FAULTS = {
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_damaged_file_is_left_aside_with_one_warning_and_replaced(fault, home):
-    measured.store(HERE, SIZES, ("triton", row()), 1.5)
+    kept_choices.store(HERE, SIZES, ("triton", row()), 1.5)
     FAULTS[fault](kept_file(home))
     with pytest.warns(QtrainWarning, match="is left aside, and GEMMs are measured again"):
-        assert measured.load(HERE) == {}
+        assert kept_choices.load(HERE) == {}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert measured.load(HERE) == {}  # said already
-        measured.store(HERE, (256, 40, 64), ("int_mm", None), 2.5)
-        assert measured.load(HERE) == {(256, 40, 64): ("int_mm", None)}
+        assert kept_choices.load(HERE) == {}  # said already
+        kept_choices.store(HERE, (256, 40, 64), ("int_mm", None), 2.5)
+        assert kept_choices.load(HERE) == {(256, 40, 64): ("int_mm", None)}
     assert [path.suffix for path in home.iterdir()] == [".json"]
 
 
@@ -123,39 +123,39 @@ def test_a_folder_that_others_may_write_to_is_not_used(home):
     home.mkdir(mode=0o777)
     home.chmod(0o777)
     with pytest.warns(QtrainWarning, match="not kept for the next process: .* written to by every user .*; QTRAIN_CACHE_DIR"):
-        measured.store(HERE, SIZES, ("triton", row()), 1.5)
+        kept_choices.store(HERE, SIZES, ("triton", row()), 1.5)
     assert not list(home.iterdir())
 
 
 def test_a_group_may_share_the_folder_as_those_of_compiled_code(home):
     home.mkdir()
     home.chmod(0o775)
-    measured.store(HERE, SIZES, ("triton", row()), 1.5)
-    assert measured.load(HERE) == {SIZES: ("triton", row())}
+    kept_choices.store(HERE, SIZES, ("triton", row()), 1.5)
+    assert kept_choices.load(HERE) == {SIZES: ("triton", row())}
 
 
 def test_where_nothing_can_be_written_training_goes_on(home):
     home.write_text("a file where the folder should be")
     with pytest.warns(QtrainWarning, match="not kept for the next process"):
-        measured.store(HERE, SIZES, ("triton", row()), 1.5)
+        kept_choices.store(HERE, SIZES, ("triton", row()), 1.5)
 
 
 def test_the_environment_names_the_folder(monkeypatch, tmp_path):
     monkeypatch.setenv("QTRAIN_CACHE_DIR", "")
-    assert measured.folder() is None and measured.load(HERE) == {}
-    measured.store(HERE, SIZES, ("triton", row()), 1.5)
+    assert kept_choices.folder() is None and kept_choices.load(HERE) == {}
+    kept_choices.store(HERE, SIZES, ("triton", row()), 1.5)
     monkeypatch.delenv("QTRAIN_CACHE_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert measured.folder() == tmp_path / "qtrain"
+    assert kept_choices.folder() == tmp_path / "qtrain"
     monkeypatch.delenv("XDG_CACHE_HOME")
-    assert measured.folder() == tmp_path.__class__(os.path.expanduser("~/.cache/qtrain"))
+    assert kept_choices.folder() == tmp_path.__class__(os.path.expanduser("~/.cache/qtrain"))
 
 
 def test_a_part_of_the_candidates_is_neither_kept_nor_recalled(home, monkeypatch):
-    measured.store(HERE, SIZES, ("int_mm", None), 0.5)
+    kept_choices.store(HERE, SIZES, ("int_mm", None), 0.5)
     monkeypatch.setenv("QTRAIN_CUDA_GEMM", "triton")
     monkeypatch.setitem(tuning.MATMUL, launch.family(HERE), (row(), row()._replace(warps=2)))
     best = autotune.tune(HERE, *SIZES, torch.float32, lambda run: 1.0)
     assert best is not None and best.kernel == "triton"
     monkeypatch.delenv("QTRAIN_CUDA_GEMM")
-    assert measured.load(HERE) == {SIZES: ("int_mm", None)}
+    assert kept_choices.load(HERE) == {SIZES: ("int_mm", None)}

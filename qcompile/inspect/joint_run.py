@@ -1,4 +1,4 @@
-"""Running a joint graph again, at any step of the pipeline, on what was captured."""
+"""Running a captured joint graph once more, as it was after any pass, on the inputs and output gradients that were captured."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import Tensor, fx
 from passes.follow_layouts import follow_layouts
 from qcompile.inspect.captured_graph import CapturedGraph, with_buffers, written_inputs
 
-__all__ = ["Replay", "joint_at", "shared_random_numbers"]
+__all__ = ["JointRun", "joint_at", "shared_random_numbers"]
 
 _SEED = 0  # of the random numbers that runs share
 
 
-def joint_at(graph: CapturedGraph, step: str) -> fx.GraphModule:
-    """The joint graph after a step of the pipeline, with range state in buffers that hold the values before the step.
+def joint_at(graph: CapturedGraph, pass_name: str) -> fx.GraphModule:
+    """The joint graph after a pass, with range state in buffers, which hold the values from before the training step.
 
-    A step in the middle of the pipeline may leave views that the layouts of a run do not allow; these get their copies here.
+    Between two passes there may be views that the layouts of a real run do not allow: these get their copies here.
     """
-    module = with_buffers(graph.steps[step], graph.joint, {})
+    module = with_buffers(graph.steps[pass_name], graph.joint, {})
     if follow_layouts(module.graph):
         module.recompile()
     graph.reset_state([module])
@@ -43,10 +43,11 @@ class shared_random_numbers:
         self._fork.__exit__(*error)
 
 
-class Replay(fx.Interpreter):
-    """Runs a joint graph on the captured inputs and output gradients; inputs that it writes to are copied."""
+class JointRun(fx.Interpreter):
+    """Runs a joint graph operator by operator. Subclasses look at values on the way."""
 
-    def step(self, graph: CapturedGraph) -> Sequence[Any]:
+    def run_captured(self, graph: CapturedGraph) -> Sequence[Any]:
+        """Outputs and gradients for the captured inputs and output gradients; an input that the graph writes to is copied first."""
         written = written_inputs(self.module.graph)
         inputs = [a.clone() if i in written else a for i, a in enumerate(graph.inputs)]
         with torch.no_grad():

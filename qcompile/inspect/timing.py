@@ -1,4 +1,4 @@
-"""Times each GEMM, and the computation of its scales, by running the joint graph operator by operator."""
+"""How long each GEMM takes, and which scales its operands have: measured on the joint graph, operator by operator."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor, fx
 from passes.find_sites import gemm_of
 from passes.graph import args_by_name
 from qcompile.inspect.captured_graph import CapturedGraph
-from qcompile.inspect.replay import Replay, joint_at, shared_random_numbers
+from qcompile.inspect.joint_run import JointRun, joint_at, shared_random_numbers
 
-__all__ = ["Measured", "Scale", "measure"]
+__all__ = ["GemmTimes", "Scale", "time_gemms"]
 
 _REPEATS = 3  # the fastest counts
 
@@ -32,7 +32,7 @@ class Scale:
 
 
 @dataclass
-class Measured:
+class GemmTimes:
     """Seconds of one GEMM with its operands as they lie in memory, without quantizing them; its scales."""
 
     seconds: float = float("inf")
@@ -40,23 +40,25 @@ class Measured:
     scales: dict[str, Scale] = field(default_factory=dict)
 
 
-def measure(graph: CapturedGraph) -> dict[tuple[str, str], Measured]:
+def time_gemms(graph: CapturedGraph) -> dict[tuple[str, str], GemmTimes]:
     """(site, role) -> what was measured, as the recipe has it and in high precision. It runs six steps."""
-    found: dict[tuple[str, str], Measured] = {}
+    found: dict[tuple[str, str], GemmTimes] = {}
     names = list(graph.steps)
     hp = joint_at(graph, names[names.index("insert_qdq") - 1]) if "insert_qdq" in names else None
     for _ in range(_REPEATS):
         with shared_random_numbers(graph):
             graph.reset_state([graph.joint])
-            _Clock(graph.joint, found, "seconds").step(graph)
+            _Clock(graph.joint, found, "seconds").run_captured(graph)
         if hp is not None:
             with shared_random_numbers(graph):
-                _Clock(hp, found, "hp_seconds").step(graph)
+                _Clock(hp, found, "hp_seconds").run_captured(graph)
     return found
 
 
-class _Clock(Replay):
-    def __init__(self, module: fx.GraphModule, found: dict[tuple[str, str], Measured], what: str) -> None:
+class _Clock(JointRun):
+    """Notes the time of every GEMM under the field `what` of its `GemmTimes`, if it is the shortest so far."""
+
+    def __init__(self, module: fx.GraphModule, found: dict[tuple[str, str], GemmTimes], what: str) -> None:
         super().__init__(module)
         self.found, self.what = found, what
 
@@ -69,12 +71,12 @@ class _Clock(Replay):
         value = super().run_node(n)
         _wait(n)
         seconds = time.perf_counter() - start
-        measured = self.found.setdefault((where.site, where.role), Measured())
-        setattr(measured, self.what, min(seconds, getattr(measured, self.what)))
-        if self.what == "seconds" and not measured.scales and hasattr(n.target, "_schema"):
+        times = self.found.setdefault((where.site, where.role), GemmTimes())
+        setattr(times, self.what, min(seconds, getattr(times, self.what)))
+        if self.what == "seconds" and not times.scales and hasattr(n.target, "_schema"):
             scales = [self.env[a] for name, a in args_by_name(n).items() if name.endswith("scale") and isinstance(a, fx.Node)]
             if len(scales) == len(where.operands):
-                measured.scales = dict(zip(where.operands, map(_scale, scales), strict=True))
+                times.scales = dict(zip(where.operands, map(_scale, scales), strict=True))
         return value
 
 
