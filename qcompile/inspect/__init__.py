@@ -3,7 +3,8 @@
 from qcompile.inspect.capture import Capture, capture
 from qcompile.inspect.captured_graph import CapturedGraph
 from qcompile.inspect.check_compiled import check_compiled
-from qcompile.inspect.compare import Comparison, GemmNumerics, compare
+from qcompile.inspect.compare import compare
+from qcompile.inspect.comparison import Comparison, GemmNumerics
 from qcompile.inspect.explain import explain
 from qcompile.inspect.listing import format_graph
 from qcompile.inspect.monitor import Monitor, monitor

@@ -12,7 +12,7 @@ from qcompile._packages import require
 from qcompile.inspect.modules import rows_of
 
 if TYPE_CHECKING:
-    from qcompile.inspect.compare import Comparison
+    from qcompile.inspect.comparison import Comparison
 
 __all__ = ["heatmap", "plot_history"]
 

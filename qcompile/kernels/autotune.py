@@ -2,8 +2,8 @@
 
 The candidates are the rows of the Triton tables for this hardware and the library's product. The fastest is remembered for the
 process, and on disk for the next one (`qcompile.kernels.kept_choices`): `tuning.choose` returns its configuration, `cuda.gemm_for`
-its name. Candidates are timed when a graph is compiled, on codes of their own: no training step waits for that, and nothing is timed
-inside a CUDA graph.
+its name. Candidates are timed when a graph is compiled, on codes of their own: no training step waits for that, and nothing is
+timed inside a CUDA graph.
 
 A candidate that does not run (out of memory, too much shared memory, an error of Triton's), or whose product is not the first
 one's, is left out, with one warning for it in the process; if there is no memory for the operands, or nothing runs, the default

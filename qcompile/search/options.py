@@ -10,7 +10,7 @@ from passes.find_sites import gemm_of
 from passes.gemm_costs import GemmCost, gemm_costs, quantized_tensor_of, time_costs
 from qcompile.inspect.capture import Capture, default_loss
 from qcompile.inspect.captured_graph import CapturedGraph
-from qcompile.inspect.compare import quantized_operands
+from qcompile.inspect.quantized_operands import quantized_operands
 from qcompile.kernels import profit
 from qcompile.recipe import Recipe
 from qcompile.search.choose import HP, GemmOptions, Option
@@ -144,7 +144,7 @@ def _all_saved(found: Capture, costs: dict[GemmKey, GemmCost]) -> dict[GemmKey, 
             if where is None or where.role == "output" or (number, where.site, where.role) not in costs:
                 continue
             gemm = number, where.site, where.role
-            for name, (position, (quantize, *_)) in zip(where.operands, quantized_operands(node), strict=True):
+            for name, (position, quantize, _) in zip(where.operands, quantized_operands(node), strict=True):
                 if name not in ("grad_output", "weight"):
                     x = costs[gemm].integer_parts["quantize", quantize.name].x  # type: ignore[union-attr]
                     elements = math.prod(x.shape) * len(graph.calls)

@@ -24,8 +24,8 @@ from passes import meta
 from passes.graph import ROUND_TO_POWERS, copy_graph, erase_unused
 from qcompile.inspect.capture import default_loss
 from qcompile.inspect.captured_graph import CapturedGraph
-from qcompile.inspect.compare import quantized_operands
 from qcompile.inspect.joint_run import JointRun, joint_at, shared_random_numbers
+from qcompile.inspect.quantized_operands import quantized_operands
 
 __all__ = ["Loss", "Lost", "exact_gradients", "lost_alone", "lost_together", "with_one_quantized"]
 
@@ -123,13 +123,13 @@ def with_one_quantized(graph: CapturedGraph, kept: Iterable[SiteRole]) -> fx.Gra
         found = quantized_operands(gemm)
         if not found or (gemm.meta[meta.GEMM].site, gemm.meta[meta.GEMM].role) in kept:
             continue
-        for position, (quantize, *way) in found:
+        for position, quantize, views in found:
             dtype = gemm.args[position].meta["val"].dtype
             with module.graph.inserting_before(gemm):
                 value = quantize.args[0]
                 if value.target is ROUND_TO_POWERS:
                     value = value.args[0]
-                for node in way:  # views and transposes on the codes' way to the GEMM
+                for node in views:
                     value = module.graph.call_function(node.target, (value, *node.args[1:]), dict(node.kwargs))
                 value = module.graph.call_function(torch.ops.aten._to_copy.default, (value,), {"dtype": dtype})
             gemm.update_arg(position, value)
