@@ -19,6 +19,7 @@ import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
+import qcompile
 from passes.context import PassContext
 from passes.environment import dump, graph_number, log, skipped
 from passes.graph import BACKWARD, FORWARD
@@ -170,8 +171,6 @@ def _run(
 @lru_cache(maxsize=1)
 def source_fingerprint() -> str:
     """sha256 of every source file of qtrain: a compiled graph from other sources must never be served from a cache."""
-    import qcompile
-
     digest = hashlib.sha256(torch.__version__.encode())
     for root in (Path(__file__).parent, Path(qcompile.__file__).parent):
         for path in sorted(root.rglob("*.py")):

@@ -12,6 +12,8 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from qcompile.errors import KernelError, UnsupportedError
+
 COMMANDS = {
     "explain": "say which matrix products of a model's training step are integer, and why not",
     "compare": "measure what a recipe does to every GEMM, output and gradient of a step",
@@ -36,8 +38,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if name == asked:  # the others are listed only
             importlib.import_module(f"qcompile.commands.{name}").add_arguments(subparser)
     arguments = parser.parse_args(argv)
-    from qcompile.errors import KernelError, UnsupportedError
-
     try:
         return importlib.import_module(f"qcompile.commands.{arguments.command}").run(arguments)
     except (ValueError, OSError, KernelError, UnsupportedError) as error:

@@ -19,6 +19,7 @@ import torch
 from torch import fx, nn
 from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
+from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
 from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
@@ -28,6 +29,7 @@ from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from passes.context import PassContext
 from passes.partition import min_cut_partition
+from passes.pipeline import source_fingerprint
 from passes.restore_decompositions import decompositions
 from qcompile.backend import early_kernels, inductor_operations
 from qcompile.cache_folders import check_cache_folders
@@ -262,8 +264,6 @@ def compile_late(half: fx.GraphModule, *, dynamic: bool) -> Callable[..., Any]:
 
 def _of_these_sources() -> dict[str, Any]:
     """Options by which Inductor's cache tells what other sources of qtrain have compiled: it hashes graphs, but no lowerings."""
-    from passes.pipeline import source_fingerprint
-
     users = inductor_config.post_grad_custom_pre_pass
     return {"post_grad_custom_pre_pass": _HalfPass(lambda graph: None, source_fingerprint(), users)}
 
@@ -389,8 +389,6 @@ def mode_options(mode: str | None) -> dict[str, Any]:
     """
     if mode is None:
         return {}
-    from torch._inductor import list_mode_options
-
     known = list_mode_options()
     if mode not in known:
         raise ValueError(f"mode: got {mode!r}; allowed: {', '.join(sorted(known))}")

@@ -10,16 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
 
 from qcompile.estimators.base import STATISTICS, IntegerFormat, scale_and_zero_point
-
-if TYPE_CHECKING:
-    from qcompile.specs import QuantSpec
 
 __all__ = ["Elements", "clipped_share", "coarser", "never_empty", "statistics"]
 
@@ -196,13 +192,3 @@ def _stride(count: int, size: int, row: int) -> int:
 
 def _spread(size: int, count: int, device: torch.device) -> Tensor:
     return (torch.arange(size, dtype=torch.int64, device=device) * 0x9E37_79B1) % count
-
-
-def first_scale_and_zero_point(x: Tensor, dims: Sequence[int], spec: QuantSpec) -> tuple[Tensor, Tensor]:
-    """Scale (fp32) and zero point (int32) by which the current tensor is quantized where there is no memory."""
-    from qcompile.estimators.step import first_range, measured
-
-    stats = measured(spec, x, dims, statistics(x, dims, spec.estimator.statistics_for(spec.symmetric)), None)
-    low, high = first_range(spec, stats)
-    scale, zero_point = scale_and_zero_point(low, high, spec)
-    return scale, torch.zeros_like(scale, dtype=torch.int32) if zero_point is None else zero_point

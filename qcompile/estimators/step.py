@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 __all__ = [
     "EagerRange",
     "first_range",
+    "first_scale_and_zero_point",
     "initial_state",
     "measured",
     "current_statistics",
@@ -67,6 +68,13 @@ def first_range(spec: QuantSpec, stats: Stats) -> tuple[Tensor, Tensor]:
 def stored_range(spec: QuantSpec, stats: Stats, state: State) -> tuple[Tensor, Tensor]:
     """(low, high) where there is memory."""
     return spec.estimator.range({} if spec.estimator.static else stats, state)
+
+
+def first_scale_and_zero_point(spec: QuantSpec, x: Tensor, dims: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Scale (fp32) and zero point (int32; zeros for symmetric codes) of the current tensor where there is no memory."""
+    low, high = first_range(spec, measured(spec, x, dims, current_statistics(spec, x, dims), None))
+    scale, zero_point = scale_and_zero_point(low, high, spec)
+    return scale, torch.zeros_like(scale, dtype=torch.int32) if zero_point is None else zero_point
 
 
 def updated(estimator: RangeEstimator, stats: Stats, old: State) -> dict[str, Tensor]:

@@ -26,6 +26,8 @@ from passes.steps import Step
 from qcompile.backend.options import Options
 from qcompile.errors import GraphError, KernelError, RecipeError, StateError, UnsupportedError
 from qcompile.inspect.captured_graph import CapturedGraph
+from qcompile.inspect.diff import diff
+from qcompile.inspect.drawing import draw
 from qcompile.inspect.isolation import copy_inputs, copy_model, fresh_call, undisturbed
 from qcompile.inspect.recording import Recording
 from qcompile.inspect.saved_bytes import SavedBytes, storage_of, tensors_in
@@ -155,8 +157,6 @@ class Capture:
 
         Errors: `ValueError` for a pass that did not run, or an unknown site.
         """
-        from qcompile.inspect.diff import diff
-
         return diff(self.first, step, site=site)
 
     def draw(
@@ -171,8 +171,6 @@ class Capture:
 
         Errors: `ValueError` for another ending, and for an unknown row, pass or site.
         """
-        from qcompile.inspect.drawing import draw
-
         return draw(self, Path(path), expand=expand, step=step, site=site)
 
     def __str__(self) -> str:

@@ -18,6 +18,7 @@ from passes import meta
 from passes.buffers import bind_state
 from passes.context import PassContext
 from passes.graph import copy_graph, is_gradient
+from passes.site_graph import site_graph
 from passes.sites import Site, full_name
 from qcompile.inspect.labels import first_name, rename_by_label
 from qcompile.inspect.saved_bytes import SavedBytes, SavedTensor
@@ -188,8 +189,6 @@ class CapturedGraph:
 
     def to_networkx(self) -> networkx.DiGraph:
         """The sites as a graph of tensors, quantizes and GEMMs: see `passes.site_graph`."""
-        from passes.site_graph import site_graph
-
         return site_graph(self.joint.graph, self.context, saved=self.saved_names())
 
     def saved_names(self) -> set[str]:

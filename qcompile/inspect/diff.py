@@ -15,6 +15,7 @@ from passes.graph import copy_graph
 from qcompile.inspect.captured_graph import CapturedGraph
 from qcompile.inspect.labels import first_name
 from qcompile.inspect.listing import format_graph, format_nodes
+from qcompile.inspect.site_nodes import nodes_of_site
 
 __all__ = ["diff"]
 
@@ -26,8 +27,6 @@ def diff(graph: CapturedGraph, step: str, *, site: str | None = None) -> str:
     if site is None:
         old, new = (format_graph(g).splitlines() for g in (before, after))
     else:
-        from qcompile.inspect.drawing.detail import nodes_of_site
-
         old, new = (format_nodes(nodes_of_site(graph, g, site)).splitlines() for g in (before, after))
     names = [{first_name(n) for n in g.nodes} for g in (before, after)]
     count = graph.context.counts.get(step, 0)

@@ -31,10 +31,12 @@ import torch
 from torch import nn
 
 from qcompile._packages import require
+from qcompile.backend.compiler import compiled_graphs
 from qcompile.backend.options import Options
 from qcompile.errors import QtrainWarning, StateError
 from qcompile.inspect.capture import Capture, capture_call
 from qcompile.inspect.compare import compare_captured
+from qcompile.inspect.plots import plot_history
 from qcompile.recipe import Recipe
 from qcompile.state.range_state import range_state
 
@@ -151,8 +153,6 @@ class Monitor:
 
     def _as_compiled(self) -> tuple[str | Recipe | Mapping[str, Any], Mapping[str, torch.dtype]]:
         """The recipe, unless one was given, and the autocast (type of device -> dtype) of the model's last compilation."""
-        from qcompile.backend.compiler import compiled_graphs
-
         known = compiled_graphs(self.model) or compiled_graphs()  # Dynamo may run a graph that it compiled for an equal model
         if self.recipe is not None:
             return self.recipe, known[-1].autocast if known else {}
@@ -172,8 +172,6 @@ class Monitor:
 
         Errors: `ValueError` where there is no such curve; `MissingPackageError` without matplotlib.
         """
-        from qcompile.inspect.plots import plot_history
-
         return plot_history([row._asdict() for row in self.history], path, metric=metric, names=names)
 
 

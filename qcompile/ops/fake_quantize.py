@@ -39,6 +39,7 @@ import torch
 from torch import Tensor
 
 from qcompile.errors import KernelError
+from qcompile.estimators.statistics import statistics
 from qcompile.ops._library import LIBRARY
 
 __all__ = ["FORMS", "fake_quantize", "fake_quantize_codes", "levels", "soft_round_slope", "whole_zero_point"]
@@ -146,8 +147,6 @@ class _FakeQuantize(torch.autograd.Function):
 
 def _scale_or_nan(x: Tensor, scale: Tensor) -> Tensor:
     """The scale, NaN where the tensor was not finite."""
-    from qcompile.estimators.statistics import statistics  # it imports specs, which import estimators
-
     amax = statistics(x, range(x.ndim), ("amax",))["amax"]
     return torch.where(amax.isfinite(), scale, math.nan)
 

@@ -26,7 +26,9 @@ import torch
 from torch import Tensor
 
 from qcompile.errors import UnsupportedError
+from qcompile.estimators.step import first_scale_and_zero_point
 from qcompile.ops._library import LIBRARY, define
+from qcompile.specs import QuantSpec
 
 __all__ = ["range_", "read_state", "seed_", "select_range", "select_range_reference", "unpack", "write_state_"]
 
@@ -54,10 +56,7 @@ def range_reference(x: Tensor, dims: list[int], spec: str, site: str) -> tuple[T
 
     `dims` are the axes that share a scale; when they are all axes the results are 0-d, otherwise they keep `x.ndim` axes.
     """
-    from qcompile.estimators.statistics import first_scale_and_zero_point
-    from qcompile.specs import QuantSpec
-
-    return first_scale_and_zero_point(x, dims, QuantSpec.from_dict(json.loads(spec)))
+    return first_scale_and_zero_point(QuantSpec.from_dict(json.loads(spec)), x, dims)
 
 
 def _range_fake(x: Tensor, dims: list[int], spec: str, site: str) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from qcompile.inspect.captured_graph import CapturedGraph
 from qcompile.inspect.drawing.detail import draw_pass, draw_row
 from qcompile.inspect.drawing.dot import to_dot
-from qcompile.inspect.drawing.overview import draw_overview
+from qcompile.inspect.drawing.overview import draw_overview, title_of
+from qcompile.inspect.drawing.page import to_page
 from qcompile.inspect.drawing.svg import Canvas
 
 if TYPE_CHECKING:
@@ -29,8 +30,6 @@ def draw(capture: Capture, path: Path, *, expand: Sequence[str] = (), step: str 
         else:
             text = overview_svg(capture.first, title_of(capture), expand)
     elif ending == ".html":
-        from qcompile.inspect.drawing.page import to_page
-
         text = to_page(capture)
     elif ending == ".dot":
         text = to_dot(capture.first, title_of(capture))
@@ -38,11 +37,6 @@ def draw(capture: Capture, path: Path, *, expand: Sequence[str] = (), step: str 
         raise ValueError(f"draw: {path.name!r} ends in {ending!r}; allowed: .svg, .html, .dot")
     path.write_text(text, encoding="utf-8")
     return path
-
-
-def title_of(capture: Capture) -> str:
-    """One line above a drawing."""
-    return f"{type(capture.model).__name__}, recipe {capture.recipe.name}"
 
 
 def overview_svg(graph: CapturedGraph, title: str, expand: Sequence[str] = ()) -> str:

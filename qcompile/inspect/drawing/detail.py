@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,16 +9,16 @@ import networkx as nx
 import torch
 from torch import Tensor, fx
 
-from passes import meta
-from passes.graph import ALIASES, BACKWARD, CASTS, PERMUTE, TRANSPOSES, VIEWS, reachable
+from passes.graph import BACKWARD
 from qcompile.inspect.captured_graph import CapturedGraph
 from qcompile.inspect.drawing.layered import layered
 from qcompile.inspect.drawing.svg import COLOURS, Canvas, shortened, text_width
 from qcompile.inspect.labels import first_name, identifier
 from qcompile.inspect.listing import short_type
 from qcompile.inspect.modules import ModuleRow
+from qcompile.inspect.site_nodes import nodes_of_site
 
-__all__ = ["draw_pass", "draw_row", "nodes_of_site"]
+__all__ = ["draw_pass", "draw_row"]
 
 _NODE_HEIGHT = 32.0
 
@@ -130,45 +129,6 @@ def draw_pass(graph: CapturedGraph, name: str, site: str) -> Canvas:
     canvas.place(left, 16, top)
     canvas.place(right, 16 + left.width + gap, top)
     return canvas
-
-
-def _gemm_names(graph: CapturedGraph, site: str) -> set[str]:
-    """The nodes of a site's GEMMs, by their first names, at every stage."""
-    found = set()
-    for step in [*graph.steps.values(), graph.joint.graph]:
-        for node in step.nodes:
-            where = node.meta.get(meta.GEMM)
-            if where is not None and where.site == site:
-                found.add(first_name(node))
-    return found
-
-
-_PASSED = {*VIEWS, *ALIASES, *CASTS, *TRANSPOSES, PERMUTE, operator.getitem}
-
-
-def nodes_of_site(graph: CapturedGraph, step: fx.Graph, site: str) -> list[fx.Node]:
-    """A site's GEMMs in the joint graph at some step, and behind them everything up to the first node of the
-    user's that is no view or cast.
-
-    Errors: `ValueError` for an unknown site.
-    """
-    if site not in {s.name for s in graph.sites}:
-        raise ValueError(f"no site is called {site!r}; the sites are {', '.join(s.name for s in graph.sites)}")
-    originals = {first_name(n) for n in graph.joint_before.graph.nodes}
-    gemms = _gemm_names(graph, site)
-
-    def behind(node: fx.Node) -> list[fx.Node]:
-        made_here = first_name(node) not in originals
-        followed = (made_here or (node.op == "call_function" and node.target in _PASSED)) and not _reads_everything(node)
-        return node.all_input_nodes if followed or first_name(node) in gemms else []
-
-    found = set(reachable([n for n in step.nodes if first_name(n) in gemms], behind))
-    return [n for n in step.nodes if n in found]
-
-
-def _reads_everything(node: fx.Node) -> bool:
-    """Whether a node belongs to many sites at once, as reads of range state do: shown, not followed."""
-    return len(node.users) > 16 or node.op in ("placeholder", "get_attr")
 
 
 def _draw_nodes(nodes: Iterable[fx.Node], site: str, *, gone: set[str], new: set[str]) -> Canvas:

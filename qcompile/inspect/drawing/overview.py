@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import networkx as nx
 import torch
@@ -20,7 +21,10 @@ from qcompile.inspect.listing import short_type
 from qcompile.inspect.modules import ModuleRow, rows_of, saved_by_row, site_flow
 from qcompile.inspect.report_text import size_text
 
-__all__ = ["Overview", "draw_overview"]
+if TYPE_CHECKING:
+    from qcompile.inspect.capture import Capture
+
+__all__ = ["Overview", "draw_overview", "title_of"]
 
 CELLS = {"output": "y", "grad_input": "dx", "grad_weight": "dw"}
 _CHIP_HEIGHT, _CHIP_GAP, _COLUMN_GAP, _ROW_GAP = 34.0, 6.0, 30.0, 18.0
@@ -42,6 +46,11 @@ def kind_of(gemm: Gemm) -> str:
     if gemm.reason is None:
         return "integer"
     return "choice" if gemm.reason.by_choice else "hp"
+
+
+def title_of(capture: Capture) -> str:
+    """One line above a drawing."""
+    return f"{type(capture.model).__name__}, recipe {capture.recipe.name}"
 
 
 def draw_overview(graph: CapturedGraph, title: str) -> Overview:

@@ -9,7 +9,7 @@ from markupsafe import Markup
 
 from qcompile.inspect.captured_graph import CapturedGraph
 from qcompile.inspect.drawing.detail import draw_pass, draw_row
-from qcompile.inspect.drawing.overview import draw_overview
+from qcompile.inspect.drawing.overview import draw_overview, title_of
 from qcompile.inspect.drawing.svg import arrow_head
 from qcompile.inspect.modules import ModuleRow, rows_of
 from qcompile.inspect.page import render
@@ -22,8 +22,6 @@ __all__ = ["to_page"]
 
 def to_page(capture: Capture) -> str:
     """The HTML of all graphs of a capture."""
-    from qcompile.inspect.drawing import title_of
-
     return render(
         "drawing.html",
         title=title_of(capture),
