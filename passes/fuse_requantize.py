@@ -21,7 +21,6 @@ Skips     a result that anything else reads: another operation, a statistic beyo
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from torch import fx
@@ -45,6 +44,7 @@ from passes.graph import (
 from passes.in_memory import ancestors
 from passes.lower_state import assume_valid
 from passes.matching import stable_topological_sort
+from qcompile.kernels.quantized_tensor import Requantization
 
 __all__ = ["fuse_requantize"]
 
@@ -183,10 +183,9 @@ def _fuse(graph: fx.Graph, chain: _Chain, results: dict[fx.Node, str]) -> None:
     low, high = _bounds(results)  # type: ignore[misc]
     ours = meta_of(gemm, without=(meta.GEMM,))
     _, scale, zero, bits, _, _ = quantize.args
-    mark = "marked" in results.values()
-    args: Sequence[object] = (*gemm.args, chain.relu, chain.gate, scale, zero, bits, low, high, mark)
+    to = Requantization(chain.relu, chain.gate, scale, zero, bits, low, high, mark="marked" in results.values())
     with graph.inserting_before(quantize):
-        fused = call(graph, SCALED_MM_REQUANTIZE, *args, scope=meta_of(gemm))
+        fused = call(graph, SCALED_MM_REQUANTIZE, *gemm.args, *to, scope=meta_of(gemm))
         codes, marked, statistics = (call(graph, operator.getitem, fused, i, scope=ours) for i in range(3))
         for node, name in results.items():
             if name == "marked":

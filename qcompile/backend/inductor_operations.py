@@ -55,7 +55,8 @@ class _Operations(NamedTuple):
     scale: Callable[[int], _Text]
 
 
-# ---- what the operators are lowered to
+# ---- what the operators are lowered to. Inductor's modules are imported where they are used: one that another torch does not have
+# must fail inside `register`, which catches that, and not this module's import.
 
 
 def _is_known(device: torch.device) -> bool:

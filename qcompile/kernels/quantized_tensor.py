@@ -1,4 +1,4 @@
-"""Codes and what they mean: an operand of an integer GEMM.
+"""Codes and what they mean, as an operand of an integer GEMM and as its result.
 
 The operators take two operands as (a, b, a_scale, b_scale, a_zero, b_zero); what computes them takes two `QuantizedTensor`s.
 `as_operator` and `flat` lead from one form to the other.
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["MatrixProduct", "QuantizedTensor", "as_operator", "as_plan", "flat", "zero_point_count"]
+__all__ = ["MatrixProduct", "QuantizedTensor", "Requantization", "as_operator", "as_plan", "flat", "zero_point_count"]
 
 
 class QuantizedTensor(NamedTuple):
@@ -29,6 +29,24 @@ class QuantizedTensor(NamedTuple):
             return values.reshape(()) if values.numel() == 1 else lay_out(values)
 
         return laid_out(self.scale), None if self.zero is None else laid_out(self.zero)
+
+
+class Requantization(NamedTuple):
+    """How a GEMM's result becomes codes: the last arguments of `qtrain::scaled_mm_requantize`, whose module says what each does.
+
+    gate               int8 [M, N], or None
+    scale, zero_point  of the result, one for all: fp32, int32 or None; 0-d or [1, 1]
+    low, high          fp32 like `scale`; low None: the range is -high ... high
+    """
+
+    relu: bool
+    gate: Tensor | None
+    scale: Tensor
+    zero_point: Tensor | None
+    bits: int
+    low: Tensor | None
+    high: Tensor
+    mark: bool
 
 
 class MatrixProduct(Protocol):

@@ -98,7 +98,7 @@ def check_kernel(kernel: Kernel, m: int, n: int, k: int) -> None:
     Scales are powers of two, so every value has one right result, bit for bit, while the sums stay below 2**24.
     Errors: `KernelError` for another shape, dtype or value.
     """
-    from qcompile.ops.scaled_mm import scaled_mm_reference
+    from qcompile.ops.scaled_mm import scaled_mm_reference  # the operators import the kernels
 
     random = torch.Generator().manual_seed(0)
 

@@ -20,7 +20,7 @@ from qcompile.ops._library import LIBRARY, checked, define
 from qcompile.ops.pack_codes import codes_per_byte, unpack_codes_reference
 from qcompile.ops.scaled_mm import check_scaled_mm, scaled_mm_reference
 
-__all__ = ["scaled_mm_packed", "scaled_mm_packed_reference", "unpacked"]
+__all__ = ["check_scaled_mm_packed", "scaled_mm_packed", "scaled_mm_packed_reference", "unpacked"]
 
 
 def unpacked(a: Tensor, b: Tensor, k: int, a_bits: int, b_bits: int) -> tuple[Tensor, Tensor]:
@@ -38,7 +38,8 @@ def scaled_mm_packed_reference(a: Tensor, b: Tensor, *rest: Any) -> Tensor:
     return scaled_mm_reference(*unpacked(a, b, k, a_bits, b_bits), *operands)
 
 
-def _check(a: Tensor, b: Tensor, *rest: Any) -> None:
+def check_scaled_mm_packed(a: Tensor, b: Tensor, *rest: Any) -> None:
+    """Refuse operands that `qtrain::scaled_mm_packed` does not take, for every device. Errors: `KernelError`."""
     *operands, k, a_bits, b_bits = rest
     for name, codes, axis, bits in (("a", a, 1, a_bits), ("b", b, 0, b_bits)):
         check_matrix("scaled_mm_packed", name, codes)
@@ -61,17 +62,11 @@ def _on_cpu(a: Tensor, b: Tensor, *rest: Any) -> Tensor:
     return as_operator(cpu.scaled_mm)(*unpacked(a, b, k, a_bits, b_bits), *operands)
 
 
-def _on_cuda(*args: Any) -> Tensor:
-    from qcompile.kernels import cuda
-
-    return cuda.scaled_mm_packed(*args)
-
-
 scaled_mm_packed = define(
     "scaled_mm_packed(Tensor a, Tensor b, Tensor a_scale, Tensor b_scale, Tensor? a_zero, Tensor? b_zero, Tensor? bias, "
     "ScalarType out_dtype, SymInt k, int a_bits, int b_bits) -> Tensor",
-    checked(_check, scaled_mm_packed_reference),
-    fake=checked(_check, _fake),
+    checked(check_scaled_mm_packed, scaled_mm_packed_reference),
+    fake=checked(check_scaled_mm_packed, _fake),
 )
 """As `scaled_mm`, with K codes an operand: a int8 [M, ceil(K / fields)], b int8 [ceil(K / fields), N].
 
@@ -79,5 +74,4 @@ scaled_mm_packed = define(
 
 Errors: `KernelError`.
 """
-LIBRARY.impl("scaled_mm_packed", checked(_check, _on_cpu), "CPU")
-LIBRARY.impl("scaled_mm_packed", checked(_check, as_operator(_on_cuda)), "CUDA")
+LIBRARY.impl("scaled_mm_packed", checked(check_scaled_mm_packed, _on_cpu), "CPU")

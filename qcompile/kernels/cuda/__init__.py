@@ -8,8 +8,9 @@
     transpose   `transpose_codes`
     register    all of them, as torch's kernels for CUDA devices
 
-The Triton kernels themselves are in `qcompile.kernels.triton`. Needs neither a GPU nor Triton to be imported: what can run is asked
-when a kernel is called.
+The Triton kernels themselves are in `qcompile.kernels.triton`. Importing this package needs neither a GPU nor Triton: its modules
+import those kernels inside functions, when one is called. The operators' references they import there too, because the operators
+import this package.
 """
 
 from qcompile.kernels.cuda.choice import (

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from qcompile.kernels.cuda.conv import convolutions, prepare_convolution
-from qcompile.kernels.cuda.matmul import prepare_scaled_mm, scaled_bmm, scaled_mm
+from qcompile.kernels.cuda.matmul import prepare_scaled_mm, scaled_bmm, scaled_mm, scaled_mm_packed, scaled_mm_requantize
 from qcompile.kernels.cuda.quantize import prepare_quantize_transposed, quantize_transposed
 from qcompile.kernels.cuda.transpose import prepare_transpose_codes, transpose_codes
 from qcompile.kernels.prepared import prepared
@@ -24,12 +24,15 @@ def register_cuda_kernels() -> None:
     Called once the operators exist. Needs neither a GPU nor Triton: the choice is made when a kernel is
     called.
     """
+    # Not at the top: the operators import this package, to have it register its kernels.
     from qcompile.ops._checks import check_matrix
     from qcompile.ops._library import LIBRARY, checked
     from qcompile.ops.quantize_transposed import check_quantize_transposed
     from qcompile.ops.scaled_bmm import check_scaled_bmm
     from qcompile.ops.scaled_conv import CHECKS
     from qcompile.ops.scaled_mm import check_scaled_mm
+    from qcompile.ops.scaled_mm_packed import check_scaled_mm_packed
+    from qcompile.ops.scaled_mm_requantize import check_scaled_mm_requantize
 
     if torch._C._dispatch_has_kernel_for_dispatch_key("qtrain::scaled_mm", "CUDA"):
         return  # the imports above may have called this function
@@ -47,4 +50,9 @@ def register_cuda_kernels() -> None:
     }
     for name, (general, prepare) in operators.items():
         LIBRARY.impl(name, prepared(general, prepare), "CUDA")
-    LIBRARY.impl("scaled_bmm", checked(check_scaled_bmm, as_operator(scaled_bmm)), "CUDA")
+    for name, check, compute in (
+        ("scaled_bmm", check_scaled_bmm, scaled_bmm),
+        ("scaled_mm_packed", check_scaled_mm_packed, scaled_mm_packed),
+        ("scaled_mm_requantize", check_scaled_mm_requantize, scaled_mm_requantize),
+    ):
+        LIBRARY.impl(name, checked(check, as_operator(compute)), "CUDA")

@@ -13,17 +13,21 @@ are the same in any order; a second, tiny kernel makes floats of them.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from qcompile.kernels.quantized_tensor import Requantization
 from qcompile.kernels.triton import tuning
 from qcompile.kernels.triton.epilogue import scaled_tile, tile_of, without_zero_points
 from qcompile.kernels.triton.kernel_call import kernel_call
 from qcompile.kernels.triton.launch import cdiv, family
 from qcompile.kernels.triton.numerics import MAGIC
 from qcompile.kernels.triton.scaled_mm import Epilogue, Packing, sum_of_tile, tiles_of
+from qcompile.ops.quantize import code_range
 
 __all__ = ["requantize_kernel", "scaled_mm_requantize"]
 
@@ -157,29 +161,22 @@ def scaled_mm_requantize(
     b_zero: Tensor | None,
     bias: Tensor | None,
     out_dtype: torch.dtype,
-    relu: bool,
-    gate: Tensor | None,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    bits: int,
-    low: Tensor | None,
-    high: Tensor,
-    mark: bool,
-    *,
+    *requantization: Any,
     config: tuning.MatmulConfig | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`qtrain::scaled_mm_requantize` of checked operands, b as b_t int8 [N, K], both with contiguous rows; K up to `tuning.max_k`.
 
-    config  launch configuration; the one for `scaled_mm` if not given
+    requantization  the fields of a `Requantization`
+    config          launch configuration; the one for `scaled_mm` if not given
     """
+    to = Requantization(*requantization)
     (m, k), n = a.shape, b_t.shape[0]
     config = tuning.for_requantize(tuning.choose(family(a.device), m, n, k)) if config is None else config
     codes = a.new_empty((m, n))
-    marked = a.new_empty((m, n) if mark else (0,))
+    marked = a.new_empty((m, n) if to.mark else (0,))
     found, statistics = a.new_zeros(4, dtype=torch.int64), a.new_empty(4, dtype=torch.float32)
-    if gate is not None and gate.stride(1) != 1:
-        gate = gate.contiguous()
-    qmax = 2 ** (bits - 1) - 1
+    gate = to.gate if to.gate is None or to.gate.stride(1) == 1 else to.gate.contiguous()
+    qmin, qmax = code_range(to.bits, symmetric=to.zero_point is None)
     # The shape of the values that are not written, for the layouts of what is applied to them.
     values = a.new_empty(1, dtype=out_dtype).expand(m, n)
     epilogue = Epilogue(values, None, a_scale, b_scale, a_zero, b_zero, bias=bias)
@@ -192,8 +189,8 @@ def scaled_mm_requantize(
         "stride_a": a.stride(0),
         "stride_b": b_t.stride(0),
         "stride_gate": 0 if gate is None else gate.stride(0),
-        "RELU": relu,
-        "QMIN": -qmax if zero_point is None else -qmax - 1,
+        "RELU": to.relu,
+        "QMIN": qmin,
         "QMAX": qmax,
         "EVEN_K": k % config.block_k == 0,
         **tiles_of(config),
@@ -204,13 +201,13 @@ def scaled_mm_requantize(
         a,
         b_t,
         codes,
-        marked if mark else None,
+        marked if to.mark else None,
         found,
         gate,
-        scale.reshape(1),
-        None if zero_point is None else zero_point.reshape(1),
-        None if low is None else low.reshape(1),
-        high.reshape(1),
+        to.scale.reshape(1),
+        None if to.zero_point is None else to.zero_point.reshape(1),
+        None if to.low is None else to.low.reshape(1),
+        to.high.reshape(1),
         values,
         *applied,
     )
