@@ -127,8 +127,8 @@ def _attach_phase(
     context.layouts[phase] = layout
     layout.learns = is_joint(graph)
     with graph.inserting_before(start_of(graph, phase)):
-        half = _read(graph, layout)
-        pieces = _unpack(graph, half)
+        half = _read_state(graph, layout)
+        pieces = _unpack_entries(graph, half)
     for item in stateful:
         _replace_static(graph, item, pieces, half.scope)
     if seeds:
@@ -137,7 +137,7 @@ def _attach_phase(
         _write_back(graph, stateful, half, seeded=bool(seeds))
 
 
-def _read(graph: fx.Graph, layout: StateLayout) -> _HalfState:
+def _read_state(graph: fx.Graph, layout: StateLayout) -> _HalfState:
     """Add the inputs that bring the state, and read it at the graph's insertion point."""
     scope: dict[str, object] = {}
     pinned: dict[str, object] = {}
@@ -150,7 +150,7 @@ def _read(graph: fx.Graph, layout: StateLayout) -> _HalfState:
     return _HalfState(layout, tensor, index, blocks, scope, pinned)
 
 
-def _unpack(graph: fx.Graph, half: _HalfState) -> dict[tuple[str | None, str, str], fx.Node]:
+def _unpack_entries(graph: fx.Graph, half: _HalfState) -> dict[tuple[str | None, str, str], fx.Node]:
     """(owner, key, field) -> that entry's elements of the field."""
     pieces = {}
     for block, node in half.blocks.items():
@@ -215,7 +215,7 @@ def _replace_dynamic(graph: fx.Graph, node: fx.Node, use: RangeUse, stats: dict[
         extremes = _extremes(stats)
         stats = _with_own_measures(graph, node, use.spec, stats, {}, scope)
         low, high = inline(graph, formulas.first_range, use.spec, tuple(stats), *stats.values(), scope=scope)
-        scale, zero = _scale(graph, use.spec, low, high, scope)
+        scale, zero = _scale_and_zero_point(graph, use.spec, low, high, scope)
         # The scale of extremes is not finite where they are not; a quantile, of a sample too, may miss them.
         is_extremes = high in extremes and (low in extremes or _mirrored(low, high))
         checked_scale = scale if is_extremes else inline(graph, formulas.scale_or_nan, scale, *extremes, scope=scope)
@@ -244,7 +244,7 @@ def _replace_static(
         low, high = (
             call(graph, SELECT, s, memory["steps"], p, scope=ours) for s, p in zip(stored, present, strict=True)
         )
-        scale, zero = _scale(graph, spec, low, high, ours)
+        scale, zero = _scale_and_zero_point(graph, spec, low, high, ours)
         checked_scale = inline(graph, formulas.scale_or_nan, scale, *extremes, scope=ours)
         bounds = (high,) if spec.symmetric else (low, high)
         item.stats["clipped"] = inline(graph, formulas.clipped, x, dims, *bounds, scope=ours)
@@ -260,7 +260,7 @@ def _extremes(stats: dict[str, fx.Node]) -> tuple[fx.Node, ...]:
     return tuple(stats.values())
 
 
-def _scale(
+def _scale_and_zero_point(
     graph: fx.Graph, spec: QuantSpec, low: fx.Node, high: fx.Node, scope: dict[str, object]
 ) -> tuple[fx.Node, fx.Node | None]:
     if spec.symmetric and _mirrored(low, high):
@@ -336,7 +336,7 @@ def _write_back(graph: fx.Graph, stateful: list[_Stateful], half: _HalfState, *,
                 continue
             items = [by_entry[e] for e in entries]
             names = tuple(items[0].stats)
-            vectors = [_vector(graph, [i.stats[name] for i in items], scope) for name in names]
+            vectors = [_concatenated(graph, [i.stats[name] for i in items], scope) for name in names]
             fields = items[0].entry.fields
             old = [blocks[layout.block(entries[0], f)] for f in fields]
             new += inline(graph, formulas.updated, items[0].spec.estimator, names, fields, *vectors, *old, scope=scope)
@@ -347,7 +347,7 @@ def _write_back(graph: fx.Graph, stateful: list[_Stateful], half: _HalfState, *,
         call(graph, WRITE, half.tensor, half.index, values, scope=half.pinned)
 
 
-def _vector(graph: fx.Graph, parts: Sequence[fx.Node], scope: dict[str, object]) -> fx.Node:
+def _concatenated(graph: fx.Graph, parts: Sequence[fx.Node], scope: dict[str, object]) -> fx.Node:
     flat = [call(graph, aten.view.default, p, [p.meta["val"].numel()], scope=scope) for p in parts]
     return call(graph, aten.cat.default, flat, scope=scope) if len(flat) > 1 else flat[0]
 

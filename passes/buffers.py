@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, fx
 
 from passes import meta
-from passes.graph import WRITE, aten, fake_mode
+from passes.graph import WRITE, aten, fake_mode, first_operation
 from qcompile.state.layout import StateLayout, initial_values
 from qcompile.torch_private import real_tensors
 
@@ -36,14 +36,14 @@ def bind_state(*modules: fx.GraphModule) -> int:
     """Edit the modules of one step (a joint graph's, or its halves') in place; return the number of inputs that became buffers."""
     values: dict[str, Tensor] = {}
     identity = f"bound {next(_STEPS)}"
-    return sum(_bind(module, values, identity) for module in modules)
+    return sum(_bind_module(module, values, identity) for module in modules)
 
 
 _STEPS = itertools.count()
 """Steps bound in this process: their streams of random draws differ, and are the same when a run is repeated."""
 
 
-def _bind(module: fx.GraphModule, values: dict[str, Tensor], identity: str) -> int:
+def _bind_module(module: fx.GraphModule, values: dict[str, Tensor], identity: str) -> int:
     graph = module.graph
     bound: set[fx.Node] = set()
     for node in graph.find_nodes(op="placeholder"):
@@ -57,7 +57,7 @@ def _bind(module: fx.GraphModule, values: dict[str, Tensor], identity: str) -> i
                 made = initial_values(layout, identity) if what == "state" else torch.arange(layout.numel)
                 values[name] = made.to(node.meta["val"].device)
         module.register_buffer(name, values[name])
-        bound.add(_as_buffer(graph, node, name))
+        bound.add(_replace_by_buffer(graph, node, name))
     if not bound:
         return 0
     output = graph.output_node()
@@ -72,9 +72,8 @@ def _bind(module: fx.GraphModule, values: dict[str, Tensor], identity: str) -> i
     return len(bound)
 
 
-def _as_buffer(graph: fx.Graph, node: fx.Node, name: str) -> fx.Node:
-    first = next(n for n in graph.nodes if n.op != "placeholder")
-    with graph.inserting_before(first):
+def _replace_by_buffer(graph: fx.Graph, node: fx.Node, name: str) -> fx.Node:
+    with graph.inserting_before(first_operation(graph)):
         attribute = graph.create_node("get_attr", name)
     kept = (meta.STATE, meta.LAYOUT)
     attribute.meta = {k: node.meta[k] for k in kept if k in node.meta}

@@ -43,6 +43,7 @@ from passes.graph import (
     phase_of,
     replace,
     scope_of,
+    size_arguments,
 )
 
 
@@ -54,32 +55,21 @@ def canonicalize(graph: fx.Graph, context: PassContext | None = None) -> int:
     for node in list(graph.nodes):
         if node.op != "call_function" or output in node.users:
             continue
-        if node.target in ALIASES:
+        if node.target in ALIASES or (node.target is EXPAND and _same_shape(node, node.args[0])):
             replace(node, node.args[0])
             changes += 1
             continue
-        if node.target is EXPAND and _same_shape(node, node.args[0]):
-            replace(node, node.args[0])
+        if (permuted := _as_permute(node)) is not None:
+            replace(node, permuted)
+            node = permuted
             changes += 1
-            continue
-        if node.target in TRANSPOSES and node.meta["val"].ndim >= 2:
-            ndim = node.meta["val"].ndim
-            first, second = (d % ndim for d in node.args[1:]) if node.target is aten.transpose.int else (0, 1)
-            if first != second:
-                order = list(range(ndim))
-                order[first], order[second] = second, first
-                with graph.inserting_before(node):
-                    permuted = call(graph, PERMUTE, node.args[0], order, scope=scope_of(node, phase_of(node)))
-                replace(node, permuted)
-                node = permuted
-                changes += 1
         if node.target is PERMUTE:
             changes += _collapse_permute(node)
         elif node.target in VIEWS and node.args[0].op == "call_function" and node.args[0].target in VIEWS:
             node.replace_input_with(node.args[0], node.args[0].args[0])
             changes += 1
-        if not node._erased and (what := _what(node)) is not None:
-            first = seen.setdefault(what, node)
+        if not node._erased and (same := _view_or_cast(node)) is not None:
+            first = seen.setdefault(same, node)
             if first is not node:
                 replace(node, first)
                 changes += 1
@@ -87,7 +77,21 @@ def canonicalize(graph: fx.Graph, context: PassContext | None = None) -> int:
     return changes
 
 
-def _what(node: fx.Node) -> tuple[object, ...] | None:
+def _as_permute(node: fx.Node) -> fx.Node | None:
+    """A new permute that does what a transpose does, before it; None for other nodes, and where nothing is exchanged."""
+    if node.target not in TRANSPOSES or node.meta["val"].ndim < 2:
+        return None
+    ndim = node.meta["val"].ndim
+    first, second = (d % ndim for d in node.args[1:]) if node.target is aten.transpose.int else (0, 1)
+    if first == second:
+        return None
+    order = list(range(ndim))
+    order[first], order[second] = second, first
+    with node.graph.inserting_before(node):
+        return call(node.graph, PERMUTE, node.args[0], order, scope=scope_of(node, phase_of(node)))
+
+
+def _view_or_cast(node: fx.Node) -> tuple[object, ...] | None:
     """Equal for nodes that are the same view or cast of a tensor; None for others."""
     if node.target is PERMUTE or node.target in VIEWS:
         return node.target, node.args[0], tuple(node.args[1])
@@ -115,16 +119,16 @@ def _fold_batches(graph: fx.Graph) -> int:
         by_operation.setdefault(node.meta.get("seq_nr"), []).append(node)
     folded = 0
     for nodes in by_operation.values():
-        matrices = [found for node in nodes if (found := _expanded(node.args[1])) is not None]
+        matrices = [found for node in nodes if (found := _repeated_matrix(node.args[1])) is not None]
         if len(matrices) < len(nodes):
             continue
         for node, (matrix, is_turned) in zip(nodes, matrices, strict=True):
-            _fold(node, matrix, is_turned)
+            _fold_batch(node, matrix, is_turned)
         folded += len(nodes)
     return folded
 
 
-def _expanded(node: fx.Node) -> tuple[fx.Node, bool] | None:
+def _repeated_matrix(node: fx.Node) -> tuple[fx.Node, bool] | None:
     """The matrix that a batch [B, K, N] repeats, and whether it is turned around [N, K]; None if it repeats none."""
     is_turned = False
     while node.op == "call_function" and node.target is not EXPAND:
@@ -151,7 +155,7 @@ def _same_matrix(node: fx.Node, source: fx.Node) -> bool:
     return size == other and all(isinstance(s, int) and s > 0 for s in size)
 
 
-def _fold(node: fx.Node, matrix: fx.Node, is_turned: bool) -> None:
+def _fold_batch(node: fx.Node, matrix: fx.Node, is_turned: bool) -> None:
     graph, scope = node.graph, scope_of(node, phase_of(node))
     k, n = node.args[1].meta["val"].shape[1:]
     with graph.inserting_before(node):
@@ -161,10 +165,7 @@ def _fold(node: fx.Node, matrix: fx.Node, is_turned: bool) -> None:
         rows = call(graph, aten.view.default, left, [-1, k], scope=scope)
         right = call(graph, PERMUTE, matrix, [1, 0], scope=scope) if is_turned else matrix
         product = call(graph, aten.mm.default, rows, right, scope=scope)
-        sizes = [
-            s if isinstance(s, int) else call(graph, aten.sym_size.int, node.args[0], axis, scope=scope)
-            for axis, s in enumerate(node.args[0].meta["val"].shape[:2])
-        ]
+        sizes = size_arguments(graph, node.args[0], scope, axes=2)
         replace(node, call(graph, aten.view.default, product, [*sizes, n], scope=scope))
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from passes.graph import BACKWARD, FORWARD, refresh_values, replace, scope_of, size_hint
+from passes.graph import BACKWARD, FORWARD, first_operation, refresh_values, replace, scope_of, size_hint
 
 __all__ = [
     "Cut",
@@ -88,9 +88,8 @@ class Cut:
                 last = self._placeholder(part, f"{saved.node.name}_{suffix}")
             last.meta = {**saved.placeholder.meta, **{k: part.meta[k] for k in ("val", "tensor_meta") if k in part.meta}}
             placeholders.append(last)
-        first = next(n for n in self.backward.nodes if n.op != "placeholder")
         users = list(saved.placeholder.users)
-        with self.backward.inserting_before(first):
+        with self.backward.inserting_before(first_operation(self.backward)):
             restored = restore(placeholders, scope_of(saved.placeholder, BACKWARD))
         for user in users:
             user.replace_input_with(saved.placeholder, restored)

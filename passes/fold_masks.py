@@ -23,7 +23,7 @@ from torch import Tensor, fx
 from passes import meta
 from passes.context import PassContext
 from passes.cut import Cut, Saved, view_shape
-from passes.graph import QUANTIZE, VIEWS, aten, erase_unused
+from passes.graph import QUANTIZE, VIEWS, aten, erase_unused, origin
 from passes.inlining import inline
 
 __all__ = ["fold_masks"]
@@ -35,7 +35,7 @@ def fold_masks(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int, cont
     codes_of: dict[fx.Node, Saved] = {}
     for saved in cut.saved():
         if _is_quantized_relu(saved.node):
-            codes_of.setdefault(_source(saved.node), saved)
+            codes_of.setdefault(_quantized_tensor(saved.node), saved)
     folded = 0
     for mask in list(cut.saved()):
         relus = mask.node.target is aten.le.Scalar and mask.node.args[1] == 0
@@ -52,10 +52,11 @@ def fold_masks(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int, cont
 def _is_quantized_relu(node: fx.Node) -> bool:
     """Symmetric codes of a ReLU's output, perhaps seen through a view."""
     symmetric = node.target is QUANTIZE and node.args[2] is None
-    return symmetric and _source(node).target is aten.relu.default
+    return symmetric and _quantized_tensor(node).target is aten.relu.default
 
 
-def _source(codes: fx.Node) -> fx.Node:
+def _quantized_tensor(codes: fx.Node) -> fx.Node:
+    """What a quantize reads, before a view."""
     node = codes.args[0]
     return node.args[0] if node.target in VIEWS else node
 
@@ -68,12 +69,9 @@ def _fold(cut: Cut, codes: Saved, mask: Saved) -> None:
         return [("marked", marked)]
 
     def restore(parts: list[fx.Node], scope: dict[str, object]) -> fx.Node:
-        plain = inline(cut.backward, _plain, *parts, scope=scope)
-        masked = inline(cut.backward, _masked, *parts, view_shape(mask.value.shape), scope=scope)
-        gate = masked
-        while gate.target in VIEWS:
-            gate = gate.args[0]
-        gate.meta[meta.GATE] = True
+        plain = inline(cut.backward, _without_marks, *parts, scope=scope)
+        masked = inline(cut.backward, _is_marked, *parts, view_shape(mask.value.shape), scope=scope)
+        origin(masked, VIEWS).meta[meta.GATE] = True
         for user in list(mask.placeholder.users):
             user.replace_input_with(mask.placeholder, masked)
         return plain
@@ -88,9 +86,9 @@ def _mark(codes: Tensor, mask: Tensor) -> Tensor:
     return torch.where(mask.view(codes.shape), -1.0, codes.to(torch.float32)).to(torch.int8)
 
 
-def _plain(codes: Tensor) -> Tensor:
+def _without_marks(codes: Tensor) -> Tensor:
     return codes.to(torch.float32).clamp_min(0.0).to(torch.int8)
 
 
-def _masked(codes: Tensor, shape: tuple[int, ...]) -> Tensor:
+def _is_marked(codes: Tensor, shape: tuple[int, ...]) -> Tensor:
     return (codes.to(torch.float32) < 0).view(shape)

@@ -60,13 +60,7 @@ def follow_layouts(graph: fx.Graph, context: PassContext | None = None) -> int:
             if node in returned:
                 returned[node] = old
         elif any(source in moved for source in node.all_input_nodes):
-            if node.target in VIEWS and not _allows(node.args[0].meta["val"], node.meta["val"].shape):
-                with graph.inserting_before(node):
-                    copy = _copy(graph, node.args[0], node, torch.contiguous_format)
-                node.update_arg(0, copy)
-                copies += 1
-            elif _goes_by_strides(node):
-                copies += _restore(graph, node, moved)
+            copies += _copy_what_it_cannot_read(graph, node, moved)
             before = _strides(node.meta.get("val"))
             refresh(node)
             if _strides(node.meta.get("val")) != before:
@@ -81,7 +75,7 @@ def follow_layouts(graph: fx.Graph, context: PassContext | None = None) -> int:
 
 
 def _strides_before(node: fx.Node) -> tuple[Any, ...] | None:
-    """How the node that this one stands for laid out its result, if otherwise."""
+    """The strides of the result of the node that this one has replaced; None if this one has the same, or replaced none."""
     strides: tuple[Any, ...] | None = node.meta.pop(meta.STRIDES, None)
     if node.target in _GRADIENTS and (part := node.meta.get(meta.SPLIT)) is not None:
         return None if _same(node.meta["val"], part.strides) else part.strides
@@ -102,14 +96,21 @@ _BY_STRIDES = (
 
 
 def _goes_by_strides(node: fx.Node) -> bool:
+    """Whether an operator may mean something else where its operands lie otherwise."""
     target: Any = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return getattr(target, "__module__", "") != "_operator"  # a higher-order operator: a kernel of the user's, or a graph
     return target.namespace not in _LAYOUT_FREE or target._opname.startswith(_BY_STRIDES)
 
 
-def _restore(graph: fx.Graph, node: fx.Node, moved: dict[fx.Node, Any]) -> int:
-    """Let a node read copies of what has moved, laid out as before; return their number."""
+def _copy_what_it_cannot_read(graph: fx.Graph, node: fx.Node, moved: dict[fx.Node, Any]) -> int:
+    """Let a node read copies of operands whose new layout it does not allow; return their number."""
+    if node.target in VIEWS and not _allows(node.args[0].meta["val"], node.meta["val"].shape):
+        with graph.inserting_before(node):
+            node.update_arg(0, _copy(graph, node.args[0], node, torch.contiguous_format))
+        return 1
+    if not _goes_by_strides(node):
+        return 0
     copies = 0
     for source in node.all_input_nodes:
         value = source.meta.get("val")
@@ -127,7 +128,7 @@ def _strides(value: Any) -> Any:
 
 
 def _same(value: Tensor, strides: tuple[Any, ...]) -> bool:
-    """Whether the value lies so. The stride of an axis of size 1 says nothing: a 1x1 kernel is laid out both ways at once."""
+    """Whether the value has these strides. The stride of an axis of size 1 is never used, so it may be any number."""
     return all(a == b for a, b, size in zip(value.stride(), strides, value.shape, strict=True) if size != 1)
 
 

@@ -23,7 +23,7 @@ from torch.utils import _pytree as pytree
 from passes import meta
 from passes.buffers import bind_state
 from passes.context import PassContext, parameter_source
-from passes.graph import FORWARD
+from passes.graph import FORWARD, copy_graph, first_operation
 from passes.inlining import inductor_decompositions
 from passes.pipeline import lower_half
 from passes.restore_decompositions import KEPT_WHOLE
@@ -57,14 +57,11 @@ def forward_graph(program: ExportedProgram | nn.Module, *inputs: Any) -> fx.Grap
             f"forward_graph: the program writes to {written[0].target!r}, and the passes take forward graphs that only compute; "
             "export the model in evaluation mode (model.eval())"
         )
-    graph = fx.Graph()
-    output = graph.graph_copy(program.graph, {}, return_output_node=True)
-    value, _ = output if isinstance(output, tuple) else (output, None)
-    graph.output(value)
+    graph = copy_graph(program.graph)
     module = fx.GraphModule(nn.Module(), graph)
     for spec in signature.input_specs:
         if spec.kind is not InputKind.USER_INPUT:
-            _as_attribute(module, spec, program)
+            _replace_by_attribute(module, spec, program)
     in_spec, out_spec = program.call_spec.in_spec, program.call_spec.out_spec
     graph.set_codegen(fx.graph._PyTreeCodeGen(fx.graph._PyTreeInfo(_argument_names(in_spec), in_spec, out_spec)))
     module.recompile()
@@ -77,7 +74,7 @@ def _argument_names(spec: pytree.TreeSpec) -> list[str]:
     return [f"arg_{i}" for i in range(args.num_children)] + keywords
 
 
-def _as_attribute(module: fx.GraphModule, spec: Any, program: ExportedProgram) -> None:
+def _replace_by_attribute(module: fx.GraphModule, spec: Any, program: ExportedProgram) -> None:
     """A lifted Parameter, buffer or constant goes back into the module."""
     graph = module.graph
     node = next(n for n in graph.find_nodes(op="placeholder") if n.name == spec.arg.name)
@@ -89,8 +86,7 @@ def _as_attribute(module: fx.GraphModule, spec: Any, program: ExportedProgram) -
         module.register_parameter(name, tensor)
     else:
         module.register_buffer(name, tensor)
-    first = next(n for n in graph.nodes if n.op != "placeholder")
-    with graph.inserting_before(first):
+    with graph.inserting_before(first_operation(graph)):
         attribute = graph.create_node("get_attr", name, name=node.name)
     attribute.meta = dict(node.meta)
     if isinstance(tensor, nn.Parameter):

@@ -38,6 +38,7 @@ from passes.graph import (
     erase_unused,
     has_effect,
     meta_of,
+    origin,
     reachable,
     replace,
 )
@@ -67,14 +68,14 @@ def fuse_requantize(graph: fx.Graph, context: PassContext | None = None) -> int:
     assume_valid(graph)
     fused = 0
     for quantize in graph.find_nodes(op="call_function", target=QUANTIZE):
-        chain = _chain(quantize)
+        chain = _chain_to_gemm(quantize)
         if chain is None:
             continue
-        absorbed = _absorbed(chain)
+        beside = _computed_beside_codes(chain)
         waits = chain.gemm in ancestors(quantize.args[1], until=set())
-        if absorbed is None or waits or not _bounds(absorbed):
+        if beside is None or waits or not _bounds_of_share(beside):
             continue
-        _fuse(graph, chain, absorbed)
+        _fuse(graph, chain, beside)
         fused += 1
     if fused:
         stable_topological_sort(graph)
@@ -82,7 +83,7 @@ def fuse_requantize(graph: fx.Graph, context: PassContext | None = None) -> int:
     return fused
 
 
-def _chain(quantize: fx.Node) -> _Chain | None:
+def _chain_to_gemm(quantize: fx.Node) -> _Chain | None:
     x, scale, _, _, seed, _ = quantize.args
     if seed is not None or scale.meta["val"].numel() != 1:
         return None
@@ -117,18 +118,16 @@ def _gate(where: fx.Node) -> fx.Node | None:
     condition, zero, _ = where.args
     if not (zero == 0 or (isinstance(zero, fx.Node) and zero.target is aten.full.default and zero.args[1] == 0)):
         return None
-    while isinstance(condition, fx.Node) and condition.target in VIEWS:
-        condition = condition.args[0]
-    if not isinstance(condition, fx.Node) or not condition.meta.get(meta.GATE):
+    is_negative = origin(condition, VIEWS)
+    if not is_negative.meta.get(meta.GATE):
         return None
-    less = condition
-    codes = less.args[0]
+    codes = is_negative.args[0]
     while codes.op == "call_function" and codes.target is not QUANTIZE and codes.meta["val"].dtype.is_floating_point:
         codes = codes.args[0]
     return codes
 
 
-def _absorbed(chain: _Chain) -> dict[fx.Node, str] | None:
+def _computed_beside_codes(chain: _Chain) -> dict[fx.Node, str] | None:
     """What is computed from the values beside their codes: result -> what it is; None if anything else reads them."""
     results: dict[fx.Node, str] = {}
     inside = {chain.gemm, chain.quantize, *chain.between}
@@ -158,12 +157,10 @@ def _marks(marked: fx.Node, quantize: fx.Node) -> bool:
     if not isinstance(where, fx.Node) or where.target is not aten.where.self:
         return False
     codes = where.args[2]
-    while isinstance(codes, fx.Node) and codes.target is CAST:
-        codes = codes.args[0]
-    return codes is quantize
+    return isinstance(codes, fx.Node) and origin(codes, (CAST,)) is quantize
 
 
-def _bounds(results: dict[fx.Node, str]) -> tuple[fx.Node | None, fx.Node] | None:
+def _bounds_of_share(results: dict[fx.Node, str]) -> tuple[fx.Node | None, fx.Node] | None:
     """(low or None, high) that the share clipped is counted by; there must be one, or no training goes on here."""
     for node, name in results.items():
         if name != "clipped":
@@ -180,7 +177,7 @@ def _bounds(results: dict[fx.Node, str]) -> tuple[fx.Node | None, fx.Node] | Non
 
 def _fuse(graph: fx.Graph, chain: _Chain, results: dict[fx.Node, str]) -> None:
     gemm, quantize = chain.gemm, chain.quantize
-    low, high = _bounds(results)  # type: ignore[misc]
+    low, high = _bounds_of_share(results)  # type: ignore[misc]
     ours = meta_of(gemm, without=(meta.GEMM,))
     _, scale, zero, bits, _, _ = quantize.args
     to = Requantization(chain.relu, chain.gate, scale, zero, bits, low, high, mark="marked" in results.values())

@@ -92,8 +92,8 @@ def gemm_costs(graph: fx.Graph, context: PassContext) -> list[GemmCost]:
         if where is None or not node.meta.get(meta.QUANTIZED) or context.site(where.site).gemms[where.role].reason is not None:
             continue
         try:
-            found.append(_cost(node, where))
-        except _NotKnown:
+            found.append(_gemm_cost(node, where))
+        except _NoCost:
             continue
     return found
 
@@ -108,11 +108,11 @@ def time_costs(costs: Sequence[GemmCost], device: torch.device, time_trials: Tim
         cost.part_seconds = {part: STATE_SECONDS if trial is None else seconds[trial] for part, trial in parts.items()}
 
 
-class _NotKnown(Exception):
+class _NoCost(Exception):
     """A size without a hint, or codes of the model's own."""
 
 
-class _Side(NamedTuple):
+class _OperandCost(NamedTuple):
     """An operand: what an integer GEMM is given, and what is made first for either form.
 
     transpose  a copy that the integer GEMM may want: the part, what it takes, and the codes as they lie then
@@ -126,9 +126,9 @@ class _Side(NamedTuple):
     transpose: tuple[Part, Transpose, Like] | None
 
 
-def _cost(gemm: fx.Node, where: GemmNode) -> GemmCost:
+def _gemm_cost(gemm: fx.Node, where: GemmNode) -> GemmCost:
     target = GEMMS[gemm.target].integer
-    sides = [_side(gemm, position, operand) for position, operand in enumerate(operands(gemm))]
+    sides = [_operand_cost(gemm, position, operand) for position, operand in enumerate(operands(gemm))]
     integer_parts = {part: trial for side in sides for part, trial in side.integer_parts.items()}
     hp_parts = {part: trial for side in sides for part, trial in side.hp_parts.items()}
     out = gemm.meta["val"].dtype
@@ -146,7 +146,7 @@ def _cost(gemm: fx.Node, where: GemmNode) -> GemmCost:
     return GemmCost(where.site, where.role, integer, hp, integer_parts, hp_parts)
 
 
-def _side(gemm: fx.Node, position: int, operand: fx.Node) -> _Side:
+def _operand_cost(gemm: fx.Node, position: int, operand: fx.Node) -> _OperandCost:
     quantize, transposed = _quantize_behind(operand)
     x, scale, _ = quantize.args[:3]
     dims, text = _range_of(scale).args[1:3]
@@ -170,7 +170,7 @@ def _side(gemm: fx.Node, position: int, operand: fx.Node) -> _Side:
     cast = source.meta["val"].dtype != operand.args[3]
     hp_parts: dict[Part, Trial] = {("cast", source.name): Cast(_like(source), operand.args[3])} if cast else {}
     zero = None if operand.args[2] is None else _like(operand.args[2])
-    return _Side(codes, _like(operand.args[1]), zero, integer_parts, hp_parts, transpose)
+    return _OperandCost(codes, _like(operand.args[1]), zero, integer_parts, hp_parts, transpose)
 
 
 def _behind_ranges(gemm: fx.Node) -> tuple[Any, ...]:
@@ -183,11 +183,11 @@ def _behind_ranges(gemm: fx.Node) -> tuple[Any, ...]:
 def _quantize_behind(operand: fx.Node) -> tuple[fx.Node, bool]:
     """The quantize of a dequantized operand, and whether the GEMM reads its codes transposed."""
     if operand.target is not DEQUANTIZE:
-        raise _NotKnown
+        raise _NoCost
     codes, transposed = operand.args[0], False
     while codes.target is not QUANTIZE:
         if codes.op != "call_function" or codes.target is not PERMUTE:
-            raise _NotKnown
+            raise _NoCost
         codes, transposed = codes.args[0], not transposed
     return codes, transposed
 
@@ -195,7 +195,7 @@ def _quantize_behind(operand: fx.Node) -> tuple[fx.Node, bool]:
 def _range_of(scale: fx.Node) -> fx.Node:
     node = scale.args[0] if scale.op == "call_function" and scale.args else None
     if not isinstance(node, fx.Node) or node.target is not RANGE:
-        raise _NotKnown
+        raise _NoCost
     return node
 
 
@@ -230,10 +230,10 @@ def _cast_to_fp32(gemm: fx.Node) -> bool:
 
 
 def _hint(size: object) -> int:
-    """Errors: `_NotKnown`."""
+    """Errors: `_NoCost`."""
     hint = size_hint(size)
     if hint is None:
-        raise _NotKnown
+        raise _NoCost
     return hint
 
 

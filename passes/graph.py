@@ -8,7 +8,7 @@ take care of both. Our own entries are listed in `passes.meta`.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -106,6 +106,13 @@ def reachable(starts: Iterable[T], following: Callable[[T], Iterable[T]]) -> Ite
 def read_with_memory(node: fx.Node) -> list[fx.Node]:
     """What a node's value depends on; of a choice between a stored and a current range, the stored one."""
     return [n for n in node.args[:2] if isinstance(n, fx.Node)] if node.target is SELECT else node.all_input_nodes
+
+
+def origin(node: fx.Node, through: Container[object]) -> fx.Node:
+    """What a node is made from by operators of `through` alone, each of which takes it as its first argument."""
+    while node.op == "call_function" and node.target in through:
+        node = node.args[0]
+    return node
 
 
 def source_placeholders(node: fx.Node) -> set[fx.Node]:
@@ -215,6 +222,19 @@ def refresh_values(graph: fx.Graph, changed: Iterable[fx.Node]) -> None:
             continue
         set_value(node, value)
         stale.add(node)
+
+
+def size_arguments(graph: fx.Graph, tensor: fx.Node, scope: dict[str, Any], *, axes: int | None = None) -> list[Any]:
+    """A tensor's sizes as arguments of an operator: numbers, or nodes where they are symbolic. `axes`: of so many; None: of all."""
+    return [
+        size if isinstance(size, int) else call(graph, aten.sym_size.int, tensor, axis, scope=scope)
+        for axis, size in enumerate(tensor.meta["val"].shape[:axes])
+    ]
+
+
+def first_operation(graph: fx.Graph) -> fx.Node:
+    """The node behind the graph's inputs."""
+    return next(n for n in graph.nodes if n.op != "placeholder")
 
 
 def size_hint(size: object) -> int | None:

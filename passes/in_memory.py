@@ -14,7 +14,7 @@ import operator
 
 from torch import fx
 
-from passes.graph import ALIASES, DEQUANTIZE, PERMUTE, QUANTIZE, ROUND_TO_POWERS, VIEWS, aten, reachable, read_with_memory
+from passes.graph import ALIASES, DEQUANTIZE, PERMUTE, QUANTIZE, ROUND_TO_POWERS, VIEWS, aten, origin, reachable, read_with_memory
 from qcompile.torch_private import operators_that_fuse
 
 __all__ = ["ancestors", "in_memory"]
@@ -24,15 +24,13 @@ _SAME_STORAGE = (*VIEWS, *ALIASES, PERMUTE)
 
 def in_memory(quantize: fx.Node) -> bool:
     """Whether the tensor that a `quantize` node reads is in memory anyway."""
-    root = quantize.args[0]
-    while root.target in _SAME_STORAGE:
-        root = root.args[0]
+    root = origin(quantize.args[0], _SAME_STORAGE)
     views = _views(root)
     readers = {user for view in views for user in view.users} - views
     if not _inductor_makes(root) or not all(_inductor_makes(reader) for reader in readers):
         return True
     upstream = ancestors(quantize.args[1], until=views)
-    return any(_takes_all(n, views) for n in upstream if n.target in (aten.amax.default, aten.amin.default))
+    return any(_reduces_beyond_rows(n, views) for n in upstream if n.target in (aten.amax.default, aten.amin.default))
 
 
 def ancestors(node: fx.Node, until: set[fx.Node]) -> set[fx.Node]:
@@ -54,8 +52,8 @@ def _inductor_makes(node: fx.Node) -> bool:
     return node.target in (QUANTIZE, DEQUANTIZE, ROUND_TO_POWERS) or packet in operators_that_fuse()
 
 
-def _takes_all(reduction: fx.Node, views: set[fx.Node]) -> bool:
-    """Whether a maximum is over x and over more than its rows."""
+def _reduces_beyond_rows(reduction: fx.Node, views: set[fx.Node]) -> bool:
+    """Whether a maximum or minimum is over x, and over other axes than its rows."""
     ndim, dims = reduction.args[0].meta["val"].ndim, list(reduction.args[1])
     reads_x = any(n in views for upstream in ancestors(reduction, until=views) for n in upstream.all_input_nodes)
     return reads_x and [d % ndim for d in dims] != [ndim - 1]

@@ -66,6 +66,7 @@ from passes.graph import (
     after,
     aten,
     call,
+    origin,
     phase_of,
     scope_of,
 )
@@ -89,7 +90,7 @@ class RangeUse:
 
 
 @dataclass(frozen=True)
-class _Plan:
+class _OperandPlan:
     """What becomes of one operand of a GEMM. `dims` share a scale; None: the operand is codes already."""
 
     matrix: fx.Node
@@ -105,7 +106,7 @@ def insert_qdq(graph: fx.Graph, context: PassContext) -> int:
     inserted = 0
     sources: dict[tuple[str, str], fx.Node] = {}
     model_quantizes = bool(graph.find_nodes(op="call_function", target=DEQUANTIZE))
-    ends = _ends(graph, context) if context.recipe.skip_first_last else ()
+    ends = _first_and_last_layer(graph, context) if context.recipe.skip_first_last else ()
     for node in [n for n in graph.nodes if n.target in GEMMS and meta.GEMM in n.meta]:
         where: GemmNode = node.meta[meta.GEMM]
         site = context.site(where.site)
@@ -113,7 +114,7 @@ def insert_qdq(graph: fx.Graph, context: PassContext) -> int:
         if node.meta.get(meta.QUANTIZED) or node.meta.get(meta.HP):  # by an earlier run; kept by the profit filter
             gemm.reason = gemm.reason or context.left_out(site, where.role)
             continue
-        plans = _plans(node, where, site, context, ends, model_quantizes, sources)
+        plans = _plan_operands(node, where, site, context, ends, model_quantizes, sources)
         if isinstance(plans, Reason):
             gemm.reason = plans
             if all(m.target is DEQUANTIZE for m in operands(node)):  # the model's own quantizers: not to be fused
@@ -122,7 +123,7 @@ def insert_qdq(graph: fx.Graph, context: PassContext) -> int:
         for plan in plans:
             if where.role == "output":
                 sources[site.name, plan.name] = plan.operand.source
-            new = _reuse(graph, node, plan) if plan.dims is None else _quantize(graph, node, plan, plan.dims, where)
+            new = _dequantize_again(graph, node, plan) if plan.dims is None else _quantize(graph, node, plan, plan.dims, where)
             if new is not plan.matrix:
                 _set_operand(node, plan.matrix, new)
                 inserted += 1
@@ -134,7 +135,7 @@ def insert_qdq(graph: fx.Graph, context: PassContext) -> int:
     return inserted
 
 
-def _plans(
+def _plan_operands(
     node: fx.Node,
     where: GemmNode,
     site: Site,
@@ -142,7 +143,7 @@ def _plans(
     ends: tuple[str, ...],
     model_quantizes: bool,
     sources: dict[tuple[str, str], fx.Node],
-) -> list[_Plan] | Reason:
+) -> list[_OperandPlan] | Reason:
     """What to do with both operands of a GEMM, or why it stays in high precision."""
     resolved = context.resolve(site)
     pair = resolved.gemm(where.role)
@@ -151,19 +152,19 @@ def _plans(
     if site.name in ends:
         return Reason(f"recipe: skip_first_last, this is the {'first' if site.name == ends[0] else 'last'} layer", "recipe")
     specs = dict(zip(site.operands(where.role), pair, strict=True))
-    plans: list[_Plan] = []
+    plans: list[_OperandPlan] = []
     for side, name in enumerate(where.operands):
         operand = resolve_operand(
             operands(node)[side], batched=node.target in BATCHED, forward=sources.get((site.name, name))
         )
-        plan = _plan(node, side, name, operand, specs[name], model_quantizes, resolved.hadamard(where.role))
+        plan = _plan_operand(node, side, name, operand, specs[name], model_quantizes, resolved.hadamard(where.role))
         if isinstance(plan, Reason):
             return plan
         plans.append(plan)
     return plans
 
 
-def _why_emulated(node: fx.Node, plans: list[_Plan]) -> Reason | None:
+def _why_emulated(node: fx.Node, plans: list[_OperandPlan]) -> Reason | None:
     """Why a GEMM of quantized operands is computed in high precision; None: it is not."""
     by_block = [plan for plan in plans if plan.dims is not None and isinstance(plan.spec.granularity, PerBlock)]
     if by_block:
@@ -174,9 +175,9 @@ def _why_emulated(node: fx.Node, plans: list[_Plan]) -> Reason | None:
     return None
 
 
-def _plan(
+def _plan_operand(
     node: fx.Node, side: int, name: str, operand: Operand, spec: QuantSpec, model_quantizes: bool, hadamard: int | None = None
-) -> _Plan | Reason:
+) -> _OperandPlan | Reason:
     """What to do with an operand, or why it cannot be codes."""
     matrix = operands(node)[side]
     learned = isinstance(spec.estimator, Learned)
@@ -184,12 +185,12 @@ def _plan(
         return Reason(why)
     codes = operand.source.op == "call_function" and operand.source.target is DEQUANTIZE
     if codes and _scales_fit(node, side, operand):
-        return _Plan(matrix, operand, name, _spec_in_use(operand.source, spec), None)
+        return _OperandPlan(matrix, operand, name, _spec_in_use(operand.source, spec), None)
     if not learned:
         dims = _scale_dims(spec, node, side, operand, name)
         if isinstance(dims, list) and (why := _changes_size(spec, name, node.meta[meta.GEMM].role, node.target in BATCHED)):
             dims = why
-        return Reason(dims) if isinstance(dims, str) else _Plan(matrix, operand, name, spec, dims, hadamard)
+        return Reason(dims) if isinstance(dims, str) else _OperandPlan(matrix, operand, name, spec, dims, hadamard)
     if codes:
         return Reason(
             f"{name}: its learned scales lie along an axis that is summed over; give this GEMM a spec of its own, as in "
@@ -216,7 +217,7 @@ def _no_hadamard(block: int, node: fx.Node, side: int, name: str, operand: Opera
 
 def _scales_fit(node: fx.Node, side: int, operand: Operand) -> bool:
     """Whether the codes' scales (and zero points) are constant over what the GEMM sums over."""
-    shared, _ = _axes(node, side, operand)
+    shared, _ = _shared_and_kept_axes(node, side, operand)
     for part in operand.source.args[1:3]:
         if part is None or part.meta["val"].numel() == 1:
             continue
@@ -228,9 +229,7 @@ def _scales_fit(node: fx.Node, side: int, operand: Operand) -> bool:
 
 def _spec_in_use(dequantize: fx.Node, spec: QuantSpec) -> QuantSpec:
     """The spec with the width that the codes have."""
-    codes = dequantize.args[0]
-    while codes.target in (PERMUTE, *VIEWS):
-        codes = codes.args[0]
+    codes = origin(dequantize.args[0], (PERMUTE, *VIEWS))
     if codes.target is not QUANTIZE:
         return spec
     # Unsigned codes below 8 bits lie in signed ones that are a bit wider (qcompile.ops.fake_quantize).
@@ -238,7 +237,7 @@ def _spec_in_use(dequantize: fx.Node, spec: QuantSpec) -> QuantSpec:
     return replace(spec, bits=codes.args[3] - unsigned)
 
 
-def _reuse(graph: fx.Graph, gemm: fx.Node, plan: _Plan) -> fx.Node:
+def _dequantize_again(graph: fx.Graph, gemm: fx.Node, plan: _OperandPlan) -> fx.Node:
     """The operand's own codes, dequantized in the form that the GEMM reads."""
     operand, dtype = plan.operand, plan.matrix.meta["val"].dtype
     if plan.matrix is operand.source:
@@ -264,7 +263,7 @@ def _scalar(graph: fx.Graph, part: fx.Node | None, scope: dict[str, object]) -> 
     return call(graph, aten.view.default, part, [], scope=scope)
 
 
-def _ends(graph: fx.Graph, context: PassContext) -> tuple[str, ...]:
+def _first_and_last_layer(graph: fx.Graph, context: PassContext) -> tuple[str, ...]:
     """The first and the last layer of the graph, in forward order: linears and convolutions of what it is given count.
 
     What a parametrization multiplies (a spectral norm's power iteration) is weights and buffers alone.
@@ -309,7 +308,7 @@ def _scale_dims(spec: QuantSpec, node: fx.Node, side: int, operand: Operand, nam
     PerChannel counts the axes of a matrix (rows 0, columns 1), and of a convolution's tensor batch or output 0, channels 1.
     """
     ndim = operands(node)[side].meta["val"].ndim
-    shared, kept = _axes(node, side, operand)
+    shared, kept = _shared_and_kept_axes(node, side, operand)
     match spec.granularity:
         case PerTensor():
             return list(range(ndim))
@@ -325,7 +324,7 @@ def _scale_dims(spec: QuantSpec, node: fx.Node, side: int, operand: Operand, nam
             return f"{name}: no integer kernel for granularity {other}"
 
 
-def _axes(node: fx.Node, side: int, operand: Operand) -> tuple[list[int], int]:
+def _shared_and_kept_axes(node: fx.Node, side: int, operand: Operand) -> tuple[list[int], int]:
     """Of what is quantized: the axes that share a scale at least, and the one that is kept (not counting a batch)."""
     ndim = operands(node)[side].meta["val"].ndim
     base = 1 if node.target in BATCHED else 0
@@ -355,7 +354,7 @@ def _changes_size(spec: QuantSpec, operand: str, role: str, batched: bool) -> st
     )
 
 
-def _quantize(graph: fx.Graph, gemm: fx.Node, plan: _Plan, dims: list[int], where: GemmNode) -> fx.Node:
+def _quantize(graph: fx.Graph, gemm: fx.Node, plan: _OperandPlan, dims: list[int], where: GemmNode) -> fx.Node:
     """The operand quantized where it is made, and dequantized before its GEMM."""
     operand, side = plan.operand, where.operands.index(plan.name)
     scope = _scope_of_codes(gemm, operand.source)
@@ -376,14 +375,14 @@ def _scope_of_codes(gemm: fx.Node, source: fx.Node) -> dict[str, Any]:
     return scope
 
 
-def _matrix(graph: fx.Graph, gemm: fx.Node, plan: _Plan, side: int, scope: dict[str, Any]) -> fx.Node:
+def _matrix(graph: fx.Graph, gemm: fx.Node, plan: _OperandPlan, side: int, scope: dict[str, Any]) -> fx.Node:
     """What is quantized: the operand transformed, and in the view in which scales are shared along axes."""
     operand, matrix = plan.operand, plan.operand.source
     view = None if operand.view is None else list(operand.view)
     if plan.hadamard is not None:
         if view is not None:
             matrix = call(graph, aten.view.default, matrix, view, scope=scope)
-        (summed,), _ = _axes(gemm, side, operand)
+        (summed,), _ = _shared_and_kept_axes(gemm, side, operand)
         matrix = call(graph, HADAMARD, matrix, summed, plan.hadamard, scope=scope)
         view = None
     if isinstance(plan.spec.granularity, PerBlock):
@@ -412,7 +411,7 @@ def _codes(
 
 
 def _dequantize(
-    graph: fx.Graph, gemm: fx.Node, plan: _Plan, side: int, codes: fx.Node, scale: fx.Node, zero: fx.Node | None
+    graph: fx.Graph, gemm: fx.Node, plan: _OperandPlan, side: int, codes: fx.Node, scale: fx.Node, zero: fx.Node | None
 ) -> fx.Node:
     """The codes as the operand that the GEMM reads."""
     operand, dtype = plan.operand, operands(gemm)[0].meta["val"].dtype

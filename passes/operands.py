@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from passes.graph import ALIASES, CASTS, DEQUANTIZE, EXPAND, PERMUTE, QUANTIZE, VIEWS, aten
+from passes.graph import ALIASES, CASTS, DEQUANTIZE, EXPAND, PERMUTE, QUANTIZE, VIEWS, aten, origin
 
 __all__ = ["READABLE", "Operand", "identity", "resolve_operand", "unquantized"]
 
@@ -98,15 +98,10 @@ def unquantized(source: fx.Node) -> fx.Node:
     """The tensor that an operand's source stands for: what it was before a quantizer of the model's own, or itself."""
     if source.op != "call_function" or source.target is not DEQUANTIZE:
         return source
-    codes = source.args[0]
-    while codes.op == "call_function" and codes.target is not QUANTIZE and codes.target in (PERMUTE, *VIEWS, *ALIASES):
-        codes = codes.args[0]
+    codes = origin(source.args[0], (PERMUTE, *VIEWS, *ALIASES))
     if codes.op != "call_function" or codes.target is not QUANTIZE:
         return source
-    tensor = codes.args[0]
-    while tensor.op == "call_function" and tensor.target in (PERMUTE, *VIEWS, *ALIASES, *CASTS):
-        tensor = tensor.args[0]
-    return tensor
+    return origin(codes.args[0], (PERMUTE, *VIEWS, *ALIASES, *CASTS))
 
 
 def _resolve_tensor(node: fx.Node, through: _Through) -> Operand:
@@ -176,9 +171,8 @@ def _is_looked_through(source: fx.Node, cast: fx.Node) -> bool:
 
 def _is_given(node: fx.Node) -> bool:
     """A parameter, an input, or codes that a quantizer of the model's own has made; or a view of one."""
-    while node.op == "call_function" and node.target in (PERMUTE, EXPAND, *VIEWS, *ALIASES):
-        node = node.args[0]  # type: ignore[assignment]
-    return node.op == "placeholder" or node.target is DEQUANTIZE
+    given = origin(node, (PERMUTE, EXPAND, *VIEWS, *ALIASES))
+    return given.op == "placeholder" or given.target is DEQUANTIZE
 
 
 def _same_shape(a: Iterable[object], b: Iterable[object]) -> bool:

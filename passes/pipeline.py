@@ -55,9 +55,9 @@ class Pipeline(PassBase):
         changes = {}
         for step in self.steps:
             self.context.counts[step.name] = 0
-            call = _Call(step, self._places[step.name], (graph, self.context))
+            call = _StepCall(step, self._places[step.name], (graph, self.context))
             outputs = number_of_outputs(graph)
-            changes[step.name] = _run(call, {"": graph}, self.context, writes=count_writes(graph), outputs=outputs)
+            changes[step.name] = _run_step(call, {"": graph}, self.context, writes=count_writes(graph), outputs=outputs)
             if self.on_step is not None:
                 self.on_step(step.name, graph)
         log("joint graph", changes)
@@ -91,8 +91,8 @@ def run_cut_steps(
             continue
         if context is not None:
             context.counts[step.name] = 0
-        call = _Call(step, place, (forward, backward, num_fwd_outputs, context))
-        changes[step.name] = _run(call, halves, context, writes=count_writes(forward) + count_writes(backward))
+        call = _StepCall(step, place, (forward, backward, num_fwd_outputs, context))
+        changes[step.name] = _run_step(call, halves, context, writes=count_writes(forward) + count_writes(backward))
     log("halves", changes)
     return sum(changes.values())
 
@@ -119,14 +119,14 @@ def lower_half(
     places = {step.name: place for place, step in enumerate(half_steps(steady=steady, requantize=True), start=before)}
     for step in half_steps(steady=steady, requantize=requantize):
         if step.name not in names:
-            call = _Call(step, places[step.name], (graph, context))
-            changes[step.name] = _run(call, {phase: graph}, context, writes=writes, outputs=number_of_outputs(graph))
+            call = _StepCall(step, places[step.name], (graph, context))
+            changes[step.name] = _run_step(call, {phase: graph}, context, writes=writes, outputs=number_of_outputs(graph))
     log(f"{phase or 'a'} half", changes)
     return sum(changes.values())
 
 
 @dataclass(frozen=True)
-class _Call:
+class _StepCall:
     """A step, its place in the order of all, and what it is called with."""
 
     step: Step | CutStep
@@ -134,8 +134,8 @@ class _Call:
     arguments: tuple[Any, ...]
 
 
-def _run(
-    call: _Call,
+def _run_step(
+    call: _StepCall,
     graphs: Mapping[str | None, fx.Graph],
     context: PassContext | None,
     *,

@@ -39,7 +39,7 @@ def reduce_rows_first(graph: fx.Graph, context: PassContext | None = None) -> in
     changed = 0
     for target in (*_EXTREMA, aten.sum.dim_IntList):
         for node in graph.find_nodes(op="call_function", target=target):
-            axes = _axes_of_rows(node.args[0].meta["val"]) if on_gpu(node) and _takes_all(node) else None
+            axes = _axes_of_rows(node.args[0].meta["val"]) if on_gpu(node) and _is_over_all_axes(node) else None
             if axes is None:
                 continue
             scope = meta_of(node)
@@ -51,7 +51,7 @@ def reduce_rows_first(graph: fx.Graph, context: PassContext | None = None) -> in
     return changed
 
 
-def _takes_all(node: fx.Node) -> bool:
+def _is_over_all_axes(node: fx.Node) -> bool:
     """Whether it is a reduction over all axes, to a 0-d tensor, of which a part may be taken first."""
     value = node.args[0].meta["val"]
     if node.target not in _EXTREMA and not _counts(node):

@@ -16,14 +16,14 @@ __all__ = ["restore_from_codes"]
 
 def restore_from_codes(cut: Cut, saved: Saved, own: Saved) -> bool:
     """Let the backward half dequantize the codes that it gets anyway. False: it cannot, and nothing has changed."""
-    path, how = _path(saved.node, own.node), _dequantize_of(own.placeholder)
-    if path is None or how is None or any(n.target in VIEWS and view_shape(n.args[0].meta["val"].shape) is None for n in path):
+    views, how = _views_between(saved.node, own.node), _dequantize_of(own.placeholder)
+    if views is None or how is None or any(n.target in VIEWS and view_shape(n.args[0].meta["val"].shape) is None for n in views):
         return False
 
     def restore(_: list[fx.Node], scope: dict[str, object]) -> fx.Node:
         graph = cut.backward
         value = call(graph, DEQUANTIZE, own.placeholder, how.scale, how.zero, saved.value.dtype, scope=scope)
-        for node in path:
+        for node in views:
             before = node.args[0].meta["val"]
             if node.target in VIEWS:
                 value = call(graph, aten.reshape.default, value, list(view_shape(before.shape) or ()), scope=scope)
@@ -35,7 +35,7 @@ def restore_from_codes(cut: Cut, saved: Saved, own: Saved) -> bool:
     return True
 
 
-def _path(tensor: fx.Node, codes: fx.Node) -> list[fx.Node] | None:
+def _views_between(tensor: fx.Node, codes: fx.Node) -> list[fx.Node] | None:
     """The views and casts through which `codes` were quantized from `tensor`, the last one first; None if there is more between."""
     path: list[fx.Node] = []
     node = codes.args[0]

@@ -38,6 +38,7 @@ from passes.graph import (
     QUANTIZE,
     depends_on_gradients,
     erase_unused,
+    origin,
     phase_of,
     reachable,
     source_placeholders,
@@ -47,7 +48,8 @@ from qcompile.specs import SavedSpec
 
 __all__ = ["save_codes"]
 
-_SAME = (*UNCHANGED, *SELECTED)
+_VALUES_OF_OPERAND = (*UNCHANGED, *SELECTED)
+
 
 def save_codes(forward: fx.Graph, backward: fx.Graph, num_fwd_outputs: int, context: PassContext | None = None) -> int:
     """Return how many more tensors are saved."""
@@ -90,7 +92,7 @@ def _left_exact(cut: Cut, saved: dict[fx.Node, Saved], spec: SavedSpec) -> set[f
     found: set[fx.Node] = set()
     for group in nx.connected_components(shared):
         codes, tensors = group - values, group & values
-        restored = {_source(n.args[0], UNCHANGED) for n in codes if n.args[3] >= spec.bits}  # from these codes
+        restored = {origin(n.args[0], UNCHANGED) for n in codes if n.args[3] >= spec.bits}  # from these codes
         largest = max(size_of(n.meta["val"]) for n in codes)
         before, after = 0, sum(size_of(n.meta["val"]) * _bits_stored(n, spec) // 8 for n in codes)
         for n in tensors:
@@ -114,14 +116,14 @@ def _bits_stored(codes: fx.Node, spec: SavedSpec) -> int:
 def _inexact_masks(cut: Cut, values: set[fx.Node]) -> list[fx.Node]:
     """The masks that backward computes from saved values, and that would be others if these were rounded."""
     gradients = depends_on_gradients(cut.backward)
-    coded = {_source(s.node.args[0], _SAME).name for s in cut.saved() if s.node.target is QUANTIZE}
+    coded = {origin(s.node.args[0], _VALUES_OF_OPERAND).name for s in cut.saved() if s.node.target is QUANTIZE}
     found = []
     for node in [n for n in cut.backward.nodes if n.op == "call_function" and _is_mask(n)]:
         if node in gradients or values.isdisjoint(source_placeholders(node)):
             continue
         if all(map(_is_mask, node.users)):
             continue  # a part of another mask
-        source = _source(node.args[0], _SAME) if asks_for_sign(node) else None
+        source = origin(node.args[0], _VALUES_OF_OPERAND) if asks_for_sign(node) else None
         if source not in values or source.name in coded or not _meets_gradients(source, gradients):
             found.append(node)
     return found
@@ -138,10 +140,3 @@ def _meets_gradients(source: fx.Node, gradients: set[fx.Node], *, but: Container
         return [user for user in node.users if user not in but and not _is_mask(user)]
 
     return any(user.op != "call_function" or user in gradients for user in reachable(readers(source), readers))
-
-
-def _source(node: fx.Node, operators: Container[object]) -> fx.Node:
-    """What a node is made from by these operators alone."""
-    while node.op == "call_function" and node.target in operators:
-        node = node.args[0]
-    return node

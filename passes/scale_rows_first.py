@@ -32,7 +32,7 @@ def scale_rows_first(graph: fx.Graph, context: PassContext | None = None) -> int
     """Return the number of scales that a reduction returns now."""
     changed = 0
     for scale in graph.find_nodes(op="call_function", target=aten.clamp_min.default):
-        chain = _behind(scale)
+        chain = _row_maximum_and_chain(scale)
         if chain is None or scale.meta["val"].device.type != "cpu":
             continue
         amax = chain[0]
@@ -49,7 +49,7 @@ def scale_rows_first(graph: fx.Graph, context: PassContext | None = None) -> int
     return changed
 
 
-def _behind(scale: fx.Node) -> list[fx.Node] | None:
+def _row_maximum_and_chain(scale: fx.Node) -> list[fx.Node] | None:
     """The reduction over rows and what is done to its result alone, in order, if these keep order; None for other scales."""
     chain: list[fx.Node] = []
     node = scale.args[0]

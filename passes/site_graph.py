@@ -28,7 +28,7 @@ from torch import fx
 from passes.context import PassContext
 from passes.find_sites import gemm_of
 from passes.gemms import INTEGER, operands
-from passes.graph import BACKWARD, DEQUANTIZE, PERMUTE, QUANTIZE, phase_of
+from passes.graph import BACKWARD, DEQUANTIZE, PERMUTE, QUANTIZE, origin, phase_of
 from passes.operands import resolve_operand
 
 __all__ = ["site_graph"]
@@ -41,7 +41,7 @@ def site_graph(graph: fx.Graph, context: PassContext | None = None, saved: Colle
            node with a user in backward counts as crossing
     """
     result = nx.DiGraph()
-    read = {_source(m) for node in graph.nodes if gemm_of(node) is not None for m in operands(node)}
+    read = {_source_tensor(m) for node in graph.nodes if gemm_of(node) is not None for m in operands(node)}
     # Node -> GEMMs and tensors that it is computed from with none in between: the keys, in order.
     nearest: dict[fx.Node, dict[fx.Node, None]] = {}
     for node in graph.nodes:
@@ -67,14 +67,14 @@ def site_graph(graph: fx.Graph, context: PassContext | None = None, saved: Colle
     return result
 
 
-def _source(matrix: fx.Node) -> fx.Node:
+def _source_tensor(matrix: fx.Node) -> fx.Node:
     """The tensor that a GEMM's matrix is made of."""
     quantize = _quantize_of(matrix)
     return resolve_operand(matrix if quantize is None else quantize.args[0]).source
 
 
 def _add_operand(result: nx.DiGraph, gemm: fx.Node, matrix: fx.Node, operand: str, saved: Collection[str] | None) -> None:
-    quantize, tensor = _quantize_of(matrix), _source(matrix)
+    quantize, tensor = _quantize_of(matrix), _source_tensor(matrix)
     if quantize is None:
         result.add_edge(tensor.name, gemm.name, operand=operand)
         return
@@ -86,9 +86,8 @@ def _add_operand(result: nx.DiGraph, gemm: fx.Node, matrix: fx.Node, operand: st
 
 def _quantize_of(matrix: fx.Node) -> fx.Node | None:
     """The quantize that a GEMM's matrix comes from, behind a dequantize and a transpose."""
-    while matrix.op == "call_function" and matrix.target in (DEQUANTIZE, PERMUTE):
-        matrix = matrix.args[0]  # type: ignore[assignment]
-    return matrix if matrix.target is QUANTIZE else None
+    codes = origin(matrix, (DEQUANTIZE, PERMUTE))
+    return codes if codes.target is QUANTIZE else None
 
 
 def _attributes(kind: str, node: fx.Node, saved: Collection[str] | None) -> dict[str, object]:

@@ -22,7 +22,7 @@ from torch import fx
 
 from passes import meta
 from passes.context import PassContext
-from passes.graph import CONV_GRAD_INPUT, CONV_GRAD_WEIGHT, args_by_name, aten, call, meta_of, replace
+from passes.graph import CONV_GRAD_INPUT, CONV_GRAD_WEIGHT, args_by_name, aten, call, meta_of, replace, size_arguments
 from passes.inlining import inline
 from qcompile.geometry import Geometry
 
@@ -64,9 +64,9 @@ def _split(graph: fx.Graph, node: fx.Node) -> None:
             continue
         with graph.inserting_before(node):
             if position == 0:
-                new = call(graph, CONV_GRAD_INPUT, grad, w, _sizes(graph, x, scope), *geometry, scope=scope)
+                new = call(graph, CONV_GRAD_INPUT, grad, w, size_arguments(graph, x, scope), *geometry, scope=scope)
             elif position == 1:
-                new = call(graph, CONV_GRAD_WEIGHT, grad, x, _sizes(graph, w, scope), *geometry, scope=scope)
+                new = call(graph, CONV_GRAD_WEIGHT, grad, x, size_arguments(graph, w, scope), *geometry, scope=scope)
             else:
                 new = inline(graph, _bias_grad, grad, scope=scope)
         new.meta[meta.SPLIT] = Part(node.name, position, named["bias_sizes"], item.meta["val"].stride())
@@ -78,11 +78,3 @@ def _split(graph: fx.Graph, node: fx.Node) -> None:
 
 def _bias_grad(grad: Any) -> Any:
     return grad.sum([0, *range(2, grad.ndim)])
-
-
-def _sizes(graph: fx.Graph, tensor: fx.Node, scope: dict[str, Any]) -> list[Any]:
-    """A tensor's sizes: numbers, or nodes where they are symbolic."""
-    shape = tensor.meta["val"].shape
-    return [
-        s if isinstance(s, int) else call(graph, aten.sym_size.int, tensor, axis, scope=scope) for axis, s in enumerate(shape)
-    ]
