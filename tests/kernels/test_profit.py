@@ -6,7 +6,7 @@ import torch
 from qcompile import QtrainWarning, errors
 from qcompile.estimators import InHindsight
 from qcompile.kernels import profit, record_launches, registry
-from qcompile.kernels.profit import Cast, Hadamard, Like, Product, Quantize, Transpose, measure
+from qcompile.kernels.profit import Cast, Hadamard, Like, Product, Quantize, Transpose, time_trials
 from qcompile.ops import scaled_mm_reference
 from qcompile.specs import PerRow, QuantSpec
 
@@ -47,11 +47,11 @@ class Watch:
 def test_trials_take_turns_and_the_median_counts():
     """Warm-up, then round after round: of two trials the first gets every other time."""
     watch = Watch(1.0, 10.0)  # seconds as long as these leave room for three rounds
-    assert measure([HP, INTEGER], CPU, watch) == {HP: 1.0, INTEGER: 10.0}
+    assert time_trials([HP, INTEGER], CPU, watch) == {HP: 1.0, INTEGER: 10.0}
     assert watch.calls == 2 + 2 * 3
     profit.forget()
     outlier = Watch(1.0, 1.0, 50.0, 3.0, 2.0, 4.0, 1.0, 60.0)  # warm-up of both; rounds (50, 3), (2, 4), (1, 60)
-    assert measure([HP, INTEGER], CPU, outlier) == {HP: 2.0, INTEGER: 4.0}
+    assert time_trials([HP, INTEGER], CPU, outlier) == {HP: 2.0, INTEGER: 4.0}
 
 
 def test_short_runs_are_repeated_within_a_sample():
@@ -63,24 +63,24 @@ def test_short_runs_are_repeated_within_a_sample():
         runs.append(len(launches))
         return 2.5e-3 * runs[-1]
 
-    assert measure([INTEGER], CPU, watch)[INTEGER] == pytest.approx(2.5e-3)
+    assert time_trials([INTEGER], CPU, watch)[INTEGER] == pytest.approx(2.5e-3)
     assert runs == [1] + [2] * profit.ROUNDS  # a sample takes 5 ms at least
 
 
 def test_what_is_known_is_not_measured_again():
     watch = Watch(1.0)
-    measure([HP, INTEGER], CPU, watch)
+    time_trials([HP, INTEGER], CPU, watch)
     calls = watch.calls
-    assert measure([INTEGER, HP], CPU, watch) == {HP: 1.0, INTEGER: 1.0} and watch.calls == calls
+    assert time_trials([INTEGER, HP], CPU, watch) == {HP: 1.0, INTEGER: 1.0} and watch.calls == calls
     other = Product(aten.mm.default, (matrix(8, 16), matrix(16, 2)))
-    measure([HP, other], CPU, watch)
+    time_trials([HP, other], CPU, watch)
     assert watch.calls == calls + 4  # the new one alone
 
 
 def test_what_does_not_run_takes_forever():
     broken = Product(aten.mm.default, (matrix(8, 16), matrix(15, 4)))
     with pytest.warns(QtrainWarning, match="Product cannot be measured.*RuntimeError"):
-        assert measure([broken, HP], CPU, Watch(1.0)) == {broken: float("inf"), HP: 1.0}
+        assert time_trials([broken, HP], CPU, Watch(1.0)) == {broken: float("inf"), HP: 1.0}
 
 
 def test_a_product_runs_on_the_integer_kernel():
@@ -93,7 +93,7 @@ def test_a_product_runs_on_the_integer_kernel():
         return 1.0
 
     with record_launches() as launches:
-        measure([INTEGER, HP], CPU, watch)
+        time_trials([INTEGER, HP], CPU, watch)
     assert found == [[(8, 4, 16)], []] * 4  # once to know how long it takes, and three rounds
     assert launches == [], "a step that decides would seem to have launched the trials"
 
@@ -112,7 +112,7 @@ def test_a_product_runs_on_the_integer_kernel():
     ids=lambda trial: type(trial).__name__,
 )
 def test_every_part_runs(trial, interpreted):
-    assert measure([trial], CPU, Watch(1.0)) == {trial: 1.0}
+    assert time_trials([trial], CPU, Watch(1.0)) == {trial: 1.0}
 
 
 def test_a_quantize_makes_codes_and_what_its_range_learns(interpreted):
@@ -126,7 +126,7 @@ def test_a_quantize_makes_codes_and_what_its_range_learns(interpreted):
 def test_a_quantize_is_compiled_and_random_numbers_stay():
     before = torch.get_rng_state()
     trial = Quantize(matrix(8, 16), (1,), QuantSpec(granularity=PerRow()))
-    assert measure([trial], CPU, Watch(1.0)) == {trial: 1.0}
+    assert time_trials([trial], CPU, Watch(1.0)) == {trial: 1.0}
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -157,7 +157,7 @@ def test_what_another_kernel_took_is_measured_anew(monkeypatch):
     monkeypatch.setattr(registry, "_KERNELS", {})
 
     def measured(seconds):
-        return measure([INTEGER], CPU, Watch(*[seconds] * 100))[INTEGER]
+        return time_trials([INTEGER], CPU, Watch(*[seconds] * 100))[INTEGER]
 
     first = measured(1e-3)
     assert measured(5e-3) == first, "not measured twice"
