@@ -14,7 +14,7 @@ from qcompile.kernels import Launch, cpu, fallback, record_launches
 from qcompile.kernels.cpu import conv
 from qcompile.kernels.prepared import forget_prepared, planned
 from qcompile.kernels.quantized_tensor import as_plan
-from tests.ops.test_scaled_conv import cases, codes, parameters, spelled
+from tests.ops.test_scaled_conv import DTYPES, calls, cases, codes, spelled
 
 if cpu.kernel_name(8, 8, 8) != "onednn":
     pytest.skip("oneDNN's products are not the choice here", allow_module_level=True)
@@ -120,22 +120,12 @@ def test_a_failure_is_told_once_and_codes_are_gathered(monkeypatch):
 @given(cases(), st.sampled_from(["tensor", "rows"]), st.booleans(), st.integers(0, 10**6))
 def test_every_geometry_bit_for_bit(case, kind, with_bias, seed):
     """At every size, as if reordering weights took no time."""
-    input_size, weight_size, geometry = case
-    inputs, outputs = geometry.channels(weight_size)
-    output_size = [input_size[0], outputs, *geometry.output_size(input_size[2:], weight_size[2:])]
-    x, w, g = codes(input_size, seed), codes(weight_size, seed + 1), codes(output_size, seed + 2)
-    first, second = (1, 0) if geometry.transposed else (0, 1)
-    (xs, _), (ws, _) = parameters(input_size, 0, kind, seed), parameters(weight_size, first, kind, seed + 1)
-    (gs, _), (vs, _) = parameters(output_size, 0, kind, seed + 2), parameters(weight_size, second, kind, seed + 3)
-    where, dtype = spelled(geometry), [torch.float32, torch.bfloat16, torch.float16][seed % 3]
-    bias = torch.randn(outputs) if with_bias else None
+    operands_of = calls(case, kind, with_bias, seed, DTYPES[seed % 3])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(conv, "REORDERED", 0)
         found = {name: planned(as_plan(plan)) for name, plan in cpu.convolutions().items()}
-        for name, operands in (
-            ("scaled_conv", (x, w, xs, ws, None, None, bias, *where, dtype)),
-            ("scaled_conv_grad_input", (g, w, gs, vs, None, None, input_size, *where, dtype)),
-        ):
+        for name in ("scaled_conv", "scaled_conv_grad_input"):
+            operands = operands_of[name]
             got, want = found[name](*operands), getattr(ops, f"{name}_reference")(*operands)
             assert torch.equal(got, want) and got.dtype is want.dtype and got.movedim(1, -1).is_contiguous()
 

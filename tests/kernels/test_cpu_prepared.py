@@ -14,7 +14,7 @@ from qcompile.geometry import Geometry
 from qcompile.kernels import cpu, fallback, record_launches
 from qcompile.kernels.cpu import conv
 from qcompile.kernels.prepared import forget_prepared
-from tests.ops.test_scaled_conv import cases, codes, parameters, spelled
+from tests.ops.test_scaled_conv import calls, cases
 
 PLANE = Geometry([1, 1], [1, 1], [1, 1], False, [0, 0], 1)
 IN_GROUPS = Geometry([2, 1], [1, 0], [1, 2], False, [0, 0], 2)
@@ -31,24 +31,6 @@ def plans(monkeypatch):
     forget_prepared()
 
 
-def calls(geometry, input_size, weight_size, seed, kind="tensor", with_bias=False):
-    """name -> operands of the three operators. Layouts follow from `seed % 3`, values from all of it."""
-    _, outputs = geometry.channels(weight_size)
-    output_size = [input_size[0], outputs, *geometry.output_size(input_size[2:], weight_size[2:])]
-    x, w, g = codes(input_size, seed), codes(weight_size, seed + 3), codes(output_size, seed + 6)
-    first, second = (1, 0) if geometry.transposed else (0, 1)
-    (xs, xz), (ws, wz) = parameters(input_size, 0, kind, seed), parameters(weight_size, first, kind, seed + 1)
-    (gs, gz), (vs, vz) = parameters(output_size, 0, kind, seed + 2), parameters(weight_size, second, kind, seed + 3)
-    (os, oz), (cs, cz) = parameters(output_size, 1, kind, seed + 4), parameters(input_size, 1, kind, seed + 5)
-    bias = torch.randn(outputs, generator=torch.Generator().manual_seed(seed)) if with_bias else None
-    where, dtype = spelled(geometry), torch.float32
-    return {
-        "scaled_conv": (x, w, xs, ws, xz, wz, bias, *where, dtype),
-        "scaled_conv_grad_input": (g, w, gs, vs, gz, vz, list(input_size), *where, dtype),
-        "scaled_conv_grad_weight": (g, x, os, cs, oz, cz, list(weight_size), *where, dtype),
-    }
-
-
 def exact(name, operands):
     return torch.equal(getattr(ops, name)(*operands), getattr(ops, f"{name}_reference")(*operands))
 
@@ -56,19 +38,19 @@ def exact(name, operands):
 @settings(max_examples=60, deadline=None)
 @given(cases(), st.sampled_from(["tensor", "rows", "zero points"]), st.booleans(), st.integers(0, 10**6))
 def test_the_second_call_has_the_second_calls_values(case, kind, with_bias, seed):
-    input_size, weight_size, geometry = case
     for other in (0, 9):  # the layouts stay
-        for name, operands in calls(geometry, input_size, weight_size, seed + other, kind, with_bias).items():
+        for name, operands in calls(case, kind, with_bias, seed + other).items():
             assert exact(name, operands), name
 
 
 @pytest.mark.parametrize("geometry", [PLANE, IN_GROUPS], ids=["plain", "in groups"])
 def test_it_is_not_worked_out_again(geometry, plans):
+    case = [2, 8, 9, 7], [6, 8 // geometry.groups, 3, 3], geometry
     for seed in (1, 10, 19):
-        for name, operands in calls(geometry, [2, 8, 9, 7], [6, 8 // geometry.groups, 3, 3], seed).items():
+        for name, operands in calls(case, "tensor", False, seed).items():
             assert exact(name, operands)
     assert len(plans) == 3
-    for name, operands in calls(geometry, [2, 8, 9, 7], [6, 8 // geometry.groups, 3, 3], 2).items():  # another layout
+    for name, operands in calls(case, "tensor", False, 2).items():  # another layout
         assert exact(name, operands)
     assert len(plans) == 6
 
@@ -79,7 +61,7 @@ def test_it_is_not_worked_out_again(geometry, plans):
 def test_nothing_is_held(name, size, geometry, plans):
     seen = []
     for seed in (1, 10, 19):
-        operands = calls(geometry, size, [8, 8 // geometry.groups, 3, 3], seed, "rows", True)[name]
+        operands = calls((size, [8, 8 // geometry.groups, 3, 3], geometry), "rows", True, seed)[name]
         seen += [weakref.ref(x) for x in (*operands, getattr(ops, name)(*operands)) if isinstance(x, torch.Tensor)]
     del operands
     gc.collect()
@@ -87,7 +69,7 @@ def test_nothing_is_held(name, size, geometry, plans):
 
 
 def test_wrong_operands_are_refused_after_right_ones():
-    operands = calls(PLANE, [2, 8, 9, 7], [6, 8, 3, 3], 1)["scaled_conv"]
+    operands = calls(([2, 8, 9, 7], [6, 8, 3, 3], PLANE), "tensor", False, 1)["scaled_conv"]
     ops.scaled_conv(*operands)
     with pytest.raises(KernelError, match="input is .* an input of 4 axes with 8 channels"):
         ops.scaled_conv(operands[0][:, :7], *operands[1:])
@@ -99,7 +81,7 @@ def test_wrong_operands_are_refused_after_right_ones():
 
 @pytest.mark.parametrize("size", [[2, 8, 9, 7], [4, 8, 32, 32]], ids=["gathered", "by oneDNN"])
 def test_another_product_that_is_asked_for_is_used(size, monkeypatch):
-    operands = calls(PLANE, size, [8, 8, 3, 3], 1)["scaled_conv"]
+    operands = calls((size, [8, 8, 3, 3], PLANE), "tensor", False, 1)["scaled_conv"]
 
     def kernels():
         with record_launches() as launches:
@@ -121,7 +103,7 @@ def test_onednns_convolution_that_fails_later_is_replaced(monkeypatch):
         raise RuntimeError("could not create a primitive")
 
     monkeypatch.setattr(fallback, "_failed", set())
-    operands = calls(PLANE, [4, 8, 32, 32], [8, 8, 3, 3], 1)["scaled_conv"]
+    operands = calls(([4, 8, 32, 32], [8, 8, 3, 3], PLANE), "tensor", False, 1)["scaled_conv"]
     assert exact("scaled_conv", operands)
     with monkeypatch.context() as patch:
         patch.setattr(conv._Direct, "of_codes", fails)

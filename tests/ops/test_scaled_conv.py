@@ -17,6 +17,7 @@ from qcompile.kernels.quantized_tensor import as_plan
 
 aten = torch.ops.aten
 SCALE = torch.tensor(0.015625)
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 @st.composite
@@ -64,6 +65,32 @@ def spelled(geometry):
     return [list(v) if isinstance(v, list) else v for v in geometry]
 
 
+def calls(case, kind, with_bias, seed, dtype=torch.float32):
+    """name -> operands of the three operators. Layouts of the codes follow from `seed % 3`, values from all of it."""
+    input_size, weight_size, geometry = case
+    outputs = geometry.channels(weight_size)[1]
+    output_size = [input_size[0], outputs, *geometry.output_size(input_size[2:], weight_size[2:])]
+    x, w, g = codes(input_size, seed), codes(weight_size, seed + 1), codes(output_size, seed + 2)
+    bias = torch.randn(outputs, generator=torch.Generator().manual_seed(seed)) if with_bias else None
+    first, second = (1, 0) if geometry.transposed else (0, 1)
+    # A scale for each index of an operand belongs to an axis that the product does not sum over.
+    x_scale, x_zero = parameters(input_size, 0, kind, seed)
+    w_scale, w_zero = parameters(weight_size, first, kind, seed + 1)
+    forward = (x, w, x_scale, w_scale, x_zero, w_zero, bias)
+    g_scale, g_zero = parameters(output_size, 0, kind, seed + 2)
+    w_scale, w_zero = parameters(weight_size, second, kind, seed + 3)
+    to_input = (g, w, g_scale, w_scale, g_zero, w_zero, list(input_size))
+    g_scale, g_zero = parameters(output_size, 1, kind, seed + 4)
+    x_scale, x_zero = parameters(input_size, 1, kind, seed + 5)
+    to_weight = (g, x, g_scale, x_scale, g_zero, x_zero, list(weight_size))
+    rest = (*spelled(geometry), dtype)
+    return {
+        "scaled_conv": (*forward, *rest),
+        "scaled_conv_grad_input": (*to_input, *rest),
+        "scaled_conv_grad_weight": (*to_weight, *rest),
+    }
+
+
 @settings(max_examples=60, deadline=None)
 @given(cases(), st.sampled_from(["tensor", "rows", "zero points"]), st.booleans(), st.integers(0, 10**6))
 def test_every_geometry_equals_fp64(case, kind, with_bias, seed):
@@ -93,25 +120,11 @@ def test_every_geometry_equals_fp64_at_length(case, kind, with_bias, seed):
 
 def check(case, kind, with_bias, seed, implementations=None):
     input_size, weight_size, geometry = case
-    inputs, outputs = geometry.channels(weight_size)
+    outputs = geometry.channels(weight_size)[1]
     output_size = [input_size[0], outputs, *geometry.output_size(input_size[2:], weight_size[2:])]
-    x, w, g = codes(input_size, seed), codes(weight_size, seed + 1), codes(output_size, seed + 2)
-    bias = torch.randn(outputs) if with_bias else None
-    first, second = (1, 0) if geometry.transposed else (0, 1)
-    where = spelled(geometry)
-    dtype = [torch.float32, torch.bfloat16, torch.float16][seed % 3]
-
-    (xs, xz), (ws, wz) = parameters(input_size, 0, kind, seed), parameters(weight_size, first, kind, seed + 1)
-    operands = (x, w, xs, ws, xz, wz, bias, *where, dtype)
-    same(ops.scaled_conv, ops.scaled_conv_reference, operands, output_size, implementations)
-
-    (gs, gz), (ws, wz) = parameters(output_size, 0, kind, seed + 2), parameters(weight_size, second, kind, seed + 3)
-    operands = (g, w, gs, ws, gz, wz, input_size, *where, dtype)
-    same(ops.scaled_conv_grad_input, ops.scaled_conv_grad_input_reference, operands, input_size, implementations)
-
-    (gs, gz), (xs, xz) = parameters(output_size, 1, kind, seed + 4), parameters(input_size, 1, kind, seed + 5)
-    operands = (g, x, gs, xs, gz, xz, weight_size, *where, dtype)
-    same(ops.scaled_conv_grad_weight, ops.scaled_conv_grad_weight_reference, operands, weight_size, implementations)
+    sizes = {"scaled_conv": output_size, "scaled_conv_grad_input": input_size, "scaled_conv_grad_weight": weight_size}
+    for name, operands in calls(case, kind, with_bias, seed, DTYPES[seed % 3]).items():
+        same(getattr(ops, name), getattr(ops, f"{name}_reference"), operands, sizes[name], implementations)
 
 
 def same(operator, reference, operands, size, implementations=None):
