@@ -19,7 +19,7 @@ from passes.sites import OPERANDS, Gemm, Reason, Site, full_name
 from qcompile.errors import GraphError
 from qcompile.recipe import Recipe, SiteRecipe
 from qcompile.state.decisions import Decisions
-from qcompile.state.layout import StateLayout
+from qcompile.state.layout import Entry, StateLayout
 
 __all__ = [
     "Crossing",
@@ -109,6 +109,10 @@ class PassContext:
         """Why the recipe wants a GEMM of a site in high precision; None: it does not."""
         text = self.resolve(site).reason(role if role in OPERANDS else "output")
         return None if text is None else Reason(text, "recipe")
+
+    def state_entries(self) -> list[Entry]:
+        """The range state of both halves; the entries without a spec are streams of random draws."""
+        return [entry for layout in self.layouts.values() for entry in layout.entries]
 
     def gemms(self) -> Iterator[tuple[Site, Gemm]]:
         for site in self.sites:

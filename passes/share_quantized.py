@@ -65,4 +65,3 @@ def _key(node: fx.Node) -> object:
     elif node.target in (QUANTIZE, ROUND_TO_POWERS):  # the last one, the salt, follows from the label: equal seeds, equal draws
         args = args[:-1]
     return node.target, tuple(str(a) if isinstance(a, list) else a for a in args)
-

@@ -57,14 +57,15 @@ def to_toml(table: Mapping[str, Any], *, head: Sequence[str] = (), notes: Mappin
     sections: list[tuple[str, Mapping[str, Any], Sequence[str]]] = []
     for key, value in without_null.items():
         if isinstance(value, Mapping):
-            sections.append((f"[{_key(key)}]", value, ()))
+            sections.append((f"[{_toml_key(key)}]", value, ()))
         elif isinstance(value, list) and value and all(isinstance(row, Mapping) for row in value):
-            sections.extend((f"[[{_key(key)}]]", row, (notes or {}).get(i, ())) for i, row in enumerate(value))
+            sections.extend((f"[[{_toml_key(key)}]]", row, (notes or {}).get(i, ())) for i, row in enumerate(value))
         else:
-            plain.append(f"{_key(key)} = {_value(value)}")
+            plain.append(f"{_toml_key(key)} = {_toml_value(value)}")
     lines = [*map(_comment, head), *([""] if head else []), *plain]
     for header, section, comments in sections:
-        lines += ["", header, *map(_comment, comments), *(f"{_key(key)} = {_value(value)}" for key, value in section.items())]
+        lines += ["", header, *map(_comment, comments)]
+        lines += [f"{_toml_key(key)} = {_toml_value(value)}" for key, value in section.items()]
     return "\n".join(lines) + "\n"
 
 
@@ -112,27 +113,27 @@ def _comment(line: str) -> str:
     return f"# {line}".rstrip()
 
 
-def _key(key: str) -> str:
+def _toml_key(key: str) -> str:
     bare = key.isascii() and key.replace("_", "").replace("-", "").isalnum()
-    return key if bare else _string(key)
+    return key if bare else _toml_string(key)
 
 
-def _string(text: str) -> str:
+def _toml_string(text: str) -> str:
     # A JSON string is a TOML string, but for DEL, which TOML wants escaped, and surrogate pairs, hence no
     # ASCII.
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007F")
 
 
-def _value(value: Any) -> str:
+def _toml_value(value: Any) -> str:
     if isinstance(value, str):
-        return _string(value)
+        return _toml_string(value)
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int | float):
         return repr(value)
     if isinstance(value, Mapping):
-        items = ", ".join(f"{_key(key)} = {_value(item)}" for key, item in value.items())
+        items = ", ".join(f"{_toml_key(key)} = {_toml_value(item)}" for key, item in value.items())
         return f"{{{items and f' {items} '}}}"
     if isinstance(value, list):
-        return f"[{', '.join(map(_value, value))}]"
+        return f"[{', '.join(map(_toml_value, value))}]"
     raise RecipeError(f"cannot be written as TOML: {value!r}, a {type(value).__name__}.")

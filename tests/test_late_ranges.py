@@ -211,7 +211,7 @@ def test_ranges_of_one_model_are_exchanged_once_however_many_shapes_it_was_compi
 
     replicas = Replicas()
     monkeypatch.setattr(replicas, "active", lambda: True)
-    monkeypatch.setattr("qcompile.state.replicas._Plan", Plan)
+    monkeypatch.setattr("qcompile.state.replicas._Exchange", Plan)
     monkeypatch.setattr("qcompile.state.replicas._compare", lambda *_: None)
     monkeypatch.setattr(halves, "REPLICAS", replicas)
     model = nn.Linear(WIDTH, WIDTH)
@@ -282,7 +282,7 @@ def test_ranks_that_have_learnt_nothing_are_no_part_of_a_mean(learnt, agreed, mo
     everyone = torch.cat([rank.tensor[rank.index] for rank in ranks])
     monkeypatch.setattr(replicas.dist, "get_world_size", lambda group=None: 2)
     monkeypatch.setattr(replicas.dist, "all_gather_into_tensor", lambda out, mine, group=None: out.copy_(everyone))
-    replicas._Plan(ranks[:1]).run(None)
+    replicas._Exchange(ranks[:1]).run(None)
     assert ranks[0].slots[0].read("gamma").item() == pytest.approx(agreed)
     assert ranks[0].slots[0].read("steps") == max(learnt)
 

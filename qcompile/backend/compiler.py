@@ -213,6 +213,9 @@ class Compilation:
         self.record.seconds["compile"] = time.perf_counter() - start
         return compiled
 
+    def _count_pass_time(self, start: float) -> None:
+        self.record.seconds["passes"] = self.record.seconds.get("passes", 0.0) + time.perf_counter() - start
+
     # ---- the joint graph
 
     def joint_pass(self, graph: fx.Graph) -> None:
@@ -236,7 +239,7 @@ class Compilation:
             context.profit = StoredDecisions(self.store, own, shared=shared, function=self.function)
         Pipeline(self.options.steps, context, on_step=self.on_step).run(graph)
         self.writes = count_writes(graph)
-        self.record.seconds["passes"] = self.record.seconds.get("passes", 0.0) + time.perf_counter() - start
+        self._count_pass_time(start)
         self._report_what_stays_hp()
         self._report_what_is_shared()
 
@@ -262,7 +265,7 @@ class Compilation:
             _warn(message)
 
     def _report_what_is_shared(self) -> None:
-        entries = (entry for layout in self.context.layouts.values() for entry in layout.entries)
+        entries = self.context.state_entries()
         sites = dict.fromkeys(entry.site for entry in entries if entry.owner is None and entry.spec is not None)
         if sites:
             _warn(
@@ -281,7 +284,7 @@ class Compilation:
             state_inputs.add_examples(half, inputs, kwargs)
         until_valid = copy_of(half) if half.graph.find_nodes(op="call_function", target=SELECT) else None
         self._lower(half, BACKWARD if backward else FORWARD)
-        self.record.seconds["passes"] = self.record.seconds.get("passes", 0.0) + time.perf_counter() - start
+        self._count_pass_time(start)
         compiled = compile_inner(half, inputs, **kwargs)
         dynamic = None
         if until_valid is not None and state_inputs:
@@ -312,8 +315,8 @@ class Compilation:
 
     def _shares_ranges(self) -> bool:
         """Whether data-parallel ranks have ranges here to agree on. Streams of random draws are each rank's own."""
-        entries = (entry for layout in self.context.layouts.values() for entry in layout.entries)
-        return self.replicates and self.context.recipe.ranges == "replicated" and any(e.spec is not None for e in entries)
+        has_ranges = any(entry.spec is not None for entry in self.context.state_entries())
+        return self.replicates and self.context.recipe.ranges == "replicated" and has_ranges
 
 
 def _warn(message: str) -> None:

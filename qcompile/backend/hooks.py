@@ -17,7 +17,7 @@ from torch import fx
 from passes import meta
 from passes.context import PassContext
 from passes.dynamo_inputs import DynamoInputs
-from passes.graph import is_joint
+from passes.graph import BACKWARD, FORWARD, is_joint
 from passes.pipeline import Pipeline, lower_half
 from passes.report import report_hp_gemms
 from passes.steps import Step, joint_steps
@@ -64,8 +64,8 @@ def inductor_hooks(
         at_the_cut.parameters = context.parameters
         report_hp_gemms(context)
         if context.layouts and inputs is None:
-            seed, entries = "the seed of its draws", [e for layout in context.layouts.values() for e in layout.entries]
-            ranges = (f"past ranges (first: {e.site}.{e.operand})" for e in entries if e.spec is not None)
+            seed = "the seed of its draws"
+            ranges = (f"past ranges (first: {e.site}.{e.operand})" for e in context.state_entries() if e.spec is not None)
             raise StateError(
                 f"inductor_hooks: recipe {recipe.name!r} keeps state, {next(ranges, seed)}, and plain Inductor cannot say which "
                 "module a call belongs to. Use backend='qtrain'; or a recipe that keeps none, with dynamic estimators and nearest "
@@ -74,13 +74,9 @@ def inductor_hooks(
             )
 
     def half_pass(half: fx.Graph) -> None:
-        lower_half(half, PassContext(recipe), phase="forward" if not _is_backward(half) else "backward", steady=False)
+        lower_half(half, PassContext(recipe), phase=BACKWARD if is_joint(half) else FORWARD, steady=False)
 
     return inductor.hook_options(joint_pass, half_pass, identity, dict(options or {}), at_the_cut)
-
-
-def _is_backward(half: fx.Graph) -> bool:
-    return is_joint(half)  # it has tangents
 
 
 Compiler = Callable[..., CompiledHalf]
@@ -101,7 +97,7 @@ def with_range_state(compiler: Compiler, *, ranges: Ranges = "replicated") -> Co
 
     def compile_half(half: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> CompiledHalf:
         state_inputs, inputs = StateInputs.of(half), list(example_inputs)
-        backward = kwargs.get("is_backward", _is_backward(half.graph))
+        backward = kwargs.get("is_backward", is_joint(half.graph))  # it has tangents
         if not backward:
             state_inputs.add_examples(half, inputs, kwargs)
         compiled = _as_boxed(compiler(half, inputs, **kwargs))

@@ -131,16 +131,17 @@ def hook_options(
     context: PassContext | None = None,
 ) -> dict[str, Any]:
     """Options of Inductor that run our passes at its hooks, with the user's own hooks (of `config`, or set globally) chained."""
-
-    def users(name: str) -> Any:
-        return config.get(name, getattr(inductor_config, name))
-
     return {
         **config,
-        "joint_custom_pre_pass": _JointPass(joint_pass, identity, users("joint_custom_pre_pass")),
-        "custom_partitioner_fn": _Partition(identity, users("custom_partitioner_fn"), context),
-        "post_grad_custom_pre_pass": _HalfPass(half_pass, identity, users("post_grad_custom_pre_pass")),
+        "joint_custom_pre_pass": _JointPass(joint_pass, identity, _users_hook(config, "joint_custom_pre_pass")),
+        "custom_partitioner_fn": _Partition(identity, _users_hook(config, "custom_partitioner_fn"), context),
+        "post_grad_custom_pre_pass": _HalfPass(half_pass, identity, _users_hook(config, "post_grad_custom_pre_pass")),
     }
+
+
+def _users_hook(config: dict[str, Any], name: str) -> Any:
+    """What the user has set at a hook of Inductor's, for this compilation or globally."""
+    return config.get(name, getattr(inductor_config, name))
 
 
 def _as_list(passes: Any) -> list[Any]:
@@ -187,8 +188,7 @@ def watch_plain(
     config: dict[str, Any],
 ) -> Callable[..., Any]:
     """Inductor itself, with a look at the joint graph, and `inner` around the compilation of each half."""
-    users_pass = config.get("joint_custom_pre_pass", inductor_config.joint_custom_pre_pass)
-    patches = {**config, "joint_custom_pre_pass": _JointPass(look, "watch", users_pass)}
+    patches = {**config, "joint_custom_pre_pass": _JointPass(look, "watch", _users_hook(config, "joint_custom_pre_pass"))}
     with functorch_config.patch(enable_autograd_cache=False):
         return compile_fx(gm, example_inputs, inner_compile=_hooked(inner), config_patches=patches)
 
@@ -224,12 +224,10 @@ def compile_with_inductor(
             "torch._inductor.config.freezing makes constants of an inference graph's weights, and stored ranges are found by the "
             "weights: they cannot be used. Set it to False for this model; to deploy, qcompile.convert gives a model of its own"
         )
-    users_pass = config.get("joint_custom_pre_pass", inductor_config.joint_custom_pre_pass)
-    users_partitioner = config.get("custom_partitioner_fn", inductor_config.custom_partitioner_fn)
     patches = {
         **config,
-        "joint_custom_pre_pass": _JointPass(joint_pass, identity, users_pass),
-        "custom_partitioner_fn": _Partition(identity, users_partitioner, context),
+        "joint_custom_pre_pass": _JointPass(joint_pass, identity, _users_hook(config, "joint_custom_pre_pass")),
+        "custom_partitioner_fn": _Partition(identity, _users_hook(config, "custom_partitioner_fn"), context),
     }
     table = decompositions()
 

@@ -53,7 +53,7 @@ def time_steps(made: target.Target, recipes: dict[str, Any], steps: int, bar: Pr
     for name, recipe in recipes.items():
         model = copy.deepcopy(made.model)
         compiled = torch.compile(model, backend="qtrain", options={"recipe": recipe})
-        variants[name] = _step(made, model, compiled)
+        variants[name] = _training_step(made, model, compiled)
         start = time.perf_counter()
         variants[name]()
         seconds = time.perf_counter() - start
@@ -86,7 +86,7 @@ def time_steps(made: target.Target, recipes: dict[str, Any], steps: int, bar: Pr
     return list(rows.values())
 
 
-def _step(made: target.Target, model: torch.nn.Module, compiled: Any) -> Callable[[], None]:
+def _training_step(made: target.Target, model: torch.nn.Module, compiled: Any) -> Callable[[], None]:
     from qcompile.inspect.capture import default_loss
 
     def step() -> None:

@@ -53,9 +53,9 @@ def run(arguments: argparse.Namespace) -> int:
         raise ValueError(f"FILE: got {str(path)!r}; its ending must be one of {', '.join(FORMATS)}")
     made = target.load(argparse.Namespace(target=arguments.target, autocast=None))
     if arguments.weights is not None:
-        _load_weights(made.model, _read(arguments.weights), arguments.weights)
+        _load_weights(made.model, _read_tensors(arguments.weights), arguments.weights)
     if arguments.ranges is not None:
-        range_state(made.model).load_state_dict(_read(arguments.ranges))
+        range_state(made.model).load_state_dict(_read_tensors(arguments.ranges))
     made.model.eval()
     deployed = convert(made.model, *made.args, recipe=arguments.recipe, skip=arguments.skip, **made.kwargs)
     again = _WRITERS[FORMATS[path.suffix]](deployed, made, path, arguments)
@@ -72,8 +72,8 @@ def run(arguments: argparse.Namespace) -> int:
     ]
     report: dict[str, Any] = {"file": str(path), "bytes": path.stat().st_size, "layers": layers}
     if arguments.check:
-        report["check"] = _check(deployed, again, made)
-    print(json.dumps(report, indent=2) if arguments.json else _text(report))
+        report["check"] = _compare_answers(deployed, again, made)
+    print(json.dumps(report, indent=2) if arguments.json else _report_text(report))
     return 1 if arguments.check and not report["check"]["same"] else 0
 
 
@@ -86,7 +86,7 @@ def _load_weights(model: nn.Module, state: dict[str, Any], path: Path) -> None:
         raise ValueError(f"--weights {path}: {error}") from error
 
 
-def _read(path: Path) -> dict[str, Tensor]:
+def _read_tensors(path: Path) -> dict[str, Tensor]:
     if not path.exists():
         raise ValueError(f"{path}: there is no such file")
     try:
@@ -99,7 +99,7 @@ def _read(path: Path) -> dict[str, Tensor]:
         raise ValueError(f"{path} is no file of tensors: {str(error) or type(error).__name__}".splitlines()[0]) from error
 
 
-def _state(deployed: nn.Module, made: target.Target, path: Path, arguments: argparse.Namespace) -> Callable[..., Any]:
+def _write_state(deployed: nn.Module, made: target.Target, path: Path, arguments: argparse.Namespace) -> Callable[..., Any]:
     state = deployed.state_dict()
     if path.suffix == ".safetensors":
         from safetensors.torch import save_file
@@ -112,20 +112,20 @@ def _state(deployed: nn.Module, made: target.Target, path: Path, arguments: argp
         empty = copy.deepcopy(deployed)
         for layer in (m for m in empty.modules() if isinstance(m, IntegerLayer)):
             layer.codes.zero_()
-        empty.load_state_dict(_read(path))
+        empty.load_state_dict(_read_tensors(path))
         return empty(*args, **kwargs)
 
     return again
 
 
-def _program(deployed: nn.Module, made: target.Target, path: Path, arguments: argparse.Namespace) -> Callable[..., Any]:
+def _write_program(deployed: nn.Module, made: target.Target, path: Path, arguments: argparse.Namespace) -> Callable[..., Any]:
     from qcompile.deploy import export_program
 
     torch.export.save(export_program(deployed, made.args, made.kwargs), path)
     return lambda *args, **kwargs: torch.export.load(path).module()(*args, **kwargs)
 
 
-def _onnx(deployed: nn.Module, made: target.Target, path: Path, arguments: argparse.Namespace) -> Callable[..., Any]:
+def _write_onnx(deployed: nn.Module, made: target.Target, path: Path, arguments: argparse.Namespace) -> Callable[..., Any]:
     from qcompile.deploy import export_onnx
 
     export_onnx(deployed, made.args, path, made.kwargs, opset=arguments.opset)
@@ -141,10 +141,10 @@ def _onnx(deployed: nn.Module, made: target.Target, path: Path, arguments: argpa
     return again
 
 
-_WRITERS = {"state": _state, "program": _program, "onnx": _onnx}
+_WRITERS = {"state": _write_state, "program": _write_program, "onnx": _write_onnx}
 
 
-def _check(deployed: nn.Module, again: Callable[..., Any], made: target.Target) -> dict[str, Any]:
+def _compare_answers(deployed: nn.Module, again: Callable[..., Any], made: target.Target) -> dict[str, Any]:
     """How far what was written is from the deployed model, on the example input: by sample, in units of the outputs' spread."""
     with torch.no_grad():
         want, got = (_first_tensor(run(*made.args, **made.kwargs)) for run in (deployed, again))
@@ -161,7 +161,7 @@ def _first_tensor(outputs: Any) -> Tensor:
     return found[0].float()
 
 
-def _text(report: dict[str, Any]) -> str:
+def _report_text(report: dict[str, Any]) -> str:
     rows = [
         [x["layer"], x["kind"], f"int{x['weight_bits']}", f"int{x['input_bits']}" if x["input_bits"] else "hp", x["input_scale"]]
         for x in report["layers"]

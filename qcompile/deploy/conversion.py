@@ -132,4 +132,3 @@ def _from_ranges(
         )
         layer.codes.copy_(trained.codes)
     return with_layers(made, layers).eval().requires_grad_(False)
-

@@ -154,12 +154,12 @@ def _take_scales(prepared: nn.Module, layer: IntegerLayer) -> None:
     if not isinstance(prepared, LearnedLayer):
         return
     if prepared.weight_quantizer is not None:
-        _take(prepared.weight_quantizer, layer.weight_scale, None, layer.weight_format[:2])
+        _set_quantizer(prepared.weight_quantizer, layer.weight_scale, None, layer.weight_format[:2])
     if prepared.input_quantizer is not None and layer.input_format is not None and layer.input_scale is not None:
-        _take(prepared.input_quantizer, layer.input_scale, layer.input_offset, layer.input_format)
+        _set_quantizer(prepared.input_quantizer, layer.input_scale, layer.input_offset, layer.input_format)
 
 
-def _take(quantizer: LearnedQuantizer, scale: Tensor, offset: Tensor | None, codes: Tensor) -> None:
+def _set_quantizer(quantizer: LearnedQuantizer, scale: Tensor, offset: Tensor | None, codes: Tensor) -> None:
     if (quantizer.offset is None) != (offset is None) or scale.numel() not in (1, quantizer.scale.numel()):
         deployed = f"{scale.numel()} scale(s){'' if offset is None else ' and an offset'}"
         raise StateError(
@@ -191,10 +191,10 @@ def _as_memory(name: str, layer: IntegerLayer, recipe: Recipe) -> dict[str, Tens
     measures = type(spec.estimator).measure is not RangeEstimator.measure
     if not fields or measures or not set(wanted) <= set(known):
         return {}
-    stats = {n: _one(known[n]) for n in wanted} | {"clipped": _one(0.0)}
-    after = updated(spec.estimator, stats, {f: _one(v) for f, v in fields.items()})
+    stats = {n: _as_statistic(known[n]) for n in wanted} | {"clipped": _as_statistic(0.0)}
+    after = updated(spec.estimator, stats, {f: _as_statistic(v) for f, v in fields.items()})
     return after
 
 
-def _one(value: float) -> Tensor:
+def _as_statistic(value: float) -> Tensor:
     return torch.tensor([value], dtype=torch.float32)

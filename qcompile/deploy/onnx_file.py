@@ -81,7 +81,7 @@ def export_onnx(
     require("export_onnx", "onnx", "onnxscript", extra="deploy")
     model, _ = exportable(deployed, args, kwargs, dynamic_shapes, "export_onnx")
     for layer in standard_layers(model).values():
-        _prepare(layer, convolutions)
+        _set_form(layer, convolutions)
     path = Path(path)
     args = args if isinstance(args, tuple) else (args,)
     with _quiet():
@@ -150,7 +150,7 @@ def _reason(error: BaseException) -> str:
 # ---- what a layer becomes
 
 
-def _prepare(layer: StandardLayer, convolutions: str) -> None:
+def _set_form(layer: StandardLayer, convolutions: str) -> None:
     """Add the constants that the ONNX form of a layer reads, and set that form."""
     rows = [1, -1] + [1] * (layer.codes.ndim - 2)
     constants: dict[str, Tensor] = {"weight_zeros": layer.weight_zero.to(torch.int8)}

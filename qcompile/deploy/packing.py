@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -28,9 +29,7 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
 
 def unpack_bits(packed: Tensor, bits: int, shape: Sequence[int]) -> Tensor:
     """The codes that `pack_bits` packed: int8 of `shape`."""
-    count = 1
-    for size in shape:
-        count *= size
+    count = math.prod(shape)
     stream = (packed.to(torch.int16).unsqueeze(1) >> torch.arange(8, device=packed.device)) & 1
     values = (stream.flatten()[: count * bits].view(count, bits) << torch.arange(bits, device=packed.device)).sum(1)
     return (values - 2 ** (bits - 1)).to(torch.int8).view(*shape)

@@ -91,7 +91,7 @@ def exportable(
     once = {n: layer for n, layer in outputs.items() if calls[id(layer)] == 1}
     for node, layer in once.items():
         reader = _only_user(node)
-        if reader is not None and _is_batch_norm(reader) and _fold(model, layer, reader, graph):
+        if reader is not None and _is_batch_norm(reader) and _fold_batch_norm(model, layer, reader, graph):
             reader = _only_user(reader)
         relu = reader is not None and reader.target in _RELU
         reader = _only_user(reader) if relu and reader is not None else reader
@@ -159,7 +159,7 @@ def _only_user(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def _fold(model: nn.Module, layer: StandardLayer, node: fx.Node, graph: fx.Graph) -> bool:
+def _fold_batch_norm(model: nn.Module, layer: StandardLayer, node: fx.Node, graph: fx.Graph) -> bool:
     """Put a BatchNorm in eval mode, used once, into the layer before it.
 
     Not one of a user's class, which may do more than normalize, and none over another axis than the layer's output channels.

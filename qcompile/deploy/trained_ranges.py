@@ -110,7 +110,7 @@ def trained_layers(
                     continue
                 base = _module_name(model, site, name, gemm)
                 base = first_names[id(model.get_submodule(base))]  # one that is used under two names is one
-                layer = _read(name, node, gemm, values, recipe)
+                layer = _read_layer(name, node, gemm, values, recipe)
                 _check_alike(name, base, layer, found)
                 found.setdefault(base, layer)
     return found
@@ -158,7 +158,7 @@ def _check_alike(name: str, base: str, layer: TrainedLayer, found: Mapping[str, 
         )
 
 
-def _read(name: str, node: fx.Node, gemm: Gemm, values: _Values, recipe: Recipe) -> TrainedLayer:
+def _read_layer(name: str, node: fx.Node, gemm: Gemm, values: _Values, recipe: Recipe) -> TrainedLayer:
     if node.target not in INTEGER or node.meta[meta.GEMM].operands != ("input", "weight"):
         raise UnsupportedError(f"convert: {name!r} is no product of an input with a weight on integer codes.")
     x, weight = (_quantize_of(operand) for operand in node.args[:2])
@@ -170,8 +170,8 @@ def _read(name: str, node: fx.Node, gemm: Gemm, values: _Values, recipe: Recipe)
             f"convert: recipe {recipe.name!r} transforms an operand of {name!r} (hadamard, grid='powers_of_two') before it is "
             "quantized; a deployed layer quantizes its plain input. Go on training for a while without that in the `output` GEMM."
         )
-    input_scale, input_zero, input_bits, seed = _arguments(x)
-    weight_scale, weight_zero, weight_bits, weight_seed = _arguments(weight)
+    input_scale, input_zero, input_bits, seed = _quantize_arguments(x)
+    weight_scale, weight_zero, weight_bits, weight_seed = _quantize_arguments(weight)
     if seed is not None or weight_seed is not None:
         raise UnsupportedError(
             f"convert: recipe {recipe.name!r} rounds an operand of {name!r} stochastically in the forward pass; a deployed model "
@@ -207,7 +207,7 @@ def _read(name: str, node: fx.Node, gemm: Gemm, values: _Values, recipe: Recipe)
     )
 
 
-def _arguments(quantize: fx.Node) -> tuple[Any, Any, Any, Any]:
+def _quantize_arguments(quantize: fx.Node) -> tuple[Any, Any, Any, Any]:
     """(scale, zero point, bits, seed) of a quantize."""
     return quantize.args[1:5]  # type: ignore[return-value]
 

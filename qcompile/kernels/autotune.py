@@ -124,20 +124,20 @@ def time_candidates(
     product: Tensor | None = None
     for candidate in found:
         try:
-            made = _run(candidate, a, b_t, *scales, out_dtype)
+            made = _product_by(candidate, a, b_t, *scales, out_dtype)
             product = made if product is None else product
             # One rounding of a 16-bit result is allowed: Triton's interpreter truncates.
             if not torch.allclose(made, product, rtol=torch.finfo(out_dtype).eps, atol=0):
                 raise KernelError("its product differs from the first candidate's")
             with device_guard(a):
-                times[candidate] = timer(lambda candidate=candidate: _run(candidate, a, b_t, *scales, out_dtype))  # type: ignore[misc]
+                times[candidate] = timer(lambda candidate=candidate: _product_by(candidate, a, b_t, *scales, out_dtype))  # type: ignore[misc]
         except Exception as error:  # compiler, driver and allocator have no error in common; what is broken is just not chosen
             problem = f"{candidate} does not run for a GEMM of {m} x {n} x {k} and is left out: {first_line(error)}"
             warn_once(problem, about=candidate)
     return times
 
 
-def _run(candidate: Candidate, a: Tensor, b_t: Tensor, a_scale: Tensor, b_scale: Tensor, out_dtype: torch.dtype) -> Tensor:
+def _product_by(candidate: Candidate, a: Tensor, b_t: Tensor, a_scale: Tensor, b_scale: Tensor, out_dtype: torch.dtype) -> Tensor:
     if candidate.config is None:
         operands = QuantizedTensor(a, a_scale), QuantizedTensor(b_t.t(), b_scale)
         return cuda.CANDIDATES[candidate.kernel](*operands, None, out_dtype)

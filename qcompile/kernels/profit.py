@@ -131,12 +131,12 @@ def _alternately(trials: Sequence[Trial], device: torch.device, timer: Timer) ->
     found: dict[Trial, float] = {}
     for trial in trials:
         try:
-            run = _prepare(trial, device)
+            run = _runnable(trial, device)
             run()  # what a first call makes: workspaces, Triton's code
             runs[trial] = run, timer(run)
         except Exception as error:  # compiler, driver and allocator have no error in common; what does not run has no time
             found[trial] = float("inf")
-            _tell(trial, error)
+            _warn_not_timed(trial, error)
     rounds = int(min(ROUNDS, max(3.0, LIMIT / max(sum(max(SAMPLE, once) for _, once in runs.values()), 1e-9))))
     repeats = {trial: max(1, int(SAMPLE / max(once, 1e-7))) for trial, (_, once) in runs.items()}
     samples: dict[Trial, list[float]] = {trial: [] for trial in runs}
@@ -173,7 +173,7 @@ def _on_gpu(device: torch.device, run: Callable[[], object]) -> float:
     return start.elapsed_time(end) / 1e3
 
 
-def _tell(trial: Trial, error: Exception) -> None:
+def _warn_not_timed(trial: Trial, error: Exception) -> None:
     problem = first_line(error)
     warn_once(f"{type(trial).__name__} cannot be measured and is left out: {problem}", about=problem)
 
@@ -181,7 +181,7 @@ def _tell(trial: Trial, error: Exception) -> None:
 # ---- what a trial runs
 
 
-def _prepare(trial: Trial, device: torch.device) -> Callable[[], object]:
+def _runnable(trial: Trial, device: torch.device) -> Callable[[], object]:
     """A function that runs the trial, each time on operands that the caches have forgotten since; but codes have just been written
     when they are multiplied."""
     draws = torch.Generator(device).manual_seed(0)  # the user's random numbers stay as they are
@@ -189,19 +189,19 @@ def _prepare(trial: Trial, device: torch.device) -> Callable[[], object]:
         case Product(operator, arguments):
             run, given = operator, arguments
             if operator is ops.scaled_mm and device.type == "cpu" and writes_out_epilogue(*arguments):
-                run = _in_two(*(_argument(a, device, draws) for a in arguments))
+                run = _compiled_in_two(*(_argument(a, device, draws) for a in arguments))
         case Transpose(codes):
             run, given = ops.transpose_codes, (codes,)
         case Cast(like, dtype):
             run, given = (lambda x: x.to(dtype)), (like,)
         case Quantize(like, dims, spec, None):
-            run, given = _quantize(_tensor(like, device, draws), dims, spec), (like,)
+            run, given = _compiled_quantize(_tensor(like, device, draws), dims, spec), (like,)
         case Quantize(like, dims, spec, Hadamard(source, axis, block)):
 
             def turned(x: Tensor) -> Tensor:
                 return ops.hadamard_reference(x, axis, block).reshape(like.shape)
 
-            run, given = _quantize(_tensor(source, device, draws), dims, spec, turned), (source,)
+            run, given = _compiled_quantize(_tensor(source, device, draws), dims, spec, turned), (source,)
         case _:
             raise TypeError(f"no trial: {trial!r}")
     first = [_argument(a, device, draws) for a in given]
@@ -212,7 +212,7 @@ def _prepare(trial: Trial, device: torch.device) -> Callable[[], object]:
     return lambda: run(*next(operands))
 
 
-def _in_two(
+def _compiled_in_two(
     a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, a_zero: None, b_zero: None, bias: Tensor | None, dtype: torch.dtype
 ) -> Callable[..., Any]:
     """`qtrain::scaled_mm` as `passes.write_out_epilogues` leaves it, compiled for such operands."""
@@ -246,7 +246,7 @@ def _tensor(like: Like, device: torch.device, draws: torch.Generator) -> Tensor:
     return x.expand(like.shape)
 
 
-def _quantize(
+def _compiled_quantize(
     x: Tensor, dims: tuple[int, ...], spec: QuantSpec, before: Callable[[Tensor], Tensor] = lambda x: x
 ) -> Callable[[Tensor], list[Tensor]]:
     """Compiled by Inductor, with the reductions that its range asks for; the update of the memory is a few values and left out.
@@ -261,11 +261,11 @@ def _quantize(
     fields = tuple(initial_state(spec.estimator, spec.symmetric))
     memory = [torch.ones(kept, device=x.device) for _ in fields]
     key = [torch.zeros(1, dtype=torch.int64, device=x.device)] if spec.rounding == "stochastic" else []  # as `draw_keys` leaves it
-    run = compile_alone(functools.partial(_codes, before, dims, spec, fields), [x, *memory, *key])
+    run = compile_alone(functools.partial(_codes_and_statistics, before, dims, spec, fields), [x, *memory, *key])
     return lambda x: run([x, *memory, *key])
 
 
-def _codes(
+def _codes_and_statistics(
     before: Callable[[Tensor], Tensor], dims: tuple[int, ...], spec: QuantSpec, fields: tuple[str, ...], x: Tensor, *tensors: Tensor
 ) -> list[Tensor]:
     state = dict(zip(fields, tensors, strict=False))

@@ -19,6 +19,7 @@ from qcompile.ops._library import define
 
 __all__ = ["channels_last", "conv_grad_input", "conv_grad_weight"]
 
+
 def channels_last(like: Tensor, size: Sequence[int], dtype: torch.dtype) -> Tensor:
     """An empty tensor [N, C, *spatial] whose channels lie next to each other."""
     batch, channels, *spatial = size

@@ -41,7 +41,7 @@ STEP = "qtrain_step"
 
 
 @dataclass
-class _Plan:
+class _Preparation:
     """What a prepared model carries beside its quantizers (`model.qtrain_qat`)."""
 
     recipe: Recipe
@@ -87,7 +87,7 @@ def prepare(
     """
     recipe = get_recipe(recipe)
     _check_unprepared(model)
-    plan = _Plan(recipe, steps, _checked_widths(widths), freeze_oscillations is not None)
+    preparation = _Preparation(recipe, steps, _checked_widths(widths), freeze_oscillations is not None)
     if steps is not None:
         check_int("prepare(steps)", steps, "an int from 1", low=1)
     if first_last_bits is not None:
@@ -95,8 +95,8 @@ def prepare(
     check_share("prepare(freeze_oscillations)", freeze_oscillations, optional=True)
     chosen = _chosen_layers(model, recipe)
     without_fast_path(model)
-    _put_quantizers(chosen, plan, first_last_bits, freeze_oscillations)
-    model.qtrain_qat = plan  # type: ignore[assignment]
+    _put_quantizers(chosen, preparation, first_last_bits, freeze_oscillations)
+    model.qtrain_qat = preparation  # type: ignore[assignment]
     model.register_buffer(STEP, torch.zeros((), dtype=torch.int64))
     model.register_load_state_dict_post_hook(_resume)
     _watch_optimizers(model)
@@ -108,7 +108,7 @@ def prepare(
 
 
 def _check_unprepared(model: nn.Module) -> None:
-    if _plan_of(model) is not None or any(isinstance(m, LearnedLayer) for m in model.modules()):
+    if _preparation_of(model) is not None or any(isinstance(m, LearnedLayer) for m in model.modules()):
         raise StateError(
             "prepare: this model is prepared already (or a part of it). Prepare it once; for another recipe start again from the "
             "unprepared model and load its weights, whose names have not changed."
@@ -166,7 +166,10 @@ def _check_granularity(where: str, operand: str, spec: QuantSpec) -> None:
 
 
 def _put_quantizers(
-    chosen: list[tuple[str, nn.Module, dict[str, QuantSpec]]], plan: _Plan, first_last_bits: int | None, threshold: float | None
+    chosen: list[tuple[str, nn.Module, dict[str, QuantSpec]]],
+    preparation: _Preparation,
+    first_last_bits: int | None,
+    threshold: float | None,
 ) -> None:
     """Make learned layers of these; each quantizer remembers what the recipe asked for, whatever width the ends get."""
     ends = {chosen[0][0], chosen[-1][0]}
@@ -175,10 +178,10 @@ def _put_quantizers(
         specs = asked
         if name in ends and first_last_bits is not None:
             specs = {operand: replace(spec, bits=first_last_bits) for operand, spec in asked.items()}
-        _make_learned(name, layer, specs, by_weight, plan, threshold)
+        _make_learned(name, layer, specs, by_weight, preparation, threshold)
         for operand, spec in asked.items():
             quantizer = getattr(layer, f"{operand}_quantizer")
-            quantizer.asked = quantizer.asked or PreparedFor(plan.recipe.name, kind(layer), spec)
+            quantizer.asked = quantizer.asked or PreparedFor(preparation.recipe.name, kind(layer), spec)
 
 
 def _make_learned(
@@ -186,7 +189,7 @@ def _make_learned(
     layer: Any,
     specs: dict[str, QuantSpec],
     by_weight: dict[int, LearnedQuantizer],
-    plan: _Plan,
+    preparation: _Preparation,
     threshold: float | None,
 ) -> None:
     weight = layer.weight
@@ -197,13 +200,13 @@ def _make_learned(
     layer.input_quantizer = layer.weight_quantizer = None
     if "input" in specs:
         layer.input_quantizer = LearnedQuantizer(name, "input", specs["input"]).to(weight.device)
-        layer.input_quantizer.set_bits(plan.width(specs["input"].bits))
+        layer.input_quantizer.set_bits(preparation.width(specs["input"].bits))
     if "weight" not in specs:
         return
     if identity not in by_weight:
         shape = [] if specs["weight"].granularity == PerTensor() else _by_output(weight, output_axis(layer))
         by_weight[identity] = quantizer = LearnedQuantizer(name, "weight", specs["weight"], shape)
-        quantizer.to(weight.device).set_bits(plan.width(specs["weight"].bits))
+        quantizer.to(weight.device).set_bits(preparation.width(specs["weight"].bits))
         quantizer.start_from_weight(weight)
         if threshold is not None and own is not None:
             layer.oscillations = OscillationTracker(weight, threshold)
@@ -222,16 +225,16 @@ def _unwrapped(model: nn.Module) -> nn.Module:
     return next((m for m in model.modules() if "qtrain_qat" in m.__dict__), model)
 
 
-def _plan_of(model: nn.Module) -> _Plan | None:
+def _preparation_of(model: nn.Module) -> _Preparation | None:
     return _unwrapped(model).__dict__.get("qtrain_qat")
 
 
-def _prepared_plan(model: nn.Module, what: str) -> tuple[nn.Module, _Plan]:
+def _require_preparation(model: nn.Module, what: str) -> tuple[nn.Module, _Preparation]:
     root = _unwrapped(model)
-    plan = root.__dict__.get("qtrain_qat")
-    if plan is None:
+    preparation = root.__dict__.get("qtrain_qat")
+    if preparation is None:
         raise StateError(f"{what}: this model has no learned quantizers; call qcompile.prepare(model, recipe) first.")
-    return root, plan
+    return root, preparation
 
 
 def learned_quantizers(model: nn.Module) -> dict[str, LearnedQuantizer]:
@@ -245,12 +248,12 @@ def scale_parameters(model: nn.Module) -> list[nn.Parameter]:
 
     Errors: `StateError` for a model that is not prepared.
     """
-    _prepared_plan(model, "scale_parameters")
+    _require_preparation(model, "scale_parameters")
     return [p for q in learned_quantizers(model).values() for p in q.parameters()]
 
 
 def forget_preparation(model: nn.Module) -> None:
-    """Take the step counter, the plan and the hooks off a model whose quantizers are about to go."""
+    """Take the step counter, the preparation and the hooks off a model whose quantizers are about to go."""
     root = _unwrapped(model)
     forget_first_batch(root)
     if "qtrain_qat" in root.__dict__:
@@ -273,7 +276,7 @@ def calibrate(model: nn.Module, batches: Any, *, call: Callable[[nn.Module, Any]
     `batches`, `call` as in `prepare`; a single tensor is one batch.
     Errors: `StateError` for a model that is not prepared, or without a batch.
     """
-    root, _ = _prepared_plan(model, "calibrate")
+    root, _ = _require_preparation(model, "calibrate")
     quantizers = [q for q in learned_quantizers(root).values() if q.operand == "input"]
     call = call or _call_model
     if isinstance(batches, str | bytes | Mapping) or not (isinstance(batches, Tensor) or hasattr(batches, "__iter__")):
@@ -306,39 +309,39 @@ def qat_step(model: nn.Module) -> int:
     Without LG-LSQ, `widths` and freezing it only counts. A change of widths recompiles the model once; the sharpness does not.
     Errors: `StateError` for a model that is not prepared; `ValueError` where LG-LSQ's sharpness has no `steps` to grow over.
     """
-    root, plan = _prepared_plan(model, "qat_step")
+    root, preparation = _require_preparation(model, "qat_step")
     quantizers = learned_quantizers(root).values()
     grows = any(
         q.sharpness is not None and q.estimator.sharpness_at(0.0) != q.estimator.sharpness_at(1.0) for q in quantizers
     )
-    if grows and plan.steps is None:
+    if grows and preparation.steps is None:
         raise ValueError(
             "qat_step: the sharpness of LG-LSQ's soft round grows over the training, whose length is not known; "
             "call prepare(model, recipe, steps=number of optimizer steps)."
         )
-    plan.step += 1
-    getattr(root, STEP).fill_(plan.step)
-    if plan.steps is not None:
-        progress = min(1.0, plan.step / plan.steps)
+    preparation.step += 1
+    getattr(root, STEP).fill_(preparation.step)
+    if preparation.steps is not None:
+        progress = min(1.0, preparation.step / preparation.steps)
         for quantizer in quantizers:
             quantizer.set_progress(progress)
-    if any(start == plan.step for start, _ in plan.widths):
+    if any(start == preparation.step for start, _ in preparation.widths):
         for quantizer in quantizers:
-            quantizer.set_bits(plan.width(quantizer.spec.bits))
+            quantizer.set_bits(preparation.width(quantizer.spec.bits))
         for tracker in (m for m in root.modules() if isinstance(m, OscillationTracker)):
             tracker.restart()
-    if plan.freezes:
+    if preparation.freezes:
         for layer in root.modules():
             oscillations = getattr(layer, "oscillations", None)
             if isinstance(layer, LearnedLayer) and oscillations is not None and layer.weight_quantizer is not None:
                 oscillations.update(layer.weight, layer.weight_quantizer)
-    return plan.step
+    return preparation.step
 
 
 def _resume(model: nn.Module, incompatible: object) -> None:
-    plan = model.__dict__.get("qtrain_qat")
-    if plan is not None:
-        plan.step = int(getattr(model, STEP))
+    preparation = model.__dict__.get("qtrain_qat")
+    if preparation is not None:
+        preparation.step = int(getattr(model, STEP))
 
 
 # ---- optimizers

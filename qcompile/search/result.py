@@ -175,12 +175,12 @@ def _differing(
     """The fields of an override that make a recipe treat a site as it should."""
     changes: dict[str, Any] = {}
     for role, option in roles.items():
-        wanted = None if option == HP else _what(candidates[option], site, kind, role)
-        if _what(recipe, site, kind, role) == wanted:
+        wanted = None if option == HP else _specs_and_transform(candidates[option], site, kind, role)
+        if _specs_and_transform(recipe, site, kind, role) == wanted:
             continue
         if wanted is None:
             changes[role] = None
-        elif _what(base, site, kind, role) == wanted:
+        elif _specs_and_transform(base, site, kind, role) == wanted:
             changes[role] = getattr(base, role)
         else:
             pair, hadamard = wanted
@@ -188,7 +188,7 @@ def _differing(
     return changes
 
 
-def _what(recipe: Recipe, site: str, kind: str, role: str) -> tuple[OperandPair, int | None] | None:
+def _specs_and_transform(recipe: Recipe, site: str, kind: str, role: str) -> tuple[OperandPair, int | None] | None:
     """Specs of the two operands and the transform before them; None: hp."""
     resolved = recipe.resolve(site, kind=kind)
     pair = resolved.gemm(role)

@@ -41,12 +41,12 @@ class Replicas:
         self._lock = threading.Lock()
         self._touched: dict[int, Binding] = {}  # serial -> binding, since the last exchange
         self._queued: set[int] = set()  # backward passes that have a callback
-        self._plans: dict[tuple[int, ...], _Plan] = {}  # serials -> where their elements are
+        self._exchanges: dict[tuple[int, ...], _Exchange] = {}  # serials of bindings -> what is exchanged for them
         self._compared: set[str] = set()  # digests of the sets of sites that all ranks are known to have
 
     def forget(self) -> None:
         """Compare again what ranks hold: the group is another."""
-        self._plans.clear()
+        self._exchanges.clear()
         self._compared.clear()
 
     def active(self) -> bool:
@@ -88,22 +88,22 @@ class Replicas:
         if not self.active():
             return
         key = tuple(b.serial for b in touched)
-        plan = self._plans.get(key)
-        if plan is None:
+        exchange = self._exchanges.get(key)
+        if exchange is None:
             touched = sorted(touched, key=lambda b: (_sites(b), b.first_element))
             sites = [site for b in touched for site in _sites(b)]
             digest = hashlib.sha256("\n".join(sites).encode()).hexdigest()
             if digest not in self._compared:  # a graph that this rank has compiled anew has the sites that it had
                 _compare(len(sites), digest, self.group)
                 self._compared.add(digest)
-            if len(self._plans) > 256:
-                self._plans.clear()
-            plan = self._plans[key] = _Plan(touched)
+            if len(self._exchanges) > 256:
+                self._exchanges.clear()
+            exchange = self._exchanges[key] = _Exchange(touched)
         if touched:
-            plan.run(self.group)
+            exchange.run(self.group)
 
 
-class _Plan:
+class _Exchange:
     """Which elements of which arenas are exchanged, and how each is reduced."""
 
     def __init__(self, bindings: Sequence[Binding]) -> None:

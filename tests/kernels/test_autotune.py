@@ -83,7 +83,7 @@ def test_a_bucket_is_measured_once():
 
 
 def test_a_product_that_differs_is_left_out_however_fast(monkeypatch):
-    right = autotune._run
+    right = autotune._product_by
 
     def wrong_by_one(candidate, *operands):
         product = right(candidate, *operands)
@@ -91,7 +91,7 @@ def test_a_product_that_differs_is_left_out_however_fast(monkeypatch):
             product[-1, -1] += 1
         return product
 
-    monkeypatch.setattr(autotune, "_run", wrong_by_one)
+    monkeypatch.setattr(autotune, "_product_by", wrong_by_one)
     with pytest.warns(QtrainWarning, match="1 stages, 4 warps does not run .* its product differs from the first candidate's"):
         assert tune(3, 2)[0] == LIBRARY  # the second is not timed
 

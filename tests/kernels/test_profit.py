@@ -117,9 +117,9 @@ def test_every_part_runs(trial, interpreted):
 
 def test_a_quantize_makes_codes_and_what_its_range_learns(interpreted):
     x = torch.randn(8, 16)
-    static = profit._quantize(x, (0, 1), QuantSpec(estimator=InHindsight()))(x)
+    static = profit._compiled_quantize(x, (0, 1), QuantSpec(estimator=InHindsight()))(x)
     assert static[0].dtype is torch.int8 and [tuple(t.shape) for t in static[1:]] == [(), ()]  # amax, clipped share
-    (dynamic,) = profit._quantize(x, (1,), QuantSpec(granularity=PerRow()))(x)
+    (dynamic,) = profit._compiled_quantize(x, (1,), QuantSpec(granularity=PerRow()))(x)
     assert dynamic.abs().amax(1).tolist() == [127] * 8
 
 
@@ -147,7 +147,7 @@ def test_operands_take_turns():
     codes = Product(operator, (*(matrix(4096, 4096, torch.int8),) * 2, matrix(4096, 1), matrix(1, 4096)))
     for trial, copies in ((small, profit.MOST_COPIES), (large, 2), (codes, 1)):
         seen.clear()
-        run = profit._prepare(trial, CPU)
+        run = profit._runnable(trial, CPU)
         for _ in range(2 * copies):
             run()
         assert len(set(seen)) == copies and seen[:copies] == seen[copies:]

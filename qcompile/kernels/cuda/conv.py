@@ -40,20 +40,20 @@ def convolutions(gathered: Operators | None = None) -> Operators:
     """
     others = gathered or operators(product, lambda device, *sizes, integer: gemm_for(device, *sizes))
 
-    def either(op: str, plan: Callable[..., _Work | None]) -> Callable[..., Tensor]:
+    def either(op: str, plan: Callable[..., _TritonConvolution | None]) -> Callable[..., Tensor]:
         def run(first: QuantizedTensor, second: QuantizedTensor, *rest: Any) -> Tensor:
             def plain() -> Tensor:
                 return others[op](first, second, *rest)
 
             device = first.codes.device
-            work = plan(first, second, *rest) if uses_triton(device) else None
-            if work is None:
+            triton_conv = plan(first, second, *rest) if uses_triton(device) else None
+            if triton_conv is None:
                 return plain()
 
             def ours() -> Tensor:
-                return work.run_and_note(first, second, *rest)
+                return triton_conv.run_and_note(first, second, *rest)
 
-            m, n, k = work.shape
+            m, n, k = triton_conv.shape
             return ours_or_plain(KERNEL, device, ours, plain, f"a convolution's GEMM of {m} x {n} x {k}")
 
         return run
@@ -66,13 +66,13 @@ def prepare_convolution(op: str) -> Callable[..., Callable[..., Tensor] | None]:
 
     def prepare(first: QuantizedTensor, second: QuantizedTensor, *rest: Any) -> Callable[..., Tensor] | None:
         device = first.codes.device
-        work = None if has_failed(KERNEL, device) or not uses_triton(device) else _PLANS[op](first, second, *rest)
-        return None if work is None else as_operator(work.run_and_note)
+        triton_conv = None if has_failed(KERNEL, device) or not uses_triton(device) else _PLANS[op](first, second, *rest)
+        return None if triton_conv is None else as_operator(triton_conv.run_and_note)
 
     return as_operator(prepare)
 
 
-class _Work(NamedTuple):
+class _TritonConvolution(NamedTuple):
     """What Triton is to compute, for operands that differ from the given ones in their values alone: the launch, and the name,
     (M, N, K) and groups that it is noted under."""
 
@@ -88,7 +88,7 @@ class _Work(NamedTuple):
         return out
 
 
-def _output(x: QuantizedTensor, w: QuantizedTensor, bias: Tensor | None, *rest: Any) -> _Work | None:
+def _plan_output(x: QuantizedTensor, w: QuantizedTensor, bias: Tensor | None, *rest: Any) -> _TritonConvolution | None:
     """`qtrain::scaled_conv`; None where the Triton kernel does not take it."""
     *spelled, out_dtype = rest
     geometry = Geometry(*spelled)
@@ -96,22 +96,22 @@ def _output(x: QuantizedTensor, w: QuantizedTensor, bias: Tensor | None, *rest: 
         return None
     places = geometry.output_size(x.codes.shape[2:], w.codes.shape[2:])
     shape = geometry.product("output", x.codes.shape, w.codes.shape, (x.codes.shape[0], 0, *places))
-    run = _conv(x, w, geometry, "output", places, out_dtype)
-    return _Work(lambda x, w, bias, *_: run(x, w, bias), "conv", shape, geometry.groups)
+    run = _conv_or_transposed(x, w, geometry, "output", places, out_dtype)
+    return _TritonConvolution(lambda x, w, bias, *_: run(x, w, bias), "conv", shape, geometry.groups)
 
 
-def _grad_input(g: QuantizedTensor, w: QuantizedTensor, input_size: Sequence[int], *rest: Any) -> _Work | None:
+def _plan_grad_input(g: QuantizedTensor, w: QuantizedTensor, input_size: Sequence[int], *rest: Any) -> _TritonConvolution | None:
     """`qtrain::scaled_conv_grad_input`; None where the Triton kernel does not take it."""
     *spelled, out_dtype = rest
     geometry = Geometry(*spelled)
     if not _takes(geometry, g, w, "grad_input"):
         return None
     shape = geometry.product("grad_input", input_size, w.codes.shape, g.codes.shape)
-    run = _conv(g, w, geometry, "grad_input", input_size[2:], out_dtype)
-    return _Work(lambda g, w, *_: run(g, w, None), "conv_grad_input", shape, geometry.groups)
+    run = _conv_or_transposed(g, w, geometry, "grad_input", input_size[2:], out_dtype)
+    return _TritonConvolution(lambda g, w, *_: run(g, w, None), "conv_grad_input", shape, geometry.groups)
 
 
-def _grad_weight(g: QuantizedTensor, x: QuantizedTensor, weight_size: Sequence[int], *rest: Any) -> _Work | None:
+def _plan_grad_weight(g: QuantizedTensor, x: QuantizedTensor, weight_size: Sequence[int], *rest: Any) -> _TritonConvolution | None:
     """`qtrain::scaled_conv_grad_weight`; None where the Triton kernel does not take it."""
     *spelled, out_dtype = rest
     geometry = Geometry(*spelled)
@@ -146,13 +146,13 @@ def _grad_weight(g: QuantizedTensor, x: QuantizedTensor, weight_size: Sequence[i
         # One kernel: the sum as fp32 times the scale, rounded, and then cast.
         return torch.mul(acc, scale, out=scale.new_empty(acc.shape, dtype=out_dtype)).movedim(-1, 1)
 
-    return _Work(run, "conv_grad_weight", shape, geometry.groups)
+    return _TritonConvolution(run, "conv_grad_weight", shape, geometry.groups)
 
 
-_PLANS: dict[str, Callable[..., _Work | None]] = {
-    "scaled_conv": _output,
-    "scaled_conv_grad_input": _grad_input,
-    "scaled_conv_grad_weight": _grad_weight,
+_PLANS: dict[str, Callable[..., _TritonConvolution | None]] = {
+    "scaled_conv": _plan_output,
+    "scaled_conv_grad_input": _plan_grad_input,
+    "scaled_conv_grad_weight": _plan_grad_weight,
 }
 
 
@@ -184,7 +184,7 @@ def _one(zero: Tensor | None) -> bool:
     return zero is None or zero.numel() == 1
 
 
-def _conv(
+def _conv_or_transposed(
     x: QuantizedTensor,
     w: QuantizedTensor,
     geometry: Geometry,
