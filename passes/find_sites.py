@@ -8,13 +8,17 @@ Before                                          After
   conv_grad_input(g, w, ...)                      ... "grad_input", ("grad_output", "weight")
   bmm(a, b)                                       ... "output", ("input", "other")
 
-A site is of the kind "linear" (one operand is a weight: a Parameter or computed from Parameters alone, or, for matrices, a buffer
-or another input among `context.constants`), "conv", or "bmm", a product of two activations. A forward GEMM names its site by its
-module. A backward GEMM belongs to the forward GEMM with the same autograd sequence number (`seq_nr`) with which it shares an
-operand, or else to the only one that lacks this gradient: the shared operand tells its role. Of a product of activations the second
-operand is `other`, and its gradient has the role "grad_weight". A GEMM that no rule explains is recorded with the reason, never
-dropped, and so are fused operations that contain GEMMs: what stays in high precision is reported. Products in the gradient of
-another operation (`linalg.solve`, `affine_grid`) are no recipe's business.
+A site is a forward GEMM with its gradients' GEMMs. Its kind is "linear" if one operand is a weight, "conv" for a convolution, and
+"bmm" for a product of two activations. A weight is a Parameter or computed from Parameters alone; of two matrices, it may also be a
+buffer or another input among `context.constants`. A site has the name of the module that its forward GEMM belongs to.
+
+A backward GEMM belongs to the forward GEMM that has the same autograd sequence number (`seq_nr`) and shares an operand with it. If
+none does, it belongs to the only forward GEMM that lacks this gradient. The shared operand tells the role. The second operand of a
+product of activations is called `other`, and its gradient has the role "grad_weight".
+
+A GEMM that no rule explains is recorded with the reason, and so is a fused operation that contains GEMMs: all that stays in high
+precision is reported. Products in the gradient of another operation (`linalg.solve`, `affine_grid`) are recorded too, but no recipe
+names them.
 
 Numerics  exact: only metadata is written.
 Requires  a canonical graph without `convolution_backward`. Ensures: every GEMM node has meta["qtrain_gemm"] or is listed in
@@ -93,7 +97,9 @@ def gemm_of(node: fx.Node) -> GemmNode | None:
 
 
 @dataclass
-class _Forward:
+class _ForwardGemm:
+    """A GEMM of the forward pass, its site, and by the operands' names what they are."""
+
     site: Site
     node: fx.Node
     operands: dict[str, Operand]
@@ -109,68 +115,69 @@ class _Forward:
 def find_sites(graph: fx.Graph, context: PassContext) -> int:
     """Return the number of GEMMs found."""
     context.sites.clear()
-    forward: list[_Forward] = []
-    backward: list[fx.Node] = []
+    forwards: list[_ForwardGemm] = []
+    backwards: list[fx.Node] = []
     names: Counter[str] = Counter()
     distances: dict[object, Site] = {}
-    weights = _weights(graph, context)
+    weights = _weight_nodes(graph, context)
     products: set[object] = set()  # sequence numbers
     for node in graph.nodes:
         if node.op != "call_function":
             continue
         if node.target in GEMMS:
             if phase_of(node) == BACKWARD:
-                backward.append(node)
+                backwards.append(node)
                 continue
             products.add(node.meta.get("seq_nr"))
             if str(node.meta.get("original_aten")) == "aten._euclidean_dist.default":  # PyTorch makes several objects of it
                 distances[node.meta.get("seq_nr")] = _record_distances(node, context, names)
             else:
-                forward.append(_forward_site(node, context, names, weights))
-        elif phase_of(node) != BACKWARD and (reason := _fused(node)):
+                forwards.append(_forward_site(node, context, names, weights))
+        elif phase_of(node) != BACKWARD and (reason := _reason_of_fused(node)):
             products.add(node.meta.get("seq_nr"))
             _record_fused(node, reason, context, names, weights)
     uses: Counter[str] = Counter()
     places: Counter[tuple[str, ...]] = Counter()
-    for f in forward:
-        if f.site.weight is not None:
-            f.site.weight_use = uses[f.site.weight]
-            uses[f.site.weight] += 1
-        f.site.place = _place(f, places)
-    for node in _assign_backward(backward, forward, distances):
+    for forward in forwards:
+        site = forward.site
+        if site.weight is not None:
+            site.weight_use = uses[site.weight]
+            uses[site.weight] += 1
+        site.place = _place_of(forward, places)
+    for node in _assign_backward(backwards, forwards, distances):
         _record_unknown(node, context, names, None if node.meta.get("seq_nr") in products else _forward_operation(node))
-    return len(forward) + len(distances) + len(backward)
+    return len(forwards) + len(distances) + len(backwards)
 
 
-def _assign_backward(backward: list[fx.Node], forward: list[_Forward], distances: Mapping[object, Site]) -> list[fx.Node]:
+def _assign_backward(backwards: list[fx.Node], forwards: list[_ForwardGemm], distances: Mapping[object, Site]) -> list[fx.Node]:
     """Assign the backward GEMMs to the forward ones whose gradients they are; return those that are left over."""
-    by_sequence: dict[object, list[_Forward]] = {}
-    for f in forward:
-        by_sequence.setdefault(f.node.meta.get("seq_nr"), []).append(f)
+    by_sequence: dict[object, list[_ForwardGemm]] = {}
+    for forward in forwards:
+        by_sequence.setdefault(forward.node.meta.get("seq_nr"), []).append(forward)
     left = []
-    for node in backward:
+    for node in backwards:
         sequence = node.meta.get("seq_nr")
         if sequence is not None and sequence in distances:
             gemms = distances[sequence].gemms
             role = "grad_weight" if "grad_input" in gemms else "grad_input"
             gemms[role] = Gemm(role, node=node.name, shape=product_shape(node), reason=DISTANCES)
-        elif gradients := _gradients(node, forward if sequence is None else by_sequence.get(sequence, [])):
-            _assign(node, gradients[0])
+        elif gradients := _gradients(node, forwards if sequence is None else by_sequence.get(sequence, [])):
+            _assign_gradient(node, gradients[0])
         else:
             left.append(node)
-    # What a user's `autograd.Function` computes in its backward has sequence numbers of its own. A weight says whose gradient it
-    # is; an input, which several sites may share, says so together with the gradient that it is multiplied with.
+    # The backward of a user's `autograd.Function` has sequence numbers of its own. A product with a weight is the gradient of that
+    # weight's site. Several sites may share an input, so a product with an input also needs a gradient that is already known.
     for roles in (("grad_input",), ("grad_input", "grad_weight")):
         for node in list(left):
-            gradients = [g for g in _gradients(node, forward) if g.role in roles]
+            gradients = [g for g in _gradients(node, forwards) if g.role in roles]
             known = [g for g in gradients if g.grad in g.forward.grads]
             if known or len(gradients) == 1:
-                _assign(node, (known or gradients)[0])
+                _assign_gradient(node, (known or gradients)[0])
                 left.remove(node)
     return left
 
 
-def _weights(graph: fx.Graph, context: PassContext) -> set[fx.Node]:
+def _weight_nodes(graph: fx.Graph, context: PassContext) -> set[fx.Node]:
     """Parameters, and what is computed from Parameters (and constants) alone."""
     found: set[fx.Node] = set()
     constant: set[fx.Node] = set()
@@ -187,25 +194,25 @@ def _weights(graph: fx.Graph, context: PassContext) -> set[fx.Node]:
     return found
 
 
-def _forward_site(node: fx.Node, context: PassContext, names: Counter[str], weights: set[fx.Node]) -> _Forward:
+def _forward_site(node: fx.Node, context: PassContext, names: Counter[str], weights: set[fx.Node]) -> _ForwardGemm:
     left, right = (resolve_operand(o, batched=node.target in BATCHED) for o in operands(node))
     module, in_linear = innermost_module(node)
-    kind, operand_names = _kind(node, left, right, in_linear, context, weights)
+    kind, operand_names = _kind_and_operands(node, left, right, in_linear, context, weights)
     found = dict(zip(operand_names, (left, right), strict=True))
     weight = unquantized(found["weight"].source) if "weight" in found else None
     weight_name = context.parameters.get(weight.name) if weight is not None else None
     op = _op_name(node)
     layer = _layer(node, kind, module, in_linear, weight_name)
     if layer is None:
-        name = _unique(f"{module}:{op}" if module else op, names, functional=True)
+        name = _operation_name(module, op, names)
     else:
         op = "linear" if kind == "linear" else op
-        name = _unique(layer, names, functional=False)
+        name = _unique_name(layer, "#", names)
     site = Site(name, op, kind=kind, module=module, is_layer=layer is not None, weight_name=weight_name)
     site.weight = weight.name if weight is not None and weight.name in context.parameters else None
     context.sites.append(site)
     _add_gemm(site, "output", node, operand_names)
-    return _Forward(site, node, found, dict(zip(operand_names, _identities(node), strict=True)))
+    return _ForwardGemm(site, node, found, dict(zip(operand_names, _identities(node), strict=True)))
 
 
 def _identities(node: fx.Node) -> list[object]:
@@ -227,10 +234,10 @@ def _layer(node: fx.Node, kind: str, module: str, in_linear: bool, weight_name: 
     return None
 
 
-def _kind(
+def _kind_and_operands(
     node: fx.Node, left: Operand, right: Operand, in_linear: bool, context: PassContext, weights: set[fx.Node]
 ) -> tuple[str, tuple[str, str]]:
-    """The site's kind, and what its left and right operand are called."""
+    """The site's kind, and the names of its left and its right operand."""
     if node.target in CONVOLUTIONS:
         return "conv", ("input", "weight")
     sides = [unquantized(o.source) in weights for o in (left, right)]
@@ -249,7 +256,7 @@ def _kind(
 _CALL = re.compile(r'^  File "(.+)", line (\d+), in ', re.MULTILINE)
 
 
-def _place(forward: _Forward, before: Counter[tuple[str, ...]]) -> tuple[str, ...]:
+def _place_of(forward: _ForwardGemm, before: Counter[tuple[str, ...]]) -> tuple[str, ...]:
     """The calls that led to a site, and how many of the same weight stand there before it; empty without a stack trace."""
     calls = tuple(f"{file}:{line}" for file, line in _CALL.findall(forward.node.meta.get("stack_trace") or ""))
     if not calls:
@@ -263,10 +270,10 @@ def _op_name(node: fx.Node) -> str:
     if node.target is CONVOLUTION:
         where = geometry(node)
         return f"conv{'_transpose' if where.transposed else ''}{len(where.stride)}d"
-    return _packet(node)
+    return _packet_name(node)
 
 
-def _packet(node: fx.Node) -> str:
+def _packet_name(node: fx.Node) -> str:
     packet = getattr(node.target, "_overloadpacket", node.target)
     return str(getattr(packet, "__name__", packet))
 
@@ -275,29 +282,32 @@ def _packet(node: fx.Node) -> str:
 class _Gradient:
     """What a backward GEMM may be: a gradient of that forward GEMM's, out of the gradient `grad`."""
 
-    forward: _Forward
+    forward: _ForwardGemm
     role: str
     operands: tuple[str, str]
     grad: fx.Node
 
 
-def _gradients(node: fx.Node, candidates: list[_Forward]) -> list[_Gradient]:
+def _gradients(node: fx.Node, candidates: list[_ForwardGemm]) -> list[_Gradient]:
     sides = [resolve_operand(o, batched=node.target in BATCHED) for o in operands(node)]
     matrices = _identities(node)
     found = []
-    for f in candidates:
-        if (node.target in CONVOLUTIONS) == (f.site.kind == "conv") and (role := _role(node, matrices, f)):
-            found.append(_Gradient(f, *role, sides[role[1].index("grad_output")].source))
+    for forward in candidates:
+        if (node.target in CONVOLUTIONS) != (forward.site.kind == "conv"):
+            continue
+        if known := _gradient_role(node, matrices, forward):
+            role, names = known
+            found.append(_Gradient(forward, role, names, sides[names.index("grad_output")].source))
     return found
 
 
-def _assign(node: fx.Node, gradient: _Gradient) -> None:
+def _assign_gradient(node: fx.Node, gradient: _Gradient) -> None:
     gradient.forward.grads.add(gradient.grad)
     _add_gemm(gradient.forward.site, gradient.role, node, gradient.operands)
 
 
 def _forward_operation(node: fx.Node) -> str | None:
-    """PyTorch's own operation of the forward pass whose gradient a node is a part of. What another library's does is not known."""
+    """The forward operation of PyTorch whose gradient a node is part of; None if there is none, or if it is another library's."""
     sequence = node.meta.get("seq_nr")
     if sequence is None:
         return None
@@ -308,10 +318,10 @@ def _forward_operation(node: fx.Node) -> str | None:
 
 
 def _record_unknown(node: fx.Node, context: PassContext, names: Counter[str], operation: str | None) -> None:
-    """operation  whose gradient it is a part of, where that has no GEMM; None: nobody knows"""
+    """Make a site of a backward GEMM without a forward GEMM. `operation` is the forward operation whose gradient it is part of."""
     module, _ = innermost_module(node)
-    op = _packet(node)
-    name = _unique(f"{module}:{node.name}" if module else node.name, names, functional=True)
+    op = _packet_name(node)
+    name = _operation_name(module, node.name, names)
     site = Site(name, op, kind="unknown", module=module)
     reason = Reason("not recognised as the gradient of a forward GEMM of this graph")
     if operation is not None:
@@ -320,27 +330,27 @@ def _record_unknown(node: fx.Node, context: PassContext, names: Counter[str], op
     context.sites.append(site)
 
 
-def _role(node: fx.Node, matrices: list[object], f: _Forward) -> tuple[str, tuple[str, str]] | None:
+def _gradient_role(node: fx.Node, matrices: list[object], forward: _ForwardGemm) -> tuple[str, tuple[str, str]] | None:
     """Which of a site's gradients a node is, and its operands' names."""
-    role_of = {"input": "grad_weight", f.second: "grad_input"}
+    role_of = {"input": "grad_weight", forward.second: "grad_input"}
     if node.target in (CONV_GRAD_INPUT, CONV_GRAD_WEIGHT):
-        name = f.second if node.target is CONV_GRAD_INPUT else "input"
-        fits = f.identities[name] == matrices[1] and role_of[name] not in f.site.gemms
+        name = forward.second if node.target is CONV_GRAD_INPUT else "input"
+        fits = forward.identities[name] == matrices[1] and role_of[name] not in forward.site.gemms
         return (role_of[name], ("grad_output", name)) if fits else None
-    for name in (f.second, "input"):
-        if role_of[name] in f.site.gemms:
+    for name in (forward.second, "input"):
+        if role_of[name] in forward.site.gemms:
             continue
         # For x @ x.T both operands are one tensor, and either gradient may be called that of either: the first is grad_input.
         for side, matrix in enumerate(matrices):
-            if matrix == f.identities[name] and _fits(node, f, role_of[name]):
+            if matrix == forward.identities[name] and _has_shape_of_gradient(node, forward, role_of[name]):
                 return role_of[name], (name, "grad_output") if side == 0 else ("grad_output", name)
     return None
 
 
-def _fits(node: fx.Node, f: _Forward, role: str) -> bool:
+def _has_shape_of_gradient(node: fx.Node, forward: _ForwardGemm, role: str) -> bool:
     """Whether a node's result has the shape of the gradient, perhaps transposed."""
-    names = list(f.operands)
-    wanted = operands(f.node)[names.index("input" if role == "grad_input" else f.second)].meta["val"].shape
+    names = list(forward.operands)
+    wanted = operands(forward.node)[names.index("input" if role == "grad_input" else forward.second)].meta["val"].shape
     got = node.meta["val"].shape
     return _sizes(wanted) == _sizes(got)
 
@@ -353,16 +363,16 @@ def _sizes(shape: Sequence[object]) -> list[int | str]:
 def _record_distances(node: fx.Node, context: PassContext, names: Counter[str]) -> Site:
     """The product inside `cdist`, which PyTorch writes out while it is traced: a site that stays in high precision."""
     module, _ = innermost_module(node)
-    site = Site(_unique(f"{module}:cdist" if module else "cdist", names, functional=True), "cdist", kind="bmm", module=module)
+    site = Site(_operation_name(module, "cdist", names), "cdist", kind="bmm", module=module)
     site.gemms["output"] = Gemm("output", node=node.name, shape=product_shape(node), reason=DISTANCES)
     context.sites.append(site)
     return site
 
 
-def _fused(node: fx.Node) -> Reason | None:
+def _reason_of_fused(node: fx.Node) -> Reason | None:
     """Why no pass takes a node apart that has GEMMs inside; None if it has none."""
     owner = node.graph.owning_module
-    if (reason := _FUSED.get(_packet(node))) or not isinstance(node.target, HigherOrderOperator) or owner is None:
+    if (reason := _FUSED.get(_packet_name(node))) or not isinstance(node.target, HigherOrderOperator) or owner is None:
         return reason
     bodies = [getattr(owner, n.target, None) for n in node.all_input_nodes if n.op == "get_attr" and isinstance(n.target, str)]
     parts = [part for body in bodies if isinstance(body, fx.GraphModule) for part in body.modules()]
@@ -372,21 +382,21 @@ def _fused(node: fx.Node) -> Reason | None:
 
 def _record_fused(node: fx.Node, reason: Reason, context: PassContext, names: Counter[str], weights: set[fx.Node]) -> None:
     """A fused operation: its forward, and its backward under the same sequence number, as one site."""
-    op = _packet(node).removeprefix("_")
+    op = _packet_name(node).removeprefix("_")
     op = "scaled_dot_product_attention" if op.startswith("scaled_dot_product") else op
     module, _ = innermost_module(node)
     seconds = node.all_input_nodes if reason is BODY else [node.args[1]] if reason is GROUPED else []
     kind = "linear" if any(n in weights for n in seconds) else "bmm"
-    site = Site(_unique(f"{module}:{op}" if module else op, names, functional=True), op, kind=kind, module=module)
+    site = Site(_operation_name(module, op, names), op, kind=kind, module=module)
     site.gemms["output"] = Gemm("output", node=node.name, reason=reason)
     sequence = node.meta.get("seq_nr")
     for other in node.graph.nodes:
         same = sequence is not None and other.meta.get("seq_nr") == sequence and other.op == "call_function"
         if not same or phase_of(other) != BACKWARD:
             continue
-        if _packet(other) == f"{_packet(node)}_backward":
+        if _packet_name(other) == f"{_packet_name(node)}_backward":
             roles = ["grad_input", "grad_weight"] if reason is GROUPED else ["grad_input"]
-        elif _packet(other) == _packet(node):  # a grouped product's gradients are grouped products
+        elif _packet_name(other) == _packet_name(node):  # a grouped product's gradients are grouped products
             roles = ["grad_input" if "grad_input" not in site.gemms else "grad_weight"]
         else:
             continue
@@ -409,10 +419,13 @@ def _unsupported(node: fx.Node) -> Reason | None:
     return None
 
 
-def _unique(base: str, names: Counter[str], *, functional: bool) -> str:
-    """`proj`, then `proj#1` for a module called again; `attn:bmm`, then `attn:bmm_1` for a functional operation."""
+def _operation_name(module: str, operation: str, names: Counter[str]) -> str:
+    """The name of a site that is no layer: `attn:bmm`, then `attn:bmm_1`; without the module where none is known."""
+    return _unique_name(f"{module}:{operation}" if module else operation, "_", names)
+
+
+def _unique_name(base: str, separator: str, names: Counter[str]) -> str:
+    """`base`, then `base<separator>1`, ... A module called again is `proj#1`."""
     count = names[base]
     names[base] += 1
-    if count == 0:
-        return base
-    return f"{base}_{count}" if functional else f"{base}#{count}"
+    return base if count == 0 else f"{base}{separator}{count}"

@@ -1,14 +1,17 @@
 """Where an operand of a GEMM comes from.
 
-A linear layer reaches `mm` through views, a transpose, and under autocast a cast. The quantize belongs before all of
-these: at the tensor itself, laid out as the 2-D matrix that the GEMM sees, not transposed. Then equal sources are recognised, and a
-weight reached by two chains of permutes is quantized once. A batch of matrices is looked for through whatever only views it, a
-convolution's tensor through casts.
+The operand of an `mm` is seldom the tensor that a layer was given: views, a transpose and autocast's cast lie between. The quantize
+belongs in front of all of these, at the tensor itself, laid out as the untransposed 2-D matrix that the GEMM reads. GEMMs with the
+same source are then seen to share it, and a weight that is reached by two chains of permutes is quantized once. For a batch of
+matrices only views are looked through; for a convolution's tensor only casts.
 
-Codes of a parameter or an input come from itself and not from its bf16 copy, which then nobody makes; codes that a quantizer of
-the model's own has made are found through a cast, too. What else the graph computes is quantized as autocast hands it to the GEMM:
-where it is written to memory, to wait for its scale or to be transposed, that is half the bytes; and where it is not, Inductor
-leaves out the rounding. A gradient's GEMM reads what its forward GEMM read, though backward may have made a copy of it in bf16.
+Which casts are looked through:
+
+    of a parameter or an input   all: its codes are made of the tensor itself, and nobody has to make the bf16 copy
+    of codes                     all: they were made by a quantizer in the model
+    of what the graph computes   none to a narrower dtype: it is quantized as autocast hands it to the GEMM. Written to memory it
+                                 takes half the bytes, and where it is not written Inductor leaves out the rounding
+    of a gradient's GEMM         all, where that leads to what the forward GEMM read: backward may have made a bf16 copy of it
 """
 
 from __future__ import annotations
@@ -44,8 +47,8 @@ class Operand:
 def resolve_operand(node: fx.Node, *, batched: bool = False, forward: fx.Node | None = None) -> Operand:
     """Walk from a GEMM's operand up to the tensor it is made of.
 
-    batched  it is a batch of matrices
-    forward  of a gradient's GEMM: the tensor that the same operand of the forward GEMM is made of; its codes serve both
+    batched  whether the operand is a batch of matrices
+    forward  for a gradient's GEMM: the source of the same operand of the forward GEMM, whose codes then serve both
     """
     if forward is not None and (found := _resolve(node, batched, _is_float_cast)).source is forward:
         return found
@@ -53,9 +56,10 @@ def resolve_operand(node: fx.Node, *, batched: bool = False, forward: fx.Node | 
 
 
 def identity(node: fx.Node, *, batched: bool = False) -> tuple[fx.Node, tuple[str, ...] | None]:
-    """Equal for operands of GEMMs that are the same matrix, transposed or not and in whatever dtype.
+    """A key that is equal for operands of GEMMs that are the same matrix, transposed or not and in whatever dtype.
 
-    Backward is traced under the outer autocast: the gradient of a layer where forward had switched it off reads a copy in bf16.
+    The dtypes may differ: backward is traced under the outer autocast, so where forward had switched autocast off, the gradient's
+    GEMM reads a bf16 copy.
     """
     found = _resolve(node, batched, _is_float_cast)
     return found.source, None if found.view is None else tuple(str(s) for s in found.view)
@@ -105,7 +109,7 @@ def unquantized(source: fx.Node) -> fx.Node:
 
 
 def _resolve_tensor(node: fx.Node, through: _Through) -> Operand:
-    """Of a convolution: through casts only."""
+    """An operand of a convolution: only casts are looked through."""
     while node.op == "call_function" and _is_transparent(node, through):
         node = node.args[0]  # type: ignore[assignment]
     return Operand(node, None, False)
@@ -115,9 +119,11 @@ _ONLY_VIEWS = (PERMUTE, EXPAND, aten.view.default, aten.unsqueeze.default, aten.
 
 
 def _resolve_batch(node: fx.Node, through: _Through) -> Operand:
-    """Of a product of batches: through casts and views, up to the last tensor that is this batch of matrices, turned or not.
+    """An operand of a product of batches: the first tensor, through casts and views, that is this batch of matrices, transposed or
+    not.
 
-    einsum reaches a product by a chain of them. As none moves an element, equal sizes and strides say that it is the same batch.
+    einsum reaches a product by a chain of views. None of them moves an element, so a tensor with the same sizes and strides is the
+    same batch.
     """
     found = Operand(node, None, False)
     rows, columns = _axes(node, (0, 1, 2)), _axes(node, (0, 2, 1))
@@ -133,8 +139,8 @@ def _resolve_batch(node: fx.Node, through: _Through) -> Operand:
 
 
 def _first_of_both_ways(found: Operand) -> Operand:
-    """Where neither way to lay out a batch is the tensor behind it (`permute(x, [1, 0, 2])` forward, `[1, 2, 0]` backward): the
-    first of the two permutes stands for both."""
+    """A batch may be two permutes of a tensor that is not the batch itself: `permute(x, [1, 0, 2])` in the forward pass and
+    `permute(x, [1, 2, 0])`, with rows and columns exchanged, in the backward pass. The first in the graph stands for both."""
     node = found.source
     if node.op != "call_function" or node.target is not PERMUTE or node.meta["val"].ndim != 3:
         return found
