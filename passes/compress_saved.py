@@ -6,17 +6,23 @@ Before                                          After
 
 `h` is any high-precision tensor that the forward half computes and saves: the input of GELU, SiLU or a normalization, query, key
 and value, an attention's output. A group is `spec.group` consecutive elements in the tensor's memory order. The dequantize is
-plain aten, so Inductor fuses it into the backward kernel that reads it. Where the tensor's own codes are saved for a GEMM anyway,
-in no fewer bits, these are dequantized and nothing is stored for it. If backward also asks where h is above or below 0 (PReLU, an
-absolute value, a ReLU that saves its result), h gets codes that keep every sign.
+plain aten, so Inductor fuses it into the backward kernel that reads it. If codes of the tensor are saved for a GEMM anyway, in no
+fewer bits, those are dequantized and nothing more is stored. If backward also asks where h is above or below 0 (PReLU, an absolute
+value, a ReLU that saves its result), h gets codes that keep every sign.
 
-No GEMM's operand and no other mask sees the difference: before, `save_codes` has had the forward half save the codes, scales and
-zero points that backward GEMMs read, and these masks. What stays as it is: a tensor from which codes would be recomputed after
-all; one that backward divides by (the gradients of square roots, logarithms and quotients): a small value would become a code of
-0; one whose sine it takes: a step of codes may be more than a period; copies of weights; statistics, which are tensors of less
-than 1/64 of the largest one, and all results but the first of an operator with several (the log-sum-exp of attention). What an
-exponential of a softmax reads is stored in 8 bits even where the spec says 4: an error there multiplies. A mask in it (-inf, or a
-very negative number) is no part of a group's range: it has a code of its own and comes back as -inf.
+No GEMM's operand and no other mask changes: `save_codes` ran before and has the forward half save the codes, scales and zero points
+that backward GEMMs read, and these masks. What is not compressed:
+
+    tensors from which backward recomputes codes
+    tensors that backward divides by (gradients of square roots, logarithms, quotients): a small value could become 0
+    tensors whose sine or cosine backward takes: one step of the codes may be more than a period
+    copies of weights
+    statistics: tensors of less than 1/64 of the largest one, and all results but the first of an operator with several (the
+    log-sum-exp of attention)
+
+What the exponential of a softmax reads is stored in 8 bits even where the spec says 4, because the exponential enlarges the error.
+Masked elements in it (-inf, or a very negative number) are left out of the group's range: they have a code of their own, which is
+restored as -inf.
 
 Numerics  changes gradients: everything that backward computes from h sees it rounded, and clipped where its own codes are of a
           static range. The forward result and all integer GEMMs' forward operands are as before. A group that is not finite

@@ -1,5 +1,5 @@
-"""What Dynamo knows about a graph's inputs and AOTAutograd's graph no longer says: which are Parameters or other weights, and where
-they were found."""
+"""What Dynamo knows about a graph's inputs: which are Parameters or other weights, and where they were found. AOTAutograd's graph
+no longer says so."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class DynamoInputs:
                   attribute, a global, a leaf in a table that is to be trained
     is_leaf       whether they are arguments of a function that are leaves to be trained
 
-    A batch is none of these, and neither is what one graph hands to the next after a graph break, where a product of two
-    activations must not become a layer.
+    A batch is none of these. Neither is an activation that one graph hands to the next after a graph break: a product of two
+    activations must not be taken for a layer.
     """
 
     sources: list[str]

@@ -1,4 +1,4 @@
-"""What the backward half does with a tensor that it was given: what of it must be exact."""
+"""How the backward half uses a tensor that the forward half saved, and whether it needs exact values or exact signs for that."""
 
 from __future__ import annotations
 
@@ -46,15 +46,16 @@ def asks_for_sign(node: fx.Node) -> bool:
 
 
 def gives_its_sign(node: fx.Node) -> bool:
-    """Whether backward asks where it is above or below 0, as that of PReLU or of an absolute value does."""
+    """Whether backward asks where a saved tensor is above or below 0, as the gradient of PReLU or of an absolute value does."""
     return any(asks_for_sign(u) or (u.target in (*UNCHANGED, *SELECTED) and gives_its_sign(u)) for u in node.users)
 
 
 def needs_its_values(node: fx.Node, gradients: set[fx.Node]) -> str | None:
-    """Why codes are too coarse for what backward does with a tensor, or with what it computes from that element by element.
+    """Why backward needs a tensor's values more exactly than codes have them; None if it does not.
 
-    It may divide by it (gradients are no divisors), or ask where it equals something, as that of a maximum does: it divides by the
-    number of those places. Of a sine it may be many periods, and a step of codes more than one.
+    Backward may divide by the tensor, compare it for equality (the gradient of a maximum divides by the number of maxima), or take
+    its sine. It may also do so with what it computes from the tensor element by element. Gradients are left out: nothing is divided
+    by them.
     """
 
     def element_by_element(value: fx.Node) -> list[fx.Node]:
@@ -77,7 +78,7 @@ def needs_its_values(node: fx.Node, gradients: set[fx.Node]) -> str | None:
 
 
 def _is_element_by_element(node: fx.Node) -> bool:
-    """Whether a node's elements follow from those of its operands one by one, and may be small where those are."""
+    """Whether each element of a node is computed from one element of each operand, and may be small where that is."""
     pointwise = torch.Tag.pointwise in getattr(node.target, "tags", ()) and node.target not in _NEVER_SMALL
     return node.op == "call_function" and (pointwise or node.target in (*UNCHANGED, *SELECTED))
 

@@ -1,11 +1,11 @@
-"""The C++ compiler works while Inductor still generates code.
+"""C++ kernels are compiled while Inductor still generates code.
 
-Inductor gives its C++ kernels to a pool of compiler processes when the code of a whole graph is written, and then waits for them.
-(Triton kernels it gives away one by one.) Within `early_kernels()` each kernel goes to that pool as soon as its source is there.
-When the generated module asks for it, Inductor's own cache, by source, has it or has it under way: sources, kernels and the errors
-of a compiler that fails are the same.
+Inductor submits its C++ kernels to a pool of compiler processes only when the code of the whole graph is written, and then waits
+for them. (Triton kernels it submits one by one.) Within `early_kernels()` each C++ kernel is submitted as soon as its source is
+generated. When the generated module asks for it, Inductor's own cache finds it by its source, finished or being compiled. Sources,
+kernels and the errors of a compiler that fails are the same.
 
-Checked on torch 2.11 and 2.13. Where a kernel's definition looks different from theirs, nothing is early.
+Checked on torch 2.11 and 2.13. A kernel whose definition looks different from theirs is compiled when Inductor would have done so.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Where in the user's model the frame is that Dynamo compiles.
 
-Dynamo names what it compiles relative to the frame: after a graph break, or with blocks compiled one by one, every block's layer is
-`up`, and a recipe says `blocks.3.up`. While a frame is compiled or run, the modules around it are being called: they are `self` in
-some frame of Python's stack, and know their Parameters by full names.
+Dynamo names modules relative to the frame it compiles. After a graph break, or with blocks compiled one by one, the same layer of
+every block is called `up`, while a recipe says `blocks.3.up`. The modules around a frame are being called while it is compiled or
+run: each is `self` in some frame of Python's stack, and knows its Parameters by their full names.
 
-Names are those in the outermost module that is being called, and those in the module that was compiled.
+A Parameter gets two names: its name in the outermost module that is being called, and in the module that was compiled.
 """
 
 from __future__ import annotations

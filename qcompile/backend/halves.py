@@ -1,7 +1,7 @@
 """The two halves of a step when they are called: each gets the range state of the instance that the call belongs to.
 
-A half is a function of one list of arguments, which it may empty (AOTAutograd's boxed convention). What is here wraps one in
-another.
+A half is a function of one list of arguments, which it may empty (AOTAutograd's boxed convention). Each class here wraps one such
+function in another.
 """
 
 from __future__ import annotations

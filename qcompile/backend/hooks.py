@@ -2,9 +2,8 @@
 
     torch.compile(model, options=qcompile.inductor_hooks(recipe))           # backend="inductor"; recipes without state
 
-Plain Inductor has no place where a call could be told which module instance it belongs to. A recipe that keeps state, past ranges
-or the seed of random rounding, therefore needs a compiler wrapped in `with_range_state`, in a backend of the user's own
-(docs/plugging-in.md).
+Plain Inductor cannot tell a compiled graph which module instance a call belongs to. A recipe with state (past ranges, or the seed
+of random rounding) therefore needs a compiler wrapped in `with_range_state`, in a backend of the user's own (docs/plugging-in.md).
 """
 
 from __future__ import annotations

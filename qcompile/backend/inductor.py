@@ -1,6 +1,6 @@
 """The one place where Inductor's and AOTAutograd's private entry points are used. Checked on torch 2.11 and 2.13.
 
-(An operation that generated code is to have of ours is `inductor_operations`'; when its kernels are compiled, `early_kernels`'.)
+(Except for two: `inductor_operations` adds operations to generated code, and `early_kernels` says when kernels are compiled.)
 
     watch_plain             Inductor itself under observation, for `recipe="none"` in inspection
     compile_frozen          Inductor alone on an inference module, with its weights as constants

@@ -1,15 +1,15 @@
 """`qtrain::draws`, `qtrain::codes` and `qtrain::scale` in Inductor's generated code, C++ or Triton: one operation each.
 
-Written out, the hash of `qcompile.ops.random` is seventeen operations on int64, a quantize eight more and its scale three, which
-each of Inductor's passes and analyses visits for every use: a third of the nodes of a GPT under `int8`. The hash also runs on half
-as many lanes as it could. As one operation it is a few lines on uint32, the same to the bit: 0.6 ms instead of 1.6 ms for 2048 x
-2048 elements in C++ on 2 threads (AMD Zen 5, AVX-512, torch 2.13). On a GPU, Inductor's own form of a quantize would not be the
-same to the bit: it divides approximately and rounds a product and a sum once.
+Written out in aten operations, the hash of `qcompile.ops.random` is seventeen operations on int64, a quantize eight more and its
+scale three. Each of Inductor's passes visits them for every use: they would be a third of the nodes of a GPT under `int8`. The hash
+would also run on half as many vector lanes as it could. As one operation it is a few lines on uint32, the same to the bit: 0.6 ms
+instead of 1.6 ms for 2048 x 2048 elements in C++ on 2 threads (AMD Zen 5, AVX-512, torch 2.13). On a GPU, a quantize written out
+would not be the same to the bit, because Inductor's code divides approximately and rounds a product and a sum once.
 
-Private API, checked on torch 2.11 and 2.13: Inductor's operation handlers have no place to add an operation, so it is set as an
-attribute of the classes that handle all of them. Where one of these is missing or has another signature, no graph for that kind
-of device gets the operations, and all are written out. Another generator of code (Inductor's `cpu_backend` and `cuda_backend`)
-calls the operators.
+Private API, checked on torch 2.11 and 2.13: Inductor's operation handlers have no place to add an operation, so each operation is
+set as an attribute of the classes that handle all of them. If one of these classes is missing or has another signature, graphs for
+that kind of device have the operations written out. Other generators of code (Inductor's `cpu_backend` and `cuda_backend`) call
+the operators.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Other instances that a compiled graph runs for: Dynamo runs one graph for all equal modules."""
+"""What happens when a compiled graph runs for another module instance: Dynamo runs one graph for all modules that are equal."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ __all__ = ["watch_instances"]
 def watch_instances(
     forward: CompiledHalf, names: list[str], context: PassContext, ran_for: MutableMapping[Tensor, None]
 ) -> CompiledHalf:
-    """The forward half, with what is to be done when it runs for other Parameters than before.
+    """The forward half, wrapped so that it notices when it runs for other Parameters than before.
 
-    Dynamo runs one graph for equal modules. Each keeps what the profit filter has decided; and where the recipe means another
-    of them to be compiled otherwise, a warning says so.
+    The decisions of the profit filter are then kept with those Parameters too. If the recipe would compile that instance
+    differently, a warning says so.
 
-    names    the function's arguments
+    names    the names of the forward half's arguments, in order
     ran_for  gets the Parameters that it runs for, as keys
     """
     recipe = context.recipe

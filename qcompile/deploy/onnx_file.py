@@ -9,12 +9,12 @@ What a layer becomes, and what onnxruntime (1.23 to 1.31) fuses that to:
     convolution -> Q        DQ(Q(x)), DQ(weight), DQ(bias) -> Conv               QLinearConv
     other convolutions      Q(x) -> ConvInteger -> Cast -> Mul -> Add            as it stands
 
-A convolution becomes codes at once where its bias, which then is rounded to half a step of the sums, moves few of them. One whose
-output is no codes, such as one before an addition, has no form of DQ that a runtime fuses: it would run
-in fp32. ConvInteger is the standard's own integer convolution. `convolutions="qdq"` writes DQ for those too, for readers that know
-nothing else.
+In QLinearConv the bias is rounded to a multiple of the sums' step, so that form is used only where the rounding changes few codes.
+A convolution whose output is not quantized, such as one before an addition, would run in fp32 in the DQ form, because no runtime
+fuses it. ConvInteger is the standard's own integer convolution. `convolutions="qdq"` writes the DQ form for those too, for readers
+that know nothing else.
 
-Codes of fewer values than uint8 has are clamped after Q (Clip), in uint8, where it costs little and hides no pattern. On x86
+Codes that use fewer values than uint8 has are clamped after Q (Clip), in uint8, where it costs little and hides no pattern. On x86
 CPUs without VNNI onnxruntime's products of uint8 and int8 may saturate; the session option "session.x64quantprecision" = "1"
 avoids that.
 """

@@ -3,9 +3,9 @@
     model = qcompile.deploy.to_torchao(deployed)
     model.state_dict()["up.weight"]        # torchao.quantization.Int8Tensor: int8 codes, scales by row, the input's static scale
 
-What torchao's tensors cannot say, they do not get: an input is symmetric, of 8 bits, and torchao clamps it to -128 where we stop at
--127. Weights of fewer bits are int8 there too: its packed 4-bit tensors want a scale for each group of 32 or more inputs and a
-layout of the hardware, and ours have one for each output or for all.
+Limits of torchao's tensors: an input is symmetric and of 8 bits, and torchao clamps it to -128 where we stop at -127. Weights of
+fewer bits become int8 as well: torchao's packed 4-bit tensors need a scale for each group of 32 or more inputs, and a layout for
+the hardware, while ours have one scale for each output or for all.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""What a model that was trained through the backend quantizes its layers with when it is evaluated.
+"""The scales and zero points with which a model that was trained through the backend is evaluated.
 
-The compiler is asked, not the recipe: the inference graph is captured (on a copy), and for every layer's GEMM the nodes that make
-its codes, scales and zero points are run with the model's weights and its stored ranges. So it holds for every estimator, shared
-quantizes and overrides included. A scale that a node computes from the batch is a dynamic range, which no static format can hold.
+They are read from the compiled graph, not from the recipe: the inference graph is captured (on a copy of the model), and for every
+layer's GEMM the nodes that make its codes, scales and zero points are run with the model's weights and stored ranges. This works
+for every estimator, for shared quantizes and for overrides. A scale that is computed from the batch is a dynamic range, which no
+static format can hold.
 """
 
 from __future__ import annotations

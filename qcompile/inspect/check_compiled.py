@@ -1,7 +1,7 @@
 """`qcompile.check_compiled(model)`: whether every layer of a model runs in a compiled graph.
 
-Dynamo leaves a frame that it cannot trace to eager mode, and tells nobody: its layers then train in high precision, and as no graph
-reaches the backend, `strict=True` has nothing to refuse.
+A frame that Dynamo cannot trace runs in eager mode, without a warning. Its layers then train in high precision, and `strict=True`
+does not notice, because no graph reaches the backend.
 """
 
 from __future__ import annotations

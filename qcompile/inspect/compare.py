@@ -9,10 +9,10 @@ Three graphs of one capture run on one batch, with the same inputs, output gradi
     hp         the joint graph before anything is quantized
     quantized  the joint graph before fusion: each GEMM multiplies dequantized operands in floating point, so
                that one operand at a time can be taken in high precision
-    fused      the joint graph after all passes: integer kernels. Outputs and gradients are its
+    fused      the joint graph after all passes: integer kernels. Outputs and gradients are taken from it
 
-A GEMM's own error comes from its operands as the quantized step has them. Its total error has what was
-quantized before it in it.
+A GEMM's own error is that of quantizing its operands, given what the quantized step hands it. Its total error also contains the
+errors of everything that was quantized before it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What a pass did, as text: the nodes that it removed, changed and made.
 
-A node is the same before and after if it has the same first name; both listings then show its later name, so
-that a new label is no change.
+A node counts as the same before and after if its name in the first stage is the same. Both listings then show its later name, so
+that a new label does not look like a change.
 """
 
 from __future__ import annotations

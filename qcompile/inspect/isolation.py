@@ -1,15 +1,14 @@
-"""Running a model without leaving a trace: copies of it, and what else a compilation changes put back.
+"""Running a model without leaving a trace: it runs as a copy, and what a compilation changes besides is restored.
 
-What a call of `torch.compile` leaves behind, beside the result:
+What a call of `torch.compile` changes, and how the change is undone:
 
-    gradients, buffers, counters of the model   the copy has them
-    the gradients of inputs                     the copies have them
+    gradients, buffers, counters of the model   only the copy's change
+    gradients of inputs                         only those of copied inputs change
     random generators                           forked
-    Dynamo's cache                              the frame that is compiled is a function made for this one
-                                                call. After a graph break Dynamo also compiles functions of
-                                                the model's own: what it has then hung on their code is made
-                                                void, and does not count for the recompile limit
-    Dynamo's memory of which sizes vary         put back, and so are its counters
+    Dynamo's cache                              the compiled frame is a function made for this one call. After a graph break
+                                                Dynamo also compiles functions of the model: what it cached for them is
+                                                invalidated, and does not count towards the recompile limit
+    Dynamo's memory of which sizes vary         restored, and so are its counters
 
 Private API of Dynamo, used here only; checked on torch 2.11 and 2.13.
 """

@@ -1,7 +1,7 @@
 """Measures of error: how far a tensor is from its reference, and what a quantization did to a tensor.
 
-All sums are taken in fp64. `nan` means that a measure has no value: a reference of zeros alone, or something
-that is not finite on either side. Two equal tensors have an infinite ratio of signal to noise, of zeros too.
+All sums are taken in fp64. A measure is `nan` if either tensor has an element that is not finite, or if it is not defined
+for a reference of zeros. The ratio of signal to noise of two equal tensors is infinite, even if both are all zeros.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Where the learned scales of inputs start: from the first batch that the prepared model sees, or from those of `calibrate`.
+"""How learned scales of inputs are initialized: from the first batch that the prepared model sees, or from those of `calibrate`.
 
-Several processes start together, from the first one's values: replicas must quantize alike.
+With several processes, all take the values of the first one, because replicas must quantize alike.
 """
 
 from __future__ import annotations

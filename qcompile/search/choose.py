@@ -7,11 +7,11 @@ The algorithm is our own choice; the problem is a knapsack with several options 
 ratio is the usual approximation:
 
     1. All GEMMs start in high precision.
-    2. While a limit on memory or time is exceeded, make the move (one GEMM to another option) that frees most of what is exceeded
-       for each bit of loss that it adds; to free more than that counts for nothing. What GEMMs share counts in equal parts here:
-       a tensor that three GEMMs read is not freed by the first of them alone, and the first must be worth its move all the same.
-       What a move puts over another limit counts against it, and no choice is made twice.
-    3. Undo, the most harmful first, what the limits do not need.
+    2. While a limit on memory or time is exceeded, make the move (one GEMM to another option) that frees the most of the excess
+       for the loss it adds. Freeing more than the excess earns nothing, and exceeding another limit counts against a move. A part
+       that several GEMMs share counts for each of them in equal shares: a tensor that three GEMMs read is freed only with the
+       last, but the first move towards that must be worth something too. No choice is made twice.
+    3. Undo the moves that the limits do not need, the most harmful first.
 
 With a limit on the loss alone, moves are made in the same order, for memory and time together, as long as the loss allows.
 """

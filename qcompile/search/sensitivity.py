@@ -1,14 +1,14 @@
 """What quantizing one GEMM alone does to a training step, measured on captured graphs.
 
-The measure is the share of its progress that a step loses. An optimizer's step of a given length along the gradients `q` lowers the
-loss, to first order, by what `q` has of the exact gradients' direction `g`, Parameter by Parameter:
+The measure is the share of a step's progress that is lost. Let `g` be the exact gradients and `q` those of the quantized step. To
+first order, a step of a given length along `q` lowers the loss in proportion to the cosine between `q` and `g`:
 
     lost = sum_p w_p (1 - cos(q_p, g_p)) / sum_p w_p        w_p = |g_p| sqrt(elements of p)
 
-The weights are those of an optimizer that moves each Parameter by a length of its own, whatever the gradient's size (Adam and its
-kin: a step's length grows with the root of the number of elements). 0: the step is exact; 1: it makes no progress. A Parameter
-whose gradient is nothing but rounding has no weight. The measure is our own choice. It adds up over GEMMs as long as it is small,
-because the errors of different quantizes are nearly independent.
+0 means that the step is exact, 1 that it makes no progress. The sums run over Parameters p. The weights w_p fit optimizers like
+Adam, whose step of a Parameter has a length that does not depend on the gradient's size, but grows with the root of the number of
+elements. A Parameter whose gradient is rounding error alone has no weight. The measure is our own choice. Small values add up over
+GEMMs, because the errors of different quantizes are nearly independent.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """What people call range state: `blocks.0.mlp.up.input`, the operand `input` of the site `blocks.0.mlp.up`.
 
-Graphs know an owner, which is a Parameter, and a key (`qcompile.state.uses`). What belongs to a layer's own weight is named by the
-layer, all else by its owner and key: `embed.weight:seed.forward`.
+Graphs know state by its owner, which is a Parameter, and a key (`qcompile.state.uses`). State of a layer's own weight is named by
+the layer; all other state is named by owner and key: `embed.weight:seed.forward`.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The Parameters that compiled graphs see, where they are others than the optimizer's: range state is bound to them.
 
-Of a DTensor (tensor parallelism) AOTAutograd hands compiled code this rank's tensor, the same object each time.
+For a DTensor (tensor parallelism), AOTAutograd gives compiled code this rank's local tensor, the same object each time.
 
 Under FSDP2 (`torch.distributed.fsdp.fully_shard`) a sharded module has two Parameters for each of its tensors: the sharded one,
 which the optimizer and `named_parameters()` see, and the gathered one, which the forward pass sees. The gathered one is made at the

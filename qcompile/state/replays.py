@@ -1,15 +1,15 @@
 """Activation checkpointing *around* a compiled region runs its forward again while the autograd engine runs.
 
-The second run must see the state that the first one saw, or it computes other codes than the ones whose gradient is asked for, and
-it must not count as a step. So the first run leaves a snapshot with its checkpoint frame, and the replay gets that in a state
-tensor whose updates nobody reads. It is the same one every time: a CUDA graph is recorded for the addresses of its state, and
-would be anew for every other one.
+The second run, the replay, must see the state that the first one saw: otherwise its codes are not those whose gradient is asked
+for. It must also not count as a step. So the first run leaves a snapshot of the state with its checkpoint frame, and the replay
+reads the snapshot in a state tensor of its own, whose updates nobody reads. That tensor is the same for every replay, because a
+CUDA graph is recorded for the addresses of its state and would have to be recorded again for another tensor.
 
-The replay may run in another graph of the same code: Dynamo compiles anew where the first run finds a default device
-(`torch.set_default_device`) and the backward pass none. What the two have in common is the memory that they use.
+The replay may run in another graph of the same code: Dynamo compiles again if a default device (`torch.set_default_device`) is set
+in the first run but not in the backward pass. Snapshots are therefore found by the memory of the state, which both graphs share.
 
-Checkpoints nest. The replay of an outer one runs the inner ones anew, as first runs in frames of their own: hence every frame
-around a call is looked at, and if one of them replays, the call does.
+Checkpoints nest. The replay of an outer one runs the inner ones again, as first runs in new frames. So all frames around a call are
+looked at, and the call is a replay if any of them replays.
 
 The reentrant kind needs none of this: its first run is without grad, which updates nothing.
 

@@ -1,7 +1,7 @@
 """Where streams of random draws begin: 32 bits that follow from torch's generator, without advancing it.
 
-So what a user draws does not depend on the recipe, and a run that is repeated draws the same numbers. What is stored, and saved, is
-rank 0's seed; the other ranks combine it with a constant of their own.
+A user's own random numbers therefore do not depend on the recipe, and a repeated run draws the same numbers. Rank 0's seed is the
+one that is stored and saved; every other rank combines it with a constant of its own.
 """
 
 from __future__ import annotations

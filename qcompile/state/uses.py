@@ -1,15 +1,15 @@
 """Which use of a Parameter a site is, over all graphs that use it.
 
-Within a graph the uses of a weight are counted: `proj`, `proj#1`. A graph break between two uses makes two graphs, each with a
-first use, and they are not the same one: their inputs differ, and so must their ranges. What tells them apart is where in the
-program they stand: the calls that led there, by file and line. A graph that is compiled again (other sizes, no gradients, the
-module by itself or inside another) stands where it stood.
+A weight that is used twice has ranges for each use. Within one graph the uses are counted: `proj`, `proj#1`. A graph break between
+two uses makes two graphs, and each counts its own use as the first. They must still have different ranges, because their inputs
+differ. They are told apart by their place in the program: the calls that led to them, by file and line. A graph that is compiled
+again (for other sizes, without gradients, for the module alone or inside another) has the place it had.
 
-Places are known to this process only. What is saved is the number: which use it was, counted from 0, when the program first ran. It
-is the same in every run.
+Places are known to one process only. What is saved is the number of a use, counted from 0 in the order in which the program first
+ran. That order is the same in every run.
 
-What this cannot tell apart is one compiled graph that is called twice in a step (a block that is compiled by itself, and used
-twice): two such calls look like two micro-batches, and share their ranges.
+One case is not told apart: a block that is compiled by itself and called twice in a step. The two calls look like two micro-batches
+and share their ranges.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from qcompile.errors import warn_once
 __all__ = ["Place", "Use", "Uses", "number_reads", "number_uses", "numbers_in"]
 
 Place = tuple[str, ...]
-"""The calls that lead to a use, outermost first ("model.py:12"), and last how many uses of the weight stand there before it in the
-graph (a loop). Empty: not known, then the number within the graph holds."""
+"""The calls that lead to a use, outermost first ("model.py:12"). The last entry counts the uses before it in the same graph
+and at the same calls, as in a loop. Empty if the calls are not known: then the number within the graph holds."""
 
 
 class _Key(NamedTuple):
@@ -67,10 +67,11 @@ class Uses:
     def __init__(self) -> None:
         self._known: dict[str, dict[Place, int]] = {}  # what is counted -> place -> number
         self._reads: dict[tuple[str, str], dict[Place, int]] = {}
-        """Likewise, of graphs that only read, before one that learns; by what is counted and the compiled function."""
+        """The same for graphs that only read ranges, before there is one that learns: (what is counted, compiled function) ->
+        place -> number."""
 
     def forget_reads(self) -> None:
-        """There is other state now, that graphs which only read may be meant to find."""
+        """Other state has been loaded: graphs that only read are numbered anew."""
         self._reads.clear()
 
     def keys(
@@ -80,8 +81,8 @@ class Uses:
 
         learns    whether the graph updates ranges
         function  the compiled function whose graph it is
-        kept      the numbers of the uses that there is state of, by what is counted. None: what is asked for needs no state
-                  (decisions), so in a process that has not trained a use that stands where none stood has a number of its own.
+        kept      what is counted -> the numbers of the uses that have state. None where no state is needed (decisions): in a
+                  process that has not trained, a use at a new place then gets a number of its own
         """
         asked = list(asked)
         graph: dict[str, dict[Place, int]] = {}
@@ -101,16 +102,16 @@ class Uses:
                     known.update(numbers)
                     new = True
             elif kept is not None:
-                found[counted] = self._read(counted, uses, function, kept(counted), sites[counted])
+                found[counted] = self._number_reads(counted, uses, function, kept(counted), sites[counted])
             else:
-                found[counted] = self._read(f"decisions on {counted}", uses, function)
+                found[counted] = self._number_reads(f"decisions on {counted}", uses, function)
         keys = {}
         for use in asked:
             key = _Key.parse(use.key)
             keys[use.key] = str(key._replace(number=found[key.counted][use.place])) if use.place else use.key
         return keys, new
 
-    def _read(
+    def _number_reads(
         self, counted: str, uses: Mapping[Place, int], function: str, kept: Collection[int] | None = None, site: str = ""
     ) -> Mapping[Place, int]:
         met = self._reads.setdefault((counted, function), {})
@@ -134,8 +135,8 @@ def number_uses(known: Mapping[Place, int], uses: Mapping[Place, int], *, learns
 
     known   what other graphs were given
     uses    place -> number within the graph
-    learns  whether the graph updates ranges. Then a use that stands where none stood has a number of its own. A graph that only
-            reads, such as that of an evaluation function, takes the ranges of what stands nearest.
+    learns  whether the graph updates ranges. If so, a use at a new place gets a number of its own. A graph that only reads, such
+            as that of an evaluation function, gets the number of the nearest place.
     """
     found = {place: known[place] for place in uses if place in known}
     for place, number in sorted(uses.items(), key=lambda use: use[1]):
@@ -160,14 +161,14 @@ def number_uses(known: Mapping[Place, int], uses: Mapping[Place, int], *, learns
 def number_reads(
     met: Mapping[Place, int], uses: Mapping[Place, int], kept: Collection[int], others: Mapping[Place, int] = MappingProxyType({})
 ) -> dict[Place, int]:
-    """The same for a graph that only reads, in a process that has not trained: there are no places to compare with, only state.
+    """Place -> number for a graph that only reads, in a process that has not trained: no training graph's places are known.
 
     met     what other graphs of the same compiled function were given, on the other side of a graph break
-    kept    numbers of the uses that there is state of
+    kept    the numbers of the uses that have state
     others  what graphs of other compiled functions were given
 
-    Uses are numbered as they run, as in training; a use that all others have left no state for reads what stands nearest. Each
-    compiled function is counted from 0: two of them that evaluate one model are no two sides of a graph break.
+    Uses are numbered as they run, as in training. When all state is taken, a use gets the number of the nearest place. Each
+    compiled function is counted from 0: two functions that evaluate one model are not two sides of a graph break.
     """
     met = dict(met) | {o: number for o, number in others.items() if any(_alike(o, p) >= min(len(o), len(p)) for p in uses)}
     found = {place: met[place] for place in uses if place in met}
