@@ -1,7 +1,7 @@
 """The cut between the forward and the backward graph, and how to change what crosses it.
 
-The forward graph returns the user's outputs and then what it saves; the backward graph's placeholders of the same names are what
-was saved. An edit keeps the two in step: what is stored instead takes the old place on both sides, in order.
+The forward graph returns the user's outputs and then what it saves. The backward graph reads the saved tensors from placeholders of
+the same names. An edit changes both graphs at once: what is stored instead takes the old tensor's place in either, in order.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""What identifies code that users bring: a compiled graph from other sources must never be served from a cache.
+"""A key for code that users bring, so that no cache serves a graph that was compiled from other code.
 
-`describe` turns a function, a class or a value into text that is equal, in this process and the next, for what does the same, and
-that differs where the source, a default, a bound argument or a captured value differs. Tensors and arrays are told apart by all
-of their elements. What can neither be read nor pickled gets a text of its own every time: it never comes from a cache.
+`describe` turns a function, a class or a value into text. The text is the same in this process and the next if source, defaults,
+bound arguments and captured values are the same, and differs if one of them does. Tensors and arrays are compared by all of their
+elements. What can neither be read nor pickled gets a new text every time, so nothing compiled with it comes from a cache.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Whether a tensor that is quantized is written to memory whatever becomes of the quantize.
+"""Whether a tensor that is quantized is written to memory in high precision, however it is quantized.
 
 It is if it is an input or an output of the half; if a GEMM or another library call wrote it or reads it; or if its scale waits for
 a reduction over more than its rows (a dynamic estimator's), so that no one kernel can make it and quantize it. Otherwise Inductor
 can quantize it where it is made, and its values in high precision never leave the chip.
 
-An estimate: what Inductor fuses in the end also depends on what else reads the tensor. The partitioner's list of fusible operators
-stands for what Inductor makes itself.
+This is an estimate: what Inductor fuses also depends on what else reads the tensor. The operators that Inductor generates code for
+are taken to be those on the partitioner's list of fusible operators.
 """
 
 from __future__ import annotations

@@ -7,9 +7,9 @@
 `qtrain_partition` fits everything that takes one of PyTorch's partitioners, `aot_compile_joint_with_descriptors` among them. Its
 halves are lowered: plain aten and integer GEMMs, which run operator by operator and under any compiler.
 
-Quantization is in the joint graph, so the cut weighs tensors of one byte. Unknown to the partitioner, a custom operator is held
-for not recomputable and not fusible, and codes are saved *beside* their source. So for the time of the call quantize, dequantize
-and `select_range` join its lists of recomputable and fusible operators.
+Quantization is in the joint graph, so the cut weighs tensors of one byte. The partitioner takes an operator that it does not know
+for neither recomputable nor fusible, and would save codes *beside* their source. So for the time of the call quantize, dequantize
+and `select_range` are added to its lists of recomputable and fusible operators.
 
 Private API, replaced here only; checked on torch 2.11 and 2.13: `torch._functorch.partitioners.get_default_op_list`.
 """

@@ -1,4 +1,4 @@
-"""A saved tensor of which a GEMM's codes are saved too: backward dequantizes these, and nothing is stored for it."""
+"""If a GEMM's codes of a saved tensor are saved as well, backward dequantizes those instead, and the tensor is not stored."""
 
 from __future__ import annotations
 

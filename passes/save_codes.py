@@ -6,13 +6,13 @@ Before                                          After
             scaled_mm(g, q, s)                    scaled_mm(g, q, s)
             gelu_backward(g, h)                   gelu_backward(g, h)            # compress_saved may round h now
 
-Left to itself the partitioner recomputes codes, scales and zero points where their source is saved. From a source in few bits they
-would be others. So would masks: where a normalization's input is within half a code of the place at which its result crosses 0,
-a ReLU's gradient would come or go as a whole. A mask takes a bit, or nothing where codes hold it (`fold_masks`). What follows
-from the graph's inputs alone is still recomputed, for inputs are not compressed, and so is the sign of a saved tensor itself:
-`compress_saved` keeps signs.
+The partitioner recomputes codes, scales and zero points whose source is saved. Recomputed from a source in few bits they would be
+different. So would masks: if a normalization's input is within half a code of where its result crosses 0, a ReLU's gradient would
+be kept or dropped wrongly. A mask takes one bit, or none if codes hold it (`fold_masks`). What is computed from the graph's inputs
+alone is still recomputed, because inputs are not compressed. So is the sign of a saved tensor itself, because `compress_saved`
+keeps signs.
 
-Where the codes and the rounded source would take no fewer bytes than the source takes as it is, that stays and nothing is added.
+If the codes and the rounded source would take no fewer bytes than the source itself, the source stays and nothing is added.
 
 Numerics  exact.
 Requires  the two graphs after the partitioner, before anything else has changed the cut. Ensures: outputs and inputs of the cut

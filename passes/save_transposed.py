@@ -6,9 +6,9 @@ Before                                          After
             return (y, q)                         return (y, transpose_codes(q))
   backward  scaled_mm(g_t, q)                     scaled_mm(g_t, permute(p))
 
-`output` reads an input's codes as they lie, `grad_weight` with the other axis contiguous; for a weight it is `output` and
-`grad_input`. Both orientations from one read of x move 4 bytes a value in bf16, in the forward half; codes that are saved as they
-lie and transposed in backward move 5. As many bytes are saved.
+Of an input, `output` reads the codes as they lie and `grad_weight` transposed; of a weight, `output` and `grad_input` do.
+Writing both orientations in the forward half, from one read of x in bf16, moves 4 bytes a value. Saving the codes as they lie and
+transposing them in backward moves 5. The bytes saved for backward are the same.
 
 Numerics  exact.
 Requires  the two graphs after the partitioner, before lowering. Ensures: outputs and inputs of the cut still correspond.

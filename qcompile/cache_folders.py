@@ -1,4 +1,4 @@
-"""The folders that compiled code and measurements are loaded from belong to the user alone.
+"""Only the user may write to the folders that compiled code is loaded from, or a group that the folder was opened to.
 
 Inductor keeps libraries, kernels and pickled graphs in a folder (by default one in the system's folder for temporary files, whose
 name anyone can guess), and Triton its kernels in another. Whoever can write there can have code run as this user. So before a graph
@@ -7,7 +7,7 @@ folder, which it makes for all to read, is closed to others; what the environmen
 
 A group may write: on many systems every user has a group of their own, and teams share caches on purpose.
 
-What others could have written of our own measurements (`qcompile.kernels.kept_choices`) is left aside; it is no code.
+Our own measurements (`qcompile.kernels.kept_choices`) are no code: a file of them that others could have written is ignored.
 """
 
 from __future__ import annotations

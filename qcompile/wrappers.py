@@ -1,7 +1,7 @@
 """Names without what wrappers put into them: `_orig_mod.blocks.0.up` of a compiled model is the model's own `blocks.0.up`.
 
 torch.compile, activation checkpointing and FSDP put their model under a private name, which no model uses itself. Data-parallel
-wrappers call it `module`: a name that models use too, so what wraps is told by its type.
+wrappers call it `module`. Models use that name too, so these wrappers are recognised by their type.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Direction sensitive clipping of gradients, and learning rates that answer what is left of the deviation.
+"""Direction sensitive clipping of gradients, and learning rates that shrink with the deviation that remains.
 
 Source: Zhu et al., "Towards Unified INT8 Training for Convolutional Neural Network" (CVPR 2020), arXiv 1912.12607, which we know
 by published notes. With g a layer's gradient and g_hat its quantized values under clipping at c:
