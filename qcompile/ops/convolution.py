@@ -5,11 +5,14 @@ passes split it; these are the parts in high precision:
 
     conv_grad_input(grad_output, weight, input_size, ...)      reads no input: none need be saved for it
     conv_grad_weight(grad_output, input, weight_size, ...)
+
+`*geometry` stands for the fields of `qcompile.geometry.Geometry`, in their order.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,47 +37,25 @@ def _format(tensor: Tensor) -> torch.memory_format:
     return torch.contiguous_format
 
 
-def _grad_input(
-    grad_output: Tensor,
-    weight: Tensor,
-    input_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
-) -> Tensor:
+def _grad_input(grad_output: Tensor, weight: Tensor, input_size: Sequence[int], *geometry: Any) -> Tensor:
     shape_only = grad_output.new_empty(()).expand(input_size)
-    geometry = stride, padding, dilation, transposed, output_padding, groups
     mask = (True, False, False)
     grad = torch.ops.aten.convolution_backward(grad_output, shape_only, weight, None, *geometry, mask)[0]
     return grad.contiguous(memory_format=_format(grad_output))
 
 
-def _grad_weight(
-    grad_output: Tensor,
-    input: Tensor,
-    weight_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    transposed: bool,
-    output_padding: Sequence[int],
-    groups: int,
-) -> Tensor:
+def _grad_weight(grad_output: Tensor, input: Tensor, weight_size: Sequence[int], *geometry: Any) -> Tensor:
     shape_only = grad_output.new_empty(()).expand(weight_size)
-    geometry = stride, padding, dilation, transposed, output_padding, groups
     mask = (False, True, False)
     grad = torch.ops.aten.convolution_backward(grad_output, input, shape_only, None, *geometry, mask)[1]
     return grad.contiguous()
 
 
-def _fake_grad_input(grad_output: Tensor, weight: Tensor, input_size: Sequence[int], *geometry: object) -> Tensor:
+def _fake_grad_input(grad_output: Tensor, weight: Tensor, input_size: Sequence[int], *geometry: Any) -> Tensor:
     return torch.empty_like(grad_output.new_empty(()).expand(input_size), memory_format=_format(grad_output))
 
 
-def _fake_grad_weight(grad_output: Tensor, input: Tensor, weight_size: Sequence[int], *geometry: object) -> Tensor:
+def _fake_grad_weight(grad_output: Tensor, input: Tensor, weight_size: Sequence[int], *geometry: Any) -> Tensor:
     return grad_output.new_empty(weight_size)
 
 
