@@ -160,6 +160,7 @@ def _check_alike(name: str, base: str, layer: TrainedLayer, found: Mapping[str, 
 
 
 def _read_layer(name: str, node: fx.Node, gemm: Gemm, values: _Values, recipe: Recipe) -> TrainedLayer:
+    """What a forward GEMM's operands are quantized with. Errors: `UnsupportedError` and `StateError`, which say what to do."""
     if node.target not in INTEGER or node.meta[meta.GEMM].operands != ("input", "weight"):
         raise UnsupportedError(f"convert: {name!r} is no product of an input with a weight on integer codes.")
     x, weight = (_quantize_of(operand) for operand in node.args[:2])
@@ -180,20 +181,7 @@ def _read_layer(name: str, node: fx.Node, gemm: Gemm, values: _Values, recipe: R
         )
     if weight_zero is not None:
         raise UnsupportedError(f"convert: the weight of {name!r} has a zero point; deployed weights are symmetric.")
-    if values.dynamic(input_scale) or (input_zero is not None and values.dynamic(input_zero)):
-        assert gemm.specs is not None
-        raise UnsupportedError(
-            f"convert: the input of {name!r} has a dynamic range under recipe {recipe.name!r} ({gemm.specs[0]}): every batch makes "
-            "its own, and a static format holds one. Go on training for a few hundred steps under a recipe with static ranges, as "
-            "'int8_in_hindsight' or recipe.replace(input=QuantSpec(estimator=InHindsight())), and convert with that."
-        )
-    if not values.has_memory(input_scale):
-        raise StateError(
-            f"convert: the input of {name!r} has no stored range. Train a step under recipe {recipe.name!r} in this process, "
-            "or load what was saved: qcompile.range_state(model).load_state_dict(ranges). A copy of a trained model "
-            "(AveragedModel, copy.deepcopy) takes over its ranges: "
-            "qcompile.range_state(copy).load_state_dict(qcompile.range_state(model).state_dict())."
-        )
+    _check_stored_range(name, gemm, values, recipe, input_scale, input_zero)
     scale = values[input_scale]
     if scale.numel() != 1:
         raise UnsupportedError(f"convert: the input of {name!r} has {scale.numel()} static scales; it must have one (PerTensor).")
@@ -206,6 +194,24 @@ def _read_layer(name: str, node: fx.Node, gemm: Gemm, values: _Values, recipe: R
         input_scale=scale.reshape(()).clone(),
         input_zero=zero,
     )
+
+
+def _check_stored_range(name: str, gemm: Gemm, values: _Values, recipe: Recipe, scale: fx.Node, zero: fx.Node | None) -> None:
+    """Refuse an input whose range is dynamic or was never learnt."""
+    if values.dynamic(scale) or (zero is not None and values.dynamic(zero)):
+        assert gemm.specs is not None
+        raise UnsupportedError(
+            f"convert: the input of {name!r} has a dynamic range under recipe {recipe.name!r} ({gemm.specs[0]}): every batch makes "
+            "its own, and a static format holds one. Go on training for a few hundred steps under a recipe with static ranges, as "
+            "'int8_in_hindsight' or recipe.replace(input=QuantSpec(estimator=InHindsight())), and convert with that."
+        )
+    if not values.has_memory(scale):
+        raise StateError(
+            f"convert: the input of {name!r} has no stored range. Train a step under recipe {recipe.name!r} in this process, "
+            "or load what was saved: qcompile.range_state(model).load_state_dict(ranges). A copy of a trained model "
+            "(AveragedModel, copy.deepcopy) takes over its ranges: "
+            "qcompile.range_state(copy).load_state_dict(qcompile.range_state(model).state_dict())."
+        )
 
 
 def _quantize_arguments(quantize: fx.Node) -> tuple[Any, Any, Any, Any]:
