@@ -241,14 +241,7 @@ def capture_call(
     inputs, kwargs = copy_inputs(inputs), copy_inputs(dict(kwargs))
     names = _names(copied)
     alive = {storage_of(t) for t in [*copied.parameters(), *copied.buffers(), *tensors_in((inputs, kwargs))]}
-    store = RangeStore(lenient=ranges is None)
-    if ranges is None:
-        ranges = range_state(model).state_dict()
-    elif options.profit_filter:
-        decided = {f"{n}.{f}": v for n, d in range_state(model).decisions().items() for f, v in d.to_tensors().items()}
-        RangeState(copied, store).load_state_dict(decided, strict=False)
-    if ranges:
-        RangeState(copied, store).load_state_dict(ranges, strict=False)
+    store = _copy_ranges(model, copied, options, ranges)
     recordings: list[Recording] = []
 
     def backend(gm: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -276,6 +269,19 @@ def capture_call(
     seconds = time.perf_counter() - start
     kept = pytree.tree_map_only(Tensor, lambda o: o.detach().requires_grad_(o.requires_grad), outputs)
     return Capture(copied, options.recipe, graphs, notes.graph_breaks, state, seconds, loss, kept, gradients)
+
+
+def _copy_ranges(model: nn.Module, copied: nn.Module, options: Options, ranges: Mapping[str, Tensor] | None) -> RangeStore:
+    """Range state for the copy: `ranges`, or else the model's own. The profit filter's decisions are always the model's."""
+    store = RangeStore(lenient=ranges is None)
+    if ranges is None:
+        ranges = range_state(model).state_dict()
+    elif options.profit_filter:
+        decided = {f"{n}.{f}": v for n, d in range_state(model).decisions().items() for f, v in d.to_tensors().items()}
+        RangeState(copied, store).load_state_dict(decided, strict=False)
+    if ranges:
+        RangeState(copied, store).load_state_dict(ranges, strict=False)
+    return store
 
 
 def _names(model: nn.Module) -> dict[int, list[str]]:
