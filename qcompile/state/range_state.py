@@ -164,7 +164,7 @@ class RangeState:
         return LoadResult(found.missing, found.unexpected)
 
     def _match(self, state: Mapping[str, Tensor]) -> _Match:
-        """What of a saved state belongs where. Changes nothing. Errors: `StateError`."""
+        """Find the slot, decision or later use that each saved entry belongs to. Changes nothing. Errors: `StateError`."""
         slots = dict(self._slots())
         aliases = by_alias(slots)
         parameters = {name: parameter for names, parameter in self._parameters() for name in names}
@@ -188,16 +188,16 @@ class RangeState:
         for name, slot in slots.items():
             missing = [f"{name}.{field}" for field in slot.fields if field not in given.get(id(slot), ())]
             found.missing += missing
-            # Which Parameter owns a stream of draws follows from how the model was cut into graphs: one that is missing goes on.
+            # A stream of draws may lack a value: which Parameter owns it depends on how the model was cut into graphs.
             found.lacking += [] if slot.draws else missing
         return found
 
     def load_distributed(self, checkpoint_id: str | os.PathLike[str], key: str = "ranges", strict: bool = True) -> LoadResult:
         """Load what `torch.distributed.checkpoint.save({key: range_state(model), ...}, checkpoint_id=...)` has saved.
 
-        `torch.distributed.checkpoint.load` fills the entries that it is given, and before the first step there are none: it would
-        load nothing, and say nothing. This reads from the checkpoint which there are. All ranks of the default process group must
-        call it; their number may differ from when it was saved.
+        `torch.distributed.checkpoint.load` only fills the entries that it is given. Before the first step there are none, so it
+        would silently load nothing. This method takes the list of entries from the checkpoint. All ranks of the default process
+        group must call it; their number may differ from when it was saved.
 
         Errors: `StateError` if the checkpoint has nothing under `key`, and those of `load_state_dict`.
         """
@@ -221,8 +221,8 @@ class RangeState:
     def freeze(self, frozen: bool = True) -> None:
         """Stop (or resume) learning ranges. A flag in the state itself: nothing recompiles.
 
-        It holds for the ranges that there are, of graphs that have run, and loaded ones; a warning says if there are none. `reset`
-        ends it.
+        It applies to the ranges that exist now: those of graphs that have run, and loaded ones. A warning says if there are none.
+        `reset` ends it.
         """
         found = 0
         for _, slot in self._every_slot():
@@ -252,7 +252,7 @@ class RangeState:
 
 
 def range_state(model: nn.Module) -> RangeState:
-    """The range state of a model: compiled or not, or a part of a compiled model.
+    """The range state of a model: a compiled one, the module that was compiled, or a part of it.
 
     Errors: `StateError` if `model` is no `nn.Module`.
     """
