@@ -15,6 +15,8 @@ SHELL := /bin/bash
 # Triton releases pair with torch releases.
 TRITON_FOR_2.11 := 3.6.0
 TRITON_FOR_2.13 := 3.7.1
+TRITON_FOR_2.14 := 3.8.0
+TRITON_FOR_2.15 := 3.9.0
 
 ifdef TORCH
   VENV := .venv-torch-$(TORCH)

@@ -94,7 +94,6 @@ def quantize_case(
         "TRANSPOSED": False,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
-        "ASM": family.startswith("sm_"),
     }
     return Case("quantize", variant, quantize_kernel, arguments, {"num_warps": config.num_warps})
 
@@ -173,7 +172,7 @@ def scaled_mm_case(
 
 
 def scaled_bmm_case(config: tuning.MatmulConfig, *, zero_points: bool = False, bias: bool = False) -> Case:
-    like = scaled_mm_case(tuning.for_requantize(config) if bias else config, zero_points=zero_points, bias=bias)
+    like = scaled_mm_case(tuning.spare_registers(config) if bias else config, zero_points=zero_points, bias=bias)
     arguments = {name: value for name, value in like.arguments.items() if name in scaled_bmm_kernel.arg_names}
     steps = ("step_a", "step_b", "step_a_scale", "step_b_scale", "step_a_zero", "step_b_zero", "step_bias")
     return Case("scaled_bmm", like.variant, scaled_bmm_kernel, arguments | dict.fromkeys(steps, I32_16), like.options)
@@ -181,7 +180,7 @@ def scaled_bmm_case(config: tuning.MatmulConfig, *, zero_points: bool = False, b
 
 def requantize_case(config: tuning.MatmulConfig, *, dtype: str = "bf16", gate: bool = False) -> Case:
     """A ReLU with its mask, or the backward's gate."""
-    config = tuning.for_requantize(config)
+    config = tuning.spare_registers(config)
     case = scaled_mm_case(config, dtype=dtype, bias=not gate)
     left_out = {"out_ptr", "partial_ptr", "PART", "stride_o", "A_PACKED", "B_PACKED", "FIELDS"}
     arguments = {name: value for name, value in case.arguments.items() if name not in left_out} | {
@@ -266,7 +265,7 @@ def conv_case(family: str, *, channels: int = 256, scatter: bool = False, zero: 
 
 
 def conv_weight_case(family: str, *, channels: int = 256, split: bool = True) -> Case:
-    config = tuning.conv_config(family, channels, channels, 4096)
+    config = tuning.spare_registers(tuning.conv_config(family, channels, channels, 4096))
     arguments = {
         "g_ptr": "*i8",
         "x_ptr": "*i8",
@@ -351,10 +350,11 @@ def build(case: Case, family: str) -> dict[str, Any]:
     arch = TARGETS[family]
     signature, constants, attributes = {}, {}, {}
     names = case.function.arg_names
-    if unknown := set(case.arguments) ^ set(names):
+    arguments = case.arguments | ({"ASM": family.startswith("sm_")} if "ASM" in names else {})
+    if unknown := set(arguments) ^ set(names):
         raise SystemExit(f"{case.kernel}: the case and the kernel differ in {sorted(unknown)}")
     for position, name in enumerate(names):
-        given = case.arguments[name]
+        given = arguments[name]
         if isinstance(given, str):
             signature[name] = I32 if given == I32_16 else given
             if given == I32_16 or given.startswith("*"):
@@ -406,6 +406,7 @@ def _nvidia_facts(ptx: str, cubin: bytes) -> dict[str, Any]:
     )
     waits = re.findall(r"wgmma\.wait_group\.sync\.aligned (\d+)", ptx)
     copies = collections.Counter(re.findall(r"cp\.async\.bulk\.tensor[\w.:]*", ptx))
+    fields = re.findall(r"shl\.b32 moved, %r\d+, (\d+); and\.b32 %r\d+, moved, (\d+);", ptx)
     # `cp.async.cg.shared.global [..], [..], 16`: the size is an operand.
     sizes = re.findall(r"cp\.async\.c[ag]\.shared\.global[^\n]*?\], (0x[0-9a-f]+|\d+)", ptx)
     operations = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9_.]+)", sass, re.MULTILINE)
@@ -416,6 +417,7 @@ def _nvidia_facts(ptx: str, cubin: bytes) -> dict[str, Any]:
         "tensor_copies": dict(copies),
         "in_flight": max(map(int, waits), default=0),  # tensor-core steps that may still compute after a wait
         "refills_in_order": _refills_in_order(ptx),
+        "fields": sorted({(int(shift), int(mask)) for shift, mask in fields}, reverse=True),  # `scaled_mm.field_of`
         "inexact": sorted(set(re.findall(r"\b\w+\.(?:approx|full|ftz|rz)[\w.]*", ptx))),
         "async_bytes": sorted({int(size, 0) for size in sizes}),
         "sass": len(operations),

@@ -194,7 +194,7 @@ def run(path, kernel, programs, copies, products, arguments):
             expect=machine.expect,
             wait=machine.wait,
         )
-        hopper.tma = types.SimpleNamespace(async_copy_global_to_shared=machine.copy)
+        hopper.tma = types.SimpleNamespace(async_load=machine.copy)
         hopper.warpgroup_mma, hopper.warpgroup_mma_wait = machine.multiply, machine.wait_products
         gluon = types.ModuleType("triton.experimental.gluon")
         gluon.jit, gluon.language = lambda function: function, language

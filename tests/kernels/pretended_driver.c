@@ -1,4 +1,4 @@
-/* NVIDIA's driver library, libcuda.so.1, as far as Triton 3.6 and 3.7 need it: a GPU of compute capability 9.0 that is not there.
+/* NVIDIA's driver library, libcuda.so.1, as far as Triton 3.6 to 3.9 need it: a GPU of compute capability 9.0 that is not there.
 
    A launch is checked as the driver's documentation says and kept, not run: the function, the configuration, the bytes of every
    parameter. How many parameters a function has, and of what size, is read from its binary, as the driver does. Memory is the
@@ -50,6 +50,7 @@ CUresult cuDriverGetVersion(int *version) { *version = CUDA_VERSION; return CUDA
 CUresult cuDeviceGet(CUdevice *device, int ordinal) { *device = 0; return CUDA_SUCCESS; }
 CUresult cuCtxGetCurrent(CUcontext *current) { *current = (CUcontext)&context; return CUDA_SUCCESS; }
 CUresult cuCtxSetCurrent(CUcontext current) { return CUDA_SUCCESS; }
+CUresult cuCtxGetDevice(CUdevice *device) { return cuDeviceGet(device, 0); }
 CUresult cuDevicePrimaryCtxRetain(CUcontext *made, CUdevice device) { return cuCtxGetCurrent(made); }
 CUresult cuCtxGetLimit(size_t *value, CUlimit limit) { *value = 0; return CUDA_SUCCESS; }
 CUresult cuCtxSetLimit(CUlimit limit, size_t value) { return CUDA_SUCCESS; }
@@ -116,6 +117,8 @@ CUresult cuModuleLoadData(CUmodule *module, const void *image) {
     return CUDA_SUCCESS;
 }
 
+CUresult cuModuleUnload(CUmodule module) { return CUDA_SUCCESS; } /* launches that were kept name its function */
+
 CUresult cuModuleGetFunction(CUfunction *function, CUmodule module, const char *name) {
     *function = (CUfunction)module;
     REFUSE_IF(strcmp((*function)->name, name) != 0);
@@ -128,6 +131,7 @@ CUresult cuFuncGetAttribute(int *value, CUfunction_attribute asked, CUfunction f
 }
 
 CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute asked, int value) {
+    REFUSE_IF(asked > CU_FUNC_ATTRIBUTE_CLUSTER_SCHEDULING_POLICY_PREFERENCE /* as drivers do that are older than what asks */);
     if (asked == CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES) {
         REFUSE_IF(value > SHARED);
         function->shared = value;
@@ -136,6 +140,8 @@ CUresult cuFuncSetAttribute(CUfunction function, CUfunction_attribute asked, int
 }
 
 CUresult cuFuncSetCacheConfig(CUfunction function, CUfunc_cache config) { return CUDA_SUCCESS; }
+
+CUresult cuStreamIsCapturing(CUstream stream, CUstreamCaptureStatus *status) { *status = CU_STREAM_CAPTURE_STATUS_NONE; return CUDA_SUCCESS; }
 
 /* --- Launches --- */
 

@@ -70,27 +70,27 @@ def test_older_gpus_stay_in_high_precision(triton_version, capability):
         cuda.kernel_for(GPU, capability)
 
 
-@pytest.mark.parametrize("version", [None, "3.5.1", "3.9.0", "4.0", "unknown"])
+@pytest.mark.parametrize("version", [None, "3.5.1", "3.10.0", "4.0", "unknown"])
 def test_the_library_without_a_tested_triton(triton_version, version):
     triton_version(version)
     assert cuda.kernel_for(GPU, (9, 0)) == "int_mm"
 
 
-@pytest.mark.parametrize("version", ["3.6.0", "3.7.1", "3.7.1+git1234"])
+@pytest.mark.parametrize("version", ["3.6.0", "3.7.1", "3.7.1+git1234", "3.8.0", "3.9.0"])
 def test_tested_versions(version):
     assert launch.version_reason(version) is None
 
 
 @pytest.mark.parametrize(
     "version, reason",
-    [(None, "not installed"), ("3.5.1", "3.5.1 is untested"), ("3.9.0", "untested"), ("new", "not understood")],
+    [(None, "not installed"), ("3.5.1", "3.5.1 is untested"), ("3.10.0", "untested"), ("new", "not understood")],
 )
 def test_reasons_against_a_version(version, reason):
-    assert reason in launch.version_reason(version) and "3.6, 3.7" in launch.version_reason(version)
+    assert reason in launch.version_reason(version) and "3.6, 3.7, 3.8, 3.9" in launch.version_reason(version)
 
 
 def test_every_reason_is_given(triton_version):
-    triton_version("3.9.0")
+    triton_version("3.10.0")
     reasons = launch.unavailable_reasons(GPU, capability=(7, 5))
     assert len(reasons) == 2 and "untested" in reasons[0] and "needs compute capability 8.0" in reasons[1]
     assert "not a CUDA or ROCm GPU" in launch.unavailable_reasons("xpu")[-1]

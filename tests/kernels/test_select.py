@@ -94,10 +94,10 @@ def test_nothing_is_said_where_the_kernel_meant_for_a_gpu_runs(gpu, capability):
         assert on_gpu() == on_gpu(strict=True) == "ours"
 
 
-@pytest.mark.parametrize("triton", [None, "3.5.1", "3.9.0"])
+@pytest.mark.parametrize("triton", [None, "3.5.1", "3.10.0"])
 def test_without_a_tested_triton_the_library_runs_and_that_is_said_once(gpu, triton):
     gpu((9, 0), triton)
-    with pytest.warns(QtrainWarning, match=r"Triton kernels cannot be used on cuda.*tested: 3.6, 3.7.*torch._int_mm"):
+    with pytest.warns(QtrainWarning, match=r"Triton kernels cannot be used on cuda.*tested: 3.6, 3.7, 3.8, 3.9.*torch._int_mm"):
         assert on_gpu() == "ours"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -105,8 +105,8 @@ def test_without_a_tested_triton_the_library_runs_and_that_is_said_once(gpu, tri
 
 
 def test_strict_refuses_the_library_unless_it_was_asked_for(gpu, monkeypatch):
-    gpu((9, 0), "3.9.0")
-    with pytest.raises(UnsupportedError, match=r"3.9.0 is untested.*QTRAIN_CUDA_GEMM=int_mm"):
+    gpu((9, 0), "3.10.0")
+    with pytest.raises(UnsupportedError, match=r"3.10.0 is untested.*QTRAIN_CUDA_GEMM=int_mm"):
         on_gpu(strict=True)
     monkeypatch.setenv("QTRAIN_CUDA_GEMM", "int_mm")
     assert on_gpu(strict=True) == "ours"

@@ -12,15 +12,19 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("triton")
 
 from qcompile.kernels.triton import tuning
+from qcompile.ops.pack_codes import unpack_codes_reference
 from tests.kernels import aot
 
 pytestmark = pytest.mark.cpu  # each process that runs some of these would compile everything
 ROOT = Path(__file__).parents[2]
 GEMMS = ("scaled_mm", "scaled_bmm", "scaled_mm packed", "scaled_mm_tma", "scaled_mm_gluon", "requantize", "conv", "conv_weight")
+SPILLED = {("3.9", "scaled_mm_tma", "128x128x128, 3 stages, 8 warps, fp32, bias, 2 on a multiprocessor"): 8}
+"""Bytes a thread, of (Triton, kernel, variant): two registers, once a tile."""
 NVIDIA = [family for family in aot.TARGETS if family.startswith("sm_")]
 
 
@@ -72,8 +76,9 @@ def number_of(facts, *prefixes):
 
 @each("quantize", "transpose", *GEMMS)
 def test_nothing_spills_and_shared_memory_suffices(facts):
-    assert facts["spilled"] == 0 and number_of(facts, "ld.local", "st.local", "scratch_") == 0
-    assert facts.get("sass_local", 0) == 0
+    spilled = SPILLED.get((aot.triton.__version__[:3], facts["kernel"], facts["variant"]), 0)
+    assert facts["spilled"] == spilled and number_of(facts, "ld.local", "st.local", "scratch_") == 0
+    assert facts.get("sass_local", 0) <= spilled
     assert facts["shared"] <= tuning.SHARED_MEMORY[facts["target"]]
 
 
@@ -105,21 +110,38 @@ def test_codes_reach_the_tensor_cores_in_16_byte_copies_and_unshuffled(facts):
 @pytest.mark.parametrize("packed", [(True, True), (False, True)], ids=["both", "b"])
 @pytest.mark.parametrize("target", NVIDIA)
 def test_unpacking_in_registers_is_cheap(target, packed):
-    """As many products a step as the GEMM of plain codes, from less shared memory, in 1.45 times the instructions at most."""
+    """As many products a step as the GEMM of plain codes, from less shared memory, in 1.1 times the instructions at most."""
     config = tuning.candidates(target, 4096)[0]
     plain, few = (
         compiled(False)[target, case.kernel, case.variant]
         for case in (aot.scaled_mm_case(config), aot.scaled_mm_case(config, packed=packed))
     )
     assert sum(few["sass_tensor"].values()) == sum(plain["sass_tensor"].values())
-    assert few["sass"] < 1.45 * plain["sass"] and few["shared"] <= 0.75 * plain["shared"]
+    assert few["sass"] < 1.1 * plain["sass"] and few["shared"] <= 0.75 * plain["shared"]
+
+
+@each("scaled_mm packed", targets=NVIDIA)
+def test_two_instructions_take_a_field_out_of_four_bytes(facts):
+    """The shifts and masks of the compiled code, done here: the interpreter cannot run them."""
+    fields = int(facts["variant"].removesuffix(" a byte").rpartition(" ")[2])
+    assert len(facts["fields"]) == fields
+    words = torch.randint(2**32, (1000, 1), generator=torch.Generator().manual_seed(0))
+    codes = unpack_codes_reference(bytes_of(words), 8 // fields, 1, 4 * fields).chunk(fields, 1)
+    for (shift, mask), want in zip(facts["fields"], codes, strict=True):
+        assert torch.equal(bytes_of(words << shift & mask), want << 8 - 8 // fields)
+
+
+def bytes_of(words):
+    """int8 [N, 4], the lowest first, of int64 [N, 1]."""
+    return (words >> torch.arange(0, 32, 8) & 255).to(torch.uint8).view(torch.int8)
 
 
 @each("conv_weight", targets=NVIDIA)
 def test_positions_are_summed_into_int32(facts):
     """Split over programs, that is one atomic integer addition for each value of a thread's tile, and no conversion."""
     tile = facts["tile"]["BLOCK_M"] * facts["tile"]["BLOCK_N"] // (32 * facts["num_warps"])
-    assert number_of(facts, "atom.global.gpu.relaxed.add.u32") == (tile if "split" in facts["variant"] else 0)
+    additions = number_of(facts, "atom.global.gpu.relaxed.add.u32", "red.global.gpu.relaxed.add.u32")
+    assert additions == (tile if "split" in facts["variant"] else 0)
     assert max(facts["async_bytes"]) == 16 and number_of(facts, "mul.") == 0
 
 

@@ -145,7 +145,7 @@ def conv_kernel(
         zero_code = x_zero.to(tl.int8)
     # Rows past the end wrap around: their sums are not stored.
     position = rm % positions
-    w_rows = w_ptr + (group * F + rn % F).to(tl.int64)[None, :] * (taps * C) + rk[:, None]
+    w_rows = w_ptr + (group * F + rn % F).to(tl.int64)[:, None] * (taps * C) + rk[None, :]  # turned by `.T`, as in `sum_of_tile`
 
     acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.int32)
     blocks = tl.cdiv(C, BLOCK_K)
@@ -163,11 +163,11 @@ def conv_kernel(
             w = tl.load(w_ptrs)
         else:
             mask = inside[:, None] & (c + rk < C)[None, :]
-            w = tl.load(w_ptrs, mask=(c + rk < C)[:, None], other=0)
+            w = tl.load(w_ptrs, mask=(c + rk < C)[None, :], other=0)
         x = tl.load(x_ptrs, mask=mask, other=0)
         if x_zero_ptr is not None:
             x = tl.where(inside[:, None], x, zero_code)
-        acc = tl.dot(x, w, acc, out_dtype=tl.int32)
+        acc = tl.dot(x, w.T, acc, out_dtype=tl.int32)
 
     column = group * F + rn
     in_f = rn < F
@@ -355,7 +355,7 @@ def prepare_conv_weight(
     shape = (features, *window.kernel, c)
     if 0 in shape or positions == 0:
         return lambda g_t, x, x_zero: x.new_zeros(shape, dtype=torch.int32)
-    config = tuning.conv_config(family(x.device), features // groups, c, positions)
+    config = tuning.spare_registers(tuning.conv_config(family(x.device), features // groups, c, positions))
     tiles = cdiv(features // groups, config.block_m) * cdiv(c, config.block_n) * window.taps
     parts = tuning.split_k(x.device, tiles * groups, positions, config.block_k)
     length = cdiv(cdiv(positions, parts), config.block_k) * config.block_k

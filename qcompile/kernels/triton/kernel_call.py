@@ -32,7 +32,7 @@ class KernelCall:
     grid     one to three numbers of programs
     options  Triton's: num_warps, num_stages, maxnreg, ...
 
-    Checked with Triton 3.6 and 3.7, down to what their launchers hand NVIDIA's driver: `CompiledKernel.__getitem__`, which takes
+    Checked with Triton 3.6 to 3.9, down to what their launchers hand NVIDIA's driver: `CompiledKernel.__getitem__`, which takes
     every argument in order, those known when it was compiled too.
     """
 

@@ -28,10 +28,10 @@ __all__ = [
     "version_reason",
 ]
 
-TESTED_PAIRS = {"2.11": "3.6", "2.13": "3.7"}
+TESTED_PAIRS = {"2.11": "3.6", "2.13": "3.7", "2.14": "3.8", "2.15": "3.9"}
 """torch release -> the Triton release that pairs with it and whose compiled code was checked.
-Not "or newer": 3.9 compiles the INT8 GEMM for compute capability 8.x with hundreds of byte permutations and
-spilled registers."""
+Not "or newer": a version may compile a kernel correctly and slowly (3.8 needed another form of the INT8 GEMM below compute
+capability 9.0), which only a look at its code shows."""
 
 EXACT = {"enable_fp_fusion": False}
 """Options of every launch. A multiplication and an addition stay two roundings, as in the references; with

@@ -94,7 +94,9 @@ def requantize_kernel(
     m, n = tile_of(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N), GROUP_M)
     rm = m * BLOCK_M + tl.arange(0, BLOCK_M)
     rn = n * BLOCK_N + tl.arange(0, BLOCK_N)
-    acc = sum_of_tile(a_ptr, b_ptr, rm, rn, M, N, K, K, stride_a, stride_b, False, False, 1, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K)
+    acc = sum_of_tile(
+        a_ptr, b_ptr, rm, rn, M, N, K, K, stride_a, stride_b, False, False, 1, False, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K
+    )
     acc = without_zero_points(acc, rm, rn, M, N, K, a_zero_ptr, b_zero_ptr, a_sum_ptr, b_sum_ptr, A_ZERO, B_ZERO)
     x = scaled_tile(
         acc.to(tl.float32), rm, rn, M, N, a_scale_ptr, b_scale_ptr, bias_ptr, stride_bias_m, stride_bias_n, A_SCALE, B_SCALE, BIAS
@@ -171,7 +173,7 @@ def scaled_mm_requantize(
     """
     to = Requantization(*requantization)
     (m, k), n = a.shape, b_t.shape[0]
-    config = tuning.for_requantize(tuning.choose(family(a.device), m, n, k)) if config is None else config
+    config = tuning.spare_registers(tuning.choose(family(a.device), m, n, k)) if config is None else config
     codes = a.new_empty((m, n))
     marked = a.new_empty((m, n) if to.mark else (0,))
     found, statistics = a.new_zeros(4, dtype=torch.int64), a.new_empty(4, dtype=torch.float32)

@@ -71,8 +71,8 @@ def scaled_bmm_kernel(
     rm = m * BLOCK_M + tl.arange(0, BLOCK_M)
     rn = n * BLOCK_N + tl.arange(0, BLOCK_N)
     acc = sum_of_tile(
-        a_ptr + matrix * step_a, b_ptr + matrix * step_b, rm, rn, M, N, K, K, stride_a, stride_b, False, False, 1, EVEN_K, BLOCK_M,
-        BLOCK_N, BLOCK_K,
+        a_ptr + matrix * step_a, b_ptr + matrix * step_b, rm, rn, M, N, K, K, stride_a, stride_b, False, False, 1, False, EVEN_K,
+        BLOCK_M, BLOCK_N, BLOCK_K,
     )  # fmt: skip
     if a_zero_ptr is not None:
         a_zero_ptr += matrix * step_a_zero
@@ -123,7 +123,7 @@ def scaled_bmm(
         return out
     if config is None:
         config = tuning.choose(family(a.device), m, n, k)
-        config = config if bias is None else tuning.for_requantize(config)
+        config = config if bias is None else tuning.spare_registers(config)
     biases = None if bias is None else bias.expand(batch, m, n)
     step_bias, stride_bias_m, stride_bias_n = (0, 0, 0) if biases is None else biases.stride()
     rest = {

@@ -25,6 +25,8 @@ ROW, COLUMN, FULL = (gl.constexpr(int(layout)) for layout in (Layout.ROW, Layout
 
 __all__ = ["scaled_mm_gluon_kernel"]
 
+async_load = tma.async_copy_global_to_shared if not hasattr(tma, "async_load") else tma.async_load  # Triton before 3.8
+
 
 @gluon.jit
 def tile_of(number, tiles_m, tiles_n, GROUP_M: gl.constexpr):
@@ -44,12 +46,8 @@ def fetch(a_desc, b_desc, a_places, b_places, arrived, count, m, n, step, steps,
     wanted = step < steps
     place = count % STAGES
     mbarrier.expect(arrived.index(place), (BLOCK_M + BLOCK_N) * BLOCK_K, pred=wanted)
-    tma.async_copy_global_to_shared(
-        a_desc, [m * BLOCK_M, step * BLOCK_K], arrived.index(place), a_places.index(place), pred=wanted
-    )
-    tma.async_copy_global_to_shared(
-        b_desc, [n * BLOCK_N, step * BLOCK_K], arrived.index(place), b_places.index(place), pred=wanted
-    )
+    async_load(a_desc, [m * BLOCK_M, step * BLOCK_K], arrived.index(place), a_places.index(place), pred=wanted)
+    async_load(b_desc, [n * BLOCK_N, step * BLOCK_K], arrived.index(place), b_places.index(place), pred=wanted)
     return count + wanted.to(gl.int32)
 
 

@@ -30,10 +30,10 @@ __all__ = [
     "choose",
     "conv_config",
     "for_packed",
-    "for_requantize",
     "forget",
     "max_k",
     "remember",
+    "spare_registers",
     "split_k",
     "tile_config",
 ]
@@ -197,6 +197,12 @@ def forget() -> None:
     forget_prepared()
 
 
+def spare_registers(config: MatmulConfig) -> MatmulConfig:
+    """The same tile with so many warps that a thread has 64 sums at most, for kernels that spill with more: they ask several things
+    of a result, or turn an operand in registers."""
+    return config._replace(warps=max(config.warps, config.block_m * config.block_n // (32 * 64)))
+
+
 def for_packed(config: MatmulConfig, fields: int) -> MatmulConfig:
     """A configuration of as many codes a step for packed operands: fewer bytes along K.
 
@@ -205,11 +211,6 @@ def for_packed(config: MatmulConfig, fields: int) -> MatmulConfig:
     if config.block_k // fields < 32:
         return config._replace(block_k=32, warps=max(8, config.warps))
     return config._replace(block_k=config.block_k // fields)
-
-
-def for_requantize(config: MatmulConfig) -> MatmulConfig:
-    """A configuration for a GEMM that asks several things of its result: 64 values of it to a thread at most, or they spill."""
-    return config._replace(warps=max(config.warps, config.block_m * config.block_n // (32 * 64)))
 
 
 def max_k(zero_points: int) -> int:
