@@ -7,9 +7,9 @@ by published notes. With g a layer's gradient and g_hat its quantized values und
     c    = argmin d(c)                                            direction sensitive gradient clipping
     learning rate of the layer *= max(exp(-a * d), b),  a = 20, b = 0.1    deviation counteractive scaling
 
-These are the paper's. Ours, where nothing was found: how c is searched (`qcompile.estimators.search`, on a sample), that a new c
-counts every `period` steps, and that between searches c keeps its ratio to the current max|g|, so that a change of the loss scale
-changes nothing.
+These are the paper's. Ours, where nothing was found: how c is searched (`qcompile.estimators.search`, on a sample), that of
+several c that turn nothing the widest counts, that a new c counts every `period` steps, and that between searches c keeps its ratio
+to the current max|g|, so that a change of the loss scale changes nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from torch import Tensor
 from qcompile._checks import check_int, check_number
 from qcompile.errors import StateError
 from qcompile.estimators.base import RangeEstimator, State, Stats, register_estimator
-from qcompile.estimators.search import angle_error, best_ratio
+from qcompile.estimators.search import angle_error, angle_error_that_counts, best_ratio
 from qcompile.estimators.statistics import Elements
 from qcompile.wrappers import clean_names
 
@@ -64,7 +64,7 @@ class DirectionSensitive(RangeEstimator):
 
     def measure(self, x: Elements, stats: Stats, state: State) -> dict[str, Tensor]:
         part, amax = x.sample(self.sample), stats["amax"]
-        found = best_ratio(part, -amax, amax, angle_error, self.floor)
+        found = best_ratio(part, -amax, amax, angle_error_that_counts, self.floor)
         used = torch.where(state["steps"] > 0, state["ratio"], found) * amax
         deviation = angle_error(part, part.dequantized(-used, used)).reshape(amax.shape)
         due = torch.remainder(state["steps"], self.period) == 0

@@ -342,6 +342,18 @@ def test_the_direction_suffers_least(bits):
         assert ours.state["ratio"].item() == pytest.approx(ratio, rel=1e-6)  # a new one every ten steps only
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("dims", [None, [1]])
+def test_elements_of_one_size_are_not_clipped(bits, dims):
+    """Of a mean, an absolute error, a logistic loss at its start: any clipping keeps their direction, and would shrink them."""
+    signs = torch.where(torch.arange(3 * 64).reshape(3, 64) % 5 < 2, -1.0, 1.0)
+    for g in (torch.full((3, 64), 0.013), signs / 192, (signs.cumsum(1) % 7 == 0) * 0.7, signs * (1 + 1e-4 * torch.rand(3, 64))):
+        ours = EagerRange(QuantSpec(bits=bits, estimator=DirectionSensitive()), dims=dims)
+        ours.step(g)
+        high = ours.high if dims else ours.high.expand(3, 1)
+        assert torch.allclose(high, g.abs().amax(1, keepdim=True), rtol=1e-3)
+
+
 @pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize("power", [1, 3])
 def test_the_squared_error_is_least(bits, power):
