@@ -1,16 +1,17 @@
-"""Replicas agree on their ranges: one collective at the end of each backward pass.
+"""Replicas agree on their ranges at the end of each backward pass.
 
 Under data parallelism every rank sees other samples, so its statistics differ, and without this so would its ranges, its codes
-and in the end what the replicas compute. Each rank's state is gathered in one flat tensor and brought together field by field, as
-its estimator declares (`RangeEstimator.reductions`): "max" is right for a bound that grows with the tensor's, since the ranks
-started from equal bounds; others take the mean or the minimum. Counters of random draws stay each rank's own.
+and in the end what the replicas compute. Each rank's state is gathered in one flat tensor, in one collective, and brought together
+field by field, as its estimator declares (`RangeEstimator.reductions`): "max" is right for a bound that grows with the tensor's,
+since the ranks started from equal bounds; others take the mean or the minimum. Counters of random draws stay each rank's own.
 
 Where    in a callback of the autograd engine, as DDP does its own work: after the last gradient, on whatever thread that is.
 Who      the default process group, or that of `set_range_group`. Recipes with `ranges="local"` take no part.
 Order    collectives must come in one order on all ranks, and one rank alone may compile a graph anew (its batch has another size).
          So sites are taken in the order of their names, and where these are equal (blocks compiled one by one) in that in which
-         state was made for them. The first exchange of any set of sites compares what they are: ranks that hold other parts of a
-         model (pipeline stages, tensor parallelism) get an error that says what to do, instead of ranges of another layer.
+         state was made for them. Every exchange begins with a collective of one size that says which sites are to come: ranks that
+         hold other parts of a model (pipeline stages, tensor parallelism), or have gone other ways through it, get an error that
+         says what to do, instead of ranges of another layer.
 """
 
 from __future__ import annotations
@@ -41,13 +42,13 @@ class Replicas:
         self._lock = threading.Lock()
         self._touched: dict[int, Binding] = {}  # serial -> binding, since the last exchange
         self._queued: set[int] = set()  # backward passes that have a callback
-        self._exchanges: dict[tuple[int, ...], _Exchange] = {}  # serials of bindings -> what is exchanged for them
-        self._compared: set[str] = set()  # digests of the sets of sites that all ranks are known to have
+        # Serials of bindings -> what is exchanged for them, and their mark.
+        self._exchanges: dict[tuple[int, ...], tuple[_Exchange, Tensor]] = {}
+        self._device = torch.device("cpu")  # where a rank without sites says so
 
     def forget(self) -> None:
         """Compare again what ranks hold: the group is another."""
         self._exchanges.clear()
-        self._compared.clear()
 
     def active(self) -> bool:
         """Whether there is anyone to agree with."""
@@ -88,19 +89,17 @@ class Replicas:
         if not self.active():
             return
         key = tuple(b.serial for b in touched)
-        exchange = self._exchanges.get(key)
-        if exchange is None:
+        if new := key not in self._exchanges:
             touched = sorted(touched, key=lambda b: (_sites(b), b.first_element))
-            sites = [site for b in touched for site in _sites(b)]
-            digest = hashlib.sha256("\n".join(sites).encode()).hexdigest()
-            if digest not in self._compared:  # a graph that this rank has compiled anew has the sites that it had
-                _compare(len(sites), digest, self.group)
-                self._compared.add(digest)
+            self._device = touched[0].tensor.device if touched else self._device
             if len(self._exchanges) > 256:
                 self._exchanges.clear()
-            exchange = self._exchanges[key] = _Exchange(touched)
-        if touched:
-            exchange.run(self.group)
+            self._exchanges[key] = _Exchange(touched), _mark(touched).to(self._device)
+        exchange, mark = self._exchanges[key]
+        if touched and exchange.codes.numel() == 0:
+            return  # counters of random draws alone, which are each rank's own
+        _compare(mark, self.group, new or mark.device.type == "cpu")  # a GPU is waited for where the set is new to this rank
+        exchange.run(self.group)
 
 
 class _Exchange:
@@ -123,7 +122,7 @@ class _Exchange:
 
     @torch.no_grad()
     def run(self, group: Any) -> None:
-        if self.codes.numel() == 0:  # nothing but counters of random draws
+        if self.codes.numel() == 0:
             return
         flat = torch.cat([binding.tensor[index] for binding, index in self.parts])
         gathered = flat.new_empty(dist.get_world_size(group) * flat.numel())
@@ -149,19 +148,29 @@ def _sites(binding: Binding) -> list[str]:
     return [f"{s.site}.{s.operand} {s.key} {s.fields} {s.size}" for s in binding.slots]
 
 
-def _compare(count: int, digest: str, group: Any) -> None:
-    """Errors: `StateError` if the ranks' digests differ."""
-    mine = (count, digest)
-    everyone: list[Any] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, mine, group=group)
-    if len(set(everyone)) > 1:
-        counts = ", ".join(f"rank {rank}: {count}" for rank, (count, _) in enumerate(everyone))
-        raise StateError(
-            f"the ranks of the process group hold range state of different sites ({counts} entries), so their ranges cannot be "
-            "brought together. Say which ranks are replicas of each other with qcompile.set_range_group(group), or keep ranges "
-            "local: recipe.replace(ranges='local')."
-        )
+def _mark(bindings: Sequence[Binding]) -> Tensor:
+    """int64 [2], the same for the same sites: how many entries they have, and a digest of what these are."""
+    sites = [site for b in bindings for site in _sites(b)]
+    return torch.tensor([len(sites), int(hashlib.sha256("\n".join(sites).encode()).hexdigest()[:15], 16)])
 
+
+def _compare(mark: Tensor, group: Any, wait: bool) -> None:
+    """Errors: `StateError` if the ranks' marks differ; without `wait`, on a GPU, an assertion of the device."""
+    gathered = mark.new_empty(dist.get_world_size(group) * mark.numel())
+    dist.all_gather_into_tensor(gathered, mark, group=group)
+    everyone = gathered.view(-1, mark.numel())
+    if not wait:
+        torch._assert_async((everyone == mark).all(), f"{_DIFFERENT}: {_ADVICE}")
+    elif bool((everyone != mark).any()):
+        counts = ", ".join(f"rank {rank}: {count}" for rank, count in enumerate(everyone[:, 0].tolist()))
+        raise StateError(f"{_DIFFERENT} ({counts} entries), so their ranges cannot be brought together. {_ADVICE}")
+
+
+_DIFFERENT = "the ranks of the process group hold range state of different sites"
+_ADVICE = (
+    "Say which ranks are replicas of each other with qcompile.set_range_group(group), or keep ranges local, as where each rank "
+    "chooses which layers it calls: recipe.replace(ranges='local')."
+)
 
 REPLICAS = Replicas()
 """Those of the process."""
