@@ -33,7 +33,7 @@ from passes.context import PassContext
 from passes.dynamo_inputs import DynamoInputs
 from passes.graph import BACKWARD, FORWARD, fake_result, set_value
 from passes.pipeline import Pipeline, lower_half, run_cut_steps
-from passes.report import report_hp_gemms
+from passes.report import note_left_out, report_hp_gemms
 from passes.steps import Step, joint_steps
 from passes.verify import count_writes
 from qcompile.recipe import Recipe
@@ -109,6 +109,7 @@ class QtrainPartition:
         context = PassContext.of(joint.graph, self.recipe, strict=self.strict, inputs=self.inputs)
         Pipeline(self.steps, context).run(joint.graph)
         joint.recompile()
+        note_left_out(joint.graph, context)
         report_hp_gemms(context)
         writes = count_writes(joint.graph)
         forward, backward = min_cut_partition(joint, joint_inputs, partitioner=self.partitioner, context=context, **kwargs)

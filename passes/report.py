@@ -1,14 +1,37 @@
-"""Report GEMMs that stay in high precision: one warning with the count, or an error under `strict`."""
+"""Report GEMMs that stay in high precision: one warning with the count, or an error under `strict`.
+
+Said of a graph that every step has been through. What a step cannot quantize it says itself; a GEMM that is left without an integer
+operator and without a word about it was left out by the steps: QTRAIN_SKIP, or a list of the user's.
+"""
 
 from __future__ import annotations
 
 import warnings
 
+from torch import fx
+
+from passes import meta
 from passes.context import PassContext
+from passes.gemms import GEMMS
+from passes.sites import Reason
 from qcompile._checks import suggestion
 from qcompile.errors import QtrainWarning, UnsupportedError
 
-__all__ = ["report_hp_gemms"]
+__all__ = ["note_left_out", "report_hp_gemms"]
+
+
+def note_left_out(graph: fx.Graph, context: PassContext) -> None:
+    """Write into the context why a GEMM is none of codes that no step has said anything about."""
+    sites = {site.name: site for site in context.sites}
+    for node in graph.nodes:
+        where = node.meta.get(meta.GEMM)
+        if where is None or where.site not in sites or node.target not in GEMMS or meta.KERNEL in node.meta:
+            continue
+        site, gemm = sites[where.site], sites[where.site].gemms[where.role]
+        if gemm.reason is None:
+            step = next((name for name in ("insert_qdq", "fuse_matmul") if name not in context.counts), None)
+            why = f"the steps leave out {step}" if step is not None else "no step has made an integer product of it"
+            gemm.reason = context.left_out(site, gemm.role) or Reason(why)
 
 
 def report_hp_gemms(context: PassContext) -> None:

@@ -635,7 +635,7 @@ def test_hooks_of_the_user_are_chained(interpreted):
     assert config.joint_custom_pre_pass is None and config.custom_partitioner_fn is None
 
 
-@pytest.mark.filterwarnings("ignore:.*leave out find_sites:qcompile.QtrainWarning")
+@pytest.mark.filterwarnings("ignore:.*leave out (find_sites|fuse_matmul):qcompile.QtrainWarning")
 def test_passes_of_the_user_replace_ours(interpreted):
     x = torch.randn(4, 8)
     for passes, integer in (([], 0), (without(joint_steps(), "fuse_matmul"), 0), (joint_steps(), 2)):

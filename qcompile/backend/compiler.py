@@ -24,7 +24,7 @@ from passes.environment import skipped
 from passes.graph import BACKWARD, FORWARD, SELECT
 from passes.inline_regions import inline_regions
 from passes.pipeline import Pipeline, lower_half
-from passes.report import report_hp_gemms
+from passes.report import note_left_out, report_hp_gemms
 from passes.unfuse_attention import unfuse_attention
 from passes.verify import count_writes
 from qcompile.backend import inductor
@@ -238,6 +238,7 @@ class Compilation:
             shared = self.replicates and context.recipe.ranges == "replicated"
             context.profit = StoredDecisions(self.store, own, shared=shared, function=self.function)
         Pipeline(self.options.steps, context, on_step=self.on_step).run(graph)
+        note_left_out(graph, context)
         self.writes = count_writes(graph)
         self._count_pass_time(start)
         self._report_what_stays_hp()

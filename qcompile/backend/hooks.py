@@ -18,7 +18,7 @@ from passes.context import PassContext
 from passes.dynamo_inputs import DynamoInputs
 from passes.graph import BACKWARD, FORWARD, is_joint
 from passes.pipeline import Pipeline, lower_half
-from passes.report import report_hp_gemms
+from passes.report import note_left_out, report_hp_gemms
 from passes.steps import Step, joint_steps
 from qcompile.backend import inductor
 from qcompile.backend.halves import CompiledHalf, StateInputs, agreeing, backward_with_state, boxed, forward_with_state
@@ -61,6 +61,7 @@ def inductor_hooks(
         context = PassContext.of(joint, recipe, strict=strict, inputs=inputs)
         Pipeline(steps, context).run(joint)
         at_the_cut.parameters = context.parameters
+        note_left_out(joint, context)
         report_hp_gemms(context)
         if context.layouts and inputs is None:
             seed = "the seed of its draws"

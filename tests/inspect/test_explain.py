@@ -5,9 +5,12 @@ import json
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
 
 import qcompile
+from passes.steps import joint_steps, without
 from qcompile.inspect.saved_bytes import saved_bytes
+from qcompile.kernels import record_launches
 from tests.compiling import compiled, nearest
 from tests.inspect.models import MLP, Broken, Tied
 
@@ -232,3 +235,21 @@ def test_ranges_that_a_recipe_does_not_keep_are_left_out(interpreted):
     monitor = qcompile.monitor(model, every=1, probe=x, recipe=other)
     assert "snr_db" in {row.metric for row in monitor.sample(1, probe=True)}
     assert "snr_db" in {row.metric for row in monitor.sample(2, probe=True)}
+
+
+@pytest.mark.parametrize("left_out", ["insert_qdq", "fuse_matmul"])
+@pytest.mark.parametrize("how", ["steps", "environment"])
+def test_steps_that_make_no_integer_product_are_no_secret(interpreted, monkeypatch, left_out, how):
+    options = {"passes": without(joint_steps(), left_out)} if how == "steps" else {}
+    if how == "environment":
+        monkeypatch.setenv("QTRAIN_SKIP", left_out)
+    model, x = MLP(), torch.randn(24, 16)
+    report = qcompile.explain(model, x, recipe=qcompile.get_recipe("int8").replace(skip=("down",)), **options)
+    assert report.integer_gemms == 0
+    assert {g.reason for g in report.gemms if g.cause != "recipe"} == {f"the steps leave out {left_out}"}
+    assert {g.site for g in report.gemms if g.cause == "recipe"} == {"down"}
+    with pytest.warns(qcompile.QtrainWarning, match=f"leave out {left_out}"), record_launches() as launches:
+        compiled(model, "int8", **options)(x).sum().backward()
+    assert not launches
+    with pytest.raises(BackendCompilerFailed, match=f"leave out {left_out}"):
+        compiled(model, "int8", strict=True, **options)(x)
