@@ -14,10 +14,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from qcompile.errors import KernelError
+from qcompile.errors import KernelError, first_line
 from qcompile.kernels.prepared import forget_prepared
+from qcompile.kernels.quantized_tensor import QuantizedTensor, flat
 
-__all__ = ["GemmShape", "Kernel", "check_kernel", "find_kernel", "register_kernel", "registered_kernels", "unregister_kernel"]
+__all__ = [
+    "GemmShape",
+    "Kernel",
+    "check_kernel",
+    "find_kernel",
+    "register_kernel",
+    "registered_kernels",
+    "run_kernel",
+    "unregister_kernel",
+]
 
 
 @dataclass(frozen=True)
@@ -89,14 +99,37 @@ def find_kernel(device: str, m: int, n: int, k: int, *, zero_points: bool = Fals
     if not _KERNELS or 0 in (m, n, k):
         return None
     shape = GemmShape(m, n, k, zero_points)
-    return next((kernel for kernel in registered_kernels() if kernel.device == device and kernel.supports(shape)), None)
+    return next((kernel for kernel in registered_kernels() if kernel.device == device and _supports(kernel, shape)), None)
+
+
+def _supports(kernel: Kernel, shape: GemmShape) -> bool:
+    try:
+        return bool(kernel.supports(shape))
+    except Exception as error:
+        raise KernelError(f"kernel {kernel.name!r}: its `supports` failed for {shape} ({first_line(error)})") from error
+
+
+def run_kernel(kernel: Kernel, a: QuantizedTensor, b: QuantizedTensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+    """Its product. Errors: `KernelError` for a result that code behind it would take for another; its own."""
+    out = kernel.run(*flat(a, b), bias, out_dtype)
+    m, n = a.codes.shape[0], b.codes.shape[1]
+    if not isinstance(out, Tensor) or (out.shape, out.dtype, out.device) != ((m, n), out_dtype, a.codes.device):
+        raise KernelError(
+            f"kernel {kernel.name!r} returned {_described(out)} for a GEMM of {m} x {n} x {a.codes.shape[1]}; it must return "
+            f"{out_dtype} [{m}, {n}] on {a.codes.device}. check_kernel(kernel, m, n, k) compares all that it must be"
+        )
+    return out
+
+
+def _described(result: object) -> str:
+    return f"{result.dtype} {list(result.shape)} on {result.device}" if isinstance(result, Tensor) else f"a {type(result).__name__}"
 
 
 def check_kernel(kernel: Kernel, m: int, n: int, k: int) -> None:
     """Run the kernel on random codes with the extremes among them, and compare with the operator's meaning.
 
     Scales are powers of two, so every value has one right result, bit for bit, while the sums stay below 2**24.
-    Errors: `KernelError` for another shape, dtype or value.
+    Errors: `KernelError` for another shape, dtype or value, and for a kernel that writes to what it is given.
     """
     from qcompile.ops.scaled_mm import scaled_mm_reference  # the operators import the kernels
 
@@ -112,12 +145,15 @@ def check_kernel(kernel: Kernel, m: int, n: int, k: int) -> None:
     operands = [t.to(kernel.device) for t in (a, b, a_scale, b_scale)]
     for extra in (None, bias.to(kernel.device)):
         for dtype in (torch.float32, torch.bfloat16):
-            got = kernel.run(*operands, None, None, extra, dtype)
             want = scaled_mm_reference(operands[0], operands[1], operands[2], operands[3], None, None, extra, dtype)
-            alike = got.shape == want.shape and got.dtype is want.dtype
-            if not alike or not torch.equal(got, want):
+            given = [*operands, *([] if extra is None else [extra])]
+            before = [t.clone() for t in given]
+            got = kernel.run(*operands, None, None, extra, dtype)
+            alike = isinstance(got, Tensor) and got.shape == want.shape and got.dtype is want.dtype
+            wrote = not all(torch.equal(t, old) for t, old in zip(given, before, strict=True))
+            if not alike or wrote or not torch.equal(got, want):
+                what = "wrote to what it was given" if wrote else f"gave {'other values' if alike else _described(got)}"
                 raise KernelError(
                     f"kernel {kernel.name!r} differs from qtrain::scaled_mm at M, N, K = {m}, {n}, {k}, "
-                    f"{'with' if extra is not None else 'without'} bias, out_dtype {dtype}: "
-                    f"it gave {'other values' if alike else f'{got.dtype} {list(got.shape)}'}"
+                    f"{'with' if extra is not None else 'without'} bias, out_dtype {dtype}: it {what}"
                 )

@@ -94,3 +94,28 @@ def test_a_kernel_with_another_meaning_is_found():
         check_kernel(register_kernel("wrong", wrong), 8, 16, 32)
     with pytest.raises(KernelError, match="it gave torch.int32"):
         check_kernel(register_kernel("int", lambda a, b, *rest: (a.double() @ b.double()).int()), 8, 16, 32)
+    with pytest.raises(KernelError, match="it gave a NoneType"):
+        check_kernel(register_kernel("nothing", lambda *_: None), 8, 16, 32)
+    with pytest.raises(KernelError, match="it wrote to what it was given"):
+        check_kernel(register_kernel("writes", lambda a, *rest: (scaled_mm_reference(a, *rest), a.zero_())[0]), 8, 16, 32)
+
+
+@pytest.mark.parametrize(
+    "run, returned",
+    [
+        (lambda *given: None, "a NoneType"),
+        (lambda *given: (scaled_mm_reference(*given),), "a tuple"),
+        (lambda *given: scaled_mm_reference(*given)[:1], r"torch.float32 \[1, 6\] on cpu"),
+        (lambda *given: scaled_mm_reference(*given).double(), r"torch.float64 \[4, 6\] on cpu"),
+    ],
+)
+def test_a_result_that_is_none_is_refused(run, returned):
+    register_kernel("mine", run)
+    with pytest.raises(KernelError, match=rf"'mine' returned {returned} for .* 4 x 6 x 8; it must return torch.float32 \[4, 6\]"):
+        scaled_mm(*operands())
+
+
+def test_a_failure_to_say_what_it_supports_names_the_kernel():
+    register_kernel("mine", scaled_mm_reference, supports=lambda gemm: gemm.depth > 8)
+    with pytest.raises(KernelError, match="kernel 'mine': its `supports` failed for GemmShape.m=4, n=6, k=8.*no attribute 'depth'"):
+        scaled_mm(*operands())

@@ -17,8 +17,8 @@ from qcompile.kernels import batched, note_launch
 from qcompile.kernels.cpu.choice import choices, give_up, kernel_name, prefers_int_mm
 from qcompile.kernels.cpu.products import CANDIDATES, INT32_MAX, MAX_K, onednn, onednn_product, onednn_weight
 from qcompile.kernels.fallback import first_that_runs
-from qcompile.kernels.quantized_tensor import QuantizedTensor, flat, zero_point_count
-from qcompile.kernels.registry import find_kernel
+from qcompile.kernels.quantized_tensor import QuantizedTensor, zero_point_count
+from qcompile.kernels.registry import find_kernel, run_kernel
 
 __all__ = [
     "codes_mm",
@@ -44,7 +44,7 @@ def scaled_mm(a: QuantizedTensor, b: QuantizedTensor, bias: Tensor | None, out_d
     users = find_kernel("cpu", m, n, k, zero_points=zero_point_count(a.zero, b.zero) > 0)
     if users is not None:
         note_launch(users.name, m, n, k)
-        return users.run(*flat(a, b), bias, out_dtype)
+        return run_kernel(users, a, b, bias, out_dtype)
     name, out = _named_product(a, b, bias, out_dtype)
     if name != "none":
         note_launch(name, m, n, k)

@@ -21,7 +21,7 @@ from qcompile.kernels.cuda.products import CANDIDATES, k_major
 from qcompile.kernels.cuda.transpose import rows_contiguous_of_each
 from qcompile.kernels.fallback import first_that_runs, ours_or_plain
 from qcompile.kernels.quantized_tensor import QuantizedTensor, flat, zero_point_count
-from qcompile.kernels.registry import find_kernel, registered_kernels
+from qcompile.kernels.registry import find_kernel, registered_kernels, run_kernel
 from qcompile.kernels.triton.tuning import max_k
 
 __all__ = ["prepare_scaled_mm", "product", "scaled_bmm", "scaled_mm", "scaled_mm_packed", "scaled_mm_requantize"]
@@ -36,7 +36,7 @@ def scaled_mm(a: QuantizedTensor, b: QuantizedTensor, bias: Tensor | None, out_d
     users = find_kernel("cuda", m, n, k, zero_points=zero_point_count(a.zero, b.zero) > 0)
     if users is not None:
         note_launch(users.name, m, n, k)
-        return users.run(*flat(a, b), bias, out_dtype)
+        return run_kernel(users, a, b, bias, out_dtype)
     name, out = _named_product(a, b, bias, out_dtype)
     if name != "none":
         note_launch(name, m, n, k)
