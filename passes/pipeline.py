@@ -154,6 +154,8 @@ def _run_step(
     start = time.perf_counter()
     try:
         changes = call.step.run(*call.arguments) or 0
+        if not isinstance(changes, int):
+            raise TypeError(f"it returned a {type(changes).__name__}; a step returns how much it changed, an int, or None")
     except Exception as error:
         if type(error).__module__.partition(".")[0] in ("qcompile", "torch"):  # Dynamo knows some of torch's
             raise

@@ -53,7 +53,7 @@ def first_range(spec: QuantSpec, names: tuple[str, ...], *stats: Tensor) -> tupl
     """(low, high) of this tensor alone, while there is no memory."""
     with _calling(spec.estimator, "first_range", names, ()):
         low, high = step.first_range(spec, dict(zip(names, stats, strict=True)))
-    return low, high
+        return _fitting("low", low, stats[0]), _fitting("high", high, stats[0])
 
 
 def stored_range(spec: QuantSpec, names: tuple[str, ...], fields: tuple[str, ...], *tensors: Tensor) -> tuple[Tensor, Tensor]:
@@ -61,7 +61,7 @@ def stored_range(spec: QuantSpec, names: tuple[str, ...], fields: tuple[str, ...
     stats, state = dict(zip(names, tensors, strict=False)), dict(zip(fields, tensors[len(names) :], strict=True))
     with _calling(spec.estimator, "range", stats, fields):
         low, high = step.stored_range(spec, stats, state)
-    return low, high
+        return _fitting("low", low, tensors[-1]), _fitting("high", high, tensors[-1])
 
 
 def scale_of_mirrored(spec: QuantSpec, high: Tensor) -> Tensor:
@@ -86,7 +86,16 @@ def updated(estimator: RangeEstimator, names: tuple[str, ...], fields: tuple[str
     """Every field after the step. `tensors`: those of `names`, then those of `fields`."""
     stats = dict(zip(names, tensors, strict=False))
     with _calling(estimator, "update", stats, fields):
-        return list(step.updated(estimator, stats, dict(zip(fields, tensors[len(names) :], strict=True))).values())
+        new = step.updated(estimator, stats, dict(zip(fields, tensors[len(names) :], strict=True)))
+        return [_fitting(name, value, tensors[-1]) for name, value in new.items()]
+
+
+def _fitting(what: str, value: object, like: Tensor) -> Tensor:
+    """What an estimator returned. Errors: `TypeError` for what is no tensor of the statistics' shape, or of one number."""
+    if isinstance(value, Tensor) and (value.shape == like.shape or value.numel() == 1):
+        return value
+    given = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    raise TypeError(f"{what} is {given}; allowed: a tensor of one number, or of the shape of the statistics, {list(like.shape)}")
 
 
 @contextlib.contextmanager

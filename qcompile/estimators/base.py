@@ -232,6 +232,8 @@ def check_declarations(estimator: RangeEstimator, symmetric: bool) -> None:
     if not set(names) - {"count"}:
         refuse(f"{where}.statistics_for", names, "at least one that shows whether the tensor is finite, such as 'amax'")
     fields = estimator.state_fields(symmetric)
+    if not isinstance(fields, Mapping) or not all(isinstance(value, (int, float)) for value in fields.values()):
+        refuse(f"{where}.state_fields", fields, "a dict of each field's name and its first value, a number")
     if taken := set(fields) & set(BOOKKEEPING):
         refuse(f"{where}.state_fields", sorted(taken), f"names beside {', '.join(BOOKKEEPING)}, which every memory has")
     reductions = estimator.reductions(symmetric)

@@ -136,6 +136,14 @@ def test_an_estimator_of_ones_own_works_in_recipes_and_their_files():
         RangeEstimator.from_dict("max_so_far")
 
 
+@pytest.mark.parametrize("fields", [["amax"], {"amax": "0"}, {"amax": None}], ids=str)
+def test_first_values_of_a_memory_are_numbers(fields):
+    cls = max_so_far()
+    cls.state_fields = lambda self, symmetric: fields
+    with pytest.raises(RecipeError, match="MaxSoFar.state_fields: got .*amax.*a dict of each field's name and its first value"):
+        QuantSpec(estimator=cls(floor=0.5))
+
+
 def test_a_class_may_be_defined_again():
     max_so_far()
     again = max_so_far()

@@ -69,9 +69,39 @@ class Fails(Wrong):
         raise OSError("no such table")
 
 
+@register_estimator
+@dataclass(frozen=True)
+class ReturnsNumbers(Wrong):
+    name = "test_returns_numbers"
+
+    def first_range(self, stats):
+        return -1.0, 1.0
+
+
+@register_estimator
+@dataclass(frozen=True)
+class ReturnsSeveral(Wrong):
+    name = "test_returns_several"
+
+    def first_range(self, stats):
+        return -stats["amax"].expand(3), stats["amax"].expand(3)
+
+
+@register_estimator
+@dataclass(frozen=True)
+class UpdatesSeveral(Wrong):
+    name = "test_updates_several"
+
+    def update(self, stats, state):
+        return {"bound": stats["amax"].expand(2)}
+
+
 @pytest.mark.parametrize(
     "estimator, message",
     [
+        (ReturnsNumbers(), r"ReturnsNumbers.first_range .*low is a float; allowed: .*shape of the statistics, \[\]"),
+        (ReturnsSeveral(), r"ReturnsSeveral.first_range .*low is a tensor of shape \[3\]"),
+        (UpdatesSeveral(), r"UpdatesSeveral.update .*bound is a tensor of shape \[2\]"),
         (Branches(), "Branches.range asks for the value of a tensor .*torch.where"),
         (ReadsWhatItDidNotAskFor(), "ReadsWhatItDidNotAskFor.range .*there is no 'std'.*statistics amax"),
         (ReturnsOne(), "ReturnsOne.first_range .*two tensors"),

@@ -111,6 +111,13 @@ def test_a_step_of_ones_own_sees_graph_and_context():
     assert set(joint.context.seconds) == set(joint.context.counts)
 
 
+def test_what_a_step_returns_is_a_number_of_changes():
+    joint = traced()
+    with pytest.raises(GraphError, match="mine failed: TypeError: it returned a str; a step returns how much it changed, an int"):
+        Pipeline([Step("mine", lambda graph, context: "2")], joint.context).run(joint.graph)
+    assert Pipeline([Step("mine", lambda graph, context: None)], joint.context).run(joint.graph) == 0
+
+
 def test_it_is_a_pass_of_torch_fx():
     joint = traced()
     result = Pipeline(joint_steps(), joint.context)(joint.module)
