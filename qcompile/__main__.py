@@ -1,13 +1,15 @@
 """`python -m qcompile COMMAND`. A command is a row of `COMMANDS`; its module is imported when it is asked for.
 
 Exit status: 0 success; 1 the command's own "no" (see its help); 2 wrong arguments, a file that cannot be read, a value that
-somebody refuses, a package that is not installed; 3 anything else that failed, and a traceback says where; 130 interrupted.
+somebody refuses, a package that is not installed; 3 anything else that failed, and a traceback says where; 130 interrupted;
+141 nobody reads any more.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -39,7 +41,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             importlib.import_module(f"qcompile.commands.{name}").add_arguments(subparser)
     arguments = parser.parse_args(argv)
     try:
-        return importlib.import_module(f"qcompile.commands.{arguments.command}").run(arguments)
+        status: int = importlib.import_module(f"qcompile.commands.{arguments.command}").run(arguments)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:  # whoever reads has read enough, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it flushes at its end
+        return 141
     except (ValueError, OSError, KernelError, UnsupportedError) as error:
         print(f"{arguments.command}: {error}", file=sys.stderr)
         return 2

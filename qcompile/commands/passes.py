@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 from dataclasses import asdict
 
 
@@ -23,8 +22,8 @@ def run(arguments: argparse.Namespace) -> int:
     if name is not None:
         chosen = next((p for p in passes if p.name == name), None)
         if chosen is None:
-            print(f"no pass is called {name!r}. {suggestion(name, [p.name for p in passes])}", file=sys.stderr)
-            return 2
+            names = [p.name for p in passes]
+            raise ValueError(f"no pass is called {name!r}; there are {', '.join(names)}. {suggestion(name, names)}".rstrip())
         print(json.dumps(asdict(chosen), indent=2) if arguments.json else chosen.contract)
         return 0
     if arguments.json:

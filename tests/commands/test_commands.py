@@ -167,3 +167,18 @@ def test_help_lists_every_command():
     shown = run("--help")
     assert shown.returncode == 0 and all(name in shown.stdout for name in COMMANDS)
     assert run("polish").returncode == 2 and run().returncode == 2
+
+
+def test_a_pass_that_there_is_not(capsys):
+    assert command_line(["passes", "fuse_matmull"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("passes: no pass is called 'fuse_matmull'; there are inline_regions,") and "'fuse_matmul'?" in said
+
+
+def test_a_reader_that_has_read_enough():
+    """As with `| head -1`: no error, and no complaint of Python's at its end."""
+    command = [sys.executable, "-m", "qcompile", "passes"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()  # nobody reads
+        said = process.stderr.read()
+    assert process.returncode == 141 and said == ""
