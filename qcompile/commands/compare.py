@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
 from qcompile._packages import require
 from qcompile.commands import target
@@ -15,16 +14,9 @@ PICTURES = (".png", ".svg", ".pdf", ".jpg")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     target.add_arguments(parser)
+    picture = target.output_ending(*PICTURES)
     parser.add_argument("--heatmap", metavar="FILE", type=picture, help="write a picture of SNR by layer and GEMM")
     parser.add_argument("--min-snr", metavar="DB", type=target.finite, help="status 1 if an output or a gradient has less")
-
-
-def picture(text: str) -> Path:
-    """The type of an argument that names a picture to write."""
-    path = target.output_file(text)
-    if path.suffix not in PICTURES:
-        raise argparse.ArgumentTypeError(f"got {text!r}; allowed endings: {', '.join(PICTURES)}")
-    return path
 
 
 def run(arguments: argparse.Namespace) -> int:

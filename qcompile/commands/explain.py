@@ -14,7 +14,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--timed", action="store_true", help="also measure each GEMM and read its scales")
     parser.add_argument("--profit-filter", action="store_true", help="keep GEMMs in hp that are measured slower in integers here")
     parser.add_argument("--html", metavar="FILE", type=target.output_file, help="write the report as a page")
-    parser.add_argument("--draw", metavar="FILE", type=target.output_file, help="draw the graphs (.svg, .html or .dot)")
+    drawing = target.output_ending(".svg", ".html", ".dot")
+    parser.add_argument("--draw", metavar="FILE", type=drawing, help="draw the graphs (.svg, .html or .dot)")
     parser.add_argument("--strict", action="store_true", help="status 1 if a GEMM the recipe asks for is in hp, or there is none")
 
 

@@ -13,14 +13,14 @@ import contextlib
 import importlib
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-__all__ = ["AUTOCAST", "Target", "add_arguments", "load", "output_file"]
+__all__ = ["AUTOCAST", "Target", "add_arguments", "load", "output_ending", "output_file"]
 
 AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -64,6 +64,18 @@ def output_file(text: str) -> Path:
     if not path.parent.is_dir():
         raise argparse.ArgumentTypeError(f"got {text!r}; the folder {str(path.parent)!r} does not exist")
     return path
+
+
+def output_ending(*endings: str) -> Callable[[str], Path]:
+    """The type of an argument that names a file to write whose ending says what; another one is refused before any work."""
+
+    def output(text: str) -> Path:
+        path = output_file(text)
+        if path.suffix not in endings:
+            raise argparse.ArgumentTypeError(f"got {text!r}; allowed endings: {', '.join(endings)}")
+        return path
+
+    return output
 
 
 def load(arguments: argparse.Namespace) -> Target:

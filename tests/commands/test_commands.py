@@ -182,3 +182,9 @@ def test_a_reader_that_has_read_enough():
         process.stdout.close()  # nobody reads
         said = process.stderr.read()
     assert process.returncode == 141 and said == ""
+
+
+def test_a_drawing_is_refused_before_any_work_if_its_ending_is_none(capsys, tmp_path):
+    with pytest.raises(SystemExit) as ended:
+        command_line(["explain", f"{__name__}:make", "--draw", str(tmp_path / "model.png")])
+    assert ended.value.code == 2 and "allowed endings: .svg, .html, .dot" in capsys.readouterr().err
