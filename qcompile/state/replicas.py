@@ -96,8 +96,6 @@ class Replicas:
                 self._exchanges.clear()
             self._exchanges[key] = _Exchange(touched), _mark(touched).to(self._device)
         exchange, mark = self._exchanges[key]
-        if touched and exchange.codes.numel() == 0:
-            return  # counters of random draws alone, which are each rank's own
         _compare(mark, self.group, new or mark.device.type == "cpu")  # a GPU is waited for where the set is new to this rank
         exchange.run(self.group)
 
@@ -122,7 +120,7 @@ class _Exchange:
 
     @torch.no_grad()
     def run(self, group: Any) -> None:
-        if self.codes.numel() == 0:
+        if self.codes.numel() == 0:  # nothing but counters of random draws
             return
         flat = torch.cat([binding.tensor[index] for binding, index in self.parts])
         gathered = flat.new_empty(dist.get_world_size(group) * flat.numel())
