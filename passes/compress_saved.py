@@ -14,7 +14,8 @@ No GEMM's operand and no other mask changes: `save_codes` ran before and has the
 that backward GEMMs read, and these masks. What is not compressed:
 
     tensors from which backward recomputes codes
-    tensors that backward divides by (gradients of square roots, logarithms, quotients): a small value could become 0
+    tensors that backward divides by (gradients of square roots, logarithms, quotients), or forward if the quotient is saved too: a
+    small value could become 0
     tensors whose sine or cosine backward takes: one step of the codes may be more than a period
     copies of weights
     statistics: tensors of less than 1/64 of the largest one, and all results but the first of an operator with several (the
@@ -53,7 +54,14 @@ from passes.graph import (
 )
 from passes.inlining import inline
 from passes.restore_from_codes import restore_from_codes
-from passes.saved_uses import feeds_recomputed_quantize, feeds_softmax, gives_its_sign, needs_its_values, size_of
+from passes.saved_uses import (
+    feeds_recomputed_quantize,
+    feeds_saved_quotient,
+    feeds_softmax,
+    gives_its_sign,
+    needs_its_values,
+    size_of,
+)
 from qcompile.ops import code_range
 from qcompile.specs import SavedSpec
 
@@ -80,6 +88,7 @@ def compress_saved(
     tensors = [s for s in saved if s.value.is_floating_point() and not _is_scale(s)]
     sizes = {s: size_of(s.value) for s in saved}
     largest = max(sizes.values(), default=0)
+    kept = {s.node for s in saved}
     gradients = depends_on_gradients(backward)
     compressed = 0
     for s in tensors:
@@ -88,7 +97,7 @@ def compress_saved(
         masked = feeds_softmax(s.placeholder)
         bits = 8 if masked else spec.bits
         group = math.gcd(fixed_size(s.value), spec.group)
-        reason = _why_not(s, group, context, gradients)
+        reason = _why_not(s, group, context, gradients, kept)
         stored = None
         if reason is None:
             signs = gives_its_sign(s.placeholder)
@@ -114,7 +123,9 @@ def _is_scale(saved: Saved) -> bool:
     return any(r.target is DEQUANTIZE or (r.target in INTEGER and saved.placeholder not in r.args[6:7]) for r in readers)
 
 
-def _why_not(saved: Saved, group: int, context: PassContext, gradients: set[fx.Node]) -> str | None:
+def _why_not(
+    saved: Saved, group: int, context: PassContext, gradients: set[fx.Node], kept: set[fx.Node]
+) -> str | None:
     if all(n.name in context.parameters for n in source_placeholders(saved.node)):
         return "a copy of a weight"
     if saved.node.target is operator.getitem and saved.node.args[1] > 0:
@@ -123,6 +134,8 @@ def _why_not(saved: Saved, group: int, context: PassContext, gradients: set[fx.N
         return f"too small to compress: no group of {SMALLEST_GROUP} elements or more divides {list(saved.value.shape)}"
     if why := needs_its_values(saved.placeholder, gradients):
         return why
+    if feeds_saved_quotient(saved.node, kept):
+        return "forward divides by it, and the quotient is saved too: a small value would become 0"
     if feeds_recomputed_quantize(saved.placeholder):
         return "codes of a GEMM are recomputed from it: beside them it would take as much in few bits"
     if view_shape(saved.value.shape) is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, fx
@@ -15,6 +16,7 @@ __all__ = [
     "UNCHANGED",
     "asks_for_sign",
     "feeds_recomputed_quantize",
+    "feeds_saved_quotient",
     "feeds_softmax",
     "gives_its_sign",
     "needs_its_values",
@@ -58,10 +60,7 @@ def needs_its_values(node: fx.Node, gradients: set[fx.Node]) -> str | None:
     by them.
     """
 
-    def element_by_element(value: fx.Node) -> list[fx.Node]:
-        return [user for user in value.users if user not in gradients and _is_element_by_element(user)]
-
-    for value in reachable([node], element_by_element):
+    for value in _computed_from(node, gradients):
         for user in value.users:
             if user.op != "call_function":
                 continue
@@ -69,12 +68,28 @@ def needs_its_values(node: fx.Node, gradients: set[fx.Node]) -> str | None:
                 return "backward asks where it equals something, as for a maximum: codes would not"
             if user.target in _PERIODIC:
                 return "backward takes its sine or cosine: a step of codes may be more than a period"
-            negative_power = user.target is aten.pow.Tensor_Scalar and user.args[1] < 0
-            unknown_power = user.target is aten.pow.Tensor_Tensor and user.args[0] is value
-            divisor = user.target is aten.div.Tensor and user.args[1] is value
-            if user.target in _SINGULAR or negative_power or unknown_power or divisor:
+            if _divides_by(user, value):
                 return "backward divides by it, or by what is computed from it: a small value would become 0"
     return None
+
+
+def feeds_saved_quotient(node: fx.Node, saved: set[fx.Node]) -> bool:
+    """Whether forward divides by its node, element by element, and `saved` has a result: backward then need not divide again, but
+    multiplies by what is largest where the node is small."""
+    quotients = [user for value in _computed_from(node, set()) for user in value.users if _divides_by(user, value)]
+    return any(result in saved for quotient in quotients for result in _computed_from(quotient, set()))
+
+
+def _computed_from(node: fx.Node, leave_out: set[fx.Node]) -> Iterable[fx.Node]:
+    """The node, and what is computed from it element by element."""
+    return reachable([node], lambda value: [u for u in value.users if u not in leave_out and _is_element_by_element(u)])
+
+
+def _divides_by(user: fx.Node, value: fx.Node) -> bool:
+    negative_power = user.target is aten.pow.Tensor_Scalar and user.args[1] < 0
+    unknown_power = user.target is aten.pow.Tensor_Tensor and user.args[0] is value
+    divisor = user.target is aten.div.Tensor and user.args[1] is value
+    return user.target in _SINGULAR or negative_power or unknown_power or divisor
 
 
 def _is_element_by_element(node: fx.Node) -> bool:

@@ -9,10 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from passes import compress_saved as module
 from passes import steps
 from passes.graph import DEQUANTIZE, FORWARD, QUANTIZE, SCALED_MM, phase_of, source_placeholders
+from passes.saved_uses import feeds_saved_quotient
 from qcompile import Recipe, RecipeError, SavedSpec, capture, compiled_graphs, explain, get_recipe, saved_bytes
 from qcompile.kernels import record_launches
 from tests.compiling import compiled, gradients, nearest
@@ -468,6 +470,14 @@ def test_what_backward_divides_by_is_not_stored_as_codes(interpreted, function, 
     assert all(g.isfinite().all() for g in got)
     (inner, _, outer, _) = [10 * torch.log10(w.square().sum() / (g - w).square().sum()) for g, w in zip(got, want, strict=True)]
     assert min(inner, outer) > (25 if bits == 8 else 12)
+
+
+def test_what_forward_divides_by_is_not_stored_as_codes_beside_the_quotient():
+    """Newer partitioners save a reciprocal beside what it was computed from; backward then divides by nothing."""
+    graph = make_fx(lambda h: (h * h + 1e-3).reciprocal() * 2)(torch.ones(4)).graph
+    h, square, _, reciprocal, double, _ = graph.nodes
+    assert feeds_saved_quotient(h, {h, reciprocal}) and feeds_saved_quotient(square, {double})
+    assert not feeds_saved_quotient(h, {h, square}) and not feeds_saved_quotient(reciprocal, {reciprocal, double})
 
 
 @pytest.mark.parametrize("bits", [8, 4])
