@@ -1,5 +1,6 @@
 """A pass of one's own between ours, and ours left out by name."""
 
+import warnings
 from dataclasses import replace
 
 import torch
@@ -47,7 +48,10 @@ def main() -> None:
     error = ((changed - plain).norm() / plain.norm()).item()
     assert 0.02 < error < 0.3, "what 4 bits cost, not 8, and not everything"
 
-    unfused = train_step(passes.without(ours, "fuse_matmul"))  # QTRAIN_SKIP=fuse_matmul does the same
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        unfused = train_step(passes.without(ours, "fuse_matmul"))  # QTRAIN_SKIP=fuse_matmul does the same
+    assert any("the steps leave out fuse_matmul" in str(warning.message) for warning in said)  # no product is of integers now
     torch.testing.assert_close(unfused, plain, rtol=1e-4, atol=1e-6)
     print("passes:", ", ".join(info.name for info in passes.list_passes()))
     print(f"my pass saw {SEEN}; the gradient changed by {error:.3f}")

@@ -6,7 +6,7 @@ rounding is the reference's: `qcompile.ops.scaled_mm_requantize`.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from qcompile.kernels.cpu.choice import choices, give_up
 from qcompile.kernels.cpu.matmul import epilogue, integer_sum, without_zero_points
 from qcompile.kernels.cpu.products import CANDIDATES, onednn_product, onednn_weight
 from qcompile.kernels.fallback import first_that_runs
-from qcompile.kernels.quantized_tensor import QuantizedTensor, zero_point_count
+from qcompile.kernels.quantized_tensor import QuantizedTensor, Requantization, zero_point_count
 
 __all__ = ["BLOCK_ELEMENTS", "scaled_mm_requantize"]
 
@@ -27,10 +27,10 @@ BLOCK_ELEMENTS = 2**19
 def scaled_mm_requantize(
     a: QuantizedTensor, b: QuantizedTensor, bias: Tensor | None, out_dtype: torch.dtype, *requantization: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`qtrain::scaled_mm_requantize` of checked operands, the last of them those of a `_Requantization`."""
+    """`qtrain::scaled_mm_requantize` of checked operands, the last of them those of a `Requantization`."""
     (m, k), n = a.codes.shape, b.codes.shape[1]
     names = choices(m, n, k, zero_points=zero_point_count(a.zero, b.zero) > 0)
-    to = _Requantization(*requantization)
+    to = Requantization(*requantization)
     ran, out = first_that_runs(
         names, lambda name: _by_blocks(name, a, b, bias, out_dtype, to), f"a GEMM of {m} x {n} x {k}"
     )
@@ -39,21 +39,8 @@ def scaled_mm_requantize(
     return out
 
 
-class _Requantization(NamedTuple):
-    """What becomes of the values; `qcompile.ops.scaled_mm_requantize` says what each is."""
-
-    relu: bool
-    gate: Tensor | None
-    scale: Tensor
-    zero_point: Tensor | None
-    bits: int
-    low: Tensor | None
-    high: Tensor
-    mark: bool
-
-
 def _by_blocks(
-    name: str, a: QuantizedTensor, b: QuantizedTensor, bias: Tensor | None, out_dtype: torch.dtype, to: _Requantization
+    name: str, a: QuantizedTensor, b: QuantizedTensor, bias: Tensor | None, out_dtype: torch.dtype, to: Requantization
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The operator's results, on the kernel of that name."""
     (m, _), n = a.codes.shape, b.codes.shape[1]
