@@ -12,19 +12,19 @@ WIDTH = 24  # a width of its own: kernels that another test has left in the proc
 
 @pytest.fixture
 def events(monkeypatch):
-    """What Inductor asks its pool for: sources of C++ kernels in order, and "wait"."""
+    """What Inductor's cache of kernels is asked for: sources of C++ kernels in order, and "wait"."""
     found = []
-    ask, wait = AsyncCompile.cpp_pybinding, AsyncCompile.wait
+    ask, wait = CppPythonBindingsCodeCache.load_pybinding_async, AsyncCompile.wait
 
-    def asked(self, argtypes, source):
+    def asked(cls, argtypes, source, **kwargs):
         found.append(source)
-        return ask(self, argtypes, source)
+        return ask(argtypes, source, **kwargs)
 
     def waited(self, scope):
         found.append("wait")
         return wait(self, scope)
 
-    monkeypatch.setattr(AsyncCompile, "cpp_pybinding", asked)
+    monkeypatch.setattr(CppPythonBindingsCodeCache, "load_pybinding_async", classmethod(asked))
     monkeypatch.setattr(AsyncCompile, "wait", waited)
     return found
 
@@ -73,9 +73,9 @@ def test_inductor_itself_is_left_as_it_is(events):
 
 
 def test_a_compiler_that_cannot_start_is_reported_by_inductor(monkeypatch):
-    def missing(self, argtypes, source):
+    def missing(*args, **kwargs):
         raise OSError("no C++ compiler here")
 
-    monkeypatch.setattr(AsyncCompile, "cpp_pybinding", missing)
+    monkeypatch.setattr(CppPythonBindingsCodeCache, "load_pybinding_async", missing)
     with pytest.raises(Exception, match="no C\\+\\+ compiler here"):
         step("qtrain", options={"recipe": "int8"})

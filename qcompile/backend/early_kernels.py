@@ -1,23 +1,30 @@
-"""C++ kernels are compiled while Inductor still generates code.
+"""C++ kernels are compiled while Inductor still generates code, several at once.
 
-Inductor submits its C++ kernels to a pool of compiler processes only when the code of the whole graph is written, and then waits
-for them. (Triton kernels it submits one by one.) Within `early_kernels()` each C++ kernel is submitted as soon as its source is
-generated. When the generated module asks for it, Inductor's own cache finds it by its source, finished or being compiled. Sources,
-kernels and the errors of a compiler that fails are the same.
+Inductor hands its C++ kernels to a pool of compilers only when the code of the whole graph is written, one by one, and then waits
+for them. Within `early_kernels()` each kernel waits from the moment its source is generated until a compiler is free, which takes
+all that wait (`merged_kernels`). With many processors each kernel is compiled alone and at once; with few the headers are read
+a few times instead of once for each kernel. When the generated module asks for a kernel, Inductor's own cache finds it by its
+source, finished or being compiled. Sources, kernels and the errors of a compiler that fails are the same.
 
-Checked on torch 2.11 and 2.13. A kernel whose definition looks different from theirs is compiled when Inductor would have done so.
+Checked on torch 2.11 to 2.15. A kernel whose definition looks different from theirs is compiled when Inductor would have done so.
 """
 
 from __future__ import annotations
 
 import ast
 import contextlib
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from contextvars import ContextVar
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
-from torch._inductor.async_compile import AsyncCompile
+from torch._inductor.async_compile import AsyncCompile, get_compile_threads
+from torch._inductor.codecache import CppPythonBindingsCodeCache
 from torch._inductor.codegen.wrapper import PythonWrapperCodegen
+
+from qcompile.backend.merged_kernels import KernelFile, compile_together, kernel_file
 
 __all__ = ["early_kernels", "register"]
 
@@ -26,9 +33,21 @@ _CALL = "async_compile.cpp_pybinding("
 _define_kernel = PythonWrapperCodegen.define_kernel
 
 
+class _Kernel(NamedTuple):
+    """One that waits: its files, Inductor's own task that compiles it, and what is told when it is compiled."""
+
+    files: KernelFile
+    compile_alone: Callable[[], object]
+    done: Future[None]
+
+
+_waiting: list[_Kernel] = []
+_waiting_lock = threading.Lock()
+
+
 @contextlib.contextmanager
 def early_kernels() -> Iterator[None]:
-    """While this holds, the C++ kernels that this thread generates go to the compiler one by one."""
+    """While this holds, the C++ kernels that this thread generates go to the compiler as they come."""
     token = _WANTED.set(True)
     try:
         yield
@@ -42,10 +61,10 @@ def register() -> None:
 
 
 def _define_and_submit(self: PythonWrapperCodegen, kernel_name: str, kernel_body: str, *args: Any, **kwargs: Any) -> Any:
-    if _WANTED.get() and kernel_body.startswith(_CALL):
+    if _WANTED.get() and kernel_body.startswith(_CALL) and get_compile_threads() > 1:
         # What is wrong with it, such as no compiler at all, Inductor will find and say when it loads the module.
         with contextlib.suppress(Exception):
-            AsyncCompile().cpp_pybinding(*_arguments(kernel_body))
+            CppPythonBindingsCodeCache.load_pybinding_async(*_arguments(kernel_body), submit_fn=_submit)
     return _define_kernel(self, kernel_name, kernel_body, *args, **kwargs)
 
 
@@ -55,3 +74,38 @@ def _arguments(kernel_body: str) -> tuple[list[str], str]:
     assert isinstance(call, ast.Call)
     types, source = map(ast.literal_eval, call.args)
     return types, source
+
+
+def _submit(task: Callable[[], object]) -> Future[Any]:
+    """In the place of the pool's. `task` compiles one kernel; Inductor runs it again when this is done, and finds it compiled."""
+    files = kernel_file(task)
+    if files is None:
+        return AsyncCompile.submit(task)
+    kernel = _Kernel(files, task, Future())
+    with _waiting_lock:
+        _waiting.append(kernel)
+    AsyncCompile.submit(_compile_waiting)
+    return kernel.done
+
+
+def _compile_waiting() -> None:
+    """In a thread of the pool: all that wait. Each kernel asks for this once; most find that another has taken theirs along."""
+    with _waiting_lock:
+        batch = _waiting.copy()
+        _waiting.clear()
+    compiled = compile_together([kernel.files for kernel in batch]) if len(batch) > 1 else set()
+    alone = [kernel for kernel in batch if kernel.files not in compiled]
+    for kernel in alone[1:]:
+        AsyncCompile.submit(partial(_compile_alone, kernel))
+    for kernel in batch:
+        if kernel.files in compiled:
+            kernel.done.set_result(None)
+    for kernel in alone[:1]:
+        _compile_alone(kernel)
+
+
+def _compile_alone(kernel: _Kernel) -> None:
+    """Not with others, or not successfully. What is wrong with it is Inductor's to report, when it runs the task again."""
+    with contextlib.suppress(Exception):
+        kernel.compile_alone()
+    kernel.done.set_result(None)

@@ -1,6 +1,7 @@
 """The one place where Inductor's and AOTAutograd's private entry points are used. Checked on torch 2.11 and 2.13.
 
-(Except for two: `inductor_operations` adds operations to generated code, and `early_kernels` says when kernels are compiled.)
+(Except for three: `inductor_operations` adds operations to generated code, `early_kernels` and `merged_kernels` say when C++
+kernels are compiled, and how many at once.)
 
     watch_plain             Inductor itself under observation, for `recipe="none"` in inspection
     compile_frozen          Inductor alone on an inference module, with its weights as constants
