@@ -3,6 +3,7 @@
 `describe` turns a function, a class or a value into text. The text is the same in this process and the next if source, defaults,
 bound arguments and captured values are the same, and differs if one of them does. Tensors and arrays are compared by all of their
 elements. What can neither be read nor pickled gets a new text every time, so nothing compiled with it comes from a cache.
+`source_fingerprint` is the same for our own code.
 """
 
 from __future__ import annotations
@@ -14,14 +15,16 @@ import secrets
 import types
 from collections.abc import Iterable, Iterator
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+import qcompile
 from qcompile.torch_private import real_tensors
 
-__all__ = ["describe"]
+__all__ = ["describe", "source_fingerprint"]
 
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), type(Ellipsis))
 
@@ -142,3 +145,13 @@ def _name(value: Any) -> str:
 
 def _joined(head: str, parts: Iterable[str]) -> str:
     return f"{head}({', '.join(parts)})"
+
+
+@functools.lru_cache(maxsize=1)
+def source_fingerprint() -> str:
+    """sha256 of every source file of qtrain: a compiled graph from other sources must never be served from a cache."""
+    digest = hashlib.sha256(torch.__version__.encode())
+    for root in (Path(__file__).parent, Path(qcompile.__file__).parent):
+        for path in sorted(root.rglob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()

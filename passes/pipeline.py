@@ -11,19 +11,15 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
-import torch
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-import qcompile
 from passes.context import PassContext
 from passes.environment import dump, graph_number, log, skipped
 from passes.graph import BACKWARD, FORWARD
-from passes.identity import describe
+from passes.identity import describe, source_fingerprint
 from passes.steps import CutStep, Step, cut_steps, half_steps, joint_steps, list_passes, without
 from passes.verify import count_writes, number_of_outputs, verify
 from qcompile.errors import GraphError
@@ -168,16 +164,6 @@ def _run_step(
         verify(graph, after=name, writes=own, outputs=outputs)
     write("after")
     return changes
-
-
-@lru_cache(maxsize=1)
-def source_fingerprint() -> str:
-    """sha256 of every source file of qtrain: a compiled graph from other sources must never be served from a cache."""
-    digest = hashlib.sha256(torch.__version__.encode())
-    for root in (Path(__file__).parent, Path(qcompile.__file__).parent):
-        for path in sorted(root.rglob("*.py")):
-            digest.update(path.read_bytes())
-    return digest.hexdigest()
 
 
 def _selected(steps: Iterable[Step]) -> list[Step]:

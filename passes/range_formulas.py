@@ -19,6 +19,7 @@ from qcompile.errors import RecipeError
 from qcompile.estimators import step
 from qcompile.estimators.base import RangeEstimator, symmetric_scale
 from qcompile.estimators.statistics import clipped_share, statistics
+from qcompile.ops.range_state import select_range
 from qcompile.specs import QuantSpec
 
 __all__ = [
@@ -86,7 +87,7 @@ def updated(estimator: RangeEstimator, names: tuple[str, ...], fields: tuple[str
     """Every field after the step. `tensors`: those of `names`, then those of `fields`."""
     stats = dict(zip(names, tensors, strict=False))
     with _calling(estimator, "update", stats, fields):
-        new = step.updated(estimator, stats, dict(zip(fields, tensors[len(names) :], strict=True)))
+        new = step.updated(estimator, stats, dict(zip(fields, tensors[len(names) :], strict=True)), select_range)
         return [_fitting(name, value, tensors[-1]) for name, value in new.items()]
 
 

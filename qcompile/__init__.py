@@ -47,7 +47,8 @@ if TYPE_CHECKING:
         scale_learning_rates,
     )
     from qcompile.inspect import capture, check_compiled, compare, explain, monitor, saved_bytes  # type: ignore[no-redef]
-    from qcompile.kernels.registry import GemmShape, check_kernel, register_kernel, unregister_kernel
+    from qcompile.kernels.check_kernel import check_kernel
+    from qcompile.kernels.registry import GemmShape, register_kernel, unregister_kernel
     from qcompile.qat import (
         BlockReplacement,
         calibrate,
@@ -100,7 +101,8 @@ _HOME = {
     ),
     "qcompile.backend.hooks": ("inductor_hooks", "with_range_state"),
     "qcompile.inspect": ("capture", "check_compiled", "compare", "explain", "monitor", "saved_bytes"),
-    "qcompile.kernels.registry": ("GemmShape", "check_kernel", "register_kernel", "unregister_kernel"),
+    "qcompile.kernels.check_kernel": ("check_kernel",),
+    "qcompile.kernels.registry": ("GemmShape", "register_kernel", "unregister_kernel"),
     "qcompile.qat": (
         "BlockReplacement",
         "calibrate",

@@ -4,8 +4,12 @@ compiler               the backend itself: a graph of Dynamo's, its recipe, and 
 options                what `torch.compile(..., options=...)` takes
 enclosing              where in the user's model the graph is
 halves                 the forward and the backward half when they are called, with the range state of their instance
-inductor               Inductor's and AOTAutograd's private entry points
+inductor               Inductor and AOTAutograd with our passes, by their private entry points
+inductor_alone         Inductor without them
+custom_passes          functions of ours at Inductor's hooks, beside the user's
 inductor_operations    our operations in Inductor's generated code (`_cpp`, `_triton`: their text)
+early_kernels          C++ kernels go to the compiler while Inductor generates others
+merged_kernels         several of them as one file
 hooks                  the passes inside other people's compilers
 """
 

@@ -19,7 +19,7 @@ from passes import meta
 from passes.context import PassContext
 from passes.graph import aten, copy_graph
 from passes.pipeline import lower_half
-from qcompile.backend.inductor import compile_late
+from qcompile.backend.inductor_alone import compile_late
 from qcompile.errors import QtrainWarning
 from qcompile.state.binding import Binder, Binding, binding_of
 from qcompile.state.replays import REPLAYS

@@ -1,7 +1,8 @@
-"""The one place where Inductor's and AOTAutograd's private entry points are used. Checked on torch 2.11 and 2.13.
+"""Inductor and AOTAutograd with our passes, by their private entry points. Checked on torch 2.11 and 2.13.
 
-(Except for three: `inductor_operations` adds operations to generated code, `early_kernels` and `merged_kernels` say when C++
-kernels are compiled, and how many at once.)
+Beside it: `inductor_alone` compiles without our passes, `custom_passes` are functions of ours at Inductor's hooks,
+`inductor_operations` adds operations to generated code, and `early_kernels` and `merged_kernels` say when C++ kernels are compiled,
+and how many at once.
 
     watch_plain             Inductor itself under observation, for `recipe="none"` in inspection
     compile_frozen          Inductor alone on an inference module, with its weights as constants
@@ -22,24 +23,20 @@ from torch._functorch import config as functorch_config
 from torch._inductor import config as inductor_config
 from torch._inductor import list_mode_options
 from torch._inductor.compile_fx import compile_fx, compile_fx_inner
-from torch._inductor.custom_graph_pass import CustomGraphPass, CustomPartitionerFn
+from torch._inductor.custom_graph_pass import CustomPartitionerFn
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import free_symbols
 
 from passes.context import PassContext
 from passes.partition import min_cut_partition
-from passes.pipeline import source_fingerprint
 from passes.restore_decompositions import decompositions
 from qcompile.backend import early_kernels, inductor_operations
+from qcompile.backend.custom_passes import HalfPass, JointPass, users_hook
 from qcompile.cache_folders import check_cache_folders
 from qcompile.errors import UnsupportedError
 
 __all__ = [
-    "compile_alone",
     "compile_frozen",
-    "compile_late",
     "compile_plain",
     "compile_with_inductor",
     "hook_options",
@@ -56,29 +53,6 @@ early_kernels.register()
 
 InnerCompile = Callable[..., Callable[..., Any]]
 InnerHook = Callable[[InnerCompile, fx.GraphModule, list[Any], dict[str, Any]], Callable[..., Any]]
-
-
-class _JointPass(CustomGraphPass):
-    """The pipeline as Inductor's `joint_custom_pre_pass`, after whatever the user has set there."""
-
-    def __init__(self, run: Callable[[fx.Graph], object], identity: str, before: Any) -> None:
-        self.run, self.identity, self.before = run, identity, before
-
-    def __call__(self, graph: fx.Graph) -> None:
-        for user_pass in _as_list(self.before):
-            user_pass(graph)
-        if not _is_body(graph):
-            self.run(graph)
-
-    def uuid(self) -> Any:
-        before = [_uuid(p) for p in _as_list(self.before)]
-        return None if None in before else (self.identity, *before)
-
-
-def _is_body(graph: fx.Graph) -> bool:
-    """Whether an operator (`torch.cond`) of AOTAutograd's graph calls it, whose own inputs say what they are."""
-    inputs = graph.find_nodes(op="placeholder")
-    return bool(inputs) and all(node.meta.get("desc") is None for node in inputs)
 
 
 class _Partition(CustomPartitionerFn):
@@ -108,22 +82,6 @@ class _Partition(CustomPartitionerFn):
         return {"uuid": self.uuid()}
 
 
-class _HalfPass(CustomGraphPass):
-    """A function of ours over each half as Inductor's `post_grad_custom_pre_pass`, before whatever the user has set there."""
-
-    def __init__(self, run: Callable[[fx.Graph], object], identity: str, after: Any) -> None:
-        self.run, self.identity, self.after = run, identity, after
-
-    def __call__(self, graph: fx.Graph) -> None:
-        self.run(graph)
-        for user_pass in _as_list(self.after):
-            user_pass(graph)
-
-    def uuid(self) -> Any:
-        after = [_uuid(p) for p in _as_list(self.after)]
-        return None if None in after else (self.identity, *after)
-
-
 def hook_options(
     joint_pass: Callable[[fx.Graph], object],
     half_pass: Callable[[fx.Graph], object],
@@ -134,25 +92,10 @@ def hook_options(
     """Options of Inductor that run our passes at its hooks, with the user's own hooks (of `config`, or set globally) chained."""
     return {
         **config,
-        "joint_custom_pre_pass": _JointPass(joint_pass, identity, _users_hook(config, "joint_custom_pre_pass")),
-        "custom_partitioner_fn": _Partition(identity, _users_hook(config, "custom_partitioner_fn"), context),
-        "post_grad_custom_pre_pass": _HalfPass(half_pass, identity, _users_hook(config, "post_grad_custom_pre_pass")),
+        "joint_custom_pre_pass": JointPass(joint_pass, identity, users_hook(config, "joint_custom_pre_pass")),
+        "custom_partitioner_fn": _Partition(identity, users_hook(config, "custom_partitioner_fn"), context),
+        "post_grad_custom_pre_pass": HalfPass(half_pass, identity, users_hook(config, "post_grad_custom_pre_pass")),
     }
-
-
-def _users_hook(config: dict[str, Any], name: str) -> Any:
-    """What the user has set at a hook of Inductor's, for this compilation or globally."""
-    return config.get(name, getattr(inductor_config, name))
-
-
-def _as_list(passes: Any) -> list[Any]:
-    if passes is None:
-        return []
-    return list(passes) if isinstance(passes, list | tuple) else [passes]
-
-
-def _uuid(graph_pass: Any) -> Any:
-    return graph_pass.uuid() if isinstance(graph_pass, CustomGraphPass) else None
 
 
 def compile_frozen(module: nn.Module) -> Callable[..., Any]:
@@ -189,7 +132,7 @@ def watch_plain(
     config: dict[str, Any],
 ) -> Callable[..., Any]:
     """Inductor itself, with a look at the joint graph, and `inner` around the compilation of each half."""
-    patches = {**config, "joint_custom_pre_pass": _JointPass(look, "watch", _users_hook(config, "joint_custom_pre_pass"))}
+    patches = {**config, "joint_custom_pre_pass": JointPass(look, "watch", users_hook(config, "joint_custom_pre_pass"))}
     with functorch_config.patch(enable_autograd_cache=False):
         return compile_fx(gm, example_inputs, inner_compile=_hooked(inner), config_patches=patches)
 
@@ -227,8 +170,8 @@ def compile_with_inductor(
         )
     patches = {
         **config,
-        "joint_custom_pre_pass": _JointPass(joint_pass, identity, _users_hook(config, "joint_custom_pre_pass")),
-        "custom_partitioner_fn": _Partition(identity, _users_hook(config, "custom_partitioner_fn"), context),
+        "joint_custom_pre_pass": JointPass(joint_pass, identity, users_hook(config, "joint_custom_pre_pass")),
+        "custom_partitioner_fn": _Partition(identity, users_hook(config, "custom_partitioner_fn"), context),
     }
     table = decompositions()
 
@@ -254,30 +197,6 @@ def _keeps_state_forward(context: PassContext | None) -> bool:
         for field, operand, spec in context.recipe.specs()
         if operand != "grad_output" and field not in ("grad_input", "grad_weight")
     )
-
-
-def compile_late(half: fx.GraphModule, *, dynamic: bool) -> Callable[..., Any]:
-    """Compile a lowered half when it is called, with plain Inductor."""
-    return torch.compile(half, dynamic=dynamic, options=_of_these_sources())
-
-
-def _of_these_sources() -> dict[str, Any]:
-    """Options by which Inductor's cache tells what other sources of qtrain have compiled: it hashes graphs, but no lowerings."""
-    users = inductor_config.post_grad_custom_pre_pass
-    return {"post_grad_custom_pre_pass": _HalfPass(lambda graph: None, source_fingerprint(), users)}
-
-
-def compile_alone(fn: Callable[..., Sequence[torch.Tensor]], inputs: Sequence[torch.Tensor]) -> Callable[..., Any]:
-    """Compile plain PyTorch for these (real) inputs, whatever is being compiled around it: a function of a list, which it empties.
-
-    fn  traced without gradients; it returns a list of tensors
-    """
-    # Not the context of the compilation around us, which waits for strides and would take our sizes for symbols of its own.
-    outside = torch._guards.TracingContext(FakeTensorMode(static_shapes=True))
-    with torch._guards.tracing(outside), inductor_config.patch({"triton.cudagraphs": False, **_of_these_sources()}):
-        graph = make_fx(fn, decomposition_table=decompositions(), tracing_mode="fake")(*inputs)
-        values = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
-        return compile_fx_inner(graph, values, is_inference=True)
 
 
 _RANDOM = frozenset(

@@ -6,7 +6,7 @@ and for tests of an estimator.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -28,6 +28,7 @@ __all__ = [
     "reductions",
     "stored_range",
     "updated",
+    "where_valid",
 ]
 
 
@@ -77,22 +78,29 @@ def first_scale_and_zero_point(spec: QuantSpec, x: Tensor, dims: Sequence[int]) 
     return scale, torch.zeros_like(scale, dtype=torch.int32) if zero_point is None else zero_point
 
 
-def updated(estimator: RangeEstimator, stats: Stats, old: State) -> dict[str, Tensor]:
+def where_valid(stored: Tensor, valid: Tensor, present: Tensor) -> Tensor:
+    """`stored` where there is memory (`valid` above 0), else `present`: what `qtrain::select_range` means."""
+    return torch.where(valid > 0, stored, present)
+
+
+def updated(
+    estimator: RangeEstimator, stats: Stats, old: State, select: Callable[[Tensor, Tensor, Tensor], Tensor] = where_valid
+) -> dict[str, Tensor]:
     """New values of every field, the bookkeeping included.
 
     An entry keeps its own where it is frozen, where a statistic or what would be learnt from it is not finite, and where the tensor
     is zero: nothing is learnt from a bad batch.
-    """
-    from qcompile.ops.range_state import select_range  # the operators import this package
 
+    select  `where_valid`, or the operator that a graph has in its place
+    """
     new = estimator.update(stats, old)
     if type(estimator).first_update is not RangeEstimator.first_update:
         first = estimator.first_update(stats, old)
         if estimator.restart_above is not None:
             jumped = stats["clipped"] > estimator.restart_above
             new = {f: torch.where(jumped, first[f], value) for f, value in new.items()}
-        # Compiled away once all entries have memory.
-        new = {f: select_range(_like(value, old[f]), old["steps"], _like(first[f], old[f])) for f, value in new.items()}
+        # In a graph: compiled away once all entries have memory.
+        new = {f: select(_like(value, old[f]), old["steps"], _like(first[f], old[f])) for f, value in new.items()}
     learns = (_width(stats) > 0) & (old["frozen"] == 0)
     # Not all that `measure` gave: what only the first update reads is not to be computed for this.
     for value in (*(value for name, value in stats.items() if name in STATISTICS), *new.values()):

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from qcompile import ops
+from qcompile.backend.inductor_alone import compile_alone
 from qcompile.errors import first_line, warn_once
 from qcompile.estimators.base import scale_and_zero_point
 from qcompile.estimators.statistics import clipped_share
@@ -216,8 +217,6 @@ def _compiled_in_two(
     a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, a_zero: None, b_zero: None, bias: Tensor | None, dtype: torch.dtype
 ) -> Callable[..., Any]:
     """`qtrain::scaled_mm` as `passes.write_out_epilogues` leaves it, compiled for such operands."""
-    from qcompile.backend.inductor import compile_alone  # the backend imports the passes, and they import this module
-
     def form(a: Tensor, b: Tensor, a_scale: Tensor, b_scale: Tensor, *bias: Tensor) -> list[Tensor]:
         return [ops.scaled(ops.codes_mm(a, b), a_scale, b_scale, bias[0] if bias else None, dtype)]
 
@@ -254,8 +253,6 @@ def _compiled_quantize(
     x       a tensor like those that it will be called with
     before  what is done to the tensor first
     """
-    from qcompile.backend.inductor import compile_alone  # as above
-
     shape = before(x).shape
     kept = [] if len(dims) == len(shape) else [1 if axis in dims else size for axis, size in enumerate(shape)]
     fields = tuple(initial_state(spec.estimator, spec.symmetric))

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from qcompile.errors import UnsupportedError
-from qcompile.estimators.step import first_scale_and_zero_point
+from qcompile.estimators.step import first_scale_and_zero_point, where_valid
 from qcompile.ops._library import LIBRARY, define
 from qcompile.specs import QuantSpec
 
@@ -41,8 +41,7 @@ def _write_state_(state: Tensor, index: Tensor, values: Tensor) -> Tensor:
     return state.index_put_((index,), values)
 
 
-def select_range_reference(stored: Tensor, valid: Tensor, present: Tensor) -> Tensor:
-    return torch.where(valid > 0, stored, present)
+select_range_reference = where_valid
 
 
 def _unpack(values: Tensor, sizes: list[int]) -> list[Tensor]:

@@ -31,8 +31,8 @@ from qcompile.kernels.triton.numerics import Layout
 from qcompile.kernels.triton.quantize import quantize_kernel
 from qcompile.kernels.triton.requantize import requantize_kernel
 from qcompile.kernels.triton.scaled_bmm import scaled_bmm_kernel
-from qcompile.kernels.triton.scaled_mm import scaled_mm_kernel
 from qcompile.kernels.triton.scaled_mm_gluon import scaled_mm_gluon_kernel
+from qcompile.kernels.triton.scaled_mm_pointers import scaled_mm_kernel
 from qcompile.kernels.triton.scaled_mm_tma import scaled_mm_tma_kernel
 from qcompile.kernels.triton.transpose import transpose_kernel
 
@@ -417,7 +417,7 @@ def _nvidia_facts(ptx: str, cubin: bytes) -> dict[str, Any]:
         "tensor_copies": dict(copies),
         "in_flight": max(map(int, waits), default=0),  # tensor-core steps that may still compute after a wait
         "refills_in_order": _refills_in_order(ptx),
-        "fields": sorted({(int(shift), int(mask)) for shift, mask in fields}, reverse=True),  # `scaled_mm.field_of`
+        "fields": sorted({(int(shift), int(mask)) for shift, mask in fields}, reverse=True),  # `scaled_mm_pointers.field_of`
         "inexact": sorted(set(re.findall(r"\b\w+\.(?:approx|full|ftz|rz)[\w.]*", ptx))),
         "async_bytes": sorted({int(size, 0) for size in sizes}),
         "sass": len(operations),

@@ -16,7 +16,7 @@ from tests.kernels.triton_device import DEVICE, QUIET, scaled_mm_reference
 
 pytest.importorskip("triton")
 
-from qcompile.kernels.triton import scaled_mm as launcher
+from qcompile.kernels.triton import scaled_mm_launch as launcher
 from qcompile.kernels.triton.scaled_mm import scaled_mm
 
 pytestmark = QUIET

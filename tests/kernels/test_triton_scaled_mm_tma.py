@@ -13,7 +13,7 @@ from tests.kernels.triton_device import DEVICE, QUIET, misaligned, scaled_mm_ref
 
 pytest.importorskip("triton")
 
-from qcompile.kernels.triton import scaled_mm as module
+from qcompile.kernels.triton import scaled_mm_launch as module
 from qcompile.kernels.triton.scaled_mm import scaled_mm
 
 pytestmark = [*QUIET, pytest.mark.skipif(not launch.is_available(DEVICE, "triton_tma"), reason="made for compute capability 9.0")]

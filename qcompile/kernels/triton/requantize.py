@@ -26,7 +26,8 @@ from qcompile.kernels.triton.epilogue import scaled_tile, tile_of, without_zero_
 from qcompile.kernels.triton.kernel_call import kernel_call
 from qcompile.kernels.triton.launch import cdiv, family
 from qcompile.kernels.triton.numerics import MAGIC
-from qcompile.kernels.triton.scaled_mm import Epilogue, Packing, sum_of_tile, tiles_of
+from qcompile.kernels.triton.scaled_mm_launch import Epilogue, Packing, tiles_of
+from qcompile.kernels.triton.scaled_mm_pointers import sum_of_tile
 from qcompile.ops.quantize import code_range
 
 __all__ = ["requantize_kernel", "scaled_mm_requantize"]

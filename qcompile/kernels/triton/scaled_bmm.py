@@ -22,7 +22,8 @@ from qcompile.kernels.triton.epilogue import finish_tile, tile_of
 from qcompile.kernels.triton.kernel_call import kernel_call
 from qcompile.kernels.triton.launch import cdiv, family
 from qcompile.kernels.triton.numerics import FULL, Layout, layout_of
-from qcompile.kernels.triton.scaled_mm import sum_of_tile, tiles_of
+from qcompile.kernels.triton.scaled_mm_launch import tiles_of
+from qcompile.kernels.triton.scaled_mm_pointers import sum_of_tile
 
 __all__ = ["scaled_bmm", "scaled_bmm_kernel"]
 
