@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import torch._inductor.config as inductor_config
 from torch import nn
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.codecache import CppPythonBindingsCodeCache
+from torch._inductor.utils import fresh_cache
 
 pytestmark = pytest.mark.cpu
 WIDTH = 24  # a width of its own: kernels that another test has left in the process would not be compiled again
@@ -48,7 +50,8 @@ def by_graph(events):
     return graphs
 
 
-def test_kernels_are_submitted_before_the_generated_module_asks(events, monkeypatch):
+@pytest.mark.parametrize("threads", [1, 2])  # how many Inductor compiles with; by itself as many as there are processors
+def test_kernels_are_submitted_before_the_generated_module_asks(threads, events, monkeypatch):
     load, loads = CppPythonBindingsCodeCache.load_async, []
 
     def loaded(*args, **kwargs):
@@ -56,7 +59,9 @@ def test_kernels_are_submitted_before_the_generated_module_asks(events, monkeypa
         return loads[-1]
 
     monkeypatch.setattr(CppPythonBindingsCodeCache, "load_async", loaded)
-    step("qtrain", options={"recipe": "int8"})
+    torch.compiler.reset()
+    with inductor_config.patch(compile_threads=threads), fresh_cache():
+        step("qtrain", options={"recipe": "int8"})
     graphs = [graph for graph in by_graph(events) if graph]
     assert len(graphs) == 2, "forward and backward"
     for graph in graphs:

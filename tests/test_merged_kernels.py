@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch._inductor.config as inductor_config
 from torch import nn
 from torch._inductor.async_compile import AsyncCompile
 from torch._inductor.utils import fresh_cache
@@ -21,9 +22,15 @@ pytestmark = [
 ]
 
 
+with_any_threads = pytest.mark.parametrize("batches", [1, 2], indirect=True, ids=["one thread", "threads"])
+
+
 @pytest.fixture
-def batches(monkeypatch):
-    """No compiler is free until the whole graph is generated. Gives the batches that were compiled together."""
+def batches(request, monkeypatch):
+    """No compiler is free until the whole graph is generated. Gives the batches that were compiled together.
+
+    Its parameter: how many threads Inductor compiles with (by itself, as many as there are processors).
+    """
     found, held = [], []
     submit, wait, together = AsyncCompile.submit, AsyncCompile.wait, early_kernels.compile_together
 
@@ -42,7 +49,7 @@ def batches(monkeypatch):
     monkeypatch.setattr(early_kernels, "compile_together", recorded)
     monkeypatch.setattr(AsyncCompile, "submit", classmethod(later))
     monkeypatch.setattr(AsyncCompile, "wait", waited)
-    with fresh_cache():
+    with inductor_config.patch(compile_threads=getattr(request, "param", 2)), fresh_cache():
         yield found
 
 
@@ -71,6 +78,7 @@ def one_by_one(monkeypatch):
         return step()
 
 
+@with_any_threads
 def test_one_library_holds_the_kernels_of_a_half_and_computes_the_same(batches, monkeypatch):
     found = step()
     assert len(batches) == 2, "forward and backward"
@@ -93,8 +101,13 @@ def test_without_hard_links_each_place_has_a_copy(batches, monkeypatch):
     assert equal(found, one_by_one(monkeypatch))
 
 
-def test_what_cannot_be_compiled_together_is_compiled_alone(batches, monkeypatch, caplog):
-    monkeypatch.setattr(merged_kernels, "_CHOICE", "this is not C++ %s")
+def unreadable(texts):
+    raise UnicodeDecodeError("utf-8", b"\xff", 0, 1, "not a source")
+
+
+@pytest.mark.parametrize(("name", "fault"), [("_CHOICE", "this is not C++ %s"), ("_merged", unreadable)], ids=["compiler", "ours"])
+def test_what_cannot_be_compiled_together_is_compiled_alone(name, fault, batches, monkeypatch, caplog):
+    monkeypatch.setattr(merged_kernels, name, fault)
     with caplog.at_level(logging.INFO, "qcompile.backend.merged_kernels"):
         found = step()
     assert batches and "one by one" in caplog.text
@@ -156,6 +169,7 @@ def test_tasks_of_another_form_are_inductors():
     assert merged_kernels.kernel_file(lambda: None) is None
 
 
+@with_any_threads
 def test_a_compiler_that_fails_is_inductors_to_report(batches, monkeypatch):
     """Nobody waits forever for a kernel that does not compile, and the message is the compiler's."""
     file = early_kernels.kernel_file

@@ -41,6 +41,14 @@ class _Kernel(NamedTuple):
     done: Future[None]
 
 
+class _OnDemand(Future[None]):
+    """Where there is no other thread, who asks for a kernel compiles it, and all that wait."""
+
+    def result(self, timeout: float | None = None) -> None:
+        _compile_waiting()
+        return super().result(timeout)
+
+
 _waiting: list[_Kernel] = []
 _waiting_lock = threading.Lock()
 
@@ -61,7 +69,7 @@ def register() -> None:
 
 
 def _define_and_submit(self: PythonWrapperCodegen, kernel_name: str, kernel_body: str, *args: Any, **kwargs: Any) -> Any:
-    if _WANTED.get() and kernel_body.startswith(_CALL) and get_compile_threads() > 1:
+    if _WANTED.get() and kernel_body.startswith(_CALL):
         # What is wrong with it, such as no compiler at all, Inductor will find and say when it loads the module.
         with contextlib.suppress(Exception):
             CppPythonBindingsCodeCache.load_pybinding_async(*_arguments(kernel_body), submit_fn=_submit)
@@ -81,15 +89,17 @@ def _submit(task: Callable[[], object]) -> Future[Any]:
     files = kernel_file(task)
     if files is None:
         return AsyncCompile.submit(task)
-    kernel = _Kernel(files, task, Future())
+    threads = get_compile_threads() > 1
+    kernel = _Kernel(files, task, Future() if threads else _OnDemand())
     with _waiting_lock:
         _waiting.append(kernel)
-    AsyncCompile.submit(_compile_waiting)
+    if threads:
+        AsyncCompile.submit(_compile_waiting)
     return kernel.done
 
 
 def _compile_waiting() -> None:
-    """In a thread of the pool: all that wait. Each kernel asks for this once; most find that another has taken theirs along."""
+    """All that wait, in a thread of the pool if there is one. Each kernel asks for it; most find that another has taken theirs."""
     with _waiting_lock:
         batch = _waiting.copy()
         _waiting.clear()

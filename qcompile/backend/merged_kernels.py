@@ -107,20 +107,28 @@ def kernel_file(task: Any) -> KernelFile | None:
 
 def compile_together(kernels: Sequence[KernelFile]) -> set[KernelFile]:
     """Puts a library at the place of each of `kernels` that can be compiled with another of them, and returns those."""
-    groups: dict[tuple[str, ...], dict[KernelFile, str]] = {}
     compiled: set[KernelFile] = set()
-    try:
-        for kernel in kernels:
-            text = kernel.source.read_text()
-            if set(_DEFINE.findall(text)) <= _HARMLESS:
-                groups.setdefault(kernel.flags, {})[kernel] = text
-        for group in groups.values():
-            if len(group) > 1:
-                _compile(group)
-                compiled.update(group)
-    except (OSError, subprocess.SubprocessError) as error:
-        log.info("Inductor compiles %d kernels one by one: together they could not be: %s", len(kernels) - len(compiled), error)
+    for group in _groups(kernels):
+        try:
+            _compile(group)
+        except Exception as error:  # whatever it is: someone waits for these kernels, and Inductor can compile each
+            log.info("Inductor compiles %d kernels one by one: together they could not be: %s", len(group), error)
+        else:
+            compiled.update(group)
     return compiled
+
+
+def _groups(kernels: Sequence[KernelFile]) -> list[dict[KernelFile, str]]:
+    """Those that can be in one file, with their sources: two or more with the same flags. The rest is left out."""
+    groups: dict[tuple[str, ...], dict[KernelFile, str]] = {}
+    for kernel in kernels:
+        try:
+            text = kernel.source.read_text()
+        except (OSError, ValueError):  # such as a cache folder that is gone, with whoever wanted this kernel
+            continue
+        if set(_DEFINE.findall(text)) <= _HARMLESS:
+            groups.setdefault(kernel.flags, {})[kernel] = text
+    return [group for group in groups.values() if len(group) > 1]
 
 
 def _compile(texts: dict[KernelFile, str]) -> None:
