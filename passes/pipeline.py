@@ -21,7 +21,7 @@ from passes.environment import dump, graph_number, log, skipped
 from passes.graph import BACKWARD, FORWARD
 from passes.identity import describe, source_fingerprint
 from passes.steps import CutStep, Step, cut_steps, half_steps, joint_steps, list_passes, without
-from passes.verify import count_writes, number_of_outputs, verify
+from passes.verify import Interface, count_writes, interface, verify
 from qcompile.errors import GraphError
 from qcompile.kernels.cpu.choice import prefers_int_mm
 from qcompile.kernels.registry import registered_kernels
@@ -52,8 +52,9 @@ class Pipeline(PassBase):
         for step in self.steps:
             self.context.counts[step.name] = 0
             call = _StepCall(step, self._places[step.name], (graph, self.context))
-            outputs = number_of_outputs(graph)
-            changes[step.name] = _run_step(call, {"": graph}, self.context, writes=count_writes(graph), outputs=outputs)
+            changes[step.name] = _run_step(
+                call, {"": graph}, self.context, writes=count_writes(graph), before=interface(graph)
+            )
             if self.on_step is not None:
                 self.on_step(step.name, graph)
         log("joint graph", changes)
@@ -111,12 +112,12 @@ def lower_half(
     """
     verify(graph, after="the partitioner", writes=writes)
     names, changes = skipped(), {}
-    before = len(joint_steps()) + len(cut_steps())
-    places = {step.name: place for place, step in enumerate(half_steps(steady=steady, requantize=True), start=before)}
+    first = len(joint_steps()) + len(cut_steps())
+    places = {step.name: place for place, step in enumerate(half_steps(steady=steady, requantize=True), start=first)}
     for step in half_steps(steady=steady, requantize=requantize):
         if step.name not in names:
             call = _StepCall(step, places[step.name], (graph, context))
-            changes[step.name] = _run_step(call, {phase: graph}, context, writes=writes, outputs=number_of_outputs(graph))
+            changes[step.name] = _run_step(call, {phase: graph}, context, writes=writes, before=interface(graph))
     log(f"{phase or 'a'} half", changes)
     return sum(changes.values())
 
@@ -136,7 +137,7 @@ def _run_step(
     context: PassContext | None,
     *,
     writes: Counter[str] | None,
-    outputs: int | None = None,
+    before: Interface | None = None,
 ) -> int:
     """One step over the graphs, by the names that they have in QTRAIN_DUMP (None: not written), with all that goes around it."""
     name = call.step.name
@@ -161,7 +162,7 @@ def _run_step(
         context.counts[name] = context.counts.get(name, 0) + changes
     for phase, graph in graphs.items():
         own = Counter({phase: writes[phase]}) if phase and writes is not None else writes
-        verify(graph, after=name, writes=own, outputs=outputs)
+        verify(graph, after=name, writes=own, before=before)
     write("after")
     return changes
 

@@ -294,6 +294,28 @@ def test_a_step_that_loses_an_output_is_named():
         Pipeline([*joint_steps(), Step("careless", careless)], joint.context).run(joint.graph)
 
 
+def test_a_step_that_adds_an_input_is_named():
+    joint = traced(AVERAGE)
+
+    def careless(graph, context):
+        with graph.inserting_before(next(iter(graph.nodes))):
+            graph.placeholder("my_scale").meta["val"] = torch.ones(())
+
+    with pytest.raises(GraphError, match=r"after careless: the graph's inputs .*new: my_scale.* range state"):
+        Pipeline([*joint_steps(), Step("careless", careless)], joint.context).run(joint.graph)
+
+
+def test_a_step_that_reorders_the_inputs_is_named():
+    joint = traced(AVERAGE)
+
+    def careless(graph, context):
+        first, second, *_ = graph.find_nodes(op="placeholder")
+        second.append(first)
+
+    with pytest.raises(GraphError, match="after careless: the graph's inputs .*in another order"):
+        Pipeline([*joint_steps(), Step("careless", careless)], joint.context).run(joint.graph)
+
+
 def test_a_step_that_fails_is_named_unless_the_error_says_more():
     def failing(error):
         def run(graph, context):
