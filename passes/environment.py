@@ -38,13 +38,19 @@ def graph_number(graph: fx.Graph) -> int:
 
 
 def dump(graph: fx.Graph, position: int, name: str, when: str) -> None:
-    """Write the graph to a file if QTRAIN_DUMP says where. `position`: the pass's place in the order."""
+    """Write the graph to a file if QTRAIN_DUMP says where. `position`: the pass's place in the order.
+
+    Errors: `OSError` that names QTRAIN_DUMP, where nothing can be written there.
+    """
     folder = os.environ.get("QTRAIN_DUMP")
     if not folder:
         return
     where = Path(folder) / f"graph_{graph_number(graph)}"
-    where.mkdir(parents=True, exist_ok=True)
-    (where / f"{position:02d}_{name}.{when}.txt").write_text(str(graph))
+    try:
+        where.mkdir(parents=True, exist_ok=True)
+        (where / f"{position:02d}_{name}.{when}.txt").write_text(str(graph))
+    except OSError as error:
+        raise OSError(f"QTRAIN_DUMP={folder}: no graph can be written there ({error}); name a folder that can be made") from error
 
 
 def log(where: str, changes: Mapping[str, int]) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,8 +20,9 @@ from passes.context import PassContext
 from passes.environment import dump, graph_number, log, skipped
 from passes.graph import BACKWARD, FORWARD
 from passes.identity import describe, source_fingerprint
-from passes.steps import CutStep, Step, cut_steps, half_steps, joint_steps, list_passes, without
+from passes.steps import CutStep, Step, cut_steps, half_steps, joint_steps, list_passes
 from passes.verify import Interface, count_writes, interface, verify
+from qcompile._checks import suggestion
 from qcompile.errors import GraphError
 from qcompile.kernels.cpu.choice import prefers_int_mm
 from qcompile.kernels.registry import registered_kernels
@@ -167,7 +168,11 @@ def _run_step(
     return changes
 
 
-def _selected(steps: Iterable[Step]) -> list[Step]:
-    steps, names = list(steps), skipped()
-    others = {p.name for p in list_passes() if p.stage != "joint"}  # known names, which other stages skip
-    return without(steps, *(name for name in names if name not in others)) if names else steps
+def _selected(steps: Sequence[Step]) -> list[Step]:
+    """Without those that QTRAIN_SKIP names; it may name steps of the other stages too, which skip them themselves."""
+    known = {step.name for step in steps} | {listed.name for listed in list_passes()}
+    for name in skipped():
+        if name not in known:
+            hint = suggestion(name, known)
+            raise ValueError(f"QTRAIN_SKIP: no pass is called {name!r}; `python -m qcompile passes` lists them. {hint}".strip())
+    return [step for step in steps if step.name not in skipped()]

@@ -140,8 +140,18 @@ def test_skipping_by_environment(monkeypatch):
     pipeline.run(joint.graph)
     assert joint.count(SCALED_MM) == 0
     monkeypatch.setenv("QTRAIN_SKIP", "fuse_matmuls")
-    with pytest.raises(ValueError, match="fuse_matmuls"):
+    with pytest.raises(ValueError, match="QTRAIN_SKIP: no pass is called 'fuse_matmuls'.* Did you mean 'fuse_matmul'?"):
         Pipeline(joint_steps(), joint.context)
+    monkeypatch.setenv("QTRAIN_SKIP", "lower")
+    assert len(Pipeline(joint_steps(), joint.context).steps) == len(joint_steps()), "a step of another stage"
+
+
+def test_a_folder_that_cannot_be_made_is_named(monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("QTRAIN_DUMP", str(tmp_path / "file"))
+    joint = traced()
+    with pytest.raises(OSError, match="QTRAIN_DUMP=.*name a folder"):
+        Pipeline(joint_steps(), joint.context).run(joint.graph)
 
 
 def test_dumping_by_environment(monkeypatch, tmp_path):
