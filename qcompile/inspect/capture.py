@@ -236,6 +236,8 @@ def capture_call(
     ranges: Mapping[str, Tensor] | None = None,
 ) -> Capture:
     """`capture` for keyword arguments of any name: the model's may be called as `capture`'s own are."""
+    if loss is not None and not callable(loss):
+        raise TypeError(f"loss is {loss!r}; it must be None or a function of the outputs, such as `lambda y: y.square().mean()`")
     start = time.perf_counter()
     copied = copy_model(model)
     inputs, kwargs = copy_inputs(inputs), copy_inputs(dict(kwargs))
@@ -297,14 +299,21 @@ def _names(model: nn.Module) -> dict[int, list[str]]:
 
 
 def _scalar(outputs: Any, loss: Callable[[Any], Tensor] | None) -> Tensor | None:
-    """What to call `backward` on; None where there is no gradient. Errors: `TypeError` for a loss that returned no scalar."""
+    """What to call `backward` on; None where no output has a gradient.
+
+    Errors: `TypeError` for a loss that returned no scalar, `ValueError` for one that lost the outputs' gradients.
+    """
     if loss is None:
         return default_loss(outputs)
     value = loss(outputs)
     if not isinstance(value, Tensor) or value.numel() != 1:
         given = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
         raise TypeError(f"loss: it returned {given}; it must return a tensor with one element")
-    return value if value.requires_grad else None
+    if value.requires_grad:
+        return value
+    if any(output.requires_grad for output in tensors_in(outputs)):
+        raise ValueError("loss: what it returned has no gradient, and so no backward pass: leave out detach() and no_grad()")
+    return None
 
 
 def default_loss(outputs: Any) -> Tensor | None:

@@ -197,6 +197,12 @@ def test_the_loss_drives_the_backward_pass():
     torch.testing.assert_close(thrice, 3 * once)
     with pytest.raises(TypeError, match=r"loss: it returned a tensor of shape \(24, 8\)"):
         qcompile.capture(model, x, loss=lambda y: y)
+    with pytest.raises(TypeError, match="loss is 3; it must be None or a function of the outputs"):
+        qcompile.capture(model, x, loss=3)
+    with pytest.raises(ValueError, match=r"loss: what it returned has no gradient.* leave out detach\(\)"):
+        qcompile.capture(model, x, loss=lambda y: y.detach().sum())
+    model.requires_grad_(False)
+    assert qcompile.capture(model, x, loss=lambda y: y.sum()).graphs, "of an inference graph, which has no backward pass"
 
 
 def test_inputs_may_be_integers():
