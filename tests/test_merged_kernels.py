@@ -5,7 +5,6 @@ import logging
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -154,15 +153,30 @@ print(loss.item(), sum(p.grad.sum().item() for p in model.parameters()))
 """
 
 
-def test_another_process_finds_them(tmp_path):
-    def run():
-        env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "TORCHINDUCTOR_COMPILE_THREADS": "2"}
-        done = subprocess.run([sys.executable, "-c", PROGRAM], env=env, capture_output=True, text=True, check=True)
-        return done.stdout, {p: p.stat().st_mtime_ns for p in Path(tmp_path).rglob("*.main.so")}
+def started(folder):
+    """A process that runs the program, with its compile cache in `folder`; one thread: kernels wait until one is asked for."""
+    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(folder), "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    return subprocess.Popen([sys.executable, "-c", PROGRAM], env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
-    first, files = run()
-    assert any(path.stat().st_nlink > 1 for path in files)
-    assert run() == (first, files)
+
+def printed(process):
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    return out
+
+
+def test_other_processes_find_them_and_two_at_once_do_not_disturb_each_other(tmp_path):
+    both = [started(tmp_path), started(tmp_path)]
+    first, second = map(printed, both)
+    assert first == second
+
+    def files():
+        return {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.main.so")}
+
+    left = files()
+    assert any(path.stat().st_nlink > 1 for path in left)
+    assert not list(tmp_path.rglob("qtrain-*")), "nothing is left of the merged files"
+    assert (printed(started(tmp_path)), files()) == (first, left), "a later process compiles nothing"
 
 
 def test_tasks_of_another_form_are_inductors():
