@@ -190,6 +190,7 @@ _LM_FULL: Settings = {
     "batch": 16, "seq": 512, "steps": 500, "lr": 5e-5, "val_batches": 20,
     "recipes": ["bf16", "int8_hadamard", *RECIPES], "seeds": SEEDS,
 }  # fmt: skip
+_STATIC_LM = "int8_in_hindsight_hadamard"
 _ENCODER_SMALL: Settings = {
     "steps": 80, "batch": 8, "length": 24, "lr": 1e-4, "compile": False, "seeds": SEEDS,
     "methods": _at("w4a8", "lsq lsq_plus lsq+prefix"),
@@ -227,6 +228,8 @@ ACCURACY = [
     _task("gpt", "a byte-level GPT on Shakespeare (full: 10.9 M parameters)", _GPT_SMALL, _GPT_FULL, _gpt),
     _task("smollm2", "SmolLM2-135M with its weights, fine-tuned on Shakespeare", _LM_SMALL, _LM_FULL, _smollm2,
           _packages(*pretrained.SMOLLM2)),
+    _task("smollm2_static", "the same, static ranges for gradients alone", {**_LM_SMALL, "recipes": ["bf16", _STATIC_LM]},
+          {**_LM_FULL, "recipes": ["bf16", _STATIC_LM]}, _smollm2, _packages(*pretrained.SMOLLM2)),
     _task("resnet", "a ResNet-8 (full: ResNet-20) on Fashion-MNIST",
           {"model": "resnet8", **_SMALL, "recipes": ["fp32", "int8"], "seeds": MANY},
           {"model": "resnet20", **_FULL_ALL}, _cnn, _images),

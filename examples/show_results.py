@@ -298,6 +298,7 @@ def summary(*runs: Run) -> str:
 TARGETS = (
     ("gpt", "int8", 0.3), ("gpt", "int8_in_hindsight", 0.5), ("smollm2", "int8", 0.3),
     ("smollm2", "int8_hadamard", 0.3), ("smollm2", "int8_in_hindsight", 0.5),
+    ("smollm2_static", "int8_in_hindsight_hadamard", 0.5),
     ("resnet", "int8", 0.3), ("static_ranges", "int8_in_hindsight", 0.5), ("mobilenet", "int8", 0.3), ("vit", "int8", 0.3),
     ("mobilenet", "int8_in_hindsight", 0.5), ("mobilenet_longer", "int8", 0.3), ("mobilenet_longer", "int8_in_hindsight", 0.5),
     ("vit", "int8_in_hindsight", 0.5), ("efficientnet", "int8", 0.3),

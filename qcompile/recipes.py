@@ -86,6 +86,18 @@ def int8_in_hindsight() -> Recipe:
     return Recipe(name="int8_in_hindsight", input=past, weight=weight, grad_output=gradient)
 
 
+def int8_in_hindsight_hadamard() -> Recipe:
+    """`int8_in_hindsight` with the `output` of `int8_hadamard`, for pretrained language models. The combination is our choice.
+
+    A few tokens of such models are up to hundreds of times as large as the others: one scale for all tokens is too coarse for
+    `output`, and its errors go through the whole network. So `output` has a scale per token, of the current tensor; the
+    gradient's two GEMMs keep their ranges from past steps.
+    """
+    rows = int8_hadamard()
+    output = GemmSpec(input=rows.input, weight=rows.weight, hadamard=64)
+    return int8_in_hindsight().replace(output=output, name="int8_in_hindsight_hadamard")
+
+
 def w4a8() -> Recipe:
     """Weights in 4 bits, inputs and gradients in 8, a scale per row. All of it is our choice."""
     return int8().replace(weight=QuantSpec(bits=4, granularity=PerRow(), estimator=MinMax()), name="w4a8")
@@ -235,6 +247,7 @@ _BUILT_IN = {
         int8_hadamard(),
         int8_tensorwise(),
         int8_in_hindsight(),
+        int8_in_hindsight_hadamard(),
         w4a8(),
         int4(),
         int8_dai8(),

@@ -13,6 +13,7 @@ from qcompile.kernels import record_launches
 from qcompile.ops import hadamard, hadamard_reference, quantize, scaled_mm_reference
 from qcompile.recipes import get_recipe
 from qcompile.specs import GemmSpec, PerBlock, PerRow
+from qcompile.state import range_state
 from tests.compiling import compiled
 from tests.numerics import row_snr_db
 from tests.passes.graphs import joint_graph
@@ -120,6 +121,27 @@ def test_int8_behind_a_transform_bears_channels_that_stand_out(interpreted):
     # Spread over 64 channels the input's noise is some 16 dB less; then it is no more than the weight's, 42 dB with it.
     assert db["int8_hadamard"] > db["int8"] + 8 and db["int8_hadamard"] > 40, db
     assert all(torch.equal(a, b) for a, b in zip(grads["int8"], grads["int8_hadamard"], strict=True))
+
+
+def test_static_ranges_for_gradients_alone(interpreted):
+    """`int8_in_hindsight_hadamard`: the output of `int8_hadamard` and the gradients of `int8_in_hindsight`, bit for bit."""
+    layer, x, gradient = nn.Linear(128, 96), torch.randn(2, 64, 128), torch.randn(2, 64, 96)
+    outputs, grads = {}, {}
+    for recipe in ("int8_hadamard", "int8_in_hindsight", "int8_in_hindsight_hadamard"):
+        torch._dynamo.reset()
+        range_state(layer).reset()
+        made = compiled(layer, get_recipe(recipe).round_gradients("nearest"), strict=True)
+        for step in range(2):  # the second uses the first one's ranges
+            layer.zero_grad()
+            leaf = (x[step] * (1 + step)).requires_grad_()
+            with record_launches() as launches:
+                y = made(leaf)
+                y.backward(gradient[step] * (1 + step))
+            assert len(launches) == 3
+        outputs[recipe], grads[recipe] = y.detach(), (leaf.grad, layer.weight.grad.clone())
+    assert torch.equal(outputs["int8_in_hindsight_hadamard"], outputs["int8_hadamard"])
+    assert all(map(torch.equal, grads["int8_in_hindsight_hadamard"], grads["int8_in_hindsight"]))
+    assert not torch.equal(grads["int8_in_hindsight"][0], grads["int8_hadamard"][0])
 
 
 def test_one_transform_serves_projections_of_one_tensor():
