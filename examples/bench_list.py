@@ -84,16 +84,18 @@ class Bench:
 # ---- accuracy: a task of `experiments`, methods and seeds
 
 
-def accuracy(
-    make: Callable[[Settings, Place], Task], methods: Callable[[Settings], Sequence[Any]]
-) -> Callable[[Settings, Place], tuple[Settings, list[dict[str, Any]]]]:
-    def run(settings: Settings, place: Place) -> tuple[Settings, list[dict[str, Any]]]:
-        task = make(settings, place)
-        rows = run_all(task, methods(settings), settings["seeds"], Results(place.out))
+@dataclass(frozen=True)
+class Accuracy:
+    """An accuracy benchmark's run: every method with every seed on one task of `experiments`."""
+
+    make: Callable[[Settings, Place], Task]
+    methods: Callable[[Settings], Sequence[Any]]
+
+    def __call__(self, settings: Settings, place: Place) -> tuple[Settings, list[dict[str, Any]]]:
+        task = self.make(settings, place)
+        rows = run_all(task, self.methods(settings), settings["seeds"], Results(place.out))
         print(comparison(rows, task))
         return {"task": task.name, "metric": task.metric, "better": task.better}, as_json(rows)
-
-    return run
 
 
 def _recipes(settings: Settings) -> Sequence[Any]:
@@ -217,7 +219,7 @@ def _task(
     def identity(settings: Settings) -> Settings:
         return {"fingerprints": {str(method): fingerprint(method) for method in methods(settings)}}
 
-    return Bench(name, group, what, sizes, accuracy(make, methods), needs or (lambda place: None), identity)
+    return Bench(name, group, what, sizes, Accuracy(make, methods), needs or (lambda place: None), identity)
 
 
 def _paper(name: str, what: str, small: Settings, full: Settings | None, make: Any = _cnn) -> Bench:

@@ -39,13 +39,11 @@ def test_every_accuracy_task_can_be_made(entry, tmp_path, monkeypatch):
     monkeypatch.setattr(bench_list.image_data, "load", lambda *_: image_data.synthetic(count=64))
     monkeypatch.setattr(bench_list.finetune_lm, "smollm2", lambda: (tiny, lambda text, **_: {"input_ids": [1, 2, 3]}))
     monkeypatch.setattr(bench_list.qat_encoder, "load", lambda: (tiny, None))
-    gpts = dict.fromkeys(("gpt", "widths_gpt", "rounding"), bench_list._gpt)
-    makers = {**gpts, "smollm2": bench_list._smollm2, "minilm": bench_list._minilm, "learned": bench_list._qat_cnn}
     for size, settings in entry.sizes.items():
         smaller = settings | ({"batch": 32, "images": 64, "test_images": 32} if "images" in settings else {})
-        task = makers.get(entry.name, bench_list._cnn)(smaller, Place("cpu", tmp_path, tmp_path))
+        task = entry.run.make(smaller, Place("cpu", tmp_path, tmp_path))
         assert task.metric and task.better in ("higher", "lower") and experiments.config_hash(task)
-        methods = (bench_list._qat_methods if "methods" in settings else bench_list._recipes)(settings)
+        methods = entry.run.methods(settings)
         assert methods[0].resolve() is None, "the baseline comes first"
         assert all(method.resolve() is not None for method in methods[1:] if str(method) not in ("fp32", "bf16")), size
 
