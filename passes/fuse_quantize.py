@@ -22,7 +22,7 @@ pair one has codes as they lie and stays aten, the other only transposed codes a
 
 Numerics  exact; the share is a whole number of elements divided once, where a sum in fp32 rounds beyond 2^24.
 Requires  a half after lower_state and lay_out_operands. Ensures: no transpose of codes whose source
-          is in memory; statistics come from the operator only if its scale does not depend on them.
+          is in memory; statistics come from the operator only if nothing needs them before it: not its scale, nor its bound.
 Skips     devices other than GPUs; tensors that are no matrix, or fp64.
 """
 
@@ -131,16 +131,13 @@ def _is_numel(count: object, x: fx.Node) -> bool:
 
 def _fuse(graph: fx.Graph, node: fx.Node, statistics: _Statistics) -> None:
     operands = args_by_name(node)
-    x, scale = operands["x"], operands["scale"]
-    position = {n: i for i, n in enumerate(graph.nodes)}
-    upstream = ancestors(scale, until=set())
-    amax = [n for n in statistics.amax.get(x, []) if n not in upstream]
-    bound, shares = next(
-        ((b, nodes) for (of, b), nodes in statistics.share.items() if of is x and position[b] < position[node]), (None, [])
-    )
+    x, seed = operands["x"], operands["seed"]
+    inputs = [n for n in operands.values() if isinstance(n, fx.Node) and n is not seed]
+    bound, shares = _share_to_yield(graph, node, inputs, statistics)
+    if bound is not None:
+        inputs.append(bound)
+    amax = _readable_after(graph, inputs, statistics.amax.get(x, []))
     codes = any(user.target is not TRANSPOSE for user in node.users)
-    seed = operands["seed"]
-    inputs = [n for n in (*operands.values(), bound) if isinstance(n, fx.Node) and n is not seed]
     scope = meta_of(node)
     with graph.inserting_before(_successor(graph, inputs, seed)):
         made = call(graph, QUANTIZE_TRANSPOSED, *operands.values(), codes, bool(amax), bound, scope=scope)
@@ -159,6 +156,29 @@ def _fuse(graph: fx.Graph, node: fx.Node, statistics: _Statistics) -> None:
     if straight is not None:
         node.replace_all_uses_with(straight)
     graph.erase_node(node)
+
+
+def _share_to_yield(
+    graph: fx.Graph, quantize: fx.Node, inputs: list[fx.Node], statistics: _Statistics
+) -> tuple[fx.Node | None, list[fx.Node]]:
+    """A bound that is known before the quantize, and the shares of x beyond it that the operator can yield; or (None, [])."""
+    position = {n: i for i, n in enumerate(graph.nodes)}
+    for (x, bound), nodes in statistics.share.items():
+        if x is not quantize.args[0] or position[bound] > position[quantize]:
+            continue
+        if shares := _readable_after(graph, [*inputs, bound], nodes):
+            return bound, shares
+    return None, []
+
+
+def _readable_after(graph: fx.Graph, inputs: list[fx.Node], statistics: list[fx.Node]) -> list[fx.Node]:
+    """Those statistics that nothing needs before an operator with these inputs has run: above all, not the inputs themselves.
+
+    A dynamic scale is made of the statistic; and a model may compute a bound, or anything else so early, from one of its own.
+    """
+    position = {n: i for i, n in enumerate(graph.nodes)}
+    last = max(position[n] for n in inputs)
+    return [n for n in statistics if n not in inputs and all(position[user] > last for user in n.users)]
 
 
 def _successor(graph: fx.Graph, inputs: list[fx.Node], seed: fx.Node | None) -> fx.Node:

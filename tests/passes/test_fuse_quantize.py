@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from passes import graph as graph_helpers
 from passes import steps
@@ -295,3 +296,35 @@ def test_a_users_own_sum_keeps_what_it_is_divided_by(divisor, as_gpu):
     (operands,) = (found for found in fused(result).values() if list(found["x"].meta["val"].shape) == [6, 8])
     assert (operands["bound"] is not None) == (divisor == 48)
     assert_same_outputs(before, result.run())
+
+
+def bound_of_amax(x, scale):
+    """A bound that is a share of the largest value: the operator cannot yield what it needs."""
+    amax = x.abs().amax((0, 1))
+    return scale, amax, share_beyond(x, amax * 0.5)
+
+
+def scale_of_share(x, scale):
+    """A scale that follows the share of values beyond it."""
+    share = share_beyond(x, scale)
+    return scale * (1 + share), x.abs().amax((0, 1)), share
+
+
+def share_beyond(x, bound):
+    outside = torch.ops.prims.convert_element_type(x.abs() > bound, torch.float32)
+    return outside.sum((0, 1)) / x.numel()
+
+
+@pytest.mark.parametrize("statistics", [bound_of_amax, scale_of_share], ids=lambda f: f.__name__)
+def test_the_operator_does_not_yield_what_its_operands_are_made_of(statistics, as_gpu):
+    def function(x, scale):
+        scale, *found = statistics(x, scale)
+        codes = torch.ops.qtrain.quantize(x, scale, None, 8, None, 0)
+        return codes, torch.ops.qtrain.transpose_codes(codes), *found
+
+    inputs = torch.randn(6, 8), torch.tensor(0.5)
+    traced = make_fx(function, tracing_mode="fake")(*inputs)
+    before = torch.fx.Interpreter(traced).run(*inputs)
+    assert fuse_quantize(traced.graph) == 1
+    traced.graph.lint()
+    assert_same_outputs(before, torch.fx.Interpreter(traced).run(*inputs))
