@@ -176,12 +176,21 @@ def _registered() -> bool:
 
 def _problems(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     """(what does not work, what to do about it), the most serious first."""
-    versions, cpu_found = found["versions"], found["cpu"]
     if not found["int8"]:
         yield (
             "no integer matrix product runs on this machine",
             "every site stays in high precision; use an x86 CPU, or an NVIDIA GPU of capability 7.5 or later",
         )
+    yield from _software_problems(found)
+    for gpu in found["gpus"]:
+        yield from _gpu_problems(gpu)
+    for name in found["other_devices"]:
+        yield f"device {name} is not supported", "its sites stay in high precision; train on cpu or cuda"
+    yield from _cpu_problems(found["cpu"])
+
+
+def _software_problems(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    versions = found["versions"]
     if found["compiler"] is None:
         yield (
             "Inductor finds no C++ compiler, so nothing compiles for the CPU",
@@ -200,20 +209,23 @@ def _problems(found: dict[str, Any]) -> Iterator[tuple[str, str]]:
         )
     if found["gpus"] and versions["triton"] is None:
         yield "there is a GPU but no Triton, so it has no kernels", "install the Triton that pairs with torch"
-    for gpu in found["gpus"]:
-        if gpu["capability"].startswith("gfx"):
-            cores = "" if gpu["int8_tensor_cores"] else ", and has no int8 matrix cores that we know of"
-            yield (
-                f"{gpu['name']} ({gpu['capability']}) is an AMD GPU, on none of which the kernels have run yet{cores}",
-                "compare losses and times with recipe 'none' first; the kernels were only compiled, for gfx942",
-            )
-        elif not gpu["int8_tensor_cores"]:
-            yield (
-                f"{gpu['name']} (capability {gpu['capability']}) has no int8 tensor cores",
-                "its sites stay in high precision; int8 needs an NVIDIA GPU of capability 7.5 or later",
-            )
-    for name in found["other_devices"]:
-        yield f"device {name} is not supported", "its sites stay in high precision; train on cpu or cuda"
+
+
+def _gpu_problems(gpu: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    if gpu["capability"].startswith("gfx"):
+        cores = "" if gpu["int8_tensor_cores"] else ", and has no int8 matrix cores that we know of"
+        yield (
+            f"{gpu['name']} ({gpu['capability']}) is an AMD GPU, on none of which the kernels have run yet{cores}",
+            "compare losses and times with recipe 'none' first; the kernels were only compiled, for gfx942",
+        )
+    elif not gpu["int8_tensor_cores"]:
+        yield (
+            f"{gpu['name']} (capability {gpu['capability']}) has no int8 tensor cores",
+            "its sites stay in high precision; int8 needs an NVIDIA GPU of capability 7.5 or later",
+        )
+
+
+def _cpu_problems(cpu_found: dict[str, Any]) -> Iterator[tuple[str, str]]:
     if cpu_found["in_use"] == "portable":
         yield (
             "the CPU's int8 product is the portable one: right, and no faster than fp32",

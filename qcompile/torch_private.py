@@ -4,8 +4,9 @@ What one module alone needs stays there, and is named at its top: `qcompile.back
 `qcompile.backend.inductor_operations` (Inductor, AOTAutograd), `qcompile.backend.early_kernels` and
 `qcompile.backend.merged_kernels` (Inductor's C++ compilers), `passes.matching` (Inductor's pattern matcher), `passes.partition`
 (the cut), `passes.inlining` (tracing under the modes of a compiler), `passes.range_formulas` (what tracing raises),
-`qcompile.state.replays` (checkpoints), `qcompile.state.parameters` (FSDP2), `qcompile.inspect.isolation` (Dynamo). Fake tensors and
-their modes are met by whoever reads a graph's values: torch has no public name for them.
+`qcompile.state.replays` (checkpoints), `qcompile.state.parameters` (FSDP2), `qcompile.inspect.isolation` (Dynamo),
+`qcompile.doctor` (which C++ compiler Inductor would use). Fake tensors and their modes are met by whoever reads a graph's values:
+torch has no public name for them.
 """
 
 from __future__ import annotations
