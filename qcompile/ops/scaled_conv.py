@@ -125,16 +125,22 @@ def scaled_conv_grad_weight_reference(
 
 
 def _exact(codes: Tensor, zero: Tensor | None) -> Tensor:
+    """int8 codes without their zero point, in fp64."""
     values = codes.to(torch.float64)
     return values if zero is None else values - zero
 
 
 def _laid_out(out: Tensor) -> Tensor:
+    """The same values channels last, as the operators promise. `memory_format` knows two and three axes of space, not one."""
     return out.movedim(1, -1).contiguous().movedim(-1, 1)
 
 
 def _over_groups(scale: Tensor, groups: int, on_second_axis: bool) -> Tensor:
-    """A weight's scales along the channels of what it is multiplied into, [1, C, 1, ...]."""
+    """A weight's scales, laid along the channels of the product: [1, C, 1, ...], or 0-d as they were.
+
+    on_second_axis  False: they lie on the weight's first axis, which counts the channels of all groups. True: on its second, which
+                    counts those of one group: the scales are repeated for each.
+    """
     if scale.ndim == 0:
         return scale
     if not on_second_axis:
@@ -143,11 +149,15 @@ def _over_groups(scale: Tensor, groups: int, on_second_axis: bool) -> Tensor:
 
 
 def _rows(scale: Tensor) -> Tensor:
+    """Scales [1, rows, 1, ...] of the channels that are the weight's first axis, along it: [rows, 1, 1, ...]; 0-d as they were."""
     return scale if scale.ndim == 0 else scale.transpose(0, 1)
 
 
 def _columns(scale: Tensor, weight_size: Sequence[int], groups: int) -> Tensor:
-    """Scales [1, groups * C, 1, ...] of the second axis's channels, row by row of the weight: [rows, C, 1, ...]."""
+    """Scales [1, groups * C, 1, ...] of the channels that are the weight's second axis, for each of its rows: [rows, C, 1, ...].
+
+    A row of the weight meets the channels of its own group alone. A single scale stays as it was.
+    """
     if scale.numel() == 1:
         return scale
     rows, channels, ones = weight_size[0], weight_size[1], [1] * (len(weight_size) - 2)
@@ -270,8 +280,10 @@ scaled_conv_grad_input = define(
 )
 """grad_output int8 [N, C_out, *spatial], weight int8 -> out_dtype of `input_size`, channels last.
 
-    grad_scale, grad_zero      0-d, or [N, 1, ...]
-    weight_scale, weight_zero  0-d, or on axis 1, [1, C_in / groups, ...]; of a transposed convolution on axis 0, [C_in, 1, ...]
+    grad_scale, grad_zero      fp32, int32 or None: 0-d, or [N, 1, ...] with 1 where shared
+    weight_scale, weight_zero  likewise: on axis 1, [1, C_in / groups, ...]; of a transposed convolution on axis 0, [C_in, 1, ...]
+
+`input_size` is that of the convolution's input, [N, C_in, *spatial]. Errors: `KernelError`.
 """
 
 scaled_conv_grad_weight = define(
@@ -282,8 +294,11 @@ scaled_conv_grad_weight = define(
 )
 """grad_output int8 [N, C_out, *spatial], input int8 [N, C_in, *spatial] -> out_dtype of `weight_size`, channels last.
 
-    grad_scale, grad_zero    0-d, or [1, C_out, 1, ...]
-    input_scale, input_zero  0-d, or [1, C_in, 1, ...]
+    grad_scale, grad_zero    fp32, int32 or None: 0-d, or [1, C_out, 1, ...] with 1 where shared
+    input_scale, input_zero  likewise: 0-d, or [1, C_in, 1, ...]
+
+`weight_size` is [C_out, C_in / groups, *kernel]; of a transposed convolution [C_in, C_out / groups, *kernel].
+Errors: `KernelError`.
 """
 
 CHECKS: dict[str, Callable[..., None]] = {
